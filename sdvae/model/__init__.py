@@ -1,0 +1,15 @@
+"""The autoencoder. Knows nothing of files, data or training."""
+
+from sdvae.model.autoencoder import AutoencoderForwardOutput, AutoencoderKL, Decoder, Encoder
+from sdvae.model.padding import crop_to, pad_to_multiple
+from sdvae.model.posterior import DiagonalGaussian
+
+__all__ = [
+    "AutoencoderForwardOutput",
+    "AutoencoderKL",
+    "Decoder",
+    "DiagonalGaussian",
+    "Encoder",
+    "crop_to",
+    "pad_to_multiple",
+]

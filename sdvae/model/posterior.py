@@ -1,0 +1,80 @@
+"""The approximate posterior q(z|x) = N(mean, diag(exp(logvar))) that the encoder predicts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+LOGVAR_RANGE = (-30.0, 20.0)  # LDM, ldm/modules/distributions/distributions.py
+
+
+class DiagonalGaussian:
+    """A diagonal Gaussian over latents, one for each image of a batch.
+
+    Interface and values are those of diffusers' `DiagonalGaussianDistribution`; the sums of `kl` and
+    `nll` are taken in fp32 at least, since a half-precision sum over 4·64·64 terms loses digits.
+
+    Args:
+        parameters: (B, 2C, h, w) float, the encoder's output: mean and log-variance stacked along channels.
+    """
+
+    def __init__(self, parameters: Tensor):
+        self.parameters = parameters
+        self.mean, logvar = parameters.chunk(2, dim=1)  # (B, C, h, w) each
+        self.logvar = logvar.clamp(*LOGVAR_RANGE)
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    @property
+    def var(self) -> Tensor:
+        return torch.exp(self.logvar)
+
+    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """z = mean + std · eps with eps ~ N(0, I): the reparametrisation trick (Kingma & Welling 2014, 2.4).
+
+        Args:
+            generator: one for the batch, or a list with one for each image, which makes an image's noise
+                independent of the batch it happens to be in.
+
+        Returns: (B, C, h, w) in the dtype of the parameters.
+        """
+        noise = randn_tensor(
+            self.mean.shape, generator=generator, device=self.mean.device, dtype=self.parameters.dtype
+        )
+        return self.mean + self.std * noise
+
+    def mode(self) -> Tensor:
+        """The most likely latents, which for a Gaussian is its mean: (B, C, h, w)."""
+        return self.mean
+
+    def kl_map(self) -> Tensor:
+        """KL(q || N(0, I)) of each latent element, in nats: (B, C, h, w) in fp32 or wider.
+
+        ½ (mean² + var - 1 - log var) (Kingma & Welling 2014, appendix B).
+        """
+        mean, logvar = _at_least_fp32(self.mean), _at_least_fp32(self.logvar)
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
+
+    def kl(self, other: DiagonalGaussian | None = None) -> Tensor:
+        """KL(q || other), by default against N(0, I), summed over each image's latents, in nats: (B,)."""
+        if other is None:
+            return self.kl_map().sum(dim=(1, 2, 3))
+        mean, logvar = _at_least_fp32(self.mean), _at_least_fp32(self.logvar)
+        other_mean, other_logvar = _at_least_fp32(other.mean), _at_least_fp32(other.logvar)
+        difference = (mean - other_mean).square() / other_logvar.exp()
+        return 0.5 * (difference + (logvar - other_logvar).exp() - 1.0 - logvar + other_logvar).sum(dim=(1, 2, 3))
+
+    def nll(self, sample: Tensor, dims: tuple[int, ...] = (1, 2, 3)) -> Tensor:
+        """-log q(sample), summed over `dims`, in nats: (B,) by default."""
+        mean, logvar = _at_least_fp32(self.mean), _at_least_fp32(self.logvar)
+        squared = (_at_least_fp32(sample) - mean).square() / logvar.exp()
+        return 0.5 * (math.log(2.0 * math.pi) + logvar + squared).sum(dim=dims)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
