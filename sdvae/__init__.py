@@ -1,0 +1,54 @@
+"""sdvae: train, fine-tune and use Stable-Diffusion-style image VAEs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sdvae.errors import InputError
+    from sdvae.model import AutoencoderKL, DiagonalGaussian, crop_to, pad_to_multiple
+    from sdvae.training.config import TrainConfig
+    from sdvae.training.loop import train
+    from sdvae.weights import export_targets, load_vae, save_ldm, save_vae
+
+# Imported on first use: `sdvae train --print_config` or a misspelt option should not wait for torch.
+_HOMES = {
+    "AutoencoderKL": "sdvae.model",
+    "DiagonalGaussian": "sdvae.model",
+    "InputError": "sdvae.errors",
+    "TrainConfig": "sdvae.training.config",
+    "crop_to": "sdvae.model",
+    "export_targets": "sdvae.weights",
+    "load_vae": "sdvae.weights",
+    "pad_to_multiple": "sdvae.model",
+    "save_ldm": "sdvae.weights",
+    "save_vae": "sdvae.weights",
+    "train": "sdvae.training.loop",
+}
+
+__all__ = [  # noqa: RUF022 - the order of a table of contents
+    "AutoencoderKL",
+    "DiagonalGaussian",
+    "pad_to_multiple",
+    "crop_to",
+    "load_vae",
+    "save_vae",
+    "save_ldm",
+    "export_targets",
+    "TrainConfig",
+    "train",
+    "InputError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'sdvae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

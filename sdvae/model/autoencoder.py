@@ -9,15 +9,16 @@ config.json serve both classes; persistence, `.config`, `.dtype` and the offload
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers import AutoencoderKL as StockAutoencoderKL
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as StockAutoencoderKL
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
@@ -130,7 +131,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_act(self.conv_norm_out(h)))
 
 
-class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own clash
     """The VAE of Stable Diffusion, a drop-in for `diffusers.AutoencoderKL`.
 
     Args (diffusers' names and defaults; kept in config.json):
@@ -153,8 +154,9 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
     Raises: InputError when the arguments do not fit together.
     """
 
+    config: Any  # diffusers' FrozenDict, with attribute access
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ResnetBlock", "SelfAttention"]
+    _no_split_modules = ["ResnetBlock", "SelfAttention"]  # type: ignore[assignment]
     _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
     _repeated_blocks = ["ResnetBlock"]
 
@@ -215,7 +217,7 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _image(self, z: Tensor) -> Tensor:  # (B, latent_channels, h, w) -> (B, C, f·h, f·w)
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
-    def _sliced(self, function, x: Tensor) -> Tensor:
+    def _sliced(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`function` over the whole batch, or image by image when slicing is on (less memory)."""
         if self.use_slicing and x.shape[0] > 1:
             return torch.cat([function(image) for image in x.split(1)])
@@ -299,7 +301,7 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
         return stock.train(self.training)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> AutoencoderKL:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """diffusers' `from_pretrained`, except that weights which do not fit the model are refused.
 
         diffusers only warns and leaves the missing weights at random values. Takes its arguments; for
@@ -308,7 +310,8 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises: InputError naming the missing, unexpected and wrongly shaped keys.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        model, info = loaded
         faults = [
             f"{len(info[kind])} {kind.split('_')[0]} ({', '.join(map(str, sorted(info[kind])[:3]))}…)"
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")

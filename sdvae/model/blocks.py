@@ -9,6 +9,9 @@ Shapes: every block maps (B, C, H, W) -> (B, C', H', W') in the dtype of its wei
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import get_activation
@@ -66,11 +69,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         batch, channels, height, width = x.shape
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        tokens = self.group_norm(x.flatten(2)).transpose(1, 2)  # (B, HW, C)
         q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))  # (B, 1, HW, C)
         tokens = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, HW, C)
         tokens = self.to_out[0](tokens)
-        return x + tokens.transpose(1, 2).reshape(batch, channels, height, width)
+        # The sum takes its first operand's memory layout. In this order that is diffusers', which makes all that
+        # follows equal to its output bit for bit.
+        return tokens.transpose(1, 2).reshape(batch, channels, height, width) + x
 
 
 class Downsample(nn.Module):
@@ -144,10 +149,9 @@ class _Level(nn.Module):
 class DownBlock(_Level):
     """A level of the encoder; all but the last halve the resolution at their end."""
 
-    def __init__(self, *args, add_downsample: bool, **kwargs):
-        super().__init__(*args, **kwargs)
-        channels = self.resnets[-1].conv2.out_channels
-        self.downsamplers = nn.ModuleList([Downsample(channels)]) if add_downsample else None
+    def __init__(self, *, out_channels: int, add_downsample: bool, **kwargs: Any):
+        super().__init__(out_channels=out_channels, **kwargs)
+        self.downsamplers = nn.ModuleList([Downsample(out_channels)]) if add_downsample else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers(x)
@@ -157,17 +161,16 @@ class DownBlock(_Level):
 class UpBlock(_Level):
     """A level of the decoder; all but the last double the resolution at their end."""
 
-    def __init__(self, *args, add_upsample: bool, **kwargs):
-        super().__init__(*args, **kwargs)
-        channels = self.resnets[-1].conv2.out_channels
-        self.upsamplers = nn.ModuleList([Upsample(channels)]) if add_upsample else None
+    def __init__(self, *, out_channels: int, add_upsample: bool, **kwargs: Any):
+        super().__init__(out_channels=out_channels, **kwargs)
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)]) if add_upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers(x)
         return x if self.upsamplers is None else self.upsamplers[0](x)
 
 
-def checkpointed(module: nn.Module, function, x: Tensor) -> Tensor:
+def checkpointed(module: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Run `function(x)`; recompute it in the backward pass when `module.gradient_checkpointing` is on."""
     if module.gradient_checkpointing and torch.is_grad_enabled():
         return module._gradient_checkpointing_func(function, x)

@@ -43,9 +43,7 @@ class DiagonalGaussian:
 
         Returns: (B, C, h, w) in the dtype of the parameters.
         """
-        noise = randn_tensor(
-            self.mean.shape, generator=generator, device=self.mean.device, dtype=self.parameters.dtype
-        )
+        noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.parameters.dtype)
         return self.mean + self.std * noise
 
     def mode(self) -> Tensor:

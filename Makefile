@@ -1,0 +1,29 @@
+# make quickstart: install, train a small VAE on real photographs on a CPU, decode through a diffusers pipeline
+# make test:       install, lint, type-check, run the tests
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    ?= runs/quickstart
+
+.PHONY: quickstart test lint clean
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python train_sdvae.py --config configs/quickstart.yaml --output_dir $(RUN) --overwrite true
+	$(BIN)/python scripts/pipeline_demo.py $(RUN)/model $(RUN)/pipeline.png
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,182 @@
+"""The command line: one module-level function a command, and one place where bad input becomes an exit code.
+
+Exit codes: 0 done, 1 a fault of the program, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from sdvae.errors import InputError
+from sdvae.training.config import TrainConfig
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # each field's docstring is its help text
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Bad input is one line on standard error and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    _log_to_stderr()
+    try:
+        if name not in COMMANDS:
+            raise InputError(f"unknown command {name!r}; {_suggest(name, COMMANDS) or 'see sdvae --help'}")
+        COMMANDS[name][1](rest)
+    except InputError as error:
+        print(f"sdvae: error: {_innermost(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sdvae: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def command(summary: str) -> Callable:
+    """Register a function of the remaining arguments under its own name."""
+
+    def register(function: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
+        COMMANDS[function.__name__] = (summary, function)
+        return function
+
+    return register
+
+
+@command("train a VAE from a recipe: --config FILE [--dotted.key=value …]")
+def train(argv: Sequence[str]) -> None:
+    config = parse_train_config(argv)
+    from sdvae.training.loop import train as run  # here, so that a misspelt key needs no torch
+
+    run(config)
+
+
+@command("write a VAE in another format: SOURCE TARGET [--dtype fp16]")
+def export(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="sdvae export", exit_on_error=False)
+    parser.add_argument("source", type=str, help="diffusers folder, hub id, or a .safetensors or .ckpt file")
+    parser.add_argument(
+        "target", type=str, help="FILE.safetensors for ComfyUI, A1111 and kohya, or a folder for diffusers"
+    )
+    parser.add_argument("--subfolder", type=str, default=None, help="folder inside SOURCE that holds the VAE")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default=None, help="default: as in SOURCE")
+    arguments = _parse(parser, argv)
+
+    import torch
+
+    from sdvae.weights import export_targets, load_vae, save_ldm, save_vae
+
+    dtype = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
+    vae = load_vae(arguments.source, subfolder=arguments.subfolder, dtype=dtype)
+    if arguments.target.endswith(".safetensors"):
+        save_ldm(vae, arguments.target)
+    else:
+        save_vae(vae, arguments.target)
+    print(f"wrote {arguments.target}")
+    for program, reason in export_targets(vae).items():
+        print(f"  {program:10} {'loads it' if reason is None else 'will not load it: ' + reason}")
+
+
+def parse_train_config(argv: Sequence[str]) -> TrainConfig:
+    """YAML files and dotted overrides to a recipe; later ones win.
+
+    Raises: InputError for an unknown key, with the nearest known one, or for a value of the wrong type.
+    """
+    parser = ArgumentParser(prog="sdvae train", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a recipe in YAML; may be given more than once")
+    parser.add_class_arguments(TrainConfig)
+    known = set(_keys(TrainConfig))
+    for key, origin in _given_keys(argv):
+        if key not in known and key not in ("config", "print_config", "help"):
+            hint = _suggest(key, known) or "see sdvae train --help"
+            raise InputError(f"unknown key {key!r} in {origin}; {hint}")
+    arguments = _parse(parser, argv)
+    instance = parser.instantiate(arguments)
+    return TrainConfig(**{field.name: getattr(instance, field.name) for field in dataclasses.fields(TrainConfig)})
+
+
+def _parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    try:
+        return parser.parse_args(list(argv))
+    except ArgumentError as error:
+        raise InputError(f"{' '.join(str(error).split())} (see {parser.prog} --help)") from error
+
+
+def _keys(config_class: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields: «loss», «loss.kl_weight», …"""
+    for field in dataclasses.fields(config_class):
+        yield prefix + field.name
+        if dataclasses.is_dataclass(field.default_factory):
+            yield from _keys(field.default_factory, f"{prefix}{field.name}.")
+
+
+def _given_keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(dotted key, where it stands) of every override and of every key in the YAML files."""
+    for i, argument in enumerate(argv):
+        if not argument.startswith("--"):
+            continue
+        key, _, value = argument[2:].partition("=")
+        yield key, "the command line"
+        if key == "config":
+            path = Path(value or (argv[i + 1] if i + 1 < len(argv) else ""))
+            if path.is_file():  # what is no file, the parser reports
+                yield from ((name, str(path)) for name in _yaml_keys(path))
+
+
+def _yaml_keys(path: Path) -> Iterator[str]:
+    def walk(node: dict[str, Any], prefix: str) -> Iterator[str]:
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}; need «key: value» lines")
+    yield from walk(content, "")
+
+
+def _suggest(name: str, known) -> str:
+    """«did you mean …?» for the known name nearest to `name`, or nothing."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not nearest:  # the right field under the wrong section
+        leaf = name.rsplit(".", 1)[-1]
+        nearest = [key for key in known if key.rsplit(".", 1)[-1] == leaf][:1]
+    return f"did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _innermost(error: InputError) -> str:
+    """The message itself: torch's DataLoader wraps a worker's error in a traceback."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].removeprefix("sdvae.errors.InputError: ").removeprefix("sdvae.data.images.ImageError: ")
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, (summary, _) in COMMANDS.items()]
+    return "\n".join(["usage: sdvae COMMAND …; sdvae COMMAND --help tells more", "", *lines])
+
+
+def _log_to_stderr() -> None:
+    """Log lines of the main process only, plain; other processes speak when something is wrong."""
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("sdvae").setLevel(logging.INFO if is_main else logging.ERROR)

@@ -1,0 +1,298 @@
+"""The data sets of training and evaluation, and what is to be done with images that are bad.
+
+Training replaces a bad image by another one that the seed determines; evaluation reports it. Neither decides how
+many are too many: `BadImages` counts them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sdvae.data.images import ImageError, center_crop, color_jitter, random_crop, read_image, to_tensor
+from sdvae.data.order import SampleKey, ShardedBatches, sample_seed
+from sdvae.data.sources import ImageSource
+from sdvae.errors import InputError
+
+MAX_SUBSTITUTES = 32
+
+logger = logging.getLogger(__name__)
+
+
+class Sample(TypedDict):
+    """One image for training."""
+
+    image: Tensor  # (C, R, R) float32 in [-1, 1]
+    index: int  # of the key, also where the image is a substitute
+    epoch: int
+    noise_seed: int  # for the posterior's noise, 63 bits
+    bad: list[tuple[str, str]]  # (name, reason) of the bad images that were met
+
+
+class Batch(TypedDict):
+    """Samples of training, stacked."""
+
+    image: Tensor  # (B, C, R, R) float32 in [-1, 1]
+    index: Tensor  # (B,) int64
+    epoch: Tensor  # (B,) int64
+    noise_seed: Tensor  # (B,) int64, not negative
+    bad: list[tuple[str, str]]
+
+
+class EvaluationSample(TypedDict):
+    """One image for evaluation; `image` is None and `bad` the reason where the file cannot be used."""
+
+    image: Tensor | None  # (C, R, R) float32 in [-1, 1]
+    index: int  # in the data set
+    name: str
+    bad: str | None
+
+
+class EvaluationBatch(TypedDict):
+    """The good images of a batch, stacked, and the bad ones. All may be bad: then `image` has length 0."""
+
+    image: Tensor  # (N, C, R, R) float32 in [-1, 1]
+    index: list[int]  # of those N, in the data set
+    name: list[str]  # of those N
+    bad: list[tuple[str, str]]  # (name, reason)
+
+
+class TrainingImages(Dataset[Sample]):
+    """Random crops of a source, addressed by `SampleKey`. What a key gives depends on no process, worker or history.
+
+    Args:
+        source: the images.
+        resolution: R, the side of the crops, in pixels.
+        seed: of crops, jitter, noise and substitutes, 0 .. 2^32 - 1.
+        channels: 3 for RGB, 1 for grey.
+        crop_scale, flip: see `random_crop`.
+        color_jitter: see the function of that name; 0 turns it off.
+        background: RGB in 0..255 below transparent images.
+        min_side: images with a shorter side are bad. By default resolution // 2: what must be enlarged more than
+            twice teaches the decoder to blur.
+        cache_mib: keep decoded images in memory, up to so many MiB in each worker, for small data sets. What is in
+            stays in, since in a shuffled order no image is likelier to come next than another.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        resolution: int,
+        seed: int,
+        channels: int = 3,
+        crop_scale: tuple[float, float] = (0.5, 1.0),
+        flip: float = 0.5,
+        color_jitter: float = 0.0,
+        background: tuple[int, int, int] = (255, 255, 255),
+        min_side: int | None = None,
+        cache_mib: float = 0,
+    ):
+        if len(source) == 0:
+            raise InputError("the data set has no images; need at least 1")
+        if not 0.0 < crop_scale[0] <= crop_scale[1] <= 1.0:
+            raise InputError(f"crop_scale is {crop_scale}; need 0 < low <= high <= 1")
+        if not 0.0 <= flip <= 1.0:
+            raise InputError(f"flip is {flip}; need a probability in [0, 1]")
+        self.source = source
+        self.resolution = resolution
+        self.seed = seed
+        self.channels = channels
+        self.crop_scale = crop_scale
+        self.flip = flip
+        self.color_jitter = color_jitter
+        self.background = background
+        self.min_side = _min_side(min_side, resolution)
+        self._bad: dict[int, str] = {}  # index -> reason, so that none is decoded twice
+        self._cache: dict[int, Image.Image] = {}
+        self._cache_bytes_left = int(cache_mib * 2**20)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        """Raises `InputError` where the image and all its substitutes are bad."""
+        epoch, index = key
+        image, bad = self._good_image(epoch, index)
+        generator = np.random.default_rng(sample_seed(self.seed, epoch, index, "augment"))
+        pixels = to_tensor(random_crop(image, self.resolution, generator, self.crop_scale, self.flip))
+        return Sample(
+            image=color_jitter(pixels, self.color_jitter, generator),
+            index=index,
+            epoch=epoch,
+            noise_seed=sample_seed(self.seed, epoch, index, "posterior"),
+            bad=bad,
+        )
+
+    def _good_image(self, epoch: int, index: int) -> tuple[Image.Image, list[tuple[str, str]]]:
+        """The image, or the first good one of its substitutes, and the (name, reason) of all bad ones before it."""
+        bad: dict[str, str] = {}
+        candidate = index
+        for attempt in range(1 + MAX_SUBSTITUTES):
+            try:
+                return self._decode(candidate), list(bad.items())
+            except ImageError as error:
+                bad[self.source.name(candidate)] = str(error)
+            candidate = sample_seed(self.seed, epoch, index, f"substitute-{attempt}") % len(self.source)
+        last = "; ".join(f"{name}: {reason}" for name, reason in list(bad.items())[-3:])
+        raise InputError(
+            f"an image and its {MAX_SUBSTITUTES} substitutes are all bad ({last});"
+            " need a data set of mostly good images, clean it"
+        )
+
+    def _decode(self, index: int) -> Image.Image:
+        if index in self._bad:
+            raise ImageError(self._bad[index])
+        if index in self._cache:
+            return self._cache[index]
+        try:
+            data = self.source.read(index)
+            image = read_image(data, channels=self.channels, background=self.background, min_side=self.min_side)
+        except ImageError as error:
+            self._bad[index] = str(error)
+            raise
+        size = image.width * image.height * len(image.getbands())
+        if size <= self._cache_bytes_left:
+            self._cache_bytes_left -= size
+            self._cache[index] = image.copy()  # a file's image may still hold the file's bytes
+        return image
+
+
+class EvaluationImages(Dataset[EvaluationSample]):
+    """Centre crops of a source, in its order.
+
+    Args:
+        source: the images.
+        resolution: R, the side of the crops, in pixels.
+        channels: 3 for RGB, 1 for grey.
+        background: RGB in 0..255 below transparent images.
+        min_side: images with a shorter side are bad; by default resolution // 2, as in training.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        resolution: int,
+        channels: int = 3,
+        *,
+        background: tuple[int, int, int] = (255, 255, 255),
+        min_side: int | None = None,
+    ):
+        self.source = source
+        self.resolution = resolution
+        self.channels = channels
+        self.background = background
+        self.min_side = _min_side(min_side, resolution)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> EvaluationSample:
+        if not 0 <= index < len(self.source):
+            raise IndexError(f"image {index} of {len(self.source)}")  # or iteration over the data set would not end
+        name = self.source.name(index)
+        try:
+            data = self.source.read(index)
+            image = read_image(data, channels=self.channels, background=self.background, min_side=self.min_side)
+        except ImageError as error:
+            return EvaluationSample(image=None, index=index, name=name, bad=str(error))
+        pixels = to_tensor(center_crop(image, self.resolution))
+        return EvaluationSample(image=pixels, index=index, name=name, bad=None)
+
+
+class BadImages:
+    """The bad images of a run: each is logged once, and too many of them end it."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}  # name -> reason
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def add(self, bad: Iterable[tuple[str, str]]) -> None:
+        """Take note of (name, reason) pairs; a name that is new is logged as a warning."""
+        for name, reason in bad:
+            if name not in self.reasons:
+                self.reasons[name] = reason
+                logger.warning("bad image %s: %s", name, reason)
+
+    def items(self) -> list[tuple[str, str]]:
+        """The (name, reason) of each, in the order they were met."""
+        return list(self.reasons.items())
+
+    def check(self, total: int, max_fraction: float) -> None:
+        """Raise `InputError` where more than `max_fraction` of the `total` images of the data set are bad."""
+        if len(self) > max_fraction * total:
+            some = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:3])
+            raise InputError(
+                f"{len(self)} of {total} images are bad, {len(self) / max(total, 1):.2%} ({some}); need at most"
+                f" {max_fraction:.2%}, clean the data set or raise data.max_bad_fraction"
+            )
+
+
+def collate_training(samples: Sequence[Sample]) -> Batch:
+    """Stack samples; the bad images of all of them come in one list."""
+    return Batch(
+        image=torch.stack([sample["image"] for sample in samples]),
+        index=torch.tensor([sample["index"] for sample in samples]),
+        epoch=torch.tensor([sample["epoch"] for sample in samples]),
+        noise_seed=torch.tensor([sample["noise_seed"] for sample in samples]),
+        bad=[pair for sample in samples for pair in sample["bad"]],
+    )
+
+
+def collate_evaluation(samples: Sequence[EvaluationSample]) -> EvaluationBatch:
+    """Stack the good samples, list the bad ones."""
+    images = [sample["image"] for sample in samples if sample["image"] is not None]
+    return EvaluationBatch(
+        image=torch.stack(images) if images else torch.empty(0, 0, 0, 0),
+        index=[sample["index"] for sample in samples if sample["bad"] is None],
+        name=[sample["name"] for sample in samples if sample["bad"] is None],
+        bad=[(sample["name"], sample["bad"]) for sample in samples if sample["bad"] is not None],
+    )
+
+
+def training_loader(
+    dataset: TrainingImages, batches: ShardedBatches, *, num_workers: int, pin_memory: bool = False
+) -> DataLoader:
+    """Yields a `Batch` for each of `batches`, in order, with the same bits for any number of workers.
+
+    Not to be given to `Accelerator.prepare`, which would divide the batches between processes a second time.
+    """
+    # torch lets each worker compute with one thread; the crops are Pillow's, which has none.
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate_training,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,  # what a worker has cached outlives an iteration
+        prefetch_factor=4 if num_workers > 0 else None,
+    )
+
+
+def evaluation_loader(
+    dataset: EvaluationImages, indices: Sequence[int], *, batch_size: int, num_workers: int, pin_memory: bool = False
+) -> DataLoader:
+    """Yields an `EvaluationBatch` for each `batch_size` of `indices`, in their order, the last one perhaps smaller."""
+    batches = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate_evaluation,
+        pin_memory=pin_memory,
+    )
+
+
+def _min_side(min_side: int | None, resolution: int) -> int:
+    if resolution < 1:
+        raise InputError(f"resolution is {resolution}; need at least 1")
+    return max(resolution // 2, 1) if min_side is None else min_side

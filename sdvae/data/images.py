@@ -1,0 +1,315 @@
+"""One image file -> pixels, and the crops of training and evaluation.
+
+What `read_image` does with each kind of file:
+
+- A file is named by its content; its extension is never looked at. `FORMATS` lists what is read. Formats without a
+  signature (TGA), vector formats and those that start other programs (EPS, WMF) are not images here.
+- EXIF orientation is applied, all eight of them.
+- Alpha is composited on `background` and never dropped: RGBA, LA, PA, premultiplied alpha, palettes with
+  transparency, and the single transparent colour (tRNS) of grey and RGB PNGs.
+- 16-bit grey is scaled, 0 -> 0 and 65535 -> 255, rounded. Of 16-bit colour Pillow decodes the high byte, which has
+  the same ends and is within one level of it. 32-bit integers are taken as 16-bit where all their values fit, floats
+  as fractions where all lie in [0, 1]; else their minimum..maximum is stretched over 0..255. Nothing is clipped.
+- CMYK, YCbCr, LAB and HSV are converted. ICC profiles are not applied.
+- 1-bit and grey become three equal channels, or stay grey where `channels` is 1; colour becomes ITU-R 601-2 luma.
+- Of an animation or a file of many pages the first is taken; of an icon file, the largest.
+- A damaged file is an `ImageError` wherever the damage can be told. A lossy stream with a flipped bit may still
+  decode: neither JPEG nor WebP holds a checksum. PNG does, and unlike Pillow we compare it for the pixels too. Rows
+  that a PNG's writer left out are black: to count them would take a second decompression.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from os import PathLike
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.Image import Resampling, Transpose
+from torch import Tensor
+
+from sdvae.errors import InputError
+
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM"),
+    *("PSD", "QOI", "ICO", "ICNS", "DDS", "SGI", "PCX"),
+)
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses: half a gigabyte of RGB
+
+# Antialiased by Pillow when it shrinks. Rings less than Lanczos: an autoencoder learns to draw the rings it is shown.
+RESAMPLING = Resampling.BICUBIC
+
+_ORIENTATION_TAG = 0x0112  # EXIF 2.32, 4.6.4
+_UNDO_ORIENTATION = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+class ImageError(InputError):
+    """A file that cannot be used. The message is the reason alone, since only the caller knows the file's name."""
+
+
+def read_image(
+    data: bytes | str | PathLike[str],
+    *,
+    channels: int = 3,
+    background: tuple[int, int, int] = (255, 255, 255),
+    min_side: int = 1,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
+    """The image in a file, decoded and upright; see the module's list for what is done with each kind.
+
+    Args:
+        data: the bytes of the file, or its path.
+        channels: 3 for mode "RGB", 1 for "L".
+        background: RGB in 0..255, what shows through where the image is transparent.
+        min_side: the least length of the shorter side, in pixels.
+        max_pixels: the most pixels, compared with what the header claims before anything is decoded.
+
+    Raises:
+        ImageError: for any file that is no image, is damaged, or breaks a limit; the message is the reason.
+    """
+    if channels not in (1, 3):
+        raise InputError(f"channels is {channels}; need 1 (grey) or 3 (RGB)")
+    if not isinstance(data, bytes):
+        data = read_file(data)
+    if not data:
+        raise ImageError("the file is empty")
+
+    image = _open(data)
+    kind = image.format
+    try:
+        _check_size(image, min_side, max_pixels)
+        if kind == "PNG":
+            _check_png(data)
+        image.load()
+        _check_size(image, min_side, max_pixels)  # an icon may hold a larger picture than its directory says
+        if kind == "PNG" and "transparency" in image.info:
+            _rescale_transparency(image, bit_depth=data[24])
+        # After load: PNG and WebP may carry EXIF behind the pixels, and TIFF turns itself and drops the tag.
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        image = _to_rgb_or_grey(image, channels, background)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's plugins let anything escape from a damaged file, and each of it is the file's
+        raise ImageError(f"damaged {kind} file: {_one_line(error)}") from error
+    if orientation in _UNDO_ORIENTATION:
+        image = image.transpose(_UNDO_ORIENTATION[orientation])
+    image.info = {}  # or a later reader of the EXIF within would turn the image once more
+    return image
+
+
+def read_file(path: str | PathLike[str]) -> bytes:
+    """All bytes of a file; `ImageError` where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An "RGB" or "L" image -> (C, H, W) float32 in [-1, 1], contiguous; 0 -> -1 and 255 -> 1 exactly."""
+    pixels = torch.from_numpy(np.array(image))  # (H, W, C) or (H, W) uint8
+    pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+
+
+def to_image(tensor: Tensor) -> Image.Image:
+    """(C, H, W) float in [-1, 1], C in {1, 3} -> an "L" or "RGB" image. Values outside are clamped, then rounded.
+
+    Raises:
+        InputError: for another shape, or NaN, for which there is no colour.
+    """
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
+        raise InputError(f"image tensor has shape {tuple(tensor.shape)}; need (C, H, W) with C 1 or 3")
+    tensor = tensor.detach().float().cpu()
+    if tensor.isnan().any():
+        raise InputError("image tensor holds NaN; need numbers, look for what overflowed before this point")
+    pixels = tensor.add(1.0).mul_(127.5).clamp_(0.0, 255.0).round_().to(torch.uint8)
+    pixels = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    return Image.fromarray(pixels.contiguous().numpy())
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The largest centred square, resized to size x size with antialias: how evaluation sees an image.
+
+    The same as resizing the short side to `size` and cropping the middle, but the long side's ratio is exact, and
+    an image whose short side already is `size` keeps its pixels.
+    """
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.resize((size, size), RESAMPLING, box=(left, top, left + side, top + side))
+
+
+def random_crop(
+    image: Image.Image,
+    size: int,
+    generator: np.random.Generator,
+    scale: tuple[float, float] = (0.5, 1.0),
+    flip: float = 0.5,
+) -> Image.Image:
+    """A random square, resized to size x size with antialias, and perhaps mirrored.
+
+    Args:
+        image: "RGB" or "L".
+        size: side of the result, in pixels.
+        generator: four numbers are drawn, whatever they lead to.
+        scale: the square's side is uniform in this range times the short side, but at least `size` pixels where
+            the image has them, so that no detail is invented; the place is uniform over all that fit.
+        flip: the probability of a left-right mirror image.
+    """
+    width, height = image.size
+    short = min(width, height)
+    u_side, u_left, u_top, u_flip = generator.random(4)
+    side = round(short * (scale[0] + (scale[1] - scale[0]) * u_side))
+    side = min(max(side, size, 1), short)
+    left, top = int(u_left * (width - side + 1)), int(u_top * (height - side + 1))
+    crop = image.resize((size, size), RESAMPLING, box=(left, top, left + side, top + side))
+    return crop.transpose(Transpose.FLIP_LEFT_RIGHT) if u_flip < flip else crop
+
+
+def color_jitter(image: Tensor, strength: float, generator: np.random.Generator) -> Tensor:
+    """Random brightness, contrast and saturation, and at times permuted channels.
+
+    On the image as fractions in [0, 1]: brightness multiplies all, contrast the distance from the mean luma,
+    saturation the distance from each pixel's luma, each by its own factor uniform in 1 ± `strength`; then, with
+    probability `strength`, the channels are put in a random order; then the result is clamped.
+
+    Args:
+        image: (C, H, W) float in [-1, 1], C in {1, 3}; grey has no saturation and no order of channels.
+        strength: in [0, 1]; 0 returns the image untouched.
+        generator: five numbers and one permutation are drawn, unless `strength` is 0.
+
+    Returns: a new (C, H, W) tensor in [-1, 1].
+    """
+    if not 0.0 <= strength <= 1.0:
+        raise InputError(f"color jitter has strength {strength}; need a number in [0, 1]")
+    if strength == 0.0:
+        return image
+    brightness, contrast, saturation = 1.0 + strength * (2.0 * generator.random(3) - 1.0)
+    permute = generator.random() < strength
+    order = generator.permutation(3)
+
+    x = (image + 1.0).mul_(0.5 * brightness)
+    mean = _luma(x).mean()
+    x = (x - mean).mul_(contrast).add_(mean)
+    if len(x) == 3:
+        luma = _luma(x)
+        x = (x - luma).mul_(saturation).add_(luma)
+        if permute:
+            x = x[torch.from_numpy(order)]
+    return x.mul_(2.0).sub_(1.0).clamp_(-1.0, 1.0)
+
+
+def _luma(x: Tensor) -> Tensor:
+    """(3, H, W) or (1, H, W) -> (1, H, W), with the weights of ITU-R 601-2 that Pillow's "L" has too."""
+    return x if len(x) == 1 else 0.299 * x[:1] + 0.587 * x[1:2] + 0.114 * x[2:]
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header.
+
+    The plugins are called directly, since `Image.open` compares the size with a limit that is global to the process
+    and warns below it, and tries formats we do not want.
+    """
+    Image.init()  # registers the plugins; free from the second call on
+    failure = ""
+    for kind in FORMATS:
+        if kind not in Image.OPEN:  # a Pillow built without this codec
+            continue
+        factory, accept = Image.OPEN[kind]
+        try:
+            if accept is None or accept(data[:16]) is True:
+                return factory(io.BytesIO(data), "")
+        except MemoryError:
+            raise
+        except Exception as error:
+            failure = failure or f"damaged {kind} file: {_one_line(error)}"
+    raise ImageError(failure or f"not an image of a known format: starts with {data[:12]!r}")
+
+
+def _check_size(image: Image.Image, min_side: int, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"too large: {width} x {height} pixels, at most {max_pixels} in all are decoded")
+    if min(width, height) < max(min_side, 1):
+        raise ImageError(f"too small: {width} x {height} pixels, the shorter side needs {max(min_side, 1)}")
+
+
+def _check_png(data: bytes) -> None:
+    """Compare the checksums of the pixel data, which Pillow skips: flipped bits would decode to a wrong picture."""
+    view = memoryview(data)
+    start = len(_PNG_SIGNATURE)
+    while start + 12 <= len(data):
+        length = int.from_bytes(view[start : start + 4], "big")
+        end = start + 8 + length  # length, kind, content; then 4 bytes of checksum over kind and content
+        if end + 4 > len(data):
+            return  # cut off: decoding tells whether pixels are missing
+        if view[start + 4 : start + 8] == b"IDAT":
+            if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+                raise ImageError("damaged PNG file: wrong checksum of the pixel data")
+        elif view[start + 4 : start + 8] == b"IEND":
+            return
+        start = end + 4
+
+
+def _rescale_transparency(image: Image.Image, bit_depth: int) -> None:
+    """Bring a PNG's transparent colour to the scale of the pixels.
+
+    Pillow leaves it at the file's depth although it scales 2- and 4-bit grey up and 16-bit colour down, and then
+    finds no pixel of that colour.
+    """
+    color = image.info["transparency"]
+    if image.mode == "L" and bit_depth in (2, 4):
+        image.info["transparency"] = color * 255 // (2**bit_depth - 1)
+    elif image.mode == "RGB" and bit_depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in color)
+
+
+def _to_rgb_or_grey(image: Image.Image, channels: int, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _deep_grey_to_bytes(image)
+    if image.mode == "La":  # Pillow has no direct way from here to RGBA
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.new("RGB", image.size, background)
+        image.paste(rgba, mask=rgba)
+    if channels == 1 and image.mode in ("1", "L"):
+        return image.convert("L")
+    image = image.convert("RGB") if image.mode != "RGB" else image
+    return image.convert("L") if channels == 1 else image
+
+
+def _deep_grey_to_bytes(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits or floats -> "L", or "LA" where one value is transparent."""
+    values = np.asarray(image)
+    if not np.isfinite(values).all():
+        raise ImageError("holds NaN or infinite values")
+    low, high = float(values.min()), float(values.max())
+    top = 1.0 if image.mode == "F" else 65535.0
+    if low >= 0.0 and high <= top:
+        low, high = 0.0, top
+    gain = 255.0 / (high - low) if high > low else 0.0  # one value alone has no contrast to stretch: black
+    deep = Image.fromarray(np.rint((values - low) * gain).astype(np.uint8))
+    if "transparency" in image.info:
+        alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+        return Image.merge("LA", (deep, Image.fromarray(alpha)))
+    return deep
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()).replace(os.linesep, " ")
+    return text or type(error).__name__

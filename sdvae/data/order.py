@@ -1,0 +1,112 @@
+"""The order of samples: a function of the seed alone, whatever the number of processes or workers.
+
+Positions count samples over the whole run, all processes together. Position p lies in epoch p // n and names there
+one sample of that epoch's permutation. All randomness about a sample is keyed on (seed, epoch, index), so a run can
+be continued from a position without any saved random state, with another number of processes too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from sdvae.errors import InputError
+
+_CACHED_EPOCHS = 2  # a batch that crosses into the next epoch needs both
+
+
+class SampleKey(NamedTuple):
+    """The `index`-th image of the data set, as seen in `epoch`."""
+
+    epoch: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs of a key
+
+
+def sample_seed(seed: int, epoch: int, index: int, purpose: str) -> int:
+    """A 63-bit seed for one purpose ("augment", "posterior", …) of one sample; the same on any machine.
+
+    63 bits, since `torch.Generator.manual_seed` and int64 tensors hold them.
+    """
+    # crc32, because Python's own hash of a string differs from process to process
+    sequence = np.random.SeedSequence([seed, epoch, index, zlib.crc32(purpose.encode())])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class SampleOrder:
+    """An endless order of samples: each epoch is a permutation of all `num_samples`, drawn from (seed, epoch).
+
+    Raises:
+        InputError: for an empty data set, or a seed outside 0 .. 2^32 - 1.
+    """
+
+    def __init__(self, num_samples: int, seed: int):
+        if num_samples < 1:
+            raise InputError(f"the data set has {num_samples} images; need at least 1")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed is {seed}; need a number from 0 to {2**32 - 1}")
+        self.num_samples = num_samples
+        self.seed = seed
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def at(self, position: int) -> SampleKey:
+        """The sample at a position, counted from 0 over the whole run."""
+        epoch, offset = divmod(position, self.num_samples)
+        return SampleKey(epoch, int(self._permutation(epoch)[offset]))
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
+            while len(self._permutations) >= _CACHED_EPOCHS:
+                del self._permutations[next(iter(self._permutations))]
+            self._permutations[epoch] = generator.permutation(self.num_samples)
+        return self._permutations[epoch]
+
+
+class ShardedBatches(Sampler[list[SampleKey]]):
+    """The batches of one process, as lists of keys: a `batch_sampler` for a DataLoader.
+
+    Global batch m covers the positions [m·G, (m+1)·G) with G = batch_size · world_size, of which each rank takes its
+    contiguous part. Batches run across the borders of epochs, so nothing is dropped or repeated to fill one, and
+    1 x B, 2 x B/2 and 4 x B/4 see the same samples in each batch.
+
+    Args:
+        order: the same in all processes.
+        batch_size: samples a batch of this process.
+        rank, world_size: this process, and how many there are.
+        start_batch: the first global batch, by which a run is continued.
+        num_batches: how many batches to yield, from `start_batch` on.
+    """
+
+    def __init__(
+        self,
+        order: SampleOrder,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_batch: int = 0,
+        *,
+        num_batches: int,
+    ):
+        if batch_size < 1 or not 0 <= rank < world_size or start_batch < 0 or num_batches < 0:
+            raise InputError(
+                f"batches of {batch_size}, rank {rank} of {world_size}, {num_batches} from {start_batch} on;"
+                " need batch_size >= 1, 0 <= rank < world_size, and no negative counts"
+            )
+        self.order = order
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.start_batch = start_batch
+        self.num_batches = num_batches
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for batch in range(self.start_batch, self.start_batch + self.num_batches):
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield [self.order.at(position) for position in range(first, first + self.batch_size)]

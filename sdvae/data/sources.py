@@ -1,0 +1,451 @@
+"""Where images come from: a folder, a data set of the `datasets` library, tar archives, scikit-image's photographs.
+
+A source hands out bytes and never decodes, so that one bad file is one bad sample and not the end of a run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import importlib.util
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from sdvae.data.images import ImageError, read_file
+from sdvae.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+IMAGE_EXTENSIONS = frozenset(
+    (
+        *(".apng", ".avif", ".avifs", ".bmp", ".dds", ".dib", ".gif", ".icns", ".ico", ".j2c", ".j2k", ".jfif", ".jp2"),
+        *(".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm"),
+        *(".ppm", ".psd", ".qoi", ".rgb", ".rgba", ".sgi", ".tif", ".tiff", ".webp"),
+    )
+)
+TABLE_EXTENSIONS = frozenset((".parquet", ".arrow"))
+TAR_EXTENSIONS = frozenset((".tar",))
+
+# The photographs in scikit-image's wheel: file, width, height. Drawings, masks, text and crops of 100 pixels are left
+# out. The two motorcycles are one scene seen from two sides: hold out both or none.
+SKIMAGE_PHOTOGRAPHS = {
+    "astronaut": ("astronaut.png", 512, 512),
+    "brick": ("brick.png", 512, 512),
+    "camera": ("camera.png", 512, 512),
+    "chelsea": ("chelsea.png", 451, 300),
+    "coffee": ("coffee.png", 600, 400),
+    "coins": ("coins.png", 384, 303),
+    "grass": ("grass.png", 512, 512),
+    "gravel": ("gravel.png", 512, 512),
+    "hubble_deep_field": ("hubble_deep_field.jpg", 1000, 872),
+    "ihc": ("ihc.png", 512, 512),
+    "moon": ("moon.png", 512, 512),
+    "motorcycle_left": ("motorcycle_left.png", 741, 500),
+    "motorcycle_right": ("motorcycle_right.png", 741, 500),
+    "retina": ("retina.jpg", 1411, 1411),
+    "rocket": ("rocket.jpg", 640, 427),
+}
+
+
+class ImageSource(Protocol):
+    """A sequence of image files. Implementations pickle, hold no open file, and may be read by many processes."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """A stable id, such as the path within the folder."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one file, undecoded; `ImageError` where there are none to be had."""
+        ...
+
+
+def open_source(spec: str, *, split: str = "train", image_column: str | None = None) -> ImageSource:
+    """The images that a string names.
+
+    Args:
+        spec: one of
+            - "skimage": the photographs inside scikit-image's wheel;
+            - a folder of images, nested or not, in the order of their paths; hidden files are ignored;
+            - a folder or file of `datasets`: from `save_to_disk`, or .parquet or .arrow files;
+            - a folder, file or glob of .tar (webdataset);
+            - a glob of images or tables;
+            - else the id of a data set on the Hugging Face hub.
+        split: of a data set that has several.
+        image_column: the column of images or of raw bytes; by default the only one of type `Image`.
+
+    Raises:
+        InputError: where there is no such thing, or nothing in it.
+    """
+    if spec == "skimage":
+        return _open_skimage()
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _open_folder(path, split, image_column)
+    if path.is_file():
+        return _open_files(spec, path.parent, [path.name], split, image_column)
+    if glob.has_magic(spec):
+        files = sorted(file for file in glob.glob(str(path), recursive=True) if os.path.isfile(file))
+        if not files:
+            raise InputError(f"no file matches {spec!r}; need at least one, check the pattern")
+        root = Path(os.path.commonpath([os.path.dirname(file) for file in files]) or ".")
+        return _open_files(spec, root, [Path(file).relative_to(root).as_posix() for file in files], split, image_column)
+    if _looks_like_path(spec):
+        raise InputError(f"no such folder or file: {spec!r}; need an existing one, check the path")
+    return _open_tables(spec, {"path": spec}, split, image_column)
+
+
+def subset(source: ImageSource, indices: Iterable[int]) -> ImageSource:
+    """The images of `source` at `indices`, in that order."""
+    return _Subset(source, np.fromiter(indices, dtype=np.int64))
+
+
+def split_off(
+    source: ImageSource, *, names: Sequence[str] | None = None, count: int = 0, seed: int = 0
+) -> tuple[ImageSource, ImageSource]:
+    """Divide into (train, held out), both in the order of `source`.
+
+    Args:
+        source: all images.
+        names: hold out these. Where given, `count` is not used.
+        count: hold out so many, those whose hash of (seed, name) is least; so an image that is added later
+            changes at most one of them.
+        seed: of that hash.
+
+    Raises:
+        InputError: for a name that is not there, or where nothing would be left to train on.
+    """
+    all_names = [source.name(index) for index in range(len(source))]
+    if names:
+        known = set(all_names)
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+                raise InputError(
+                    f"no image named {name!r} to hold out; need a name of the data set, "
+                    + (f"perhaps {' or '.join(map(repr, near))}" if near else f"such as {all_names[0]!r}")
+                )
+        wanted = set(names)
+        held_out = {index for index, name in enumerate(all_names) if name in wanted}
+    else:
+        if count < 0:
+            raise InputError(f"{count} images to hold out; need 0 or more")
+        ranked = sorted(range(len(all_names)), key=lambda index: (_name_hash(seed, all_names[index]), index))
+        held_out = set(ranked[:count])
+    if len(held_out) == len(source):
+        wanted_count = len(held_out) if names else count
+        raise InputError(f"{wanted_count} of {len(source)} images to hold out; need some to train on, hold out fewer")
+    train = [index for index in range(len(source)) if index not in held_out]
+    return subset(source, train), subset(source, sorted(held_out))
+
+
+def _name_hash(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}:".encode() + os.fsencode(name)).digest()
+
+
+class _Names:
+    """Many strings in one buffer. A list of a million is copied into each worker, as its reference counts change."""
+
+    def __init__(self, names: Iterable[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self._buffer = b"".join(encoded)
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._buffer[start : self._ends[index]])
+
+
+class _Subset:
+    def __init__(self, source: ImageSource, indices: np.ndarray):
+        self._source = source
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._indices[index]))
+
+    def read(self, index: int) -> bytes:
+        return self._source.read(int(self._indices[index]))
+
+
+class _Files:
+    """Image files below a folder; the names are their relative paths, or given."""
+
+    def __init__(self, root: Path, files: Sequence[str], names: Sequence[str] | None = None):
+        self._root = str(root)
+        self._files = _Names(files)
+        self._names = _Names(names) if names is not None else self._files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+    def read(self, index: int) -> bytes:
+        return read_file(os.path.join(self._root, self._files[index]))
+
+
+class _Tars:
+    """Image files within uncompressed tar archives. Their places are looked up once, so that any can be read alone."""
+
+    def __init__(self, root: Path, tars: Sequence[str]):
+        self._root = str(root)
+        self._tars = list(tars)
+        names: list[str] = []
+        places: list[tuple[int, int, int]] = []
+        for number, tar in enumerate(tars):
+            path = os.path.join(root, tar)
+            for member in _tar_members(path):
+                if member.isreg() and not member.issparse() and _is_image_name(member.name):
+                    names.append(f"{tar}/{member.name}")
+                    places.append((number, member.offset_data, member.size))
+                    if member.offset_data + member.size > os.path.getsize(path):
+                        raise InputError(f"{path!r} ends within {member.name!r}; need a whole tar, copy it again")
+        self._names = _Names(names)
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)  # archive, offset, size
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+    def read(self, index: int) -> bytes:
+        number, offset, size = (int(value) for value in self._places[index])
+        try:
+            # Opened each time: a handle that forked workers share has one position for all of them.
+            with open(os.path.join(self._root, self._tars[number]), "rb") as file:
+                file.seek(offset)
+                return file.read(size)
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from error
+
+
+class _Rows:
+    """One column of a `datasets.Dataset`: images that it is told not to decode, or raw bytes."""
+
+    def __init__(self, dataset: Dataset, column: str):
+        self._dataset = dataset.select_columns([column]).with_format(None)
+        self._column = column
+        self._paths = _distinct_paths(self._dataset, column)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def name(self, index: int) -> str:
+        path = self._paths[index] if self._paths is not None else ""
+        return path or f"row-{index:08d}"
+
+    def read(self, index: int) -> bytes:
+        value: Any = self._dataset[index][self._column]
+        if isinstance(value, dict):
+            if value.get("bytes") is None and value.get("path"):
+                return read_file(value["path"])
+            value = value.get("bytes")
+        if value is None:
+            raise ImageError("the row holds no image")
+        return bytes(value)
+
+
+def _open_skimage() -> ImageSource:
+    package = importlib.util.find_spec("skimage")  # finds the folder without importing it
+    folders = list(package.submodule_search_locations or []) if package else []
+    root = Path(folders[0], "data") if folders else None
+    files = [file for file, _, _ in SKIMAGE_PHOTOGRAPHS.values()]
+    if root is None or not all((root / file).is_file() for file in files):
+        raise InputError('data source "skimage" needs the photographs of scikit-image; pip install "sdvae[quickstart]"')
+    return _Files(root, files, names=list(SKIMAGE_PHOTOGRAPHS))
+
+
+def _open_folder(folder: Path, split: str, image_column: str | None) -> ImageSource:
+    if (folder / "dataset_dict.json").is_file() or all(
+        (folder / file).is_file() for file in ("dataset_info.json", "state.json")
+    ):
+        return _open_saved(folder, split, image_column)
+    kinds = _by_kind(_walk(folder))
+    found = {kind: files for kind, files in kinds.items() if files}
+    if not found:
+        raise InputError(f"{str(folder)!r} holds no images; need a folder with .png, .jpg, … .parquet or .tar files")
+    if len(found) > 1:
+        counts = " and ".join(f"{len(files)} {kind}" for kind, files in found.items())
+        raise InputError(
+            f"{str(folder)!r} holds {counts}; need one kind, choose by a pattern such as '{folder}/**/*.png'"
+        )
+    if "tables" in found:
+        return _open_tables(str(folder), {"path": str(folder)}, split, image_column)
+    if "tars" in found:
+        return _open_tars(str(folder), folder, found["tars"])
+    return _Files(folder, found["images"])
+
+
+def _open_files(spec: str, root: Path, files: Sequence[str], split: str, image_column: str | None) -> ImageSource:
+    """Files given one by one, by their paths below `root`."""
+    kinds = _by_kind(files)
+    kind = next((kind for kind, of_kind in kinds.items() if len(of_kind) == len(files)), None)
+    if kind is None:
+        raise InputError(f"{spec!r} names files of unlike or unknown kinds; need images, .tar, .parquet or .arrow")
+    if kind == "images":
+        return _Files(root, files)
+    if kind == "tars":
+        return _open_tars(spec, root, files)
+    builders = {os.path.splitext(file)[1].lower()[1:] for file in files}
+    if len(builders) > 1:
+        raise InputError(f"{spec!r} names .arrow and .parquet files; need one kind, narrow the pattern")
+    data_files = {split: [str(root / file) for file in files]}
+    return _open_tables(spec, {"path": builders.pop(), "data_files": data_files}, split, image_column)
+
+
+def _open_tars(spec: str, root: Path, files: Sequence[str]) -> ImageSource:
+    tars = _Tars(root, files)
+    if len(tars) == 0:
+        raise InputError(f"{spec!r} holds no images; need .png, .jpg, … members in its archives")
+    return tars
+
+
+def _open_tables(spec: str, arguments: dict[str, Any], split: str, image_column: str | None) -> ImageSource:
+    """By `datasets.load_dataset`, which keeps a memory-mapped Arrow copy in its cache."""
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(**arguments, split=split)
+    # Its ways to say «not found», «no such split», «not readable», «offline» are many; each is about this input.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"data set {spec!r}, split {split!r} cannot be opened; {reason}") from error
+    return _open_rows(spec, dataset, image_column)
+
+
+def _open_saved(folder: Path, split: str, image_column: str | None) -> ImageSource:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:  # ArrowInvalid is a ValueError
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"data set {str(folder)!r} cannot be opened; need what save_to_disk wrote; {reason}"
+        ) from error
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise InputError(f"data set {str(folder)!r} has no split {split!r}; need one of {sorted(map(str, saved))}")
+        saved = saved[split]
+    elif split not in ("train", str(saved.split)):
+        raise InputError(f"data set {str(folder)!r} was saved as one split, {saved.split}; got split {split!r}")
+    return _open_rows(str(folder), saved, image_column)
+
+
+def _open_rows(spec: str, dataset: Dataset, image_column: str | None) -> ImageSource:
+    import datasets
+
+    features = dataset.features
+    if len(dataset) == 0:
+        raise InputError(f"data set {spec!r} has no rows; need at least one image")
+    if image_column is None:
+        columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        columns = columns or [name for name, feature in features.items() if _is_binary(feature)]
+        if len(columns) != 1:
+            found = f"image columns {columns}" if columns else f"no image column among {list(features)}"
+            raise InputError(f"data set {spec!r} has {found}; need exactly one, name it with image_column")
+        image_column = columns[0]
+    if image_column not in features:
+        near = difflib.get_close_matches(image_column, features, n=1, cutoff=0.0)
+        raise InputError(
+            f"data set {spec!r} has no column {image_column!r}; need one of {list(features)}, perhaps {near[0]!r}"
+        )
+    feature = features[image_column]
+    if not isinstance(feature, datasets.Image) and not _is_binary(feature):
+        raise InputError(f"column {image_column!r} of {spec!r} is {feature}; need images or raw bytes")
+    if isinstance(feature, datasets.Image):
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    return _Rows(dataset, image_column)
+
+
+def _is_binary(feature: Any) -> bool:
+    """Raw bytes, or the pair of bytes and path in which Parquet files without the library's metadata hold images."""
+    if isinstance(feature, dict):
+        return _is_binary(feature.get("bytes"))
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _distinct_paths(dataset: Dataset, column: str) -> _Names | None:
+    """The paths that the images of a column carry, or None where they are missing or do not tell rows apart."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    arrow = dataset.with_format("arrow")
+    paths: list[str] = []
+    for start in range(0, len(dataset), 10_000):
+        values = arrow[start : start + 10_000].column(column)
+        if not pa.types.is_struct(values.type) or values.type.get_field_index("path") < 0:
+            return None
+        paths += [path or "" for path in pc.struct_field(values, "path").to_pylist()]
+    present = [path for path in paths if path]
+    return _Names(paths) if present and len(set(present)) == len(present) else None
+
+
+def _tar_members(path: str) -> list[tarfile.TarInfo]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return tar.getmembers()
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(f"{path!r} is not a whole, uncompressed tar ({error}); copy or unpack it again") from error
+
+
+def _walk(root: Path) -> list[str]:
+    """All files below `root` as sorted posix paths, without hidden ones. Links are followed, into each folder once."""
+    files: list[str] = []
+    seen = {os.path.realpath(root)}
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        kept = []
+        for name in sorted(subfolders):
+            real = os.path.realpath(os.path.join(folder, name))
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                kept.append(name)
+        subfolders[:] = kept
+        relative = Path(os.path.relpath(folder, root))
+        files += [(relative / name).as_posix() for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def _by_kind(files: Iterable[str]) -> dict[str, list[str]]:
+    kinds: dict[str, list[str]] = {"images": [], "tables": [], "tars": []}
+    for file in files:
+        extension = os.path.splitext(file)[1].lower()
+        if extension in IMAGE_EXTENSIONS:
+            kinds["images"].append(file)
+        elif extension in TABLE_EXTENSIONS:
+            kinds["tables"].append(file)
+        elif extension in TAR_EXTENSIONS:
+            kinds["tars"].append(file)
+    return kinds
+
+
+def _is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not os.path.basename(name).startswith(".")
+
+
+def _looks_like_path(spec: str) -> bool:
+    """Whether it cannot be a hub id, `name` or `owner/name`, or part of it lies on this disk."""
+    extensions = IMAGE_EXTENSIONS | TABLE_EXTENSIONS | TAR_EXTENSIONS
+    return (
+        re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec) is None
+        or os.path.exists(spec.split("/")[0])
+        or os.path.splitext(spec)[1].lower() in extensions
+    )

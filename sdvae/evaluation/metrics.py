@@ -1,0 +1,90 @@
+"""Figures of merit of a reconstruction, one an image, and moments of the latents."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from sdvae.evaluation.perceptual import Perceptual
+from sdvae.model import DiagonalGaussian
+
+ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, «Importance weighted autoencoders», section 5: active units
+PEAK_PSNR = 100.0  # dB; stands for an exact reconstruction, whose PSNR is infinite
+
+
+def image_metrics(
+    images: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian, perceptual: Perceptual | None
+) -> list[dict[str, float]]:
+    """PSNR, SSIM, LPIPS and KL of each image.
+
+    Args:
+        images, reconstruction: (B, C, H, W) in [-1, 1]; the reconstruction is clamped to that range first.
+        perceptual: None leaves LPIPS out.
+
+    Returns: for each image `psnr` in dB, `ssim` (11x11 Gaussian window, sigma 1.5, range 1), the perceptual
+        distance under its own name, and `kl` in nats divided by C·H·W.
+    """
+    images, reconstruction = images.float(), reconstruction.float().clamp(-1, 1)
+    x, y = (images + 1) / 2, (reconstruction + 1) / 2
+    psnr = peak_signal_noise_ratio(y, x, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    ssim = structural_similarity_index_measure(y, x, data_range=1.0, reduction="none")
+    assert isinstance(ssim, Tensor)  # a tuple only when the whole map is asked for
+    columns = {
+        "psnr": psnr.clamp(max=PEAK_PSNR),
+        "ssim": ssim.reshape(-1),
+        "kl": posterior.kl() / images[0].numel(),
+    }
+    if perceptual is not None:
+        columns[perceptual.name] = perceptual(reconstruction, images)
+    values = {name: column.tolist() for name, column in columns.items()}
+    return [{name: column[i] for name, column in values.items()} for i in range(len(images))]
+
+
+class LatentMoments:
+    """Mean and variance of the latents over images and positions, channel by channel, in float64.
+
+    A latent element is N(mean, var) with its own mean and var, so over all elements, by the law of total
+    variance, Var[z] = Var[mean] + E[var]: exact, with no sample drawn.
+
+    Attributes:
+        sums: (4, C) float64 on the CPU: count, Σ mean, Σ mean², Σ var. Sums of two sets of images add up,
+            which is how processes merge theirs.
+    """
+
+    def __init__(self, channels: int):
+        self.sums = torch.zeros(4, channels, dtype=torch.float64)
+
+    def update(self, posterior: DiagonalGaussian) -> None:
+        mean = posterior.mean.detach().double().cpu()
+        var = posterior.logvar.detach().double().exp().cpu()
+        count = torch.full((mean.shape[1],), mean.numel() / mean.shape[1], dtype=torch.float64)
+        over = (0, 2, 3)
+        self.sums += torch.stack([count, mean.sum(over), mean.square().sum(over), var.sum(over)])
+
+    @property
+    def channel_mean(self) -> Tensor:
+        """(C,) float64."""
+        return self.sums[1] / self.sums[0]
+
+    @property
+    def channel_std(self) -> Tensor:
+        """(C,) float64: standard deviation of sampled latents."""
+        return (self.sums[2:].sum(0) / self.sums[0] - self.channel_mean.square()).clamp(min=0).sqrt()
+
+    @property
+    def mean(self) -> float:
+        return float(self.sums[1].sum() / self.sums[0].sum())
+
+    @property
+    def std(self) -> float:
+        """Over all channels together: 1/std is LDM's scaling factor (appendix G)."""
+        return math.sqrt(max(0.0, float(self.sums[2:].sum() / self.sums[0].sum()) - self.mean**2))
+
+    @property
+    def active_channels(self) -> int:
+        """Channels whose posterior mean varies over images and positions: Var[mean] > 0.01."""
+        variance = self.sums[2] / self.sums[0] - self.channel_mean.square()
+        return int((variance > ACTIVE_VARIANCE).sum())

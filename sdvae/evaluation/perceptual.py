@@ -1,0 +1,153 @@
+"""LPIPS, the learned perceptual distance, as a metric and, with its gradient, as a loss.
+
+Zhang et al. 2018, «The Unreasonable Effectiveness of Deep Features as a Perceptual Metric»: the distance is
+a weighted sum of squared differences between unit-normalised features of an ImageNet trunk. The network and
+its linear heads come from the `lpips` package; here is where its trunk's weights come from, and what keeps
+it frozen, in evaluation mode and in fp32.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import warnings
+from pathlib import Path
+from urllib.error import URLError
+
+import lpips
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from sdvae.errors import InputError
+from sdvae.weights.files import read_weights
+
+logger = logging.getLogger(__name__)
+
+TORCHVISION_WEIGHTS = {
+    "vgg": torchvision.models.VGG16_Weights.IMAGENET1K_V1,
+    "alex": torchvision.models.AlexNet_Weights.IMAGENET1K_V1,
+    "squeeze": torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1,
+}
+DOWNLOAD_TIMEOUT_SECONDS = 20.0
+RANDOM_TRUNK_SEED = 0  # a random trunk is the same in every run and on every process
+
+
+class Perceptual(nn.Module):
+    """LPIPS of two batches of images; its weights never train and it never leaves evaluation mode.
+
+    Build it with `load_perceptual`.
+
+    Attributes:
+        name: for tables and logs: «lpips_vgg»; «lpips_vgg_random» when the trunk is random, since such a
+            figure compares with no published one; «lpips_vgg_uniform» with uniform heads.
+    """
+
+    def __init__(self, network: lpips.LPIPS, name: str):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.name = name
+
+    def train(self, mode: bool = True) -> Perceptual:
+        """Stays in evaluation mode: lpips's heads have dropout, which would make the distance random."""
+        return super().train(False)
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """(B, C, H, W) twice, in [-1, 1] -> (B,) in fp32, also under autocast.
+
+        Grey images are repeated to three channels; with any other number of channels each channel is taken
+        as a grey image and the distances are averaged.
+        """
+        channels = images.shape[1]
+        with torch.autocast(images.device.type, enabled=False):
+            a, b = (_as_rgb(x.float()) for x in (reconstruction, images))
+            distances = self.network(a, b).flatten()  # (B,), or (B·C,) for channels on their own
+        return distances if channels in (1, 3) else distances.view(-1, channels).mean(dim=1)
+
+
+def _as_rgb(x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    if channels == 3:
+        return x
+    return x.reshape(batch * channels, 1, height, width).expand(-1, 3, -1, -1)
+
+
+def load_perceptual(
+    net: str = "vgg", weights: str | Path | None = None, heads: str = "lpips", allow_random: bool = False
+) -> Perceptual:
+    """LPIPS with its trunk's weights from a local file, from torchvision's download, or (if allowed) random.
+
+    Args:
+        net: "vgg", "alex" or "squeeze".
+        weights: file with the trunk in torchvision's names; None downloads it, or takes torch hub's cache.
+        heads: "lpips" for the published linear heads, "uniform" to count all features the same.
+        allow_random: when nothing can be downloaded, warn and take a random trunk with uniform heads.
+
+    Raises: InputError when the file does not fit, or when nothing can be downloaded and random is not allowed.
+    """
+    if net not in TORCHVISION_WEIGHTS:
+        raise InputError(f"got perceptual net {net!r}; need one of {', '.join(TORCHVISION_WEIGHTS)}")
+    trunk: dict[str, Tensor] | None
+    if weights is not None:
+        trunk, origin = read_weights(Path(weights), _trunk_keys), str(weights)
+    else:
+        trunk, origin = _download_trunk(net, allow_random), "torchvision"
+    if trunk is None:
+        heads = "uniform"  # the published heads are fitted to trained features
+
+    network = _build(net, heads)
+    if trunk is not None:
+        _load_trunk(network.net, trunk, net, origin)
+    name = f"lpips_{net}" + ("_random" if trunk is None else "_uniform" if heads == "uniform" else "")
+    return Perceptual(network, name)
+
+
+def _trunk_keys(keys: list[str]) -> dict[str, str]:
+    """Of a whole classifier, the convolutional part."""
+    return {key: key for key in keys if key.startswith("features.")}
+
+
+def _build(net: str, heads: str) -> lpips.LPIPS:
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # lpips 0.1.4 passes torchvision's former argument `pretrained`
+        warnings.filterwarnings(
+            "ignore", message=".*'pretrained' is deprecated.*|.*weight enum.*", category=UserWarning
+        )
+        torch.manual_seed(RANDOM_TRUNK_SEED)
+        return lpips.LPIPS(net=net, lpips=heads == "lpips", pnet_rand=True, verbose=False)
+
+
+def _download_trunk(net: str, allow_random: bool) -> dict[str, Tensor] | None:
+    """The trunk's state dict, or None when it cannot be had and a random one will do."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # torch hub sets none, and a silent network would hang
+    try:
+        return TORCHVISION_WEIGHTS[net].get_state_dict(
+            progress=False, check_hash=True, map_location="cpu", weights_only=True
+        )
+    except (URLError, TimeoutError, ConnectionError) as error:
+        reason = f"no ImageNet weights for LPIPS's {net} trunk: the download failed ({error})"
+        if not allow_random:
+            raise InputError(
+                f"{reason}; give a local file with loss.perceptual.weights=FILE, "
+                "or set loss.lpips_weight=0 or loss.perceptual.allow_random=true"
+            ) from error
+        logger.warning("%s; going on with a RANDOM trunk: its figures compare with no published LPIPS", reason)
+        return None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _load_trunk(trunk: nn.Module, tensors: dict[str, Tensor], net: str, origin: str) -> None:
+    """Load torchvision's «features.3.…» into lpips's «sliceK.3.…», the same layer in the same order."""
+    expected = trunk.state_dict()
+    found = {key: tensors.get("features." + key.split(".", 1)[1]) for key in expected}
+    missing = [key for key, tensor in found.items() if tensor is None]
+    wrong = [key for key, tensor in found.items() if tensor is not None and tensor.shape != expected[key].shape]
+    if missing or wrong:
+        example = (missing + wrong)[0].split(".", 1)[1]
+        raise InputError(
+            f"{origin} is no {net} trunk: {len(missing)} of {len(expected)} tensors missing, {len(wrong)} of the "
+            f"wrong shape (features.{example}); need torchvision's {type(TORCHVISION_WEIGHTS[net]).__name__[:-8]} names"
+        )
+    trunk.load_state_dict(found)

@@ -1,0 +1,80 @@
+"""From the recipe's data section to batches."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+
+from sdvae.data import (
+    BadImages,
+    EvaluationImages,
+    ImageSource,
+    SampleOrder,
+    ShardedBatches,
+    TrainingImages,
+    evaluation_loader,
+    open_source,
+    split_off,
+    training_loader,
+)
+from sdvae.training.config import DataConfig, TrainConfig
+
+
+def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
+    """Training and validation images, with no image in both when they come from one source.
+
+    Raises: InputError when a source cannot be opened or is too small to be divided.
+    """
+    source = open_source(config.source, split=config.split, image_column=config.image_column)
+    if config.validation_source is None:
+        names = list(config.validation_names) or None
+        return split_off(source, names=names, count=config.validation_count, seed=seed)
+    validation = open_source(config.validation_source, split=config.validation_split, image_column=config.image_column)
+    if len(validation) > config.validation_count:
+        _, validation = split_off(validation, names=None, count=config.validation_count, seed=seed)
+    return source, validation
+
+
+def training_batches(source: ImageSource, config: TrainConfig, accelerator: Accelerator) -> DataLoader:
+    """This process's micro-batches of the whole run, in order."""
+    data = config.data
+    images = TrainingImages(
+        source,
+        resolution=data.resolution,
+        seed=config.seed,
+        channels=config.model.in_channels,
+        crop_scale=data.crop_scale,
+        flip=data.flip,
+        color_jitter=data.color_jitter,
+        background=data.background,
+        min_side=data.min_side,
+        cache_mib=data.cache_mib,
+    )
+    batches = ShardedBatches(
+        SampleOrder(len(source), config.seed),
+        config.batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_batches=config.steps * config.gradient_accumulation_steps,
+    )
+    return training_loader(images, batches, num_workers=data.num_workers, pin_memory=accelerator.device.type == "cuda")
+
+
+def evaluation_batches(source: ImageSource, config: TrainConfig, accelerator: Accelerator) -> DataLoader:
+    """This process's share of all images of `source`, each once: every num_processes-th, centre-cropped."""
+    images = EvaluationImages(
+        source,
+        resolution=config.data.resolution,
+        channels=config.model.in_channels,
+        background=config.data.background,
+        min_side=config.data.min_side,
+    )
+    share = list(range(accelerator.process_index, len(source), accelerator.num_processes))
+    return evaluation_loader(images, share, batch_size=config.batch_size, num_workers=min(2, config.data.num_workers))
+
+
+def stop_if_too_many_are_bad(bad_images: BadImages, total: int, max_fraction: float) -> None:
+    """Raise on every process alike when the processes together met too many bad images."""
+    bad_images.add(gather_object(bad_images.items()))
+    bad_images.check(total, max_fraction)

@@ -1,0 +1,100 @@
+"""Validation and latent statistics over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from sdvae.data import BadImages
+from sdvae.errors import InputError
+from sdvae.evaluation import LatentMoments, Perceptual, image_metrics
+from sdvae.model import AutoencoderKL
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Means over the validation images, and the first few images with their reconstructions (CPU, fp32)."""
+
+    metrics: dict[str, float]
+    per_image: list[dict[str, Any]]
+    images: Tensor
+    reconstructions: Tensor
+
+
+@torch.no_grad()
+def validate(
+    vae: AutoencoderKL,
+    batches: Iterable[dict[str, Any]],
+    accelerator: Accelerator,
+    perceptual: Perceptual | None,
+    bad_images: BadImages,
+    keep: int,
+) -> ValidationResult:
+    """Reconstruct each process's share of the images from the posterior's mode, and merge the figures.
+
+    Args:
+        batches: this process's part: `image` (B, C, R, R), `name`, `index`, the place in the whole set, and `bad`.
+        bad_images: takes note of the images that could not be read.
+        keep: how many images, from the first on, come back as tensors.
+
+    Raises: InputError when no image can be read.
+    """
+    moments = LatentMoments(vae.config.latent_channels)
+    rows: list[dict[str, Any]] = []
+    kept: list[tuple[int, Tensor, Tensor]] = []
+    for batch in readable(batches, bad_images):
+        images = batch["image"].to(accelerator.device)
+        with accelerator.autocast():
+            output = vae(images)
+        moments.update(output.posterior)
+        for i, metrics in enumerate(image_metrics(images, output.sample, output.posterior, perceptual)):
+            rows.append({"index": batch["index"][i], "name": batch["name"][i], **metrics})
+            if batch["index"][i] < keep:
+                kept.append((batch["index"][i], images[i].float().cpu(), output.sample[i].float().cpu()))
+
+    rows = sorted(gather_object(rows), key=lambda row: row["index"])
+    kept = sorted(gather_object(kept), key=lambda entry: entry[0])
+    if not rows:
+        raise InputError("no validation image can be read; give others with data.validation_source or …_names")
+    moments.sums = _sum_over_processes(moments.sums, accelerator)
+    names = [name for name in rows[0] if name not in ("index", "name")]
+    metrics = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    metrics["active_channels"] = moments.active_channels
+    metrics["latent_std"] = moments.std
+    return ValidationResult(
+        metrics=metrics,
+        per_image=rows,
+        images=torch.stack([entry[1] for entry in kept]),
+        reconstructions=torch.stack([entry[2] for entry in kept]),
+    )
+
+
+@torch.no_grad()
+def measure_latents(
+    vae: AutoencoderKL, batches: Iterable[dict[str, Any]], accelerator: Accelerator, bad_images: BadImages
+) -> LatentMoments:
+    """Moments of the latents over every process's share of the images."""
+    moments = LatentMoments(vae.config.latent_channels)
+    for batch in readable(batches, bad_images):
+        with accelerator.autocast():
+            moments.update(vae.encode(batch["image"].to(accelerator.device)).latent_dist)
+    moments.sums = _sum_over_processes(moments.sums, accelerator)
+    return moments
+
+
+def readable(batches: Iterable[dict[str, Any]], bad_images: BadImages) -> Iterator[dict[str, Any]]:
+    """The batches less those in which no image could be read."""
+    for batch in batches:
+        bad_images.add(batch["bad"])
+        if batch["name"]:
+            yield batch
+
+
+def _sum_over_processes(sums: Tensor, accelerator: Accelerator) -> Tensor:
+    return torch.stack(gather_object([sums])).sum(dim=0) if accelerator.num_processes > 1 else sums

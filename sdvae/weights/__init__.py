@@ -1,0 +1,7 @@
+"""Weight files: diffusers folders and LDM single files, in and out. Knows only `sdvae.model`."""
+
+from sdvae.weights.load import load_vae
+from sdvae.weights.names import from_ldm, to_ldm
+from sdvae.weights.save import export_targets, save_ldm, save_vae
+
+__all__ = ["export_targets", "from_ldm", "load_vae", "save_ldm", "save_vae", "to_ldm"]

@@ -1,0 +1,206 @@
+"""`load_vae`: any published form of a Stable-Diffusion VAE -> `AutoencoderKL`, or one clear refusal."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor
+
+from sdvae.errors import InputError
+from sdvae.model import AutoencoderKL
+from sdvae.weights.config import checked_config, infer_config, read_config
+from sdvae.weights.files import WEIGHT_SUFFIXES, check_tensors, read_json, read_weights
+from sdvae.weights.names import first_few, from_ldm, is_diffusers_layout, linear_attention, modern_names
+
+log = logging.getLogger(__name__)
+
+PREFIXES = ("first_stage_model.", "vae.", "")  # full SD checkpoints; some repacked ones; VAE files
+VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+# What LDM's training leaves beside the VAE: discriminator, LPIPS and logvar; the EMA copy; the step.
+LEFT_ASIDE = ("loss.", "model_ema.", "global_step")
+STEM = "diffusion_pytorch_model"  # diffusers' name of the weights' file
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_vae(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> AutoencoderKL:
+    """Load a VAE, in evaluation mode, on the CPU.
+
+    Args:
+        source: a diffusers folder of a VAE or of a whole pipeline (its vae/ is taken); a single file
+            (.safetensors, .ckpt, .pt, .pth, .bin) in LDM's or diffusers' layout, the VAE alone or a full
+            checkpoint; or the id of a repository on the Hugging Face hub.
+        subfolder: where in the folder or repository the VAE lies.
+        config: keys that win over config.json or over what is inferred from a single file's shapes; a dict or
+            the path of a config.json. Shapes can not tell SDXL's factor (0.13025) from SD's, nor SD3's from
+            Flux's, nor the number of groups when a width is no multiple of 32.
+        dtype: of the weights; by default the file's own, the widest if it has several.
+
+    Raises: InputError when the source is missing, damaged, holds code, or its weights are not exactly those of
+        its configuration, all of them floating and finite. Nothing is loaded in part.
+    """
+    given = read_config(config)
+    path = Path(source).expanduser()
+    if not path.exists() and path.suffix not in WEIGHT_SUFFIXES:
+        path = _download(str(source), subfolder)
+    if path.is_dir():
+        folder = _model_folder(path, subfolder)
+        # before the weights: a folder of another class is refused for that, and not for its keys
+        settings = {**checked_config(read_json(folder / "config.json"), str(folder / "config.json")), **given}
+        weights = _read_folder(folder)
+        origin = str(folder)
+    else:
+        if subfolder is not None:
+            raise InputError(f"got subfolder={subfolder!r} with the single file {path}; need a folder; leave it out")
+        origin = str(path)
+        weights = _standard_names(read_weights(path, partial(_pick_vae, origin=origin)), origin)
+        settings = infer_config(weights, given, origin)
+    return _build(settings, weights, origin, dtype)
+
+
+def _build(
+    settings: Mapping[str, Any], weights: dict[str, Tensor], origin: str, dtype: torch.dtype | None
+) -> AutoencoderKL:
+    with torch.device("meta"):  # only shapes: no memory, no random initialisation
+        vae = AutoencoderKL(**settings)
+    _check_fit(vae.state_dict(), weights, origin)
+    check_tensors(weights, origin)
+    widest = reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
+    weights = {key: weight.to(dtype or widest).contiguous() for key, weight in weights.items()}
+    if dtype is not None:
+        check_tensors(weights, f"{origin} as {dtype}")  # float16 ends at 65504
+    vae.load_state_dict(weights, assign=True)
+    return vae.eval()
+
+
+def _check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> None:
+    missing = sorted(expected.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - expected.keys())
+    wrong = [
+        f"{key} {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in sorted(expected.keys() & weights.keys())
+        if expected[key].shape != weights[key].shape
+    ]
+    faults = [
+        f"{len(keys)} {kind} ({first_few(keys)})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        if keys
+    ]
+    if faults:
+        raise InputError(
+            f"the weights in {origin} do not fit their configuration: keys {'; '.join(faults)}; "
+            "get a whole copy, or give the configuration it was trained with as config="
+        )
+
+
+def _pick_vae(keys: list[str], origin: str) -> dict[str, str]:
+    """{key in the file: its name without prefix} of the VAE's part of a checkpoint."""
+    prefix = next(
+        (p for p in PREFIXES if any(key.startswith(tuple(p + part for part in VAE_PARTS)) for key in keys)), None
+    )
+    if prefix is None:
+        raise InputError(
+            f"{origin} has no VAE among its {len(keys)} keys ({first_few(sorted(keys))}); "
+            "need encoder.* and decoder.*, alone or after first_stage_model. or vae."
+        )
+    names = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+    if any(name.startswith("model_ema.") for name in names.values()):
+        log.info("%s: the trained weights are taken; those under model_ema. are left aside", origin)
+    return {key: name for key, name in names.items() if not name.startswith(LEFT_ASIDE)}
+
+
+def _standard_names(weights: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
+    try:
+        return linear_attention(modern_names(weights)) if is_diffusers_layout(list(weights)) else from_ldm(weights)
+    except InputError as error:  # which knows the keys and not the file
+        raise InputError(f"{origin}: {error}") from error
+
+
+def _model_folder(folder: Path, subfolder: str | None) -> Path:
+    if subfolder is not None:
+        folder = folder / subfolder
+    elif (folder / "model_index.json").is_file() or not (folder / "config.json").is_file():
+        folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    if not (folder / "config.json").is_file():
+        raise InputError(f"there is no config.json in {folder}; need a diffusers folder; check the path or subfolder=")
+    return folder
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    """All weights of a diffusers folder: safetensors before .bin, the plain files before a variant's."""
+    for suffix in (".safetensors", ".bin"):
+        singles = {path.name: path for path in folder.glob(f"{STEM}*{suffix}") if "-of-" not in path.name}
+        indices = {path.name: path for path in folder.glob(f"{STEM}*{suffix}.index*.json")}
+        plain, index = singles.get(f"{STEM}{suffix}"), indices.get(f"{STEM}{suffix}.index.json")
+        if plain and index:
+            raise InputError(f"{folder} has both {plain.name} and {index.name}; need one; remove the stale one")
+        found = [path for path in (plain, index) if path] or [*singles.values(), *indices.values()]
+        if len(found) > 1:
+            names = ", ".join(sorted(path.name for path in found))
+            raise InputError(
+                f"{folder} has several variants ({names}); need one; give the file and its config= instead"
+            )
+        if found:
+            weights = _read_shards(found[0]) if found[0].suffix == ".json" else read_weights(found[0], _pick_all)
+            return _standard_names(weights, str(folder))
+    raise InputError(f"there are no weights in {folder}; need {STEM}.safetensors or {STEM}.bin; get a whole copy")
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map; need diffusers' index of shards; get a whole copy")
+    weights: dict[str, Tensor] = {}
+    for name in sorted({str(name) for name in weight_map.values()}):
+        if Path(name).name != name:
+            raise InputError(f"{index} points outside its folder ({name!r}); need plain file names; get a clean copy")
+        listed = sorted(key for key, file in weight_map.items() if file == name)
+        shard = read_weights(index.parent / name, _pick_all)
+        if listed != sorted(shard):
+            odd = sorted(set(listed) ^ set(shard))
+            raise InputError(f"{name} and {index} disagree on {len(odd)} keys ({first_few(odd)}); get a whole copy")
+        weights.update(shard)
+    return weights
+
+
+def _pick_all(keys: list[str]) -> dict[str, str]:
+    return {key: key for key in keys}
+
+
+def _download(repo: str, subfolder: str | None) -> Path:
+    """The folder of the repository's snapshot with config and weights: safetensors if there are any, else .bin."""
+    if not HUB_ID.fullmatch(repo):
+        raise InputError(
+            f"there is no file or folder {repo}, and it is no hub id (owner/name); check the path "
+            f"(single files end in {', '.join(WEIGHT_SUFFIXES)})"
+        )
+    places = [f"{subfolder.strip('/')}/"] if subfolder else ["", "vae/"]
+    # the plain name before its variants, so that no second copy of the weights is downloaded
+    forms = [f"{STEM}.safetensors", f"{STEM}*.safetensors", f"{STEM}.bin", f"{STEM}*.bin"]
+    for form in forms:
+        shards = [f"{STEM}-*{Path(form).suffix}", f"{STEM}{Path(form).suffix}.index.json"]
+        patterns = ["model_index.json", *(p + name for p in places for name in ("config.json", form, *shards))]
+        try:
+            snapshot = Path(snapshot_download(repo, allow_patterns=patterns))
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"there is no file or folder {repo}, and the hub gave {type(error).__name__} ({reason[:200]}); "
+                "check the name, the network and your access"
+            ) from error
+        if any(list((snapshot / place).glob(f"{STEM}*{Path(form).suffix}")) for place in places):
+            break
+    return snapshot

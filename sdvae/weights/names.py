@@ -1,0 +1,177 @@
+"""The names of the same weights in diffusers' and in LDM's state dict: one table, read in both directions.
+
+LDM (CompVis, Stability, ComfyUI, A1111, Flux's ae.safetensors) numbers the decoder's levels from the image
+inwards, diffusers from the latents outwards, and stores attention projections as 1x1 convs where diffusers
+has linear layers. All else is renaming.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import product
+
+from torch import Tensor
+
+from sdvae.errors import InputError
+
+# diffusers, LDM. {level} counts as diffusers does, {mirrored} = levels - 1 - level.
+_RESNETS = [
+    ("encoder.down_blocks.{level}.resnets.{layer}", "encoder.down.{level}.block.{layer}"),
+    ("encoder.mid_block.resnets.0", "encoder.mid.block_1"),
+    ("encoder.mid_block.resnets.1", "encoder.mid.block_2"),
+    ("decoder.up_blocks.{level}.resnets.{layer}", "decoder.up.{mirrored}.block.{layer}"),
+    ("decoder.mid_block.resnets.0", "decoder.mid.block_1"),
+    ("decoder.mid_block.resnets.1", "decoder.mid.block_2"),
+]
+_RESNET_LAYERS = [
+    ("norm1", "norm1"),
+    ("conv1", "conv1"),
+    ("norm2", "norm2"),
+    ("conv2", "conv2"),
+    ("conv_shortcut", "nin_shortcut"),
+]
+_ATTENTIONS = [
+    ("encoder.down_blocks.{level}.attentions.{layer}", "encoder.down.{level}.attn.{layer}"),
+    ("encoder.mid_block.attentions.0", "encoder.mid.attn_1"),
+    ("decoder.up_blocks.{level}.attentions.{layer}", "decoder.up.{mirrored}.attn.{layer}"),
+    ("decoder.mid_block.attentions.0", "decoder.mid.attn_1"),
+]
+_ATTENTION_LAYERS = [
+    ("group_norm", "norm"),
+    ("to_q", "q"),
+    ("to_k", "k"),
+    ("to_v", "v"),
+    ("to_out.0", "proj_out"),
+]
+_OTHERS = [
+    ("encoder.conv_in", "encoder.conv_in"),
+    ("encoder.down_blocks.{level}.downsamplers.0.conv", "encoder.down.{level}.downsample.conv"),
+    ("encoder.conv_norm_out", "encoder.norm_out"),
+    ("encoder.conv_out", "encoder.conv_out"),
+    ("quant_conv", "quant_conv"),
+    ("post_quant_conv", "post_quant_conv"),
+    ("decoder.conv_in", "decoder.conv_in"),
+    ("decoder.up_blocks.{level}.upsamplers.0.conv", "decoder.up.{mirrored}.upsample.conv"),
+    ("decoder.conv_norm_out", "decoder.norm_out"),
+    ("decoder.conv_out", "decoder.conv_out"),
+]
+TABLE: list[tuple[str, str]] = [
+    *_OTHERS,
+    *((f"{a}.{layer_a}", f"{b}.{layer_b}") for (a, b), (layer_a, layer_b) in product(_RESNETS, _RESNET_LAYERS)),
+    *((f"{a}.{layer_a}", f"{b}.{layer_b}") for (a, b), (layer_a, layer_b) in product(_ATTENTIONS, _ATTENTION_LAYERS)),
+]
+
+# Names of attention layers that diffusers wrote before 0.13 -> today's, in diffusers' and in LDM's layout.
+_LEGACY_ATTENTION = {
+    "query": ("to_q", "q"),
+    "key": ("to_k", "k"),
+    "value": ("to_v", "v"),
+    "proj_attn": ("to_out.0", "proj_out"),
+}
+_LEGACY_KEY = re.compile(rf"(.*)\.({'|'.join(_LEGACY_ATTENTION)})\.(weight|bias)")
+_PROJECTION_WEIGHT = re.compile(r"(.*\.attentions\.\d+)\.(to_q|to_k|to_v|to_out\.0)\.weight")
+_DIFFUSERS_ONLY = re.compile(r"(encoder|decoder)\.(down_blocks|up_blocks|mid_block|conv_norm_out)\..*")
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(template)))
+
+
+_FROM_DIFFUSERS = [(_pattern(diffusers), ldm) for diffusers, ldm in TABLE]
+_FROM_LDM = [(_pattern(ldm), diffusers) for diffusers, ldm in TABLE]
+
+
+def is_diffusers_layout(keys: list[str]) -> bool:
+    """Are these keys of a VAE (without prefix) named as diffusers does, rather than as LDM does?"""
+    return any(_DIFFUSERS_ONLY.fullmatch(key) for key in keys)
+
+
+def modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The dict with attention layers named as today in its own layout, diffusers' or LDM's.
+
+    Raises: InputError when a weight stands there under its old and its new name.
+    """
+    column = 0 if is_diffusers_layout(list(weights)) else 1
+    renamed: dict[str, Tensor] = {}
+    for key, weight in weights.items():
+        legacy = _LEGACY_KEY.fullmatch(key)
+        new = f"{legacy[1]}.{_LEGACY_ATTENTION[legacy[2]][column]}.{legacy[3]}" if legacy else key
+        if new in renamed or (new != key and new in weights):
+            raise InputError(f"got {key!r} beside its other name {new!r}; need each weight once; get a whole copy")
+        renamed[new] = weight
+    return renamed
+
+
+def linear_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers-named weights with attention projections (C, C, 1, 1) or (C, C, 1) reshaped to (C, C)."""
+    return {
+        key: weight.reshape(weight.shape[:2])
+        if _PROJECTION_WEIGHT.fullmatch(key) and weight.ndim > 2 and weight.shape[2:].numel() == 1
+        else weight
+        for key, weight in weights.items()
+    }
+
+
+def to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' state dict -> LDM's, unprefixed; attention projections (C, C) become convs (C, C, 1, 1).
+
+    The tensors are those of the input or views of them.
+
+    Raises: InputError naming the keys that a VAE does not have.
+    """
+    renamed = _renamed(weights, _FROM_DIFFUSERS, _levels(weights, r"decoder\.up_blocks\.(\d+)\..*"), "diffusers")
+    return {
+        new: weights[old][:, :, None, None] if _PROJECTION_WEIGHT.fullmatch(old) else weights[old]
+        for old, new in renamed.items()
+    }
+
+
+def from_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LDM's state dict, unprefixed -> diffusers'. The inverse of `to_ldm`; also takes 2-D attention weights.
+
+    The tensors are those of the input or views of them.
+
+    Raises: InputError naming the keys that a VAE does not have.
+    """
+    weights = modern_names(weights)
+    renamed = _renamed(weights, _FROM_LDM, _levels(weights, r"decoder\.up\.(\d+)\..*"), "LDM")
+    return linear_attention({new: weights[old] for old, new in renamed.items()})
+
+
+def _levels(weights: Mapping[str, Tensor], pattern: str) -> int:
+    return 1 + max((int(found[1]) for key in weights if (found := re.fullmatch(pattern, key))), default=-1)
+
+
+def _renamed(
+    weights: Mapping[str, Tensor], table: list[tuple[re.Pattern[str], str]], levels: int, layout: str
+) -> dict[str, str]:
+    """Old key -> new key for every weight."""
+    renamed = {key: _rename(key, table, levels) for key in weights}
+    unknown = sorted(key for key, new in renamed.items() if new is None)
+    if unknown:
+        raise InputError(
+            f"got {len(unknown)} keys that a VAE in {layout} layout does not have ({first_few(unknown)}); "
+            "need an AutoencoderKL's weights; check that the file holds one"
+        )
+    return {key: new for key, new in renamed.items() if new is not None}
+
+
+def _rename(key: str, table: list[tuple[re.Pattern[str], str]], levels: int) -> str | None:
+    layer, _, kind = key.rpartition(".")
+    if kind not in ("weight", "bias"):
+        return None
+    for pattern, template in table:
+        if found := pattern.fullmatch(layer):
+            numbers = {name: int(number) for name, number in found.groupdict().items()}
+            if "mirrored" in numbers:
+                numbers["level"] = levels - 1 - numbers["mirrored"]
+            elif "level" in numbers:
+                numbers["mirrored"] = levels - 1 - numbers["level"]
+            return f"{template.format(**numbers)}.{kind}"
+    return None
+
+
+def first_few(names: list[str], count: int = 3) -> str:
+    """«a, b, c, …»: enough to see what is the matter, in one line."""
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

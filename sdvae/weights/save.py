@@ -1,0 +1,117 @@
+"""Write a VAE: diffusers folder, or the single file in LDM's layout that the UIs load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from sdvae.errors import InputError
+from sdvae.model import AutoencoderKL
+from sdvae.weights.files import check_tensors, read_json, replacing
+from sdvae.weights.load import STEM
+from sdvae.weights.names import first_few, to_ldm
+
+
+def save_ldm(vae: AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write the weights as one unprefixed .safetensors file in LDM's layout, for ComfyUI, A1111 and kohya.
+
+    The file carries no configuration: UIs take the scaling factor from the diffusion model. `export_targets`
+    says which of them can load this VAE. Written beside and renamed, so `path` is never half-written.
+
+    Args:
+        dtype: of the weights in the file; by default the model's own.
+
+    Raises: InputError when the path is a folder or does not end in .safetensors, or when a weight is not
+        finite, which may happen by rounding to float16.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise InputError(f"got {path}; need the path of a file that ends in .safetensors")
+    weights = {key: weight.detach() for key, weight in vae.state_dict().items()}
+    if dtype is not None:
+        weights = {key: weight.to(dtype) for key, weight in weights.items()}
+    check_tensors(weights, "the VAE" if dtype is None else f"the VAE as {dtype}")
+    ldm = {key: weight.cpu().contiguous() for key, weight in to_ldm(weights).items()}
+    with replacing(path) as temporary:
+        save_file(ldm, temporary, metadata={"format": "pt"})
+
+
+def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
+    """Write a diffusers folder (config.json, diffusion_pytorch_model.safetensors) that either class loads.
+
+    A VAE's folder that is already there is replaced only when the new one is whole; its other files (a model
+    card, say) are kept.
+
+    Raises: InputError when `folder` exists and is not a VAE's folder, or when a weight is not finite.
+    """
+    folder = Path(folder).expanduser().resolve()
+    kept = _other_files(folder)
+    check_tensors(vae.state_dict(), "the VAE")
+    with replacing(folder) as temporary:
+        vae.save_pretrained(temporary)
+        for file in kept:
+            shutil.copy2(file, temporary / file.name)
+
+
+def _other_files(folder: Path) -> list[Path]:
+    """Files of an existing VAE folder that are not the VAE. Refuses what is not such a folder: it is replaced."""
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; need the path of a folder")
+    content = sorted(folder.iterdir())
+    inner = [path.name for path in content if path.is_dir()]
+    config = folder / "config.json"
+    is_vae = config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
+    if content and (inner or not is_vae):
+        raise InputError(
+            f"{folder} holds other things ({first_few([path.name for path in content])}); "
+            "need a new or empty folder, or a VAE's to replace; choose another path"
+        )
+    return [path for path in content if path != config and not path.name.startswith(STEM)]
+
+
+def export_targets(vae: AutoencoderKL) -> dict[str, str | None]:
+    """Which program loads this VAE: None if it does, else the reason why not.
+
+    "diffusers" takes the folder of `save_vae`, "comfyui", "a1111" and "kohya" the file of `save_ldm`; these
+    build a network of fixed shape (ComfyUI comfy/sd.py, A1111 modules/sd_vae.py, kohya library/model_util.py).
+    """
+    config: Any = vae.config
+    widths = tuple(config.block_out_channels)
+    sd_widths, x4_widths = (128, 256, 512, 512), (128, 256, 512)  # ch 128; ch_mult [1, 2, 4, 4], [1, 2, 4]
+    level_attention = any(name.startswith("Attn") for name in (*config.down_block_types, *config.up_block_types))
+    has_quant = config.use_quant_conv and config.use_post_quant_conv
+    common = [
+        (config.in_channels == 3 and config.out_channels == 3, "needs 3 image channels"),
+        (config.layers_per_block == 2, f"needs layers_per_block 2, got {config.layers_per_block}"),
+        (config.norm_num_groups == 32, f"needs norm_num_groups 32, got {config.norm_num_groups}"),
+        (config.act_fn in ("silu", "swish"), f"needs act_fn silu, got {config.act_fn}"),
+        (config.mid_block_add_attention, "needs attention in the middle blocks"),
+        (not level_attention, "takes no attention in the levels"),
+    ]
+    comfyui = [
+        *common,
+        (widths in (sd_widths, x4_widths), f"needs widths {sd_widths} or {x4_widths}, got {widths}"),
+        (config.use_quant_conv == config.use_post_quant_conv, "needs both quant convs or none"),
+    ]
+    sd1 = [
+        *common,
+        (widths == sd_widths, f"needs widths {sd_widths}, got {widths}"),
+        (config.latent_channels == 4, f"needs 4 latent channels, got {config.latent_channels}"),
+        (has_quant, "needs both quant convs"),
+    ]
+    return {
+        "diffusers": None,
+        "comfyui": _reason(comfyui),
+        "a1111": _reason(sd1),
+        "kohya": _reason(sd1),
+    }
+
+
+def _reason(demands: list[tuple[bool, str]]) -> str | None:
+    return "; ".join(reason for met, reason in demands if not met) or None
