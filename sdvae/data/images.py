@@ -21,7 +21,6 @@ What `read_image` does with each kind of file:
 from __future__ import annotations
 
 import io
-import os
 import zlib
 from os import PathLike
 
@@ -311,5 +310,4 @@ def _deep_grey_to_bytes(image: Image.Image) -> Image.Image:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()).replace(os.linesep, " ")
-    return text or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__

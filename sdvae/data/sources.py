@@ -336,10 +336,10 @@ def _open_saved(folder: Path, split: str, image_column: str | None) -> ImageSour
 
     try:
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:  # ArrowInvalid is a ValueError
+    except (OSError, ValueError, LookupError) as error:  # ArrowInvalid is a ValueError; no rows are an IndexError
         reason = " ".join(str(error).split())
         raise InputError(
-            f"data set {str(folder)!r} cannot be opened; need what save_to_disk wrote; {reason}"
+            f"data set {str(folder)!r} cannot be opened; need what save_to_disk wrote, with rows; {reason}"
         ) from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
@@ -401,6 +401,8 @@ def _distinct_paths(dataset: Dataset, column: str) -> _Names | None:
 
 def _tar_members(path: str) -> list[tarfile.TarInfo]:
     try:
+        if os.path.getsize(path) % tarfile.BLOCKSIZE:  # tarfile takes a cut header, but the first, for the end
+            raise tarfile.ReadError("cut off")
         with tarfile.open(path, "r:") as tar:
             return tar.getmembers()
     except (tarfile.TarError, OSError) as error:

@@ -12,6 +12,8 @@ from sdvae.evaluation.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, «Importance weighted autoencoders», section 5: active units
+SSIM_SIGMA = 1.5  # of the Gaussian window, in pixels; Wang et al. 2004, section III.B
+SSIM_RADIUS = 5  # the window has 11x11 pixels
 PEAK_PSNR = 100.0  # dB; stands for an exact reconstruction, whose PSNR is infinite
 
 
@@ -24,17 +26,20 @@ def image_metrics(
         images, reconstruction: (B, C, H, W) in [-1, 1]; the reconstruction is clamped to that range first.
         perceptual: None leaves LPIPS out.
 
-    Returns: for each image `psnr` in dB, `ssim` (11x11 Gaussian window, sigma 1.5, range 1), the perceptual
+    Returns: for each image `psnr` in dB, `ssim` (over the 11x11 windows that lie inside the image, Wang et al.
+        2004, which is skimage's and not torchmetrics' mean: that one counts a mirrored border), the perceptual
         distance under its own name, and `kl` in nats divided by C·H·W.
     """
     images, reconstruction = images.float(), reconstruction.float().clamp(-1, 1)
     x, y = (images + 1) / 2, (reconstruction + 1) / 2
     psnr = peak_signal_noise_ratio(y, x, data_range=1.0, dim=(1, 2, 3), reduction="none")
-    ssim = structural_similarity_index_measure(y, x, data_range=1.0, reduction="none")
-    assert isinstance(ssim, Tensor)  # a tuple only when the whole map is asked for
+    _, ssim_map = structural_similarity_index_measure(
+        y, x, sigma=SSIM_SIGMA, data_range=1.0, reduction="none", return_full_image=True
+    )
+    inside = ssim_map[..., SSIM_RADIUS:-SSIM_RADIUS, SSIM_RADIUS:-SSIM_RADIUS]
     columns = {
         "psnr": psnr.clamp(max=PEAK_PSNR),
-        "ssim": ssim.reshape(-1),
+        "ssim": inside.mean(dim=(1, 2, 3)),
         "kl": posterior.kl() / images[0].numel(),
     }
     if perceptual is not None:

@@ -1,0 +1,47 @@
+"""Tiny things that several tests use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A folder of ten small pictures, smooth and each of its own."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(10):
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        coarse.resize((56, 48), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
+    return folder
+
+
+TINY = {
+    "steps": "4",
+    "batch_size": "2",
+    "log_every": "2",
+    "validate_every": "2",
+    "scale_images": "8",
+    "grid_images": "2",
+    "model.block_out_channels": "[8, 8, 16, 16]",
+    "model.layers_per_block": "1",
+    "model.norm_num_groups": "4",
+    "data.resolution": "32",
+    "data.min_side": "16",
+    "data.validation_count": "3",
+    "data.num_workers": "0",
+    "loss.lpips_weight": "0",
+    "trackers": "[]",
+}
+
+
+def tiny_arguments(source: Path, output: Path, **changes: str) -> list[str]:
+    """Command-line overrides for a run of a few seconds; `__` in a changed key stands for a dot."""
+    settings = {**TINY, "data.source": str(source), "output_dir": str(output)}
+    settings.update({key.replace("__", "."): value for key, value in changes.items()})
+    return [f"--{key}={value}" for key, value in settings.items()]
