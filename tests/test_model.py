@@ -213,3 +213,12 @@ def test_configurations_that_do_not_fit_together_are_refused():
         AutoencoderKL(block_out_channels=(32, 64))
     with pytest.raises(InputError, match=r"'DownBlock2D'; need one of DownEncoderBlock2D, AttnDownEncoderBlock2D"):
         AutoencoderKL(down_block_types=("DownBlock2D",))
+
+
+def test_the_whole_forward_pass_exports():
+    vae, _ = pair(config((32, 32)))
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    exported = torch.export.export(vae, (x,)).module()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(exported.sample, vae(x).sample)
+        torch.testing.assert_close(exported.posterior.mean, vae(x).posterior.mean)

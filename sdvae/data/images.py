@@ -92,7 +92,6 @@ def read_image(
         if kind == "PNG":
             _check_png(data)
         image.load()
-        _check_size(image, min_side, max_pixels)  # an icon may hold a larger picture than its directory says
         if kind == "PNG" and "transparency" in image.info:
             _rescale_transparency(image, bit_depth=data[24])
         # After load: PNG and WebP may carry EXIF behind the pixels, and TIFF turns itself and drops the tag.

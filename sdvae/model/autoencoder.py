@@ -158,7 +158,6 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResnetBlock", "SelfAttention"]  # type: ignore[assignment]
     _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
-    _repeated_blocks = ["ResnetBlock"]
 
     @register_to_config
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.utils._pytree as pytree
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -72,6 +73,15 @@ class DiagonalGaussian:
         mean, logvar = _at_least_fp32(self.mean), _at_least_fp32(self.logvar)
         squared = (_at_least_fp32(sample) - mean).square() / logvar.exp()
         return 0.5 * (math.log(2.0 * math.pi) + logvar + squared).sum(dim=dims)
+
+
+# torch.export wants to take a model's output apart and put it together again
+pytree.register_pytree_node(
+    DiagonalGaussian,
+    lambda posterior: ([posterior.parameters], None),
+    lambda children, _: DiagonalGaussian(*children),
+    serialized_type_name="sdvae.model.posterior.DiagonalGaussian",
+)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -1,0 +1,112 @@
+"""The command line: recipes, overrides, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sdvae import AutoencoderKL, load_vae, save_vae
+from sdvae.cli import main, parse_train_config
+from sdvae.errors import InputError
+from sdvae.training.config import TrainConfig
+from sdvae.training.run_folder import to_yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_yaml_is_overridden_by_dotted_keys_and_later_files(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("steps: 5\nloss: {kl_weight: 1e-3, lpips_weight: 2}\n")
+    second.write_text("steps: 6\n")
+    config = parse_train_config(["--config", str(first), "--config", str(second), "--loss.kl_weight=2e-6"])
+    assert (config.steps, config.loss.kl_weight, config.loss.lpips_weight) == (6, 2e-6, 2.0)
+    assert config.model == TrainConfig().model
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_saved_recipe_reads_back_the_same(recipe, tmp_path):
+    config = parse_train_config(["--config", str(recipe)])
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(config))
+    assert parse_train_config(["--config", str(saved)]) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss.kl_wieght=1"], r"unknown key 'loss.kl_wieght' in the command line; did you mean 'loss.kl_weight'\?"),
+        (["--kl_weight=1"], r"unknown key 'kl_weight' .* did you mean 'loss.kl_weight'\?"),
+        (["--xyzzy=1"], r"unknown key 'xyzzy'"),
+        (["--batch_size=many"], r"batch_size.*int.*many"),
+        (["--loss.reconstruction=l3"], r"loss.reconstruction.*l1.*l2.*l3"),
+        (["--config=nowhere.yaml"], r"nowhere.yaml"),
+        (["--steps=0"], r"got steps=0; need a number above 0"),
+        (["--data.resolution=100"], r"data.resolution=100; need a positive multiple of 8"),
+        (["--data.crop_scale=[0.9,0.1]"], r"crop_scale=\[0.9, 0.1\]; need 0 < low <= high <= 1"),
+        (["--model.use_quant_conv=false"], r"set model.force_upcast=false"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_that_says_what_to_do(arguments, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse_train_config(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_in_yaml_names_the_file(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("loss:\n  kl_wieght: 1\n")
+    with pytest.raises(InputError, match=r"'loss.kl_wieght' in .*recipe.yaml; did you mean 'loss.kl_weight'"):
+        parse_train_config(["--config", str(recipe)])
+    recipe.write_text("- a\n- b\n")
+    with pytest.raises(InputError, match=r"recipe.yaml holds a list; need"):
+        parse_train_config(["--config", str(recipe)])
+    recipe.write_text("a: [1\n")
+    with pytest.raises(InputError, match=r"recipe.yaml is not YAML"):
+        parse_train_config(["--config", str(recipe)])
+
+
+@pytest.mark.parametrize("program", [["-m", "sdvae", "train"], [str(ROOT / "train_sdvae.py")]])
+def test_both_entries_print_the_whole_recipe_without_loading_torch(program):
+    code = "import sys, runpy; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_module('sdvae', run_name='__main__')" if program[0] == "-m" else ""
+    command = [sys.executable, "-X", "importtime", *program, "--steps=7", "--print_config"]
+    printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    recipe = yaml.safe_load(printed.stdout)
+    assert recipe["steps"] == 7
+    assert recipe["loss"]["kl_weight"] == 1e-6
+    assert "| torch\n" not in printed.stderr
+
+
+def test_exit_codes(capsys, tmp_path):
+    assert main(["train", "--loss.kl_wieght=1"]) == 2
+    assert capsys.readouterr().err.startswith("sdvae: error: unknown key 'loss.kl_wieght'")
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
+    assert "sdvae: error:" in capsys.readouterr().err
+    assert main(["train", "--data.source=./no/such/folder", f"--output_dir={tmp_path / 'run'}"]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_writes_both_formats(tmp_path, capsys):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 32),
+    )
+    save_vae(vae, tmp_path / "vae")
+    assert main(["export", str(tmp_path / "vae"), str(tmp_path / "vae.safetensors")]) == 0
+    assert "a1111" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "vae.safetensors"), str(tmp_path / "back"), "--dtype=fp16"]) == 0
+    back = load_vae(tmp_path / "back").state_dict()
+    for name, weight in vae.state_dict().items():
+        assert torch.equal(back[name], weight.half()), name

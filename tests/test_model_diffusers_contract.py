@@ -1,0 +1,334 @@
+"""What diffusers, its users and accelerate ask of a model: saving, offloading, casting, compiling, checkpointing."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from diffusers import AutoencoderKL as StockAutoencoderKL
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from sdvae.model import AutoencoderKL
+
+CONFIG: dict[str, Any] = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+}
+
+
+def make_vae() -> Any:
+    torch.manual_seed(0)
+    return AutoencoderKL(**CONFIG).eval()
+
+
+@pytest.fixture
+def vae() -> Any:
+    return make_vae()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def expected(images) -> Tensor:
+    with torch.no_grad():
+        return make_vae()(images).sample
+
+
+@torch.no_grad()
+def encode_decode(vae: Any, images: Tensor) -> Tensor:
+    """As pipelines do: through encode and decode, never forward."""
+    return vae.decode(vae.encode(images).latent_dist.mode()).sample
+
+
+def public_config(vae: Any) -> dict[str, Any]:
+    """As config.json has it: lists for tuples."""
+    return {k: v for k, v in json.loads(vae.to_json_string()).items() if not k.startswith("_")}
+
+
+def weights_file(folder: Path, variant: str = "") -> Path:
+    return folder / f"diffusion_pytorch_model.{variant}safetensors"
+
+
+# ---------------------------------------------------------------- outputs
+
+
+@torch.no_grad()
+def test_tuple_and_dict_outputs_are_the_same(vae, images):
+    assert torch.equal(vae(images, return_dict=False)[0], vae(images).sample)
+    assert torch.equal(vae(images)[0], vae(images)["sample"])
+    posterior = vae.encode(images).latent_dist
+    assert torch.equal(vae.encode(images, return_dict=False)[0].parameters, posterior.parameters)
+    z = posterior.mode()
+    assert torch.equal(vae.decode(z, return_dict=False)[0], vae.decode(z).sample)
+
+
+@torch.no_grad()
+def test_outputs_are_deterministic_and_forward_is_encode_then_decode(vae, images, expected):
+    assert torch.equal(vae(images).sample, expected)
+    assert torch.equal(encode_decode(vae, images), expected)
+
+
+@torch.no_grad()
+def test_random_draw_depends_on_the_generator_alone(vae, images):
+    def draw(seed: int) -> Tensor:
+        return vae(images, sample_posterior=True, generator=torch.Generator().manual_seed(seed)).sample
+
+    one = draw(0)
+    torch.manual_seed(123)
+    assert torch.equal(draw(0), one)
+    assert not torch.equal(draw(1), one)
+
+
+@torch.no_grad()
+def test_deep_copy_is_independent(vae, images, expected):
+    twin = copy.deepcopy(vae)
+    for parameter in vae.parameters():
+        parameter.zero_()
+    assert torch.equal(twin(images).sample, expected)
+
+
+def test_parameters_are_counted_as_in_the_stock_class(vae):
+    stock: Any = StockAutoencoderKL(**CONFIG)
+    assert vae.num_parameters() == stock.num_parameters()
+    assert vae.get_memory_footprint() == stock.get_memory_footprint()
+
+
+# ---------------------------------------------------------------- saving and loading
+
+
+@torch.no_grad()
+def test_saved_model_reloads_bit_exactly(vae, images, expected, tmp_path):
+    vae.save_pretrained(tmp_path)
+    back = AutoencoderKL.from_pretrained(tmp_path)
+    assert not back.training
+    assert torch.equal(back(images).sample, expected)
+    assert public_config(back) == public_config(vae)
+
+
+@torch.no_grad()
+def test_variant_is_loaded_only_when_asked_for(vae, images, expected, tmp_path):
+    vae.save_pretrained(tmp_path, variant="ema")
+    assert weights_file(tmp_path, "ema.").is_file()
+    assert not weights_file(tmp_path).is_file()
+    with pytest.raises(OSError, match="no file named"):
+        AutoencoderKL.from_pretrained(tmp_path)
+    assert torch.equal(AutoencoderKL.from_pretrained(tmp_path, variant="ema")(images).sample, expected)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@torch.no_grad()
+def test_sharded_model_reloads_bit_exactly(vae, images, expected, variant, tmp_path):
+    vae.save_pretrained(tmp_path, max_shard_size="300KB", variant=variant)
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    index = json.loads(next(tmp_path.glob("*.index*.json")).read_text())
+    assert len(shards) > 1
+    assert sorted(set(index["weight_map"].values())) == shards
+    assert index["weight_map"].keys() == vae.state_dict().keys()
+    assert torch.equal(AutoencoderKL.from_pretrained(tmp_path, variant=variant)(images).sample, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_loading_casts_every_weight(vae, dtype, low_cpu_mem_usage, tmp_path):
+    # keep_in_fp32: nothing is exempt, as in the stock class, which a pipeline's half precision relies on
+    vae.save_pretrained(tmp_path)
+    back = AutoencoderKL.from_pretrained(tmp_path, torch_dtype=dtype, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert back.dtype == dtype
+    assert {weight.dtype for weight in back.state_dict().values()} == {dtype}
+    for key, weight in back.state_dict().items():
+        assert torch.equal(weight, vae.state_dict()[key].to(dtype)), key
+
+
+def test_registered_configuration_is_saved(vae, tmp_path):
+    vae.register_to_config(scaling_factor=0.5, latents_mean=[0.0, 1.0, 2.0, 3.0])
+    vae.save_pretrained(tmp_path)
+    for cls in (AutoencoderKL, StockAutoencoderKL):
+        back: Any = cls.from_pretrained(tmp_path)
+        assert back.config.scaling_factor == 0.5
+        assert list(back.config.latents_mean) == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_from_config_builds_the_same_architecture(vae):
+    twin = AutoencoderKL.from_config(vae.config)
+    shapes = [{key: weight.shape for key, weight in model.state_dict().items()} for model in (twin, vae)]
+    assert shapes[0] == shapes[1]
+
+
+# ---------------------------------------------------------------- training
+
+
+def gradients(vae: Any, images: Tensor) -> dict[str, Tensor]:
+    vae.zero_grad()
+    out = vae(images, sample_posterior=True, generator=torch.Generator().manual_seed(0))
+    (out.sample.square().mean() + 1e-3 * out.posterior.kl().mean()).backward()
+    return {name: parameter.grad.clone() for name, parameter in vae.named_parameters()}
+
+
+def test_gradient_checkpointing_recomputes_and_keeps_every_gradient(vae, images):
+    vae.train()
+    calls: list[str] = []
+    for name, module in vae.named_modules():
+        if type(module).__name__ == "ResnetBlock":
+            # before, since torch stops recomputing as soon as it has every tensor, amid the last block
+            module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    assert not vae.is_gradient_checkpointing
+    plain = gradients(vae, images)
+    once = len(calls)
+    assert once == len(set(calls))
+
+    vae.enable_gradient_checkpointing()
+    assert vae.is_gradient_checkpointing
+    assert vae.encoder.gradient_checkpointing
+    assert vae.decoder.gradient_checkpointing
+    calls.clear()
+    checkpointed = gradients(vae, images)
+    assert len(calls) == 2 * once, "each block runs forward and again in the backward pass"
+    assert plain.keys() == checkpointed.keys()
+    for name in plain:
+        assert plain[name].abs().sum() > 0, name
+        assert torch.equal(plain[name], checkpointed[name]), name
+
+    vae.disable_gradient_checkpointing()
+    assert not vae.is_gradient_checkpointing
+    calls.clear()
+    gradients(vae, images)
+    assert len(calls) == once
+
+
+def test_gradient_checkpointing_leaves_inference_alone(vae, images, expected):
+    vae.enable_gradient_checkpointing()
+    assert torch.equal(encode_decode(vae, images), expected)
+
+
+@torch.no_grad()
+def test_diffusers_ema_model_tracks_our_parameters(vae):
+    before = [parameter.clone() for parameter in vae.parameters()]
+    ema = EMAModel(vae.parameters(), decay=0.5)
+    for parameter in vae.parameters():
+        parameter.add_(1.0)
+    ema.step(vae.parameters())
+    ema.copy_to(vae.parameters())
+    for parameter, old in zip(vae.parameters(), before, strict=True):
+        assert not torch.equal(parameter, old)
+        assert ((parameter - old) < 1.0 + 1e-6).all()
+
+
+# ---------------------------------------------------------------- casting
+
+
+@pytest.mark.parametrize(
+    ("storage", "tolerance"),
+    [(torch.float8_e4m3fn, 0.3), (torch.float8_e5m2, 0.6)],  # 3 and 2 bits of mantissa
+)
+def test_layerwise_casting_stores_fp8_and_computes_bf16(images, storage, tolerance):
+    half = make_vae().to(torch.bfloat16)
+    vae = make_vae().to(torch.bfloat16)
+    footprint = vae.get_memory_footprint()
+    vae.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.bfloat16)
+    assert vae.get_memory_footprint() < 0.6 * footprint
+    stored = {name: parameter.dtype for name, parameter in vae.named_parameters()}
+    assert stored["encoder.conv_in.weight"] == stored["decoder.mid_block.attentions.0.to_q.weight"] == storage
+    assert stored["encoder.conv_norm_out.weight"] == torch.bfloat16  # diffusers leaves norms alone
+
+    out, exact = encode_decode(vae, images.bfloat16()), encode_decode(half, images.bfloat16())
+    assert out.dtype == torch.bfloat16
+    error = (out - exact).float().norm() / exact.float().norm()
+    assert 0 < error < tolerance
+    assert {name: parameter.dtype for name, parameter in vae.named_parameters()} == stored
+
+
+def test_layerwise_casting_trains_under_autocast(images):
+    vae = make_vae().train()
+    vae.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    with torch.autocast("cpu"):
+        loss = vae(images).sample.square().mean()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in vae.decoder.parameters())
+
+
+# ---------------------------------------------------------------- offloading
+
+
+@pytest.mark.parametrize("offload", ["block_level", "leaf_level"])
+def test_group_offloading_gives_the_same_images(vae, images, expected, offload):
+    blocks = {"num_blocks_per_group": 1} if offload == "block_level" else {}
+    vae.enable_group_offload(torch.device("cpu"), offload_type=offload, **blocks)
+    hooked = [module for module in vae.modules() if hasattr(module, "_diffusers_hook")]
+    assert hooked
+    assert all(module._diffusers_hook.get_hook("group_offloading") is not None for module in hooked)
+    torch.testing.assert_close(encode_decode(vae, images), expected, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(vae(images).sample, expected, rtol=0, atol=1e-6)
+
+
+def test_group_offloading_to_disk_gives_the_same_images(vae, images, expected, tmp_path):
+    vae.enable_group_offload(
+        torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
+    )
+    assert list(tmp_path.glob("*.safetensors"))
+    torch.testing.assert_close(encode_decode(vae, images), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_sequential_offloading_gives_the_same_images(vae, images, expected, offload, tmp_path):
+    if offload == "cpu":
+        cpu_offload(vae, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(vae, str(tmp_path), execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in vae.parameters())
+    torch.testing.assert_close(encode_decode(vae, images), expected, rtol=0, atol=1e-6)
+    assert all(parameter.is_meta for parameter in vae.parameters())
+
+
+def test_names_that_offloading_goes_by_exist_in_the_model(vae):
+    # A stale name is silently ignored: the block is split between devices, or is not offloaded.
+    classes = {type(module).__name__ for module in vae.modules()}
+    assert set(AutoencoderKL._no_split_modules) <= classes
+    assert set(AutoencoderKL._group_offload_block_modules) <= {name for name, _ in vae.named_children()}
+    assert set(AutoencoderKL._repeated_blocks or ()) <= classes
+
+
+# ---------------------------------------------------------------- compiling
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_encoder_and_decoder_compile_without_a_graph_break(vae, images, expected, fresh_compiler):
+    vae.encoder.compile(fullgraph=True, backend="aot_eager")
+    vae.decoder.compile(fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            torch.testing.assert_close(encode_decode(vae, images), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_forward_compiles_without_a_graph_break(vae, images, expected, fresh_compiler):
+    compiled = torch.compile(vae, fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(images).sample, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_decoder_compiles_with_dynamic_shapes(vae, fresh_compiler):
+    latents = [torch.randn(1, 4, side, side + 4, generator=torch.Generator().manual_seed(side)) for side in (8, 12)]
+    expected = [vae.decoder(z) for z in latents]
+    vae.decoder.compile(fullgraph=True, dynamic=True, backend="eager")
+    for z, image in zip(latents, expected, strict=True):
+        torch.testing.assert_close(vae.decoder(z), image, rtol=0, atol=1e-5)

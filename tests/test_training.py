@@ -1,0 +1,309 @@
+"""Training runs, small but whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL as StockAutoencoderKL
+from PIL import Image
+
+from sdvae import InputError
+from sdvae.cli import main, parse_train_config
+from sdvae.data import center_crop, open_source, read_image, to_tensor
+from sdvae.training.ema import WeightAverage, ema_decay_at
+from sdvae.training.loop import build_vae, train
+from sdvae.training.precision import resolve_precision
+from sdvae.weights import load_vae
+from tests.conftest import tiny_arguments
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(source: Path, output: Path, **changes: str) -> Path:
+    return train(parse_train_config(tiny_arguments(source, output, **changes)))
+
+
+def records(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def deterministic(output: Path) -> list[dict]:
+    """The log without what the clock decides."""
+    clock = ("train/images_per_second", "train/data_wait_fraction")
+    return [{k: v for k, v in record.items() if k not in clock} for record in records(output)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_vae(folder).state_dict()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, Path]:
+    """(photographs, run folder) of one run with everything on: LPIPS, accumulation, warm-ups, TensorBoard."""
+    root = tmp_path_factory.mktemp("finished")
+    source = root / "photographs"
+    source.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(10):
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        coarse.resize((56, 48), Image.Resampling.BICUBIC).save(source / f"{i:02}.png")
+    changes = {
+        "loss__lpips_weight": "0.1",
+        "loss__perceptual__net": "squeeze",
+        "loss__perceptual__allow_random": "true",
+        "loss__kl_warmup_steps": "2",
+        "gradient_accumulation_steps": "2",
+        "optimizer__warmup_steps": "2",
+        "optimizer__schedule": "cosine",
+        "optimizer__learning_rate": "0.001",
+        "trackers": "[tensorboard]",
+        "data__num_workers": "1",
+    }
+    run(source, root / "run", **changes)
+    return source, root / "run"
+
+
+def test_a_run_leaves_its_recipe_log_pictures_and_model(finished):
+    _, output = finished
+    assert yaml.safe_load((output / "config.yaml").read_text())["loss"]["lpips_weight"] == 0.1
+    lines = records(output)
+    training = [line for line in lines if "train/loss" in line]
+    validation = [line for line in lines if "validation/psnr" in line]
+    assert [line["step"] for line in training] == [2, 4]
+    assert [line["step"] for line in validation] == [2, 4]
+    for name in ("reconstruction", "lpips_squeeze_random", "kl", "grad_norm", "learning_rate", "images_per_second"):
+        assert all(np.isfinite(line[f"train/{name}"]) for line in training), name
+    for name in ("psnr", "ssim", "lpips_squeeze_random", "kl", "active_channels", "latent_std"):
+        assert all(np.isfinite(line[f"validation/{name}"]) for line in validation), name
+    assert sorted(path.name for path in (output / "images").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+    for picture in (output / "curves.png", output / "images" / "step-00000004.png"):
+        with Image.open(picture) as image:
+            image.load()
+    assert list((output / "tracker").glob("events.out.tfevents.*"))
+    assert sorted(path.name for path in (output / "model").iterdir()) == [
+        "README.md",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "reconstructions.png",
+    ]
+
+
+def test_the_loss_is_the_weighed_sum_of_the_logged_terms(finished):
+    line = next(line for line in records(finished[1]) if line["step"] == 2)
+    total = line["train/reconstruction"] + 0.1 * line["train/lpips_squeeze_random"]
+    assert line["train/loss"] == pytest.approx(total, rel=1e-4)  # the KL term is below that
+
+
+def test_the_saved_model_is_the_stock_class_with_its_measured_factor(finished):
+    source, output = finished
+    stock = StockAutoencoderKL.from_pretrained(output / "model").eval()
+    images = open_source(str(source))
+    lines = records(output)
+    held_out = [line for line in lines if "validation/psnr" in line][-1]
+
+    # by hand: the same seven training images, and the std of the latents over all of them
+    from sdvae.training.batches import open_sources
+
+    config = parse_train_config(tiny_arguments(source, output))
+    train_source, validation_source = open_sources(config.data, config.seed)
+    assert len(train_source) + len(validation_source) == len(images)
+
+    def tensors(of):
+        return torch.stack([to_tensor(center_crop(read_image(of.read(i)), 32)) for i in range(len(of))])
+
+    with torch.no_grad():
+        posterior = stock.encode(tensors(train_source)).latent_dist
+        x = tensors(validation_source)
+        reconstruction = stock(x).sample.clamp(-1, 1)
+    variance = posterior.mean.double().var(correction=0) + posterior.var.double().mean()
+    assert stock.config.scaling_factor == pytest.approx(float(variance**-0.5), rel=1e-4)
+    assert stock.config.shift_factor is None
+    assert stock.config.sample_size == 512
+    psnr = -10 * torch.log10(((reconstruction - x) / 2).square().mean((1, 2, 3))).mean()
+    assert held_out["validation/psnr"] == pytest.approx(float(psnr), abs=1e-2)
+
+
+def test_the_card_names_data_recipe_and_a_random_trunk(finished):
+    card = (finished[1] / "model" / "README.md").read_text()
+    assert str(finished[0]) in card
+    assert "randomly initialised trunk" in card
+    assert "kl_weight: 1.0e-06" in card
+    assert "8x8 pixels" in card
+
+
+def test_the_same_recipe_gives_the_same_bits_with_and_without_workers(photographs, tmp_path):
+    for name, workers in (("a", "0"), ("b", "2")):
+        run(photographs, tmp_path / name, data__num_workers=workers)
+    assert deterministic(tmp_path / "a") == deterministic(tmp_path / "b")
+    first, second = weights(tmp_path / "a" / "model"), weights(tmp_path / "b" / "model")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_seed_gives_another_model(photographs, tmp_path):
+    first = weights(run(photographs, tmp_path / "a", steps="1", validate_every="1"))
+    second = weights(run(photographs, tmp_path / "b", steps="1", validate_every="1", seed="1"))
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_see_the_same_samples_and_gradients_as_one(photographs, tmp_path):
+    """Batch 4 on one process, 2 + 2 on two, and 2 twice accumulated: the same ids and gradients in each step."""
+    same = {"steps": "3", "validate_every": "3", "optimizer__learning_rate": "1e-9", "loss__lpips_weight": "0"}
+    cases = {
+        "one": (1, {"batch_size": "4"}),
+        "two": (2, {"batch_size": "2"}),
+        "accumulated": (1, {"batch_size": "2", "gradient_accumulation_steps": "2"}),
+    }
+    recorded = {}
+    for name, (world_size, changes) in cases.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        arguments = tiny_arguments(photographs, folder / "run", **same, **changes)
+        launched = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"),
+                *(ROOT / "tests" / "two_processes.py", str(world_size), folder, *arguments),
+            ],
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert launched.returncode == 0, launched.stderr[-3000:]
+        files = sorted(folder.glob("rank-*.pt"))
+        assert len(files) == world_size
+        recorded[name] = [torch.load(file) for file in files]
+
+    (one,) = recorded["one"]
+    assert len({key for step in one for key in step["samples"]}) == 12, "three steps of four different samples"
+    for name in ("two", "accumulated"):
+        for i, step in enumerate(one):
+            assert [key for rank in recorded[name] for key in rank[i]["samples"]] == step["samples"]
+            for rank in recorded[name]:
+                got, want = (torch.cat([g.flatten() for g in s["gradients"]]) for s in (rank[i], step))
+                error = float((got - want).norm() / want.norm())
+                assert error <= 1e-5, (name, i, error)
+
+
+def test_grey_images_train(photographs, tmp_path):
+    vae = load_vae(run(photographs, tmp_path / "run", model__in_channels="1", steps="1", validate_every="1"))
+    assert vae.config.in_channels == vae.config.out_channels == 1
+
+
+def test_bf16_autocast_keeps_fp32_weights(photographs, tmp_path):
+    model = run(photographs, tmp_path / "run", mixed_precision="bf16", steps="2")
+    assert {tensor.dtype for tensor in weights(model).values()} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_nothing(photographs, tmp_path):
+    first = weights(run(photographs, tmp_path / "a", steps="2"))
+    second = weights(run(photographs, tmp_path / "b", steps="2", gradient_checkpointing="true"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_ema_equals_its_recursion_in_float64():
+    config = parse_train_config(["--model.block_out_channels=[8]", "--model.norm_num_groups=4"])
+    vae = build_vae(config.model)
+    average = WeightAverage(vae, decay=0.9)
+    want = vae.encoder.conv_in.weight.detach().double()
+    for n in range(30):
+        with torch.no_grad():
+            for parameter in vae.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        average.update(vae)
+        decay = min(0.9, (1 + n) / (10 + n))
+        want = decay * want + (1 - decay) * vae.encoder.conv_in.weight.detach().double()
+    torch.testing.assert_close(average.model.encoder.conv_in.weight.double(), want, rtol=1e-5, atol=1e-6)
+    assert ema_decay_at(0, 0.999) == 0.1
+    assert ema_decay_at(10**6, 0.999) == 0.999
+    assert not any(p.requires_grad for p in average.model.parameters())
+
+
+def test_bad_images_are_named_and_skipped(photographs, tmp_path, caplog):
+    (photographs / "broken.png").write_bytes(b"")
+    (photographs / "words.jpg").write_text("not a picture")
+    with caplog.at_level("WARNING"):
+        run(photographs, tmp_path / "run", data__max_bad_fraction="0.5", steps="8")
+    for name in ("broken.png", "words.jpg"):
+        assert caplog.text.count(name) == 1, name
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_too_many_bad_images_stop_the_run_with_one_line(photographs, tmp_path, capfd, workers):
+    for i in range(10, 30):
+        (photographs / f"{i}.png").write_bytes(b"")
+    code = main(["train", *tiny_arguments(photographs, tmp_path / "run", data__num_workers=workers)])
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("sdvae: error:")]
+    assert code == 2
+    assert len(error) == 1
+    assert "bad" in error[0]
+    assert "empty" in error[0]
+    assert "Traceback" not in error[0]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_run_is_not_overwritten_unless_told(photographs, tmp_path):
+    output = tmp_path / "run"
+    run(photographs, output, steps="1")
+    before = (output / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"already holds a run; .*--overwrite=true"):
+        run(photographs, output, steps="1")
+    assert (output / "metrics.jsonl").read_bytes() == before
+    run(photographs, output, steps="2", overwrite="true")
+    assert records(output)[-1]["step"] == 2
+
+
+def test_a_folder_that_no_run_wrote_is_never_removed(photographs, tmp_path):
+    output = tmp_path / "thesis"
+    output.mkdir()
+    (output / "chapter.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds files that no run wrote"):
+        run(photographs, output, overwrite="true")
+    assert (output / "chapter.txt").read_text() == "years of work"
+
+
+def test_a_diverging_run_stops_and_says_where(photographs, tmp_path):
+    with pytest.raises(InputError, match=r"gradient's norm became (nan|inf) in step \d+ .*learning_rate"):
+        run(photographs, tmp_path / "run", optimizer__learning_rate="1e30", steps="8")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("requested", "features", "want"),
+    [("auto", {}, "no"), ("auto", {"avx512_bf16": True}, "bf16"), ("no", {"amx_bf16": True}, "no")],
+)
+def test_precision_is_bf16_where_the_cpu_computes_in_it(monkeypatch, requested, features, want):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert resolve_precision(requested, torch.device("cpu")) == want
+
+
+def test_fp16_on_a_cpu_is_refused():
+    with pytest.raises(InputError, match="need a GPU for fp16"):
+        resolve_precision("fp16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_starts(recipe, photographs, tmp_path, monkeypatch):
+    """For real, at a tiny size; where the published trunk is asked for, a random one stands in."""
+    changes = {
+        "loss__perceptual__net": "squeeze",
+        "loss__perceptual__allow_random": "true",
+        "loss__lpips_weight": "0.1",
+        "steps": "1",
+        "gradient_accumulation_steps": "1",
+        "data__validation_names": "[]",
+    }
+    narrow = tiny_arguments(photographs, tmp_path / "run", **changes)
+    model = load_vae(train(parse_train_config(["--config", str(recipe), *narrow])))
+    published = parse_train_config(["--config", str(recipe)]).model
+    assert model.config.latent_channels == published.latent_channels
+    assert len(model.config.block_out_channels) == len(published.block_out_channels) == 4
+    assert (model.config.shift_factor is not None) == published.measure_shift
+    assert model.config.force_upcast == published.force_upcast
