@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import yaml
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from PIL import Image
 
-from sdvae import InputError
+from sdvae import AutoencoderKL, InputError
 from sdvae.cli import main, parse_train_config
 from sdvae.data import center_crop, open_source, read_image, to_tensor
 from sdvae.training.ema import WeightAverage, ema_decay_at
@@ -198,8 +199,13 @@ def test_grey_images_train(photographs, tmp_path):
 
 
 def test_bf16_autocast_keeps_fp32_weights(photographs, tmp_path):
-    model = run(photographs, tmp_path / "run", mixed_precision="bf16", steps="2")
-    assert {tensor.dtype for tensor in weights(model).values()} == {torch.float32}
+    arguments = tiny_arguments(photographs, tmp_path / "run", mixed_precision="bf16", steps="2")
+    # in a process of its own, since accelerate keeps the precision of a process's first run
+    command = [sys.executable, str(ROOT / "train_sdvae.py"), *arguments]
+    launched = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert "cpu in bf16" in launched.stderr
+    assert {tensor.dtype for tensor in weights(tmp_path / "run" / "model").values()} == {torch.float32}
 
 
 def test_gradient_checkpointing_changes_nothing(photographs, tmp_path):
@@ -281,12 +287,12 @@ def test_a_diverging_run_stops_and_says_where(photographs, tmp_path):
 )
 def test_precision_is_bf16_where_the_cpu_computes_in_it(monkeypatch, requested, features, want):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
-    assert resolve_precision(requested, torch.device("cpu")) == want
+    assert resolve_precision(requested, "cpu") == want
 
 
 def test_fp16_on_a_cpu_is_refused():
     with pytest.raises(InputError, match="need a GPU for fp16"):
-        resolve_precision("fp16", torch.device("cpu"))
+        resolve_precision("fp16", "cpu")
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -307,3 +313,38 @@ def test_every_recipe_starts(recipe, photographs, tmp_path, monkeypatch):
     assert len(model.config.block_out_channels) == len(published.block_out_channels) == 4
     assert (model.config.shift_factor is not None) == published.measure_shift
     assert model.config.force_upcast == published.force_upcast
+
+
+def explained_variance(vae) -> float:
+    """How much of 8x8-pixel colours a linear map can tell from the untrained reconstruction."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.interpolate(torch.rand(16, 3, 8, 8, generator=generator) * 2 - 1, scale_factor=8)
+    with torch.no_grad():
+        output = vae(x, sample_posterior=True, generator=generator).sample
+    a, b = (torch.nn.functional.avg_pool2d(t, 8).permute(0, 2, 3, 1).reshape(-1, 3) for t in (output, x))
+    a = torch.cat([a, torch.ones(len(a), 1)], dim=1)
+    residual = b - a @ torch.linalg.lstsq(a, b).solution
+    return 1 - float(residual.var() / b.var())
+
+
+@pytest.mark.parametrize("quant", ["true", "false"])
+def test_a_new_vae_passes_colours_through_where_torchs_default_passes_none(quant):
+    config = parse_train_config([f"--model.use_quant_conv={quant}", "--model.force_upcast=false"]).model
+    config = replace(config, block_out_channels=(16, 32, 64, 64), norm_num_groups=8, layers_per_block=1)
+    torch.manual_seed(0)
+    vae = build_vae(config)
+    default = AutoencoderKL.from_config(vae.config)
+    assert explained_variance(default) < 0.02
+    assert explained_variance(vae) > 0.1
+    with torch.no_grad():
+        posterior = vae.encode(torch.rand(2, 3, 64, 64) * 2 - 1).latent_dist
+    torch.testing.assert_close(posterior.std, torch.full_like(posterior.std, np.exp(-3)))
+    assert posterior.mean.std() > 4 * posterior.std.mean(), "latents stand well above their noise"
+
+
+def test_initial_residual_branches_are_zero():
+    vae = build_vae(replace(parse_train_config([]).model, block_out_channels=(32, 32), layers_per_block=1))
+    x = torch.randn(1, 32, 8, 8)
+    for block in (vae.encoder.mid_block, vae.decoder.mid_block, vae.encoder.down_blocks[0].resnets[0]):
+        assert torch.equal(block(x), x)
+    assert all(torch.isfinite(p).all() for p in vae.parameters())

@@ -67,7 +67,9 @@ class DataConfig:
     validation_count: int = 16
     """How many images validate, from either place."""
     resolution: int = 256
-    """Side in pixels of the square crops in training and validation."""
+    """Side in pixels of the square training crops."""
+    validation_resolution: int | None = None
+    """Side in pixels of the centre crops that validate, and that scaling_factor is measured on; null: resolution."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """A training crop's side as a fraction of the image's short side, drawn uniformly."""
     flip: float = 0.5
@@ -200,11 +202,13 @@ class TrainConfig:
             if not value > 0:
                 raise InputError(f"got {key}={value}; need a number above 0")
         factor = 2 ** (len(self.model.block_out_channels) - 1)
-        if self.data.resolution <= 0 or self.data.resolution % factor:
-            raise InputError(
-                f"got data.resolution={self.data.resolution}; need a positive multiple of {factor}, the compression "
-                f"ratio of {len(self.model.block_out_channels)} levels"
-            )
+        for key in ("resolution", "validation_resolution"):
+            side = getattr(self.data, key)
+            if side is not None and (side <= 0 or side % factor):
+                raise InputError(
+                    f"got data.{key}={side}; need a positive multiple of {factor}, the compression ratio of "
+                    f"{len(self.model.block_out_channels)} levels"
+                )
         low, high = self.data.crop_scale
         if not 0 < low <= high <= 1:
             raise InputError(f"got data.crop_scale=[{low}, {high}]; need 0 < low <= high <= 1")

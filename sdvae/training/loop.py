@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import nn
@@ -30,6 +31,7 @@ from sdvae.model import AutoencoderKL
 from sdvae.training.batches import evaluation_batches, open_sources, stop_if_too_many_are_bad, training_batches
 from sdvae.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from sdvae.training.ema import WeightAverage
+from sdvae.training.initialise import initialise
 from sdvae.training.meter import Meter
 from sdvae.training.objective import kl_weight_at, loss_terms, posterior_generators
 from sdvae.training.precision import resolve_precision
@@ -104,52 +106,52 @@ def train(config: TrainConfig) -> Path:
 
     batches = iter(training_batches(train_source, config, accelerator))
     meter = Meter()
-    progress = tqdm(total=config.steps, desc="train", unit="step", disable=not accelerator.is_main_process)
-    for step in range(config.steps):
-        kl_weight = kl_weight_at(step, config.loss)
-        for micro_step in range(micro_steps):
-            with meter.waiting():
-                batch = next(batches)
-            bad_images.add(batch["bad"])
-            images = batch["image"].to(accelerator.device, non_blocking=True)
-            if config.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            # DDP sums gradients over processes in the backward pass of the last micro-step only
-            with nullcontext() if micro_step == micro_steps - 1 else accelerator.no_sync(model):
-                output = model(images, sample_posterior=True, generator=posterior_generators(batch["noise_seed"]))
-                terms = loss_terms(images, output.sample, output.posterior, config.loss, perceptual)
-                loss = terms.total(config.loss, kl_weight)
-                accelerator.backward(loss / micro_steps)
-            meter.add(global_micro_batch, loss=loss, **terms.logged(perceptual))
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip_norm)
-        meter.add(grad_norm=grad_norm)
-        # fp16's loss scaler skips such a step by itself
-        if accelerator.scaler is None and not torch.isfinite(grad_norm):
-            parts = ", ".join(f"{name} {value:.4g}" for name, value in terms.logged(perceptual).items())
-            raise InputError(
-                f"the gradient's norm became {grad_norm.item()} in step {step + 1} ({parts}); "
-                "lower optimizer.learning_rate or lengthen optimizer.warmup_steps"
-            )
-        learning_rate = scheduler.get_last_lr()[0]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if not accelerator.optimizer_step_was_skipped:
-            scheduler.step()
-            ema.update(vae)
-        progress.update()
+    show = accelerator.is_main_process
+    with tqdm(total=config.steps, desc="train", unit="step", disable=not show, dynamic_ncols=True) as progress:
+        for step in range(config.steps):
+            kl_weight = kl_weight_at(step, config.loss)
+            for micro_step in range(micro_steps):
+                with meter.waiting():
+                    batch = next(batches)
+                bad_images.add(batch["bad"])
+                images = batch["image"].to(accelerator.device, non_blocking=True)
+                if config.channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                # DDP sums gradients over processes in the backward pass of the last micro-step only
+                with nullcontext() if micro_step == micro_steps - 1 else accelerator.no_sync(model):
+                    output = model(images, sample_posterior=True, generator=posterior_generators(batch["noise_seed"]))
+                    terms = loss_terms(images, output.sample, output.posterior, config.loss, perceptual)
+                    loss = terms.total(config.loss, kl_weight)
+                    accelerator.backward(loss / micro_steps)
+                meter.add(global_micro_batch, loss=loss, **terms.logged(perceptual))
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip_norm)
+            meter.add(grad_norm=grad_norm)
+            # fp16's loss scaler skips such a step by itself
+            if accelerator.scaler is None and not torch.isfinite(grad_norm):
+                parts = ", ".join(f"{name} {value:.4g}" for name, value in terms.logged(perceptual).items())
+                raise InputError(
+                    f"the gradient's norm became {grad_norm.item()} in step {step + 1} ({parts}); "
+                    "lower optimizer.learning_rate or lengthen optimizer.warmup_steps"
+                )
+            learning_rate = scheduler.get_last_lr()[0]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if not accelerator.optimizer_step_was_skipped:
+                scheduler.step()
+                ema.update(vae)
+            progress.update()
 
-        done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            stop_if_too_many_are_bad(bad_images, len(train_source), config.data.max_bad_fraction)
-            metrics, rates = meter.averages(accelerator), meter.rates()
-            state = {"learning_rate": learning_rate, "kl_weight": kl_weight}
-            report(done, "train", {**metrics, **state, **rates})
-            progress.set_postfix_str(f"loss {metrics['loss']:.4f}, {rates['images_per_second']:.1f} images/s")
-            meter.reset()
-        if done % config.validate_every == 0 and done < config.steps:
-            with meter.paused():
-                validation(done)
-    progress.close()
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                stop_if_too_many_are_bad(bad_images, len(train_source), config.data.max_bad_fraction)
+                metrics, rates = meter.averages(accelerator), meter.rates()
+                state = {"learning_rate": learning_rate, "kl_weight": kl_weight}
+                report(done, "train", {**metrics, **state, **rates})
+                progress.set_postfix_str(f"loss {metrics['loss']:.4f}, {rates['images_per_second']:.1f} images/s")
+                meter.reset()
+            if done % config.validate_every == 0 and done < config.steps:
+                with meter.paused():
+                    validation(done)
 
     result = validation(config.steps)
     measured = first_images(train_source, config.scale_images, config.seed)
@@ -162,18 +164,35 @@ def train(config: TrainConfig) -> Path:
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    return Accelerator(
-        mixed_precision=resolve_precision(config.mixed_precision, PartialState().device),
-        log_with=list(config.trackers),
+    """Raises: InputError when the launcher's processes would not train together."""
+    # Left to itself, accelerate runs torchrun's N processes as N separate trainings on a machine without a GPU.
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=resolve_precision(config.mixed_precision, "cpu" if use_cpu else _accelerator_type()),
+        log_with=list(config.trackers) or None,
         project_dir=config.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise InputError(
+            f"the launcher started {launched} processes, of which {accelerator.num_processes} train together; "
+            "on CPUs launch with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
+        )
+    return accelerator
+
+
+def _accelerator_type() -> str:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None  # torch.accelerator.is_available() was true
+    return device.type
 
 
 def build_vae(config: ModelConfig) -> AutoencoderKL:
-    """A new VAE with random weights; its scaling factor is measured when training ends."""
+    """A new VAE, its weights as `initialise` sets them; its scaling factor is measured when training ends."""
     levels = len(config.block_out_channels)
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         in_channels=config.in_channels,
         out_channels=config.in_channels,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -189,6 +208,8 @@ def build_vae(config: ModelConfig) -> AutoencoderKL:
         use_post_quant_conv=config.use_quant_conv,
         mid_block_add_attention=config.mid_block_add_attention,
     )
+    initialise(vae)
+    return vae
 
 
 def build_perceptual(config: TrainConfig, accelerator: Accelerator) -> Perceptual | None:

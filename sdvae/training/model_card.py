@@ -80,7 +80,7 @@ def model_card(config: TrainConfig, vae: AutoencoderKL, result: ValidationResult
         images_seen=images_seen,
         count=len(result.per_image),
         validation_source=data.validation_source or data.source,
-        resolution=data.resolution,
+        resolution=data.validation_resolution or data.resolution,
         table="\n".join(f"| {name} | {value:.4g} |" for name, value in result.metrics.items()),
         perceptual_note="".join(RANDOM_NOTE.format(name=name) for name in random_names),
         scaling_factor=vae.config.scaling_factor,

@@ -1,0 +1,71 @@
+"""Initial weights: a new VAE starts as a coarse copy of its input instead of as noise.
+
+With PyTorch's default weights a deep encoder-decoder spends its first hundreds of steps on getting any signal
+through, and sampling from a posterior of variance one drowns what arrives. Here, before the first step,
+
+- every residual branch ends in zero (Goyal et al. 2017, section 5.1), so each block is its shortcut;
+- resampling convs and shortcuts copy their input, and the convs where the width changes for good (into and out of
+  encoder and decoder) mix channels at one pixel, so colours reach the latents and come back at latent resolution;
+- the posterior starts narrow, with log-variance INITIAL_LOGVAR at every element.
+
+A little noise breaks the symmetry between channels. The KL term and the data widen the posterior again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sdvae.model import AutoencoderKL
+from sdvae.model.blocks import Downsample, ResnetBlock, SelfAttention, Upsample
+
+INITIAL_LOGVAR = -6.0  # std 0.05, against latents of std about 1
+SYMMETRY_NOISE = 0.3  # of LeCun's standard deviation 1/sqrt(fan_in)
+
+
+@torch.no_grad()
+def initialise(vae: AutoencoderKL) -> None:
+    """Set all weights in place, from torch's global generator. Norms keep scale 1 and bias 0."""
+    for name, parameter in vae.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=fan_in(parameter) ** -0.5)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    for module in vae.modules():
+        if isinstance(module, (Downsample, Upsample)):
+            pass_through(module.conv)
+        elif isinstance(module, ResnetBlock):
+            nn.init.zeros_(module.conv2.weight)
+            if module.conv_shortcut is not None:
+                pass_through(module.conv_shortcut)
+        elif isinstance(module, SelfAttention):
+            nn.init.zeros_(module.get_parameter("to_out.0.weight"))
+    for conv in (vae.encoder.conv_in, vae.encoder.conv_out, vae.decoder.conv_in, vae.decoder.conv_out):
+        mix_channels(conv)
+    moments = "encoder.conv_out" if vae.quant_conv is None else "quant_conv"
+    latent_channels = vae.config.latent_channels
+    nn.init.zeros_(vae.get_parameter(f"{moments}.weight")[latent_channels:])
+    nn.init.constant_(vae.get_parameter(f"{moments}.bias")[latent_channels:], INITIAL_LOGVAR)
+
+
+def fan_in(weight: Tensor) -> int:
+    return weight[0].numel()
+
+
+def pass_through(conv: nn.Conv2d) -> None:
+    """Output channel i is input channel i (modulo their number) at the middle of the kernel, plus noise."""
+    out_channels, in_channels = conv.weight.shape[:2]
+    channels = torch.arange(out_channels)
+    _set_middle(conv, torch.eye(in_channels)[channels % in_channels])
+
+
+def mix_channels(conv: nn.Conv2d) -> None:
+    """A random mixture of the input channels at the middle of the kernel, plus noise; the variance is kept."""
+    out_channels, in_channels = conv.weight.shape[:2]
+    _set_middle(conv, torch.randn(out_channels, in_channels) * in_channels**-0.5)
+
+
+def _set_middle(conv: nn.Conv2d, matrix: Tensor) -> None:
+    nn.init.normal_(conv.weight, std=SYMMETRY_NOISE * fan_in(conv.weight) ** -0.5)
+    middle = conv.kernel_size[0] // 2
+    conv.weight[:, :, middle, middle] += matrix.to(conv.weight)
