@@ -36,6 +36,8 @@ class ModelConfig:
     """Tell SDXL pipelines to run this VAE in fp32 even under fp16. Needs the quant convs."""
     measure_shift: bool = False
     """Write the mean of the latents as shift_factor (SD3 and Flux pipelines need one); else null."""
+    initialisation: Literal["pass_through", "torch"] = "pass_through"
+    """Initial weights: a coarse copy of the input (sdvae/training/initialise.py), or torch's defaults."""
     sample_size: int = 512
     """Side in pixels that pipelines take as the default and that diffusers' own tiling uses."""
 

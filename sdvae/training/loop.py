@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -106,8 +107,7 @@ def train(config: TrainConfig) -> Path:
 
     batches = iter(training_batches(train_source, config, accelerator))
     meter = Meter()
-    show = accelerator.is_main_process
-    with tqdm(total=config.steps, desc="train", unit="step", disable=not show, dynamic_ncols=True) as progress:
+    with progress_bar(config.steps, show=accelerator.is_main_process) as progress:
         for step in range(config.steps):
             kl_weight = kl_weight_at(step, config.loss)
             for micro_step in range(micro_steps):
@@ -147,7 +147,9 @@ def train(config: TrainConfig) -> Path:
                 metrics, rates = meter.averages(accelerator), meter.rates()
                 state = {"learning_rate": learning_rate, "kl_weight": kl_weight}
                 report(done, "train", {**metrics, **state, **rates})
-                progress.set_postfix_str(f"loss {metrics['loss']:.4f}, {rates['images_per_second']:.1f} images/s")
+                progress.set_postfix_str(
+                    f"loss {metrics['loss']:.4f}, {rates['images_per_second']:.1f} images/s", refresh=False
+                )
                 meter.reset()
             if done % config.validate_every == 0 and done < config.steps:
                 with meter.paused():
@@ -161,6 +163,12 @@ def train(config: TrainConfig) -> Path:
         logger.info("reconstructions: %s   curves: %s   VAE: %s", run.images, run.curves, run.model)
     accelerator.end_training()
     return run.model
+
+
+def progress_bar(steps: int, show: bool) -> tqdm:
+    """Steps done, with time left; in a log file a line now and then instead of ten a second."""
+    seconds = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(total=steps, desc="train", unit="step", disable=not show, dynamic_ncols=True, mininterval=seconds)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -190,7 +198,7 @@ def _accelerator_type() -> str:
 
 
 def build_vae(config: ModelConfig) -> AutoencoderKL:
-    """A new VAE, its weights as `initialise` sets them; its scaling factor is measured when training ends."""
+    """A new VAE; its scaling factor is measured when training ends."""
     levels = len(config.block_out_channels)
     vae = AutoencoderKL(
         in_channels=config.in_channels,
@@ -208,7 +216,8 @@ def build_vae(config: ModelConfig) -> AutoencoderKL:
         use_post_quant_conv=config.use_quant_conv,
         mid_block_add_attention=config.mid_block_add_attention,
     )
-    initialise(vae)
+    if config.initialisation == "pass_through":
+        initialise(vae)
     return vae
 
 
