@@ -24,6 +24,7 @@ TEXT_WIDTH = 8
 def silent_unet(latent_channels: int) -> UNet2DConditionModel:
     """A UNet of the right shape whose noise prediction is zero everywhere."""
     unet = UNet2DConditionModel(
+        sample_size=64,
         in_channels=latent_channels,
         out_channels=latent_channels,
         block_out_channels=(8,),
@@ -59,7 +60,7 @@ def main() -> None:
     pipe = StableDiffusionImg2ImgPipeline(
         vae=vae,
         unet=silent_unet(vae.config.latent_channels),
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         text_encoder=None,
         tokenizer=None,
         safety_checker=None,

@@ -26,6 +26,8 @@ def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSourc
 
     Raises: InputError when a source cannot be opened or is too small to be divided.
     """
+    if not config.source:
+        raise InputError("data.source is not set; give a folder of images, a data set, or «skimage» for a first try")
     source = open_source(config.source, split=config.split, image_column=config.image_column)
     if config.validation_source is None:
         names = list(config.validation_names) or None

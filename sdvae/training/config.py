@@ -53,9 +53,9 @@ class ModelConfig:
 class DataConfig:
     """Where images come from and how they become a batch."""
 
-    source: str = "skimage"
-    """A folder (nested), a data set (hub id, saved folder, .parquet, .arrow, webdataset .tar), or «skimage»:
-    the photographs inside scikit-image's wheel."""
+    source: str = ""
+    """Must be given: a folder (nested), a data set (hub id, saved folder, .parquet, .arrow, webdataset .tar), or
+    «skimage»: the photographs inside scikit-image's wheel."""
     split: str = "train"
     """Split of a data set."""
     image_column: str | None = None
