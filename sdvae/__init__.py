@@ -1,4 +1,4 @@
-"""sdvae: train, fine-tune and use Stable-Diffusion-style image VAEs."""
+"""sdvae: train and use Stable-Diffusion-style image VAEs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The command line: one module-level function a command, and one place where bad input becomes an exit code.
 
-Exit codes: 0 done, 1 a fault of the program, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 a fault of the program or the machine, 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"sdvae: error: {_innermost(error)}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"sdvae: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("sdvae: interrupted", file=sys.stderr)
         return 130
@@ -72,6 +75,7 @@ def export(argv: Sequence[str]) -> None:
         "target", type=str, help="FILE.safetensors for ComfyUI, A1111 and kohya, or a folder for diffusers"
     )
     parser.add_argument("--subfolder", type=str, default=None, help="folder inside SOURCE that holds the VAE")
+    parser.add_argument("--config", type=str, default=None, help="config.json for a SOURCE that is a single file")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default=None, help="default: as in SOURCE")
     arguments = _parse(parser, argv)
 
@@ -80,7 +84,9 @@ def export(argv: Sequence[str]) -> None:
     from sdvae.weights import export_targets, load_vae, save_ldm, save_vae
 
     dtype = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
-    vae = load_vae(arguments.source, subfolder=arguments.subfolder, dtype=dtype)
+    if arguments.target.endswith((".ckpt", ".pt", ".pth", ".bin")):
+        raise InputError(f"got target {arguments.target}; need FILE.safetensors or a folder: pickles are not written")
+    vae = load_vae(arguments.source, subfolder=arguments.subfolder, config=arguments.config, dtype=dtype)
     if arguments.target.endswith(".safetensors"):
         save_ldm(vae, arguments.target)
     else:
@@ -137,8 +143,12 @@ def _given_keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _yaml_keys(path: Path) -> Iterator[str]:
+    sections = {key.rsplit(".", 1)[0] for key in _keys(TrainConfig) if "." in key}
+
     def walk(node: dict[str, Any], prefix: str) -> Iterator[str]:
         for key, value in node.items():
+            if f"{prefix}{key}" in sections and not isinstance(value, dict):
+                raise InputError(f"{path}: {prefix}{key} is a section; need «key: value» lines below it, got {value!r}")
             yield f"{prefix}{key}"
             if isinstance(value, dict):
                 yield from walk(value, f"{prefix}{key}.")

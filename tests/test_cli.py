@@ -48,6 +48,16 @@ def test_a_saved_recipe_reads_back_the_same(recipe, tmp_path):
         (["--steps=0"], r"got steps=0; need a number above 0"),
         (["--data.resolution=100"], r"data.resolution=100; need a positive multiple of 8"),
         (["--data.crop_scale=[0.9,0.1]"], r"crop_scale=\[0.9, 0.1\]; need 0 < low <= high <= 1"),
+        (["--model.block_out_channels=[]"], r"need a width for each level"),
+        (["--model.act_fn=foo"], r"act_fn='foo'; need one of silu"),
+        (["--model.in_channels=2"], r"in_channels=2; need 3 for RGB or 1"),
+        (["--model.latent_channels=0"], r"need 1 or more"),
+        (["--data.resolution=8"], r"data.resolution=8; need at least 16"),
+        (["--loss.kl_weight=-1"], r"loss.kl_weight=-1.0; need 0 or more"),
+        (["--optimizer.ema_decay=1.5"], r"ema_decay=1.5; need a number from 0 to 1"),
+        (["--optimizer.betas=[0.9,1.0]"], r"betas=\[0.9, 1.0\]; need numbers from 0 to below 1"),
+        (["--steps=5", "--optimizer.warmup_steps=9"], r"warmup_steps=9 in steps=5; need fewer"),
+        (["--data.background=[0,0,300]"], r"need three numbers from 0 to 255"),
         (["--model.use_quant_conv=false"], r"set model.force_upcast=false"),
     ],
 )
@@ -61,6 +71,9 @@ def test_an_unknown_key_in_yaml_names_the_file(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("loss:\n  kl_wieght: 1\n")
     with pytest.raises(InputError, match=r"'loss.kl_wieght' in .*recipe.yaml; did you mean 'loss.kl_weight'"):
+        parse_train_config(["--config", str(recipe)])
+    recipe.write_text("loss: 5\n")
+    with pytest.raises(InputError, match=r"recipe.yaml: loss is a section; need .* got 5"):
         parse_train_config(["--config", str(recipe)])
     recipe.write_text("- a\n- b\n")
     with pytest.raises(InputError, match=r"recipe.yaml holds a list; need"):
@@ -93,7 +106,16 @@ def test_exit_codes(capsys, tmp_path):
     assert "sdvae: error:" in capsys.readouterr().err
     assert main(["train", "--data.source=./no/such/folder", f"--output_dir={tmp_path / 'run'}"]) == 2
     assert "no such folder" in capsys.readouterr().err
+    assert main(["train", f"--output_dir={tmp_path / 'run'}"]) == 2
+    assert "data.source is not set" in capsys.readouterr().err
+    assert main(["train", "--trackers=[wandbb]", "--data.source=skimage", f"--output_dir={tmp_path / 'run'}"]) == 2
+    assert "tracker 'wandbb' is not installed; need one of" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    tiny = ["--steps=1", "--model.block_out_channels=[32,32]", "--trackers=[]", "--loss.lpips_weight=0"]
+    source = ["--data.source=skimage", "--data.validation_count=2"]
+    assert main(["train", *tiny, *source, f"--output_dir={tmp_path / 'file' / 'below'}"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("sdvae: error: ")
 
 
 def test_export_writes_both_formats(tmp_path, capsys):
@@ -107,6 +129,10 @@ def test_export_writes_both_formats(tmp_path, capsys):
     assert main(["export", str(tmp_path / "vae"), str(tmp_path / "vae.safetensors")]) == 0
     assert "a1111" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "vae.safetensors"), str(tmp_path / "back"), "--dtype=fp16"]) == 0
+    assert main(["export", str(tmp_path / "vae"), str(tmp_path / "vae.ckpt")]) == 2
+    config = str(tmp_path / "vae" / "config.json")
+    assert main(["export", str(tmp_path / "vae.safetensors"), str(tmp_path / "exact"), f"--config={config}"]) == 0
+    assert load_vae(tmp_path / "exact").config.sample_size == vae.config.sample_size
     back = load_vae(tmp_path / "back").state_dict()
     for name, weight in vae.state_dict().items():
         assert torch.equal(back[name], weight.half()), name

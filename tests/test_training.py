@@ -88,13 +88,64 @@ def test_a_run_leaves_its_recipe_log_pictures_and_model(finished):
     for picture in (output / "curves.png", output / "images" / "step-00000004.png"):
         with Image.open(picture) as image:
             image.load()
-    assert list((output / "tracker").glob("events.out.tfevents.*"))
+    assert list((output / "sdvae").glob("events.out.tfevents.*"))
     assert sorted(path.name for path in (output / "model").iterdir()) == [
         "README.md",
         "config.json",
         "diffusion_pytorch_model.safetensors",
         "reconstructions.png",
     ]
+
+
+def test_learning_rate_and_kl_weight_follow_their_schedules(finished):
+    training = [line for line in records(finished[1]) if "train/loss" in line]
+    # two warm-up steps to 1e-3, then a half cosine over the other two; each logged line is the last step's value
+    assert [line["train/learning_rate"] for line in training] == pytest.approx([0.5e-3, 0.5e-3])
+    assert [line["train/kl_weight"] for line in training] == pytest.approx([2 / 3 * 1e-6, 1e-6])
+
+
+def test_what_is_validated_and_saved_is_the_average_of_the_weights(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(WeightAverage, "update", lambda self, model: None)
+    arguments = tiny_arguments(photographs, tmp_path / "run", optimizer__learning_rate="0.01")
+    config = parse_train_config(arguments)
+    saved = weights(train(config))
+    torch.manual_seed(config.seed)
+    initial = build_vae(config.model).state_dict()
+    assert all(torch.equal(saved[name], initial[name]) for name in initial), "an average that never moved"
+    validation = [line["validation/psnr"] for line in records(tmp_path / "run") if "validation/psnr" in line]
+    assert validation[0] == validation[1]
+    losses = [line["train/loss"] for line in records(tmp_path / "run") if "train/loss" in line]
+    assert losses[0] != losses[1]
+
+
+def test_gradients_are_clipped_and_logged_before(photographs, tmp_path, monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def recording_step(self, *args, **kwargs):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording_step)
+    run(photographs, tmp_path / "run", optimizer__grad_clip_norm="0.01", steps="2")
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert records(tmp_path / "run")[0]["train/grad_norm"] > 0.05
+
+
+def test_the_launchers_accumulation_option_does_not_scale_the_loss_again(photographs, tmp_path, monkeypatch):
+    run(photographs, tmp_path / "a", steps="1", validate_every="1")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    run(photographs, tmp_path / "b", steps="1", validate_every="1")
+    assert deterministic(tmp_path / "a") == deterministic(tmp_path / "b")
+
+
+def test_the_model_is_saved_at_every_validation(photographs, tmp_path):
+    """A run that fails later leaves what it had."""
+    grow = {"optimizer__learning_rate": "1e30", "optimizer__warmup_steps": "2", "validate_every": "1", "steps": "8"}
+    with pytest.raises(InputError, match=r"gradient's norm became|the run has diverged"):
+        run(photographs, tmp_path / "run", **grow)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run" / "model").values())
 
 
 def test_the_loss_is_the_weighed_sum_of_the_logged_terms(finished):
@@ -208,9 +259,15 @@ def test_bf16_autocast_keeps_fp32_weights(photographs, tmp_path):
     assert {tensor.dtype for tensor in weights(tmp_path / "run" / "model").values()} == {torch.float32}
 
 
-def test_gradient_checkpointing_changes_nothing(photographs, tmp_path):
+def test_gradient_checkpointing_changes_nothing(photographs, tmp_path, monkeypatch):
     first = weights(run(photographs, tmp_path / "a", steps="2"))
+    calls = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs)
+    )
     second = weights(run(photographs, tmp_path / "b", steps="2", gradient_checkpointing="true"))
+    assert len(calls) == 2 * 2 * 5, "two steps of an encoder and a decoder, each of four levels and a middle"
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -270,9 +327,30 @@ def test_a_folder_that_no_run_wrote_is_never_removed(photographs, tmp_path):
     output = tmp_path / "thesis"
     output.mkdir()
     (output / "chapter.txt").write_text("years of work")
+    (output / "config.yaml").write_text("of another program")
     with pytest.raises(InputError, match="holds files that no run wrote"):
         run(photographs, output, overwrite="true")
     assert (output / "chapter.txt").read_text() == "years of work"
+
+
+def test_overwriting_a_run_removes_only_what_a_run_writes(photographs, tmp_path):
+    output = tmp_path / "run"
+    run(photographs, output, steps="2", validate_every="1")
+    (output / "notes.txt").write_text("mine")
+    run(photographs, output, steps="1", overwrite="true")
+    assert (output / "notes.txt").read_text() == "mine"
+    assert [path.name for path in (output / "images").iterdir()] == ["step-00000001.png"]
+
+
+def test_a_first_validation_image_that_is_bad_is_left_out(photographs, tmp_path):
+    validation = tmp_path / "validation"
+    validation.mkdir()
+    for name in ("00.png", "01.png"):
+        (validation / f"b{name}").write_bytes((photographs / name).read_bytes())
+    (validation / "a.png").write_bytes(b"")
+    changes = {"data__validation_source": str(validation), "grid_images": "1", "data__max_bad_fraction": "0.5"}
+    run(photographs, tmp_path / "run", steps="1", **changes)
+    assert np.isfinite(records(tmp_path / "run")[-1]["validation/psnr"])
 
 
 def test_a_diverging_run_stops_and_says_where(photographs, tmp_path):
@@ -305,6 +383,7 @@ def test_every_recipe_starts(recipe, photographs, tmp_path, monkeypatch):
         "steps": "1",
         "gradient_accumulation_steps": "1",
         "data__validation_names": "[]",
+        "optimizer__warmup_steps": "0",
     }
     narrow = tiny_arguments(photographs, tmp_path / "run", **changes)
     model = load_vae(train(parse_train_config(["--config", str(recipe), *narrow])))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -63,8 +61,8 @@ class LatentMoments:
         self.sums = torch.zeros(4, channels, dtype=torch.float64)
 
     def update(self, posterior: DiagonalGaussian) -> None:
-        mean = posterior.mean.detach().double().cpu()
-        var = posterior.logvar.detach().double().exp().cpu()
+        mean = posterior.mean.detach().cpu().double()  # in this order: MPS has no float64
+        var = posterior.logvar.detach().cpu().double().exp()
         count = torch.full((mean.shape[1],), mean.numel() / mean.shape[1], dtype=torch.float64)
         over = (0, 2, 3)
         self.sums += torch.stack([count, mean.sum(over), mean.square().sum(over), var.sum(over)])
@@ -86,7 +84,7 @@ class LatentMoments:
     @property
     def std(self) -> float:
         """Over all channels together: 1/std is LDM's scaling factor (appendix G)."""
-        return math.sqrt(max(0.0, float(self.sums[2:].sum() / self.sums[0].sum()) - self.mean**2))
+        return float((self.sums[2:].sum() / self.sums[0].sum() - self.mean**2).clamp(min=0).sqrt())
 
     @property
     def active_channels(self) -> int:

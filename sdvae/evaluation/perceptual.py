@@ -12,7 +12,6 @@ import logging
 import socket
 import warnings
 from pathlib import Path
-from urllib.error import URLError
 
 import lpips
 import torch
@@ -125,7 +124,9 @@ def _download_trunk(net: str, allow_random: bool) -> dict[str, Tensor] | None:
         return TORCHVISION_WEIGHTS[net].get_state_dict(
             progress=False, check_hash=True, map_location="cpu", weights_only=True
         )
-    except (URLError, TimeoutError, ConnectionError) as error:
+    except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a file of another hash
+        if isinstance(error, RuntimeError) and "hash" not in str(error):
+            raise
         reason = f"no ImageNet weights for LPIPS's {net} trunk: the download failed ({error})"
         if not allow_random:
             raise InputError(

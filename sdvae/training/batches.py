@@ -18,6 +18,7 @@ from sdvae.data import (
     split_off,
     training_loader,
 )
+from sdvae.errors import InputError
 from sdvae.training.config import DataConfig, TrainConfig
 
 
@@ -77,6 +78,9 @@ def evaluation_batches(source: ImageSource, config: TrainConfig, accelerator: Ac
 
 
 def stop_if_too_many_are_bad(bad_images: BadImages, total: int, max_fraction: float) -> None:
-    """Raise on every process alike when the processes together met too many bad images."""
+    """Raise on every process alike when the processes together met too many bad images.
+
+    Args: total: images of training and validation together.
+    """
     bad_images.add(gather_object(bad_images.items()))
     bad_images.check(total, max_fraction)

@@ -11,6 +11,9 @@ from typing import Literal
 
 from sdvae.errors import InputError
 
+ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")  # what diffusers' get_activation knows
+MIN_RESOLUTION = 16  # pixels: SSIM's windows have 11, LPIPS's smallest trunk pools three times
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -42,6 +45,15 @@ class ModelConfig:
     """Side in pixels that pipelines take as the default and that diffusers' own tiling uses."""
 
     def __post_init__(self) -> None:
+        if not self.block_out_channels:
+            raise InputError("got model.block_out_channels=[]; need a width for each level")
+        sizes = (self.layers_per_block, self.latent_channels, self.norm_num_groups, *self.block_out_channels)
+        if min(sizes) < 1:
+            raise InputError("got a model with a width, layer, latent channel or group count below 1; need 1 or more")
+        if self.in_channels not in (1, 3):
+            raise InputError(f"got model.in_channels={self.in_channels}; need 3 for RGB or 1 for grey images")
+        if self.act_fn not in ACTIVATIONS:
+            raise InputError(f"got model.act_fn={self.act_fn!r}; need one of {', '.join(ACTIVATIONS)}")
         if self.force_upcast and not self.use_quant_conv:
             raise InputError(
                 "got model.force_upcast=true with model.use_quant_conv=false, which SDXL pipelines cannot run; "
@@ -80,8 +92,8 @@ class DataConfig:
     """Strength of brightness, contrast, saturation and channel-order changes in training; 0 is off."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour in 0..255 that transparent images are composited on."""
-    min_side: int = 64
-    """Images with a shorter side, in pixels, count as bad."""
+    min_side: int | None = None
+    """Images with a shorter side, in pixels, count as bad; null: half of the resolution they are cropped to."""
     max_bad_fraction: float = 0.01
     """Stop when more than this fraction of the images cannot be read."""
     num_workers: int = 4
@@ -211,6 +223,37 @@ class TrainConfig:
                     f"got data.{key}={side}; need a positive multiple of {factor}, the compression ratio of "
                     f"{len(self.model.block_out_channels)} levels"
                 )
+            if side is not None and side < MIN_RESOLUTION:
+                raise InputError(f"got data.{key}={side}; need at least {MIN_RESOLUTION}, or SSIM has no window")
+        not_negative = {
+            "loss.lpips_weight": self.loss.lpips_weight,
+            "loss.kl_weight": self.loss.kl_weight,
+            "loss.kl_warmup_steps": self.loss.kl_warmup_steps,
+            "optimizer.warmup_steps": self.optimizer.warmup_steps,
+            "optimizer.weight_decay": self.optimizer.weight_decay,
+            "data.num_workers": self.data.num_workers,
+            "data.cache_mib": self.data.cache_mib,
+        }
+        for key, value in not_negative.items():
+            if not value >= 0:
+                raise InputError(f"got {key}={value}; need 0 or more")
+        fractions = {
+            "data.flip": self.data.flip,
+            "data.color_jitter": self.data.color_jitter,
+            "data.max_bad_fraction": self.data.max_bad_fraction,
+            "optimizer.ema_decay": self.optimizer.ema_decay,
+        }
+        for key, value in fractions.items():
+            if not 0 <= value <= 1:
+                raise InputError(f"got {key}={value}; need a number from 0 to 1")
+        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            raise InputError(f"got optimizer.betas={list(self.optimizer.betas)}; need numbers from 0 to below 1")
+        if self.optimizer.warmup_steps > self.steps:
+            raise InputError(
+                f"got optimizer.warmup_steps={self.optimizer.warmup_steps} in steps={self.steps}; need fewer than steps"
+            )
+        if not all(0 <= value <= 255 for value in self.data.background):
+            raise InputError(f"got data.background={list(self.data.background)}; need three numbers from 0 to 255")
         low, high = self.data.crop_scale
         if not 0 < low <= high <= 1:
             raise InputError(f"got data.crop_scale=[{low}, {high}]; need 0 < low <= high <= 1")

@@ -19,7 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    gather_object,
+    parse_flag_from_env,
+)
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import nn
@@ -38,9 +44,11 @@ from sdvae.training.objective import kl_weight_at, loss_terms, posterior_generat
 from sdvae.training.precision import resolve_precision
 from sdvae.training.run_folder import RunFolder
 from sdvae.training.save import draw, save_model
-from sdvae.training.validation import ValidationResult, measure_latents, validate
+from sdvae.training.validation import measure_latents, validate
 
 logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_STEPS = 20  # halvings of fp16's loss scale from 65536: far below 1, nothing is left to try
 
 
 def train(config: TrainConfig) -> Path:
@@ -55,6 +63,8 @@ def train(config: TrainConfig) -> Path:
     run = RunFolder(config.output_dir)
     run.check_free(config.overwrite)
     train_source, validation_source = open_sources(config.data, config.seed)
+    measured = first_images(train_source, config.scale_images, config.seed)
+    num_images = len(train_source) + len(validation_source)
     bad_images = BadImages()
 
     torch.manual_seed(config.seed)  # of the initial weights: the same on every process
@@ -75,7 +85,7 @@ def train(config: TrainConfig) -> Path:
     if accelerator.is_main_process:
         run.create(config)
     if config.trackers:
-        accelerator.init_trackers("tracker", config=_scalars(config))
+        accelerator.init_trackers(run.TRACKER, config=_scalars(config))
     micro_steps = config.gradient_accumulation_steps
     global_micro_batch = config.batch_size * accelerator.num_processes
     logger.info(
@@ -96,17 +106,20 @@ def train(config: TrainConfig) -> Path:
         if accelerator.is_main_process:
             run.log({"step": step, **named})
 
-    def validation(step: int) -> ValidationResult:
+    def validate_and_save(step: int) -> None:
         batches = evaluation_batches(validation_source, config, accelerator)
         result = validate(ema.model, batches, accelerator, perceptual, bad_images, keep=config.grid_images)
         report(step, "validation", result.metrics)
+        batches = evaluation_batches(measured, config, accelerator)
+        moments = measure_latents(ema.model, batches, accelerator, bad_images)
         if accelerator.is_main_process:
             grid = draw(result, run, step)
             log_image(accelerator, "reconstructions", grid, step)
-        return result
+            save_model(run, ema.model, config, result, moments, step, step * micro_steps * global_micro_batch)
 
     batches = iter(training_batches(train_source, config, accelerator))
     meter = Meter()
+    skipped_in_a_row = 0
     with progress_bar(config.steps, show=accelerator.is_main_process) as progress:
         for step in range(config.steps):
             kl_weight = kl_weight_at(step, config.loss)
@@ -125,8 +138,7 @@ def train(config: TrainConfig) -> Path:
                     accelerator.backward(loss / micro_steps)
                 meter.add(global_micro_batch, loss=loss, **terms.logged(perceptual))
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip_norm)
-            meter.add(grad_norm=grad_norm)
-            # fp16's loss scaler skips such a step by itself
+            # fp16's loss scaler skips such a step by itself and lowers its scale
             if accelerator.scaler is None and not torch.isfinite(grad_norm):
                 parts = ", ".join(f"{name} {value:.4g}" for name, value in terms.logged(perceptual).items())
                 raise InputError(
@@ -136,14 +148,23 @@ def train(config: TrainConfig) -> Path:
             learning_rate = scheduler.get_last_lr()[0]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if not accelerator.optimizer_step_was_skipped:
+            if accelerator.optimizer_step_was_skipped:
+                skipped_in_a_row += 1
+                if skipped_in_a_row == MAX_SKIPPED_STEPS:
+                    raise InputError(
+                        f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient in fp16, up to step {step + 1}; "
+                        "set mixed_precision=bf16 or lower optimizer.learning_rate"
+                    )
+            else:
+                skipped_in_a_row = 0
+                meter.add(grad_norm=grad_norm)
                 scheduler.step()
                 ema.update(vae)
             progress.update()
 
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
-                stop_if_too_many_are_bad(bad_images, len(train_source), config.data.max_bad_fraction)
+                stop_if_too_many_are_bad(bad_images, num_images, config.data.max_bad_fraction)
                 metrics, rates = meter.averages(accelerator), meter.rates()
                 state = {"learning_rate": learning_rate, "kl_weight": kl_weight}
                 report(done, "train", {**metrics, **state, **rates})
@@ -153,13 +174,11 @@ def train(config: TrainConfig) -> Path:
                 meter.reset()
             if done % config.validate_every == 0 and done < config.steps:
                 with meter.paused():
-                    validation(done)
+                    validate_and_save(done)
 
-    result = validation(config.steps)
-    measured = first_images(train_source, config.scale_images, config.seed)
-    moments = measure_latents(ema.model, evaluation_batches(measured, config, accelerator), accelerator, bad_images)
+    validate_and_save(config.steps)
+    stop_if_too_many_are_bad(bad_images, num_images, config.data.max_bad_fraction)
     if accelerator.is_main_process:
-        save_model(run, ema.model, config, result, moments, images_seen=config.steps * micro_steps * global_micro_batch)
         logger.info("reconstructions: %s   curves: %s   VAE: %s", run.images, run.curves, run.model)
     accelerator.end_training()
     return run.model
@@ -172,14 +191,22 @@ def progress_bar(steps: int, show: bool) -> tqdm:
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Raises: InputError when the launcher's processes would not train together."""
+    """Raises: InputError when a tracker is missing, or the launcher's processes would not train together."""
+    available = sorted(tracker.value for tracker in get_available_trackers())
+    for name in config.trackers:
+        if name not in available:
+            raise InputError(
+                f"tracker {name!r} is not installed; need one of {', '.join(available)}, or pip install it"
+            )
     # Left to itself, accelerate runs torchrun's N processes as N separate trainings on a machine without a GPU.
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision=resolve_precision(config.mixed_precision, "cpu" if use_cpu else _accelerator_type()),
         log_with=list(config.trackers) or None,
-        project_dir=config.output_dir,
+        project_dir=RunFolder(config.output_dir).root,
+        # Ours is the only division by accumulation steps; accelerate's would come on top, from its launcher's option.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -227,6 +254,11 @@ def build_perceptual(config: TrainConfig, accelerator: Accelerator) -> Perceptua
     settings = config.loss.perceptual
     with accelerator.local_main_process_first():  # the others find the download in torch hub's cache
         perceptual = load_perceptual(settings.net, settings.weights, settings.heads, settings.allow_random)
+    names = set(gather_object([perceptual.name]))
+    if len(names) > 1:  # one process could download the trunk, another could not
+        raise InputError(
+            f"the processes have different trunks: {', '.join(sorted(names))}; give loss.perceptual.weights"
+        )
     return perceptual.to(accelerator.device)
 
 
@@ -248,7 +280,8 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
     """Show a picture in every tracker that takes pictures."""
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
-            tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: np.asarray(image)[None]}, step=step, **layout)
 
 
 def _scalars(config: TrainConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Meter:
-    """Sums what each step reports, on the device, so that nothing waits for the GPU until a line is due."""
+    """Sums what each step reports, on the device, and reads the sums only when a line is due."""
 
     def __init__(self) -> None:
         self.reset()

@@ -63,7 +63,9 @@ with no published LPIPS.
 """
 
 
-def model_card(config: TrainConfig, vae: AutoencoderKL, result: ValidationResult, *, images_seen: int) -> str:
+def model_card(
+    config: TrainConfig, vae: AutoencoderKL, result: ValidationResult, *, step: int, images_seen: int
+) -> str:
     """Markdown with the figures, the data and the whole recipe."""
     data = config.data
     random_names = [name for name in result.metrics if name.endswith("_random")]
@@ -76,7 +78,7 @@ def model_card(config: TrainConfig, vae: AutoencoderKL, result: ValidationResult
         version=sdvae.__version__,
         amplification=AMPLIFICATION,
         grid=GRID_NAME,
-        steps=config.steps,
+        steps=step,
         images_seen=images_seen,
         count=len(result.per_image),
         validation_source=data.validation_source or data.source,

@@ -15,10 +15,12 @@ from sdvae.training.config import TrainConfig
 
 
 class RunFolder:
-    """config.yaml, metrics.jsonl, images/, tracker logs and model/ under one folder.
+    """config.yaml, metrics.jsonl, curves.png, images/, tracker logs and model/ under one folder.
 
     Only the main process writes; `create` belongs to it alone.
     """
+
+    TRACKER = "sdvae"  # trackers' project name, and the folder of those that write files
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
@@ -34,7 +36,7 @@ class RunFolder:
             raise InputError(f"output_dir={self.root} is a file; need the path of a folder")
         if not self.root.is_dir() or not any(self.root.iterdir()):
             return
-        if not self.config.is_file():
+        if not (self.config.is_file() and self.metrics.is_file()):
             raise InputError(
                 f"output_dir={self.root} holds files that no run wrote; need a new or empty folder; choose another"
             )
@@ -45,9 +47,13 @@ class RunFolder:
             )
 
     def create(self, config: TrainConfig) -> None:
-        """Begin an empty run; an earlier one, which `check_free` let pass, is removed."""
-        if self.root.is_dir():
-            shutil.rmtree(self.root)
+        """Begin an empty run. Of an earlier one only what a run writes is removed, whatever else lies there."""
+        self.check_free(config.overwrite)
+        for path in (self.images, self.model, self.root / self.TRACKER):
+            if path.is_dir():
+                shutil.rmtree(path)
+        for path in (self.config, self.metrics, self.curves):
+            path.unlink(missing_ok=True)
         self.images.mkdir(parents=True)
         self.config.write_text(to_yaml(config), encoding="utf-8")
         self.metrics.touch()
@@ -55,7 +61,7 @@ class RunFolder:
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ def validate(
         bad_images: takes note of the images that could not be read.
         keep: how many images, from the first on, come back as tensors.
 
-    Raises: InputError when no image can be read.
+    Raises: InputError when no image can be read, or when a figure is not finite.
     """
     moments = LatentMoments(vae.config.latent_channels)
     rows: list[dict[str, Any]] = []
@@ -55,16 +56,19 @@ def validate(
         moments.update(output.posterior)
         for i, metrics in enumerate(image_metrics(images, output.sample, output.posterior, perceptual)):
             rows.append({"index": batch["index"][i], "name": batch["name"][i], **metrics})
-            if batch["index"][i] < keep:
+            if len(kept) < keep:
                 kept.append((batch["index"][i], images[i].float().cpu(), output.sample[i].float().cpu()))
 
     rows = sorted(gather_object(rows), key=lambda row: row["index"])
-    kept = sorted(gather_object(kept), key=lambda entry: entry[0])
+    kept = sorted(gather_object(kept), key=lambda entry: entry[0])[:keep]
     if not rows:
         raise InputError("no validation image can be read; give others with data.validation_source or …_names")
     moments.sums = _sum_over_processes(moments.sums, accelerator)
     names = [name for name in rows[0] if name not in ("index", "name")]
     metrics = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if broken:
+        raise InputError(f"the run has diverged: validation gives {', '.join(broken)}; lower optimizer.learning_rate")
     metrics["active_channels"] = moments.active_channels
     metrics["latent_std"] = moments.std
     return ValidationResult(
