@@ -11,8 +11,12 @@ from PIL import Image
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """A folder of ten small pictures, smooth and each of its own."""
-    folder = tmp_path / "photographs"
+    """A folder of ten small pictures."""
+    return draw_photographs(tmp_path / "photographs")
+
+
+def draw_photographs(folder: Path) -> Path:
+    """Ten small pictures, smooth and each of its own."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     for i in range(10):

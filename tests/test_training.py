@@ -23,7 +23,7 @@ from sdvae.training.ema import WeightAverage, ema_decay_at
 from sdvae.training.loop import build_vae, train
 from sdvae.training.precision import resolve_precision
 from sdvae.weights import load_vae
-from tests.conftest import tiny_arguments
+from tests.conftest import draw_photographs, tiny_arguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,12 +50,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def finished(tmp_path_factory) -> tuple[Path, Path]:
     """(photographs, run folder) of one run with everything on: LPIPS, accumulation, warm-ups, TensorBoard."""
     root = tmp_path_factory.mktemp("finished")
-    source = root / "photographs"
-    source.mkdir()
-    generator = np.random.default_rng(0)
-    for i in range(10):
-        coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-        coarse.resize((56, 48), Image.Resampling.BICUBIC).save(source / f"{i:02}.png")
+    source = draw_photographs(root / "photographs")
     changes = {
         "loss__lpips_weight": "0.1",
         "loss__perceptual__net": "squeeze",

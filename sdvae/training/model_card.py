@@ -83,7 +83,10 @@ def model_card(
         count=len(result.per_image),
         validation_source=data.validation_source or data.source,
         resolution=data.validation_resolution or data.resolution,
-        table="\n".join(f"| {name} | {value:.4g} |" for name, value in result.metrics.items()),
+        table="\n".join(
+            f"| {name} | {value if isinstance(value, int) else format(value, '#.4g')} |"
+            for name, value in result.metrics.items()
+        ),
         perceptual_note="".join(RANDOM_NOTE.format(name=name) for name in random_names),
         scaling_factor=vae.config.scaling_factor,
         shift_note="" if shift is None else f"; `shift_factor` {shift:.5f} is their mean",

@@ -1,0 +1,84 @@
+"""What the README shows and what scripts/ holds, run for real at a small size."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdvae import save_vae
+from sdvae.cli import parse_train_config
+from sdvae.training.loop import build_vae
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def quickstart_folder(tmp_path_factory) -> Path:
+    """runs/quickstart as the quickstart leaves it, its VAE untrained."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("runs") / "quickstart"
+    folder.mkdir()
+    vae = build_vae(parse_train_config(["--config", str(ROOT / "configs" / "quickstart.yaml")]).model)
+    save_vae(vae, folder / "model")
+    return folder
+
+
+def script(name: str, *arguments: object) -> str:
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+def test_the_readmes_python_runs(quickstart_folder):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        names: dict = {}
+        exec(block.replace("runs/quickstart", str(quickstart_folder)), names)
+        assert names["reconstruction"].shape == names["x"].shape
+    assert (quickstart_folder / "vae.safetensors").is_file()
+
+
+def test_every_file_and_option_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"(?:configs|scripts)/[\w.]+\.(?:yaml|py)", text):
+        assert (ROOT / path).is_file(), path
+    for key in set(re.findall(r"--((?:loss|data|optimizer|model)\.[\w.]+)", text)):
+        node: object = parse_train_config([])
+        for part in key.split("."):
+            node = getattr(node, part)
+
+
+def test_the_pipeline_demo_draws_the_photograph_beside_its_decoding(quickstart_folder, tmp_path):
+    output = tmp_path / "pipeline.png"
+    printed = script("pipeline_demo.py", quickstart_folder / "model", output, "--size", 64)
+    assert "StableDiffusionImg2ImgPipeline" in printed
+    with Image.open(output) as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape == (64, 132, 3)
+    assert pixels[:, :64].std() > 30, "the photograph"
+    assert pixels[:, 68:].std() > 1, "what the pipeline decoded"
+
+
+def test_the_benchmark_prints_a_ratio_for_each_row():
+    printed = script("benchmark.py", "--config", "configs/quickstart.yaml", "--size", 32, "--repeats", 1)
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
+    names = [row[0].strip() for row in rows[1:]]
+    assert names == [
+        f"{what}, {layout}"
+        for layout in ("as loaded", "channels_last")
+        for what in ("encode", "decode", "training step")
+    ]
+    for row in rows[1:]:
+        ours, theirs, ratio = (float(cell) for cell in row[1:4])
+        assert ours > 0
+        assert theirs > 0
+        assert 0.01 < ratio < 100
