@@ -68,7 +68,7 @@ def evaluation_batches(source: ImageSource, config: TrainConfig, accelerator: Ac
     """This process's share of all images of `source`, each once: every num_processes-th, centre-cropped."""
     images = EvaluationImages(
         source,
-        resolution=config.data.validation_resolution or config.data.resolution,
+        resolution=config.data.evaluation_resolution,
         channels=config.model.in_channels,
         background=config.data.background,
         min_side=config.data.min_side,

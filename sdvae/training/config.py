@@ -44,6 +44,11 @@ class ModelConfig:
     sample_size: int = 512
     """Side in pixels that pipelines take as the default and that diffusers' own tiling uses."""
 
+    @property
+    def compression_ratio(self) -> int:
+        """Pixels along one side of a latent element."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
     def __post_init__(self) -> None:
         if not self.block_out_channels:
             raise InputError("got model.block_out_channels=[]; need a width for each level")
@@ -100,6 +105,11 @@ class DataConfig:
     """Loader processes for each training process; 0 loads in the training process."""
     cache_mib: int = 0
     """Memory in MiB for each worker to keep decoded images in; for small data sets. 0 is off."""
+
+    @property
+    def evaluation_resolution(self) -> int:
+        """Side in pixels of the centre crops."""
+        return self.validation_resolution or self.resolution
 
 
 @dataclass(frozen=True)
@@ -215,7 +225,7 @@ class TrainConfig:
         for key, value in positive.items():
             if not value > 0:
                 raise InputError(f"got {key}={value}; need a number above 0")
-        factor = 2 ** (len(self.model.block_out_channels) - 1)
+        factor = self.model.compression_ratio
         for key in ("resolution", "validation_resolution"):
             side = getattr(self.data, key)
             if side is not None and (side <= 0 or side % factor):

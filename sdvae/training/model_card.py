@@ -82,7 +82,7 @@ def model_card(
         images_seen=images_seen,
         count=len(result.per_image),
         validation_source=data.validation_source or data.source,
-        resolution=data.validation_resolution or data.resolution,
+        resolution=data.evaluation_resolution,
         table="\n".join(
             f"| {name} | {value if isinstance(value, int) else format(value, '#.4g')} |"
             for name, value in result.metrics.items()
@@ -97,6 +97,5 @@ def model_card(
 
 def run_title(config: TrainConfig) -> str:
     """The run folder's name, with its latent shape: «quickstart: an f8, 4-channel VAE»."""
-    factor = 2 ** (len(config.model.block_out_channels) - 1)
     name = Path(config.output_dir).resolve().name
-    return f"{name}: an f{factor}, {config.model.latent_channels}-channel image VAE"
+    return f"{name}: an f{config.model.compression_ratio}, {config.model.latent_channels}-channel image VAE"

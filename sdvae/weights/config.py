@@ -118,7 +118,7 @@ def infer_config(weights: Mapping[str, Tensor], given: Mapping[str, Any], origin
         if odd:
             raise InputError(
                 f"{origin} has a level of width {odd[0]}, not a multiple of 32, so the number of groups is unknown; "
-                'give it: config={"norm_num_groups": …}'
+                'give it: config={"norm_num_groups": …}, or a config.json (sdvae export --config FILE)'
             )
         config["norm_num_groups"] = 32
     return {**config, **_factors({**config, **given}, given, origin), **given}
