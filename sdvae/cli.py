@@ -1,6 +1,6 @@
 """The command line: one module-level function a command, and one place where bad input becomes an exit code.
 
-Exit codes: 0 done, 1 a fault of the program or the machine, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 a fault of the program or the machine, 2 bad input, 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, Stopped
 from sdvae.training.config import TrainConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # each field's docstring is its help text
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"sdvae: error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"sdvae: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("sdvae: interrupted", file=sys.stderr)
         return 130
@@ -94,6 +97,30 @@ def export(argv: Sequence[str]) -> None:
     print(f"wrote {arguments.target}")
     for program, reason in export_targets(vae).items():
         print(f"  {program:10} {'loads it' if reason is None else 'will not load it: ' + reason}")
+
+
+@command("encode and decode photographs: FILE … [--vae SOURCE] [--output FOLDER]; works right after the install")
+def reconstruct(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="sdvae reconstruct", exit_on_error=False)
+    parser.add_argument("files", type=str, nargs="+", help="image files")
+    parser.add_argument(
+        "--vae", type=str, default=None, help="whatever `sdvae export` takes as SOURCE; default: the packaged VAE"
+    )
+    parser.add_argument("--subfolder", type=str, default=None, help="folder inside the source that holds the VAE")
+    parser.add_argument("--output", type=str, default="reconstructions", help="folder for NAME.png of each file")
+    parser.add_argument(
+        "--max_side", type=int, default=2048, help="shrink larger images first; memory grows as its square"
+    )
+    arguments = _parse(parser, argv)
+    from sdvae.reconstruct import reconstruct_files
+
+    reconstruct_files(
+        arguments.files,
+        vae=arguments.vae,
+        subfolder=arguments.subfolder,
+        output=Path(arguments.output),
+        max_side=arguments.max_side,
+    )
 
 
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:

@@ -158,7 +158,7 @@ def test_batches_run_across_epochs_without_loss_or_repetition():
 @pytest.mark.parametrize("start_batch", [0, 1, 4, 9])
 def test_continued_run_goes_on_where_it_stopped(start_batch):
     whole = list(ShardedBatches(SampleOrder(10, seed=1), 4, 1, 2, num_batches=10))
-    rest = ShardedBatches(SampleOrder(10, seed=1), 4, 1, 2, start_batch, num_batches=10 - start_batch)
+    rest = ShardedBatches(SampleOrder(10, seed=1), 4, 1, 2, start_batch * 8, num_batches=10 - start_batch)
     assert list(rest) == whole[start_batch:]
     assert len(rest) == 10 - start_batch
 
@@ -166,14 +166,14 @@ def test_continued_run_goes_on_where_it_stopped(start_batch):
 def test_number_of_processes_may_change_when_a_run_is_continued():
     order = SampleOrder(11, seed=2)
     before = flat(ShardedBatches(order, 6, num_batches=3))
-    parts = [ShardedBatches(order, 2, rank, 3, start_batch=3, num_batches=8) for rank in range(3)]
+    parts = [ShardedBatches(order, 2, rank, 3, start=18, num_batches=8) for rank in range(3)]
     after = flat(flat(batches) for batches in zip(*parts, strict=True))
     assert before + after == [order.at(position) for position in range(66)]
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"rank": 2}, {"rank": -1}, {"start_batch": -1}])
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"rank": 2}, {"rank": -1}, {"start": -1}])
 def test_impossible_batches_are_refused(wrong):
-    arguments = {"batch_size": 2, "rank": 0, "world_size": 2, "start_batch": 0, "num_batches": 1, **wrong}
+    arguments = {"batch_size": 2, "rank": 0, "world_size": 2, "start": 0, "num_batches": 1, **wrong}
     with pytest.raises(InputError, match="need batch_size"):
         ShardedBatches(SampleOrder(4, 0), **arguments)
 
@@ -212,7 +212,7 @@ def test_loader_gives_the_same_bits_for_any_number_of_workers():
     results = []
     for num_workers, cache_mib in [(0, 0), (1, 1), (3, 0.02)]:
         images = images_of(bad_at(9, {2, 5}), cache_mib=cache_mib)
-        batches = ShardedBatches(SampleOrder(9, 5), 4, 1, 2, start_batch=2, num_batches=5)
+        batches = ShardedBatches(SampleOrder(9, 5), 4, 1, 2, start=16, num_batches=5)
         loaded = list(training_loader(images, batches, num_workers=num_workers))
         keys = [
             SampleKey(*pair)

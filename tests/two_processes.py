@@ -2,8 +2,8 @@
 
     torchrun … tests/two_processes.py WORLD_SIZE RECORD_FOLDER [sdvae train arguments …]
 
-Writes RECORD_FOLDER/rank-R.pt: for each optimizer step the sample keys of this process and the gradients that the
-optimizer is about to use.
+Writes RECORD_FOLDER/rank-R.pt: for each optimizer step the sample keys of this process and the gradients, of both
+players, that the optimizers are about to use.
 """
 
 from __future__ import annotations
@@ -16,27 +16,29 @@ from accelerate import Accelerator
 
 from sdvae.cli import parse_train_config
 from sdvae.training import loop
+from sdvae.training.players import Player, TrainingForward
 
 
 def record(world_size: int, folder: Path, arguments: list[str]) -> None:
     samples: list[tuple[int, int]] = []
     steps: list[dict] = []
-    make_batches, clip = loop.training_batches, Accelerator.clip_grad_norm_
+    make_batches, clip = loop.training_batches, Player.clip
 
-    def recording_batches(source, config, accelerator):
+    def recording_batches(source, config, accelerator, **where):
         assert accelerator.num_processes == world_size
-        for batch in make_batches(source, config, accelerator):
+        for batch in make_batches(source, config, accelerator, **where):
             samples.extend(zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True))
             yield batch
 
-    def recording_clip(self, parameters, *args, **kwargs):
-        parameters = list(parameters)
-        steps.append({"samples": samples.copy(), "gradients": [p.grad.clone() for p in parameters]})
-        samples.clear()
-        return clip(self, parameters, *args, **kwargs)
+    def recording_clip(self, scaler, max_norm):
+        if isinstance(self.network, TrainingForward):
+            steps.append({"samples": samples.copy(), "gradients": []})
+            samples.clear()
+        steps[-1]["gradients"] += [p.grad.clone() for p in self.trained]
+        return clip(self, scaler, max_norm)
 
     loop.training_batches = recording_batches
-    Accelerator.clip_grad_norm_ = recording_clip
+    Player.clip = recording_clip
     loop.train(parse_train_config(arguments))
     rank = Accelerator().process_index
     torch.save(steps, folder / f"rank-{rank}.pt")

@@ -7,6 +7,7 @@ many are too many: `BadImages` counts them.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
@@ -275,6 +276,7 @@ def training_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,  # what a worker has cached outlives an iteration
         prefetch_factor=4 if num_workers > 0 else None,
+        worker_init_fn=_leave_signals_to_parent,
     )
 
 
@@ -289,7 +291,13 @@ def evaluation_loader(
         num_workers=num_workers,
         collate_fn=collate_evaluation,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_parent,
     )
+
+
+def _leave_signals_to_parent(worker_id: int) -> None:
+    """Ctrl-C goes to a whole process group; out of the parent's, a worker lives on for it to finish its step."""
+    os.setpgrp()
 
 
 def _min_side(min_side: int | None, resolution: int) -> int:

@@ -69,16 +69,16 @@ class SampleOrder:
 class ShardedBatches(Sampler[list[SampleKey]]):
     """The batches of one process, as lists of keys: a `batch_sampler` for a DataLoader.
 
-    Global batch m covers the positions [m·G, (m+1)·G) with G = batch_size · world_size, of which each rank takes its
-    contiguous part. Batches run across the borders of epochs, so nothing is dropped or repeated to fill one, and
-    1 x B, 2 x B/2 and 4 x B/4 see the same samples in each batch.
+    Global batch m covers the positions [start + m·G, start + (m+1)·G) with G = batch_size · world_size, of which each
+    rank takes its contiguous part. Batches run across the borders of epochs, so nothing is dropped or repeated to fill
+    one, and 1 x B, 2 x B/2 and 4 x B/4 see the same samples in each batch.
 
     Args:
         order: the same in all processes.
         batch_size: samples a batch of this process.
         rank, world_size: this process, and how many there are.
-        start_batch: the first global batch, by which a run is continued.
-        num_batches: how many batches to yield, from `start_batch` on.
+        start: the first position, by which a run is continued: the samples that all processes together consumed.
+        num_batches: how many batches to yield.
     """
 
     def __init__(
@@ -87,26 +87,26 @@ class ShardedBatches(Sampler[list[SampleKey]]):
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        start_batch: int = 0,
+        start: int = 0,
         *,
         num_batches: int,
     ):
-        if batch_size < 1 or not 0 <= rank < world_size or start_batch < 0 or num_batches < 0:
+        if batch_size < 1 or not 0 <= rank < world_size or start < 0 or num_batches < 0:
             raise InputError(
-                f"batches of {batch_size}, rank {rank} of {world_size}, {num_batches} from {start_batch} on;"
+                f"batches of {batch_size}, rank {rank} of {world_size}, {num_batches} from position {start} on;"
                 " need batch_size >= 1, 0 <= rank < world_size, and no negative counts"
             )
         self.order = order
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
-        self.start_batch = start_batch
+        self.start = start
         self.num_batches = num_batches
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        for batch in range(self.start_batch, self.start_batch + self.num_batches):
-            first = (batch * self.world_size + self.rank) * self.batch_size
+        for batch in range(self.num_batches):
+            first = self.start + (batch * self.world_size + self.rank) * self.batch_size
             yield [self.order.at(position) for position in range(first, first + self.batch_size)]

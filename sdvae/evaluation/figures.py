@@ -10,6 +10,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from sdvae.evaluation.health import BINS, DEAD_KL, LatentHealth
+from sdvae.model.posterior import LOGVAR_RANGE
+
 AMPLIFICATION = 4  # of the difference column
 GAP = 4  # pixels between tiles
 CAPTION_HEIGHT = 28  # pixels
@@ -49,7 +52,7 @@ def _to_uint8(images: Tensor) -> np.ndarray:
 
 
 def training_curves(metrics_file: Path, png: Path) -> None:
-    """Draw metrics.jsonl: losses, gradient norm and learning rate in training, every validation metric."""
+    """Draw metrics.jsonl: everything about training, and every validation metric but those of single channels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -63,7 +66,7 @@ def training_curves(metrics_file: Path, png: Path) -> None:
                 values.append(value)
 
     log_scale = {"train/loss", "train/reconstruction", "train/grad_norm", "train/kl"}
-    drawn = [name for name in series if name.split("/")[0] in ("train", "validation")]
+    drawn = [name for name in series if name.startswith(("train/", "validation/")) and "/channel_kl" not in name]
     columns = 4
     rows = -(-len(drawn) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
@@ -79,3 +82,38 @@ def training_curves(metrics_file: Path, png: Path) -> None:
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
     figure.savefig(png, dpi=110)
+
+
+def latent_figure(health: LatentHealth) -> Image.Image:
+    """Histogram of the log-variance | KL of each channel | mean ± std of each channel; complaints above."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    complaints = health.complaints()
+    channels = np.arange(len(health.channel_kl))
+    figure = Figure(figsize=(12, 3.2 + 0.2 * max(1, len(complaints))), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    title = "\n".join(complaints) or "no complaint"
+    figure.suptitle(title, fontsize=9, color="firebrick" if complaints else "black", x=0.01, ha="left", wrap=True)
+
+    left, middle, right = figure.subplots(1, 3)
+    edges = np.linspace(*LOGVAR_RANGE, BINS + 1)
+    counts = health.logvar_histogram.numpy()
+    left.set(yscale="log", ylim=(0.5, 2 * max(1, counts.max())))  # from below one element, so that one is seen
+    left.bar(edges[:-1], counts, width=1.0, align="edge", color=["firebrick"] + ["C0"] * (BINS - 1))  # red: the clamp
+    left.set(xlim=(edges[0] - 1, edges[-1] + 1), xlabel="log-variance of the posterior, nats", ylabel="elements")
+    middle.bar(channels, health.channel_kl.numpy())
+    middle.axhline(DEAD_KL, color="firebrick", linewidth=1.0, linestyle="--")  # below it a channel carries nothing
+    middle.set(xlabel="channel", ylabel="KL, nats an element")
+    right.errorbar(channels, health.channel_mean.numpy(), yerr=health.channel_std.numpy(), fmt="o", capsize=4)
+    right.set(xlabel="channel", ylabel="latents, mean ± std")
+    for axes in (middle, right):
+        axes.set_xlim(-0.6, len(channels) - 0.4)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for axes in (left, middle, right):
+        axes.set_axisbelow(True)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=8)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

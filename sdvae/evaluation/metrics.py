@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from sdvae.errors import InputError
 from sdvae.evaluation.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
 
@@ -85,6 +88,17 @@ class LatentMoments:
     def std(self) -> float:
         """Over all channels together: 1/std is LDM's scaling factor (appendix G)."""
         return float((self.sums[2:].sum() / self.sums[0].sum() - self.mean**2).clamp(min=0).sqrt())
+
+    def factors(self, with_shift: bool) -> tuple[float, float | None]:
+        """scaling_factor = 1/std, and the mean as shift_factor, or None.
+
+        Raises: InputError when there is no std: no image was read, or the latents are all the same.
+        """
+        if not 0 < self.std < math.inf:
+            raise InputError(
+                f"the latents' std is {self.std}, so they have no scaling factor; need images that can be read"
+            )
+        return 1.0 / self.std, self.mean if with_shift else None
 
     @property
     def active_channels(self) -> int:

@@ -39,10 +39,26 @@ def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSourc
     return source, validation
 
 
-def training_batches(source: ImageSource, config: TrainConfig, accelerator: Accelerator) -> DataLoader:
-    """This process's micro-batches of the whole run, in order."""
+def training_batches(
+    source: ImageSource, config: TrainConfig, accelerator: Accelerator, *, start: int = 0, steps: int | None = None
+) -> DataLoader:
+    """This process's micro-batches, in order, of `steps` steps (all of the run's) from position `start` on."""
+    batches = ShardedBatches(
+        SampleOrder(len(source), config.seed),
+        config.batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        start=start,
+        num_batches=(config.steps if steps is None else steps) * config.gradient_accumulation_steps,
+    )
+    workers = config.data.num_workers
+    pin_memory = accelerator.device.type == "cuda"
+    return training_loader(training_images(source, config), batches, num_workers=workers, pin_memory=pin_memory)
+
+
+def training_images(source: ImageSource, config: TrainConfig) -> TrainingImages:
     data = config.data
-    images = TrainingImages(
+    return TrainingImages(
         source,
         resolution=data.resolution,
         seed=config.seed,
@@ -54,14 +70,6 @@ def training_batches(source: ImageSource, config: TrainConfig, accelerator: Acce
         min_side=data.min_side,
         cache_mib=data.cache_mib,
     )
-    batches = ShardedBatches(
-        SampleOrder(len(source), config.seed),
-        config.batch_size,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        num_batches=config.steps * config.gradient_accumulation_steps,
-    )
-    return training_loader(images, batches, num_workers=data.num_workers, pin_memory=accelerator.device.type == "cuda")
 
 
 def evaluation_batches(source: ImageSource, config: TrainConfig, accelerator: Accelerator) -> DataLoader:

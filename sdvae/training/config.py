@@ -1,6 +1,6 @@
 """The recipe of a training run: frozen dataclasses, filled from YAML and dotted overrides.
 
-The defaults are LDM's kl-f8 recipe (Rombach et al. 2022) as far as it goes without a discriminator.
+The defaults are LDM's kl-f8 recipe (Rombach et al. 2022); its discriminator is off until it gets a weight.
 Only the standard library is imported here, so that a misspelt key is refused before torch is loaded.
 """
 
@@ -129,11 +129,69 @@ class PerceptualConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """The objective: reconstruction + lpips_weight · LPIPS + kl_weight · KL_sum / (C·H·W)."""
+class DiscriminatorConfig:
+    """The second player: a PatchGAN (Isola et al. 2017) that tells reconstructions from images, patch by patch."""
 
-    reconstruction: Literal["l1", "l2"] = "l1"
-    """Mean absolute or mean squared error in [-1, 1]."""
+    weight: float = 0.0
+    """Weight of the generator's term; 0 is no discriminator. LDM: 0.5."""
+    adaptive: bool = True
+    """Multiply weight by |grad of the reconstruction loss| / |grad of the GAN loss| at the decoder's last layer
+    (Esser et al. 2021, eq. 7)."""
+    start_step: int = 50_000
+    """The first step, counted from 0, in which the discriminator learns. LDM's 50001 counts two a batch in some
+    versions; here one step is one step of both players."""
+    warmup_steps: int = 0
+    """Steps that it learns alone before the decoder hears of it."""
+    ramp_steps: int = 0
+    """Steps over which the generator's weight then grows linearly from 0."""
+    loss: Literal["hinge", "vanilla"] = "hinge"
+    """Hinge (Lim & Ye 2017) or binary cross-entropy (Goodfellow et al. 2014)."""
+    layers: int = 3
+    """Strided layers: 3 see patches of 70x70 pixels."""
+    width: int = 64
+    """Channels of the first layer; doubled in each up to eight times as many."""
+    norm: Literal["group", "none"] = "group"
+    """Group norm looks at one image only, so that gradients do not depend on how a batch is divided; LDM's batch norm
+    would."""
+    r1_weight: float = 0.0
+    """Weight gamma/2 of R1, the squared gradient at real images (Mescheder et al. 2018); 0 is off."""
+    lecam_weight: float = 0.0
+    """Weight of LeCam regularisation (Tseng et al. 2021), for little data; 0 is off."""
+    learning_rate: float | None = None
+    """Peak learning rate; null: the VAE's. Constant after optimizer.warmup_steps of its own."""
+    betas: tuple[float, float] = (0.5, 0.9)
+    """Adam's moment decays."""
+
+    @property
+    def generator_start_step(self) -> int:
+        """The first step, counted from 0, in which the decoder hears of the discriminator."""
+        return self.start_step + self.warmup_steps
+
+
+@dataclass(frozen=True)
+class EquivarianceConfig:
+    """Latents that transform as their image does: D(t(z)) is compared with t(x) beside D(z) with x.
+
+    Scales: Skorokhodov et al. 2025, «Improving the Diffusability of Autoencoders» (arXiv 2502.14831). With rotations
+    too: Kouzelis et al. 2025, «EQ-VAE» (arXiv 2502.09509).
+    """
+
+    weight: float = 0.0
+    """Weight of the reconstruction term (with LPIPS) of the transformed image; 0 is off."""
+    scales: tuple[float, ...] = (0.5, 0.25)
+    """Factors to shrink by, one drawn in each step; 1.0 keeps the size."""
+    rotations: bool = False
+    """Also rotate by a multiple of 90 degrees, drawn in each step."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The objective: reconstruction + lpips_weight · LPIPS + kl_weight · KL_sum / (C·H·W) [+ GAN]."""
+
+    reconstruction: Literal["l1", "l2", "charbonnier"] = "l1"
+    """Mean absolute error, mean squared error, or the smooth sqrt(error² + 1e-6), in [-1, 1]."""
+    learn_logvar: bool = False
+    """Learn s, the log-variance of the likelihood, one number: LDM's nll = (reconstruction + LPIPS) / e^s + s."""
     lpips_weight: float = 1.0
     """Weight of LPIPS; 0 leaves it out of the objective, and the trunk unloaded."""
     kl_weight: float = 1e-6
@@ -143,12 +201,18 @@ class LossConfig:
     """Steps over which kl_weight grows linearly from 0."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """LPIPS's trunk."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The adversarial term."""
+    equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
+    """Regularisation of the latent space."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its schedule."""
 
+    kind: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
+    """torch's AdamW; its fused kernel; or bitsandbytes' with 8-bit moments (GPU; pip install bitsandbytes)."""
     learning_rate: float = 1e-4
     """Peak learning rate, used as it stands: nothing scales it by batch or processes."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -167,13 +231,43 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class FineTuneConfig:
+    """Start from a VAE instead of from new weights. Its own shape counts then, and model.* is not read."""
+
+    source: str | None = None
+    """Whatever `load_vae` reads: a diffusers folder, a hub id, a .safetensors or .ckpt file. Null: train anew."""
+    subfolder: str | None = None
+    """Folder inside source that holds the VAE."""
+    config: str | None = None
+    """config.json for a source that is a single file, whose scaling factor cannot be read from its shapes."""
+    freeze_encoder: bool = False
+    """Train the decoder only. Latents, scaling_factor and shift_factor stay what they are, so that every diffusion
+    model that uses the VAE goes on working."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What an interrupted run is continued from, and which model counts as the best."""
+
+    every_steps: int = 1_000
+    """Steps between checkpoints; the last step always has one, and so has a run that is told to stop."""
+    keep_last: int = 2
+    """How many checkpoints stay; an old one goes only after the new one is whole."""
+    best_metric: str = "psnr"
+    """The validation metric by which best_model/ is chosen: psnr, ssim or lpips_…; LPIPS is better when lower."""
+    accept_changed_config: bool = False
+    """Continue with another recipe than the run was started with, instead of refusing it."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A whole run."""
 
     output_dir: str = "runs/sdvae"
-    """Run folder: config.yaml, metrics.jsonl, images/, tracker logs, model/."""
+    """Run folder: config.yaml, metrics.jsonl, images/, checkpoints/, tracker logs, model/, best_model/. The same
+    command again continues the run in it."""
     overwrite: bool = False
-    """Remove an earlier run from output_dir first; otherwise a run folder is refused."""
+    """Remove an earlier run from output_dir and start anew instead of continuing it."""
     seed: int = 0
     """Seed of the initial weights, the order of samples, augmentation and posterior noise."""
     steps: int = 100_000
@@ -185,7 +279,10 @@ class TrainConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast dtype over fp32 weights. «auto»: bf16 where the hardware computes in it, else fp32."""
     channels_last: bool = True
-    """Keep activations in channels-last memory format."""
+    """Keep activations in channels-last memory format; not where fast_convolutions act."""
+    fast_convolutions: bool = True
+    """On a CPU in fp32, wide 3x3 convolutions by Winograd's algorithm: the same function to rounding
+    (sdvae/training/fast.py)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
@@ -194,6 +291,10 @@ class TrainConfig:
     """Steps between lines of metrics."""
     validate_every: int = 2_000
     """Steps between validations; the last step always validates."""
+    validate_raw: bool = False
+    """Validate the raw weights too, beside their moving average, as validation_raw/…"""
+    max_skipped_steps: int = 20
+    """Steps in a row without a finite loss and gradient that are skipped; then the run stops."""
     scale_images: int = 512
     """Training images over which scaling_factor = 1/std of the latents is measured at the end."""
     grid_images: int = 8
@@ -208,9 +309,14 @@ class TrainConfig:
     """Objective."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer."""
+    fine_tune: FineTuneConfig = field(default_factory=FineTuneConfig)
+    """Starting weights."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
 
     def __post_init__(self) -> None:
-        positive = {
+        discriminator, equivariance = self.loss.discriminator, self.loss.equivariance
+        positive: dict[str, float] = {
             "steps": self.steps,
             "batch_size": self.batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
@@ -221,11 +327,19 @@ class TrainConfig:
             "data.validation_count": self.data.validation_count,
             "optimizer.learning_rate": self.optimizer.learning_rate,
             "optimizer.grad_clip_norm": self.optimizer.grad_clip_norm,
+            "max_skipped_steps": self.max_skipped_steps,
+            "checkpoint.every_steps": self.checkpoint.every_steps,
+            "checkpoint.keep_last": self.checkpoint.keep_last,
+            "loss.discriminator.layers": discriminator.layers,
+            "loss.discriminator.width": discriminator.width,
         }
+        if discriminator.learning_rate is not None:
+            positive["loss.discriminator.learning_rate"] = discriminator.learning_rate
         for key, value in positive.items():
             if not value > 0:
                 raise InputError(f"got {key}={value}; need a number above 0")
-        factor = self.model.compression_ratio
+        # of a VAE to be fine-tuned the factor is known only once it is loaded
+        factor = self.model.compression_ratio if self.fine_tune.source is None else 1
         for key in ("resolution", "validation_resolution"):
             side = getattr(self.data, key)
             if side is not None and (side <= 0 or side % factor):
@@ -243,6 +357,13 @@ class TrainConfig:
             "optimizer.weight_decay": self.optimizer.weight_decay,
             "data.num_workers": self.data.num_workers,
             "data.cache_mib": self.data.cache_mib,
+            "loss.discriminator.weight": discriminator.weight,
+            "loss.discriminator.start_step": discriminator.start_step,
+            "loss.discriminator.warmup_steps": discriminator.warmup_steps,
+            "loss.discriminator.ramp_steps": discriminator.ramp_steps,
+            "loss.discriminator.r1_weight": discriminator.r1_weight,
+            "loss.discriminator.lecam_weight": discriminator.lecam_weight,
+            "loss.equivariance.weight": equivariance.weight,
         }
         for key, value in not_negative.items():
             if not value >= 0:
@@ -256,8 +377,18 @@ class TrainConfig:
         for key, value in fractions.items():
             if not 0 <= value <= 1:
                 raise InputError(f"got {key}={value}; need a number from 0 to 1")
-        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
-            raise InputError(f"got optimizer.betas={list(self.optimizer.betas)}; need numbers from 0 to below 1")
+        for key, betas in (
+            ("optimizer.betas", self.optimizer.betas),
+            ("loss.discriminator.betas", discriminator.betas),
+        ):
+            if not all(0 <= beta < 1 for beta in betas):
+                raise InputError(f"got {key}={list(betas)}; need numbers from 0 to below 1")
+        if not equivariance.scales or not all(0 < scale <= 1 for scale in equivariance.scales):
+            raise InputError(
+                f"got loss.equivariance.scales={list(equivariance.scales)}; need factors above 0 and up to 1"
+            )
+        if self.fine_tune.freeze_encoder and self.fine_tune.source is None:
+            raise InputError("got fine_tune.freeze_encoder=true without fine_tune.source; need a VAE to start from")
         if self.optimizer.warmup_steps > self.steps:
             raise InputError(
                 f"got optimizer.warmup_steps={self.optimizer.warmup_steps} in steps={self.steps}; need fewer than steps"

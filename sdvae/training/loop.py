@@ -1,297 +1,439 @@
-"""The training loop.
+"""The training loop: steps, lines of the log, validations and checkpoints, and how a run is continued.
 
 The order of samples is a function of (seed, epoch), a run's position is the number of samples that all
 processes consumed together, and augmentation and posterior noise are keyed on (seed, epoch, index). So N
-processes with batch B/N see what one process with batch B sees, and average to the same gradient.
+processes with batch B/N see what one process with batch B sees, and average to the same gradient; and a run
+that is continued sees what it would have seen.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import logging
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    gather_object,
-    parse_flag_from_env,
-)
-from diffusers.optimization import get_scheduler
-from PIL import Image
-from torch import nn
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sdvae.data import BadImages, ImageSource, SampleOrder, subset
+from sdvae.data.dataset import Batch
 from sdvae.errors import InputError
-from sdvae.evaluation import Perceptual, load_perceptual
 from sdvae.model import AutoencoderKL
-from sdvae.training.batches import evaluation_batches, open_sources, stop_if_too_many_are_bad, training_batches
-from sdvae.training.config import ModelConfig, OptimizerConfig, TrainConfig
-from sdvae.training.ema import WeightAverage
-from sdvae.training.initialise import initialise
+from sdvae.training.batches import (
+    evaluation_batches,
+    open_sources,
+    stop_if_too_many_are_bad,
+    training_batches,
+    training_images,
+)
+from sdvae.training.build import build_accelerator, build_perceptual, starting_vae
+from sdvae.training.checkpoint import (
+    Checkpoint,
+    checkpoint_name,
+    flatten,
+    prune,
+    read_checkpoint,
+    write_checkpoint,
+)
+from sdvae.training.config import TrainConfig
+from sdvae.training.fast import speed_up, speed_up_pays
 from sdvae.training.meter import Meter
-from sdvae.training.objective import kl_weight_at, loss_terms, posterior_generators
-from sdvae.training.precision import resolve_precision
-from sdvae.training.run_folder import RunFolder
-from sdvae.training.save import draw, save_model
-from sdvae.training.validation import measure_latents, validate
+from sdvae.training.players import Players
+from sdvae.training.preflight import check_recipe, probe
+from sdvae.training.run_folder import RunFolder, plain
+from sdvae.training.save import draw, keep_best, save_model
+from sdvae.training.step import StepResult, train_step
+from sdvae.training.stopping import StopSignal
+from sdvae.training.trackers import Trackers
+from sdvae.training.validation import ValidationResult, measure_latents, validate
 
 logger = logging.getLogger(__name__)
 
-MAX_SKIPPED_STEPS = 20  # halvings of fp16's loss scale from 65536: far below 1, nothing is left to try
+# Not finite on every process as soon as it is on one, or a sum of other terms: they accuse nobody.
+DERIVED = ("grad_norm", "discriminator_grad_norm", "gan_weight", "loss")
 
 
 def train(config: TrainConfig) -> Path:
-    """Run a recipe from the first step to the saved model.
+    """Run a recipe from its first step, or from the last checkpoint in output_dir, to the saved model.
 
     Under `torchrun` or `accelerate launch`, every process calls it.
 
     Returns: the folder of the saved VAE, `<output_dir>/model`.
-    Raises: InputError for what is wrong with the recipe or the data, before the first step where possible.
+    Raises:
+        InputError: for what is wrong with the recipe or the data, before the first step where possible.
+        Stopped: after SIGTERM or SIGINT, when the checkpoint is written.
+        OSError: for a fault of the machine: a full disk, or a loader process that died, of hunger for memory mostly.
     """
     accelerator = build_accelerator(config)
-    run = RunFolder(config.output_dir)
-    run.check_free(config.overwrite)
-    train_source, validation_source = open_sources(config.data, config.seed)
-    measured = first_images(train_source, config.scale_images, config.seed)
-    num_images = len(train_source) + len(validation_source)
-    bad_images = BadImages()
+    training = Training(config, accelerator)
+    locked = training.run.locked() if accelerator.is_main_process else nullcontext()
+    try:
+        with locked, training.signals:
+            training.begin()
+            return training.run_to_the_end()
+    except RuntimeError as error:  # raised wherever the main thread happens to be
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        remedy = "the same command continues; lower data.num_workers if memory ran out"
+        raise OSError(f"{reason}; {remedy}") from error
 
-    torch.manual_seed(config.seed)  # of the initial weights: the same on every process
-    vae = build_vae(config.model).to(accelerator.device)
-    if config.channels_last:
-        vae.to(memory_format=torch.channels_last)
-    perceptual = build_perceptual(config, accelerator)
-    ema = WeightAverage(vae, config.optimizer.ema_decay)  # a copy, so before anything wraps the original
-    if config.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    if config.compile:
-        vae.encoder.compile()
-        vae.decoder.compile()
-    adamw, scheduler = build_optimizer(vae, config.optimizer, config.steps)
-    model, optimizer = accelerator.prepare(vae, adamw)
 
-    accelerator.wait_for_everyone()  # every process has found the run folder free
-    if accelerator.is_main_process:
-        run.create(config)
-    if config.trackers:
-        accelerator.init_trackers(run.TRACKER, config=_scalars(config))
-    micro_steps = config.gradient_accumulation_steps
-    global_micro_batch = config.batch_size * accelerator.num_processes
-    logger.info(
-        "training %.2f M parameters on %d images, validating on %d; %d steps of %d images; %d process(es) on %s in %s",
-        sum(p.numel() for p in vae.parameters()) / 1e6,
-        len(train_source),
-        len(validation_source),
-        config.steps,
-        global_micro_batch * micro_steps,
-        accelerator.num_processes,
-        accelerator.device.type,
-        {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
-    )
+@dataclass
+class Progress:
+    """Where a run is; with weights and optimizers, all of its state.
 
-    def report(step: int, kind: str, metrics: dict[str, float]) -> None:
+    Attributes:
+        step: steps done, skipped ones included.
+        position: samples consumed by all processes together.
+        skipped_in_a_row: steps at the end of those done.
+        validated: whether the validation due at this step is done.
+        best: value and step of the best validation.
+    """
+
+    step: int = 0
+    position: int = 0
+    skipped_in_a_row: int = 0
+    validated: bool = True
+    best: dict[str, float] = field(default_factory=dict)
+
+
+class Training:
+    """One process's part of a run. Made, it has read its input; `begin` is the first to write."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+        self.given = config
+        self.accelerator = accelerator
+        self.run = RunFolder(config.output_dir)
+        self.signals = StopSignal()
+        self.images_per_step = config.batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+
+        self.run.check_ours()
+        self.train_source, self.validation_source = open_sources(config.data, config.seed)
+        self.measured = first_images(self.train_source, config.scale_images, config.seed)
+        self.bad_images = BadImages()
+        torch.manual_seed(config.seed)  # of the initial weights: the same on every process
+        self.vae, self.config = starting_vae(config)
+        kept = self.vae.config.scaling_factor, self.vae.config.shift_factor
+        self.factors = kept if config.fine_tune.freeze_encoder else None
+        self.perceptual = build_perceptual(config, accelerator)
+        self._check_best_metric()
+        self.findings = check_recipe(
+            self.config,
+            images_per_step=self.images_per_step,
+            train_images=len(self.train_source),
+            validation_images=len(self.validation_source),
+            parameters=sum(p.numel() for p in self.vae.parameters()),
+        )
+        self.meter = Meter()
+        self.progress = Progress()
+        self.last_good: tuple[Progress, dict[str, list[float]]] | None = None
+
+    def begin(self) -> None:
+        """Find out where the run stands, and make ready for its next step."""
+        config, accelerator, run, vae = self.given, self.accelerator, self.run, self.vae
+        found = [run.begin(config, self.images_per_step) if accelerator.is_main_process else None]
+        if accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        (checkpoint,) = found
+        vae.to(accelerator.device)
+        fast = config.fast_convolutions and accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
+        if fast and speed_up_pays(vae):
+            self.config = replace(self.config, channels_last=False)
+            speed_up(vae)
+        if self.config.channels_last:
+            nn.Module.to(vae, memory_format=torch.channels_last)  # diffusers' own is untyped
+        if config.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        if checkpoint is None:
+            self.findings += self._probe(vae)
+        self.players = Players(vae, self.config, accelerator)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        for finding in self.findings:
+            logger.warning("check: %s", finding)
+        self.trackers = Trackers(accelerator, run.TRACKER, self._recipe_for_trackers(), self.progress.step)
+        self._announce(vae)
+
+    def run_to_the_end(self) -> Path:
+        config, progress = self.config, self.progress
+        if progress.step >= config.steps and progress.validated:
+            logger.info("%s is finished: %d steps; the VAE is in %s", self.run.root, progress.step, self.run.model)
+            return self.run.model
+        if not progress.validated:
+            self._validate()
+            self._checkpoint()
+        bar_shown = progress_bar(progress.step, config.steps, show=self.accelerator.is_main_process)
+        with closing(self._batches()) as batches, bar_shown as bar:
+            while progress.step < config.steps:
+                result = train_step(
+                    progress.step,
+                    self.players,
+                    batches,
+                    config,
+                    self.accelerator,
+                    self.perceptual,
+                    waiting=self.meter.waiting,
+                    stop=self.signals.was_received,
+                )
+                self._take(result)
+                bar.update()
+                self._log_if_due(result, bar)
+                if result.stop:
+                    self._stop()
+                with self.meter.paused():
+                    if not progress.validated:
+                        self._validate()
+                    if self._checkpoint_is_due():
+                        self._checkpoint()
+        if self.accelerator.is_main_process:
+            logger.info(
+                "reconstructions: %s   curves: %s   VAE: %s   best by %s: %s",
+                *(self.run.images, self.run.curves, self.run.model),
+                *(config.checkpoint.best_metric, self.run.best_model),
+            )
+        self.trackers.finish()
+        return self.run.model
+
+    def _take(self, result: StepResult) -> None:
+        """Count a step; where it was skipped, say why, and after too many in a row give up."""
+        progress = self.progress
+        if result.skipped and progress.skipped_in_a_row == 0:
+            self.last_good = copy.copy(progress), self.meter.state()
+        progress.step += 1
+        progress.position += self.images_per_step
+        progress.validated = not (progress.step % self.config.validate_every == 0 or progress.step == self.config.steps)
+        self.meter.count_images(self.images_per_step)
+        if not result.skipped:
+            progress.skipped_in_a_row = 0
+            for values in result.values:
+                self.meter.add(**values)
+            return
+        reason = self._who(result)
+        # fp16's loss scale is found by overflowing now and then; that is no news
+        calibrating = self.accelerator.scaler is not None and "loss" not in reason
+        (logger.info if calibrating else logger.warning)("step %d is skipped: %s", progress.step, reason)
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row == self.config.max_skipped_steps:
+            assert self.last_good is not None
+            self.progress, meter = self.last_good
+            self.meter.restore(meter, self.accelerator.device)
+            self._checkpoint()
+            raise InputError(
+                f"{self.config.max_skipped_steps} steps in a row had no finite loss and gradient, the last with "
+                f"{reason}; the checkpoint of before, {checkpoint_name(self.progress.step)}, is kept; lower "
+                "optimizer.learning_rate, take mixed_precision=no, or look at those images"
+            )
+
+    def _who(self, result: StepResult) -> str:
+        """«process 1: lpips_vgg nan on a.png, b.png» of every process with a culprit.
+
+        Gradients and the GAN's weight are the same on all processes, so they tell who only when no term does.
+        """
+        names = ", ".join(self.train_source.name(index) for index in result.indices)
+        own = [culprit for culprit in result.culprits if not culprit.startswith(DERIVED)]
+        where = f"process {self.accelerator.process_index}: "
+        accused = gather_object([f"{where}{', '.join(own)} on {names}"] if own else [])
+        return "; ".join(accused or gather_object([f"{where}{', '.join(result.culprits)} on {names}"]))
+
+    def _log_if_due(self, result: StepResult, bar: tqdm) -> None:
+        step = self.progress.step
+        if step % self.config.log_every and step != self.config.steps:
+            return
+        total = len(self.train_source) + len(self.validation_source)
+        stop_if_too_many_are_bad(self.bad_images, total, self.config.data.max_bad_fraction)
+        metrics, rates = self.meter.averages(self.accelerator), self.meter.rates()
+        self._report("train", {**metrics, **result.state, **rates})
+        if "loss" in metrics:
+            text = f"loss {metrics['loss']:.4f}, {rates['images_per_second']:.1f} images/s"
+            bar.set_postfix_str(text, refresh=False)
+        self.meter.reset()
+
+    def _report(self, kind: str, metrics: dict[str, float]) -> None:
         named = {f"{kind}/{name}": value for name, value in metrics.items()}
-        accelerator.log(named, step=step)
+        if self.accelerator.is_main_process:
+            self.run.log({"step": self.progress.step, **named})
+        self.trackers.log(named, self.progress.step)
+
+    def _validate(self) -> None:
+        """Measure, draw, and save model/ and perhaps best_model/."""
+        config, accelerator, ema = self.config, self.accelerator, self.players.ema.model
+        if config.validate_raw:
+            self.players.vae.eval()
+            self._report("validation_raw", self._measure(self.players.vae).metrics)
+            self.players.vae.train()
+        result = self._measure(ema)
+        self._report("validation", result.metrics)
+        factors = self.factors
+        if factors is None:
+            batches = evaluation_batches(self.measured, config, accelerator)
+            moments = measure_latents(ema, batches, accelerator, self.bad_images)
+            factors = moments.factors(with_shift=config.model.measure_shift)
+        progress, name = self.progress, config.checkpoint.best_metric
+        value = result.metrics[name]
+        best = progress.best
+        improved = not best or (value < best["value"] if lower_is_better(name) else value > best["value"])
+        if improved:
+            progress.best = {"value": value, "step": progress.step}
         if accelerator.is_main_process:
-            run.log({"step": step, **named})
+            for complaint in result.health.complaints():
+                logger.warning("latents: %s", complaint)
+            grid = draw(result, self.run, progress.step)
+            self.trackers.log_image("reconstructions", grid, progress.step)
+            save_model(self.run, ema, config, result, factors, progress.step, progress.position)
+            if improved:
+                keep_best(self.run)
+        progress.validated = True
 
-    def validate_and_save(step: int) -> None:
-        batches = evaluation_batches(validation_source, config, accelerator)
-        result = validate(ema.model, batches, accelerator, perceptual, bad_images, keep=config.grid_images)
-        report(step, "validation", result.metrics)
-        batches = evaluation_batches(measured, config, accelerator)
-        moments = measure_latents(ema.model, batches, accelerator, bad_images)
+    def _measure(self, vae: AutoencoderKL) -> ValidationResult:
+        batches = evaluation_batches(self.validation_source, self.config, self.accelerator)
+        return validate(vae, batches, self.accelerator, self.perceptual, self.bad_images, keep=self.config.grid_images)
+
+    def _stop(self) -> None:
+        self._checkpoint()
+        where = checkpoint_name(self.progress.step)
+        raise self.signals.stopped(f"stopped after step {self.progress.step}; the same command continues from {where}")
+
+    def _checkpoint_is_due(self) -> bool:
+        """Not while steps are skipped: if they come to too many, the run is continued from before the first."""
+        step = self.progress.step
+        healthy = self.progress.skipped_in_a_row == 0
+        return step == self.config.steps or (healthy and step % self.config.checkpoint.every_steps == 0)
+
+    def _checkpoint(self) -> None:
+        """Every process calls it; the main one writes, and the old ones go when the new one is whole."""
+        players, accelerator = self.players, self.accelerator
+        meters = gather_object([self.meter.state()])
+        bad = gather_object(self.bad_images.items())
         if accelerator.is_main_process:
-            grid = draw(result, run, step)
-            log_image(accelerator, "reconstructions", grid, step)
-            save_model(run, ema.model, config, result, moments, step, step * micro_steps * global_micro_batch)
+            weights = {name: player.network.state_dict() for name, player in players}
+            state = {
+                **asdict(self.progress),
+                "config": plain(self.given),
+                "images_per_step": self.images_per_step,
+                "train_images": len(self.train_source),
+                "ema_updates": players.ema.updates,
+                "lecam": players.lecam.averages,
+                "loss_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+                "meters": meters,
+                "bad_images": sorted(set(map(tuple, bad))),
+            }
+            optimizers = {name: player.optimizer.state_dict() for name, player in players}
+            checkpoint = Checkpoint({**weights, "ema": players.ema.model.state_dict()}, optimizers, state)
+            write_checkpoint(self.run.checkpoints / checkpoint_name(self.progress.step), checkpoint)
+            prune(self.run.checkpoints, self.config.checkpoint.keep_last)
+        accelerator.wait_for_everyone()
 
-    batches = iter(training_batches(train_source, config, accelerator))
-    meter = Meter()
-    skipped_in_a_row = 0
-    with progress_bar(config.steps, show=accelerator.is_main_process) as progress:
-        for step in range(config.steps):
-            kl_weight = kl_weight_at(step, config.loss)
-            for micro_step in range(micro_steps):
-                with meter.waiting():
-                    batch = next(batches)
-                bad_images.add(batch["bad"])
-                images = batch["image"].to(accelerator.device, non_blocking=True)
-                if config.channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                # DDP sums gradients over processes in the backward pass of the last micro-step only
-                with nullcontext() if micro_step == micro_steps - 1 else accelerator.no_sync(model):
-                    output = model(images, sample_posterior=True, generator=posterior_generators(batch["noise_seed"]))
-                    terms = loss_terms(images, output.sample, output.posterior, config.loss, perceptual)
-                    loss = terms.total(config.loss, kl_weight)
-                    accelerator.backward(loss / micro_steps)
-                meter.add(global_micro_batch, loss=loss, **terms.logged(perceptual))
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip_norm)
-            # fp16's loss scaler skips such a step by itself and lowers its scale
-            if accelerator.scaler is None and not torch.isfinite(grad_norm):
-                parts = ", ".join(f"{name} {value:.4g}" for name, value in terms.logged(perceptual).items())
-                raise InputError(
-                    f"the gradient's norm became {grad_norm.item()} in step {step + 1} ({parts}); "
-                    "lower optimizer.learning_rate or lengthen optimizer.warmup_steps"
-                )
-            learning_rate = scheduler.get_last_lr()[0]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if accelerator.optimizer_step_was_skipped:
-                skipped_in_a_row += 1
-                if skipped_in_a_row == MAX_SKIPPED_STEPS:
-                    raise InputError(
-                        f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient in fp16, up to step {step + 1}; "
-                        "set mixed_precision=bf16 or lower optimizer.learning_rate"
-                    )
-            else:
-                skipped_in_a_row = 0
-                meter.add(grad_norm=grad_norm)
-                scheduler.step()
-                ema.update(vae)
-            progress.update()
+    def _restore(self, folder: Path) -> None:
+        """Raises: InputError when the checkpoint does not fit, before anything of it is loaded."""
+        checkpoint = read_checkpoint(folder)
+        state, players = checkpoint.state, self.players
+        targets = {**{name: player.network for name, player in players}, "ema": players.ema.model}
+        for name, network in targets.items():
+            if name not in checkpoint.weights:
+                if name == "discriminator":
+                    continue  # a changed recipe may add one
+                raise InputError(f"{folder} lacks {name}.safetensors")
+            check_fit(network.state_dict(), checkpoint.weights[name], f"{folder}/{name}.safetensors")
+        if state["train_images"] != len(self.train_source):
+            raise InputError(
+                f"data.source has {len(self.train_source)} training images and had {state['train_images']} when the "
+                "run began, so its order would be another; restore them, or start anew with --overwrite=true"
+            )
+        for name, network in targets.items():
+            if name in checkpoint.weights:
+                network.load_state_dict(checkpoint.weights[name])
+        for name, player in players:
+            if name in checkpoint.optimizers:
+                player.optimizer.load_state_dict(checkpoint.optimizers[name])
+        players.ema.updates = state["ema_updates"]
+        players.lecam.averages = tuple(state["lecam"]) if state["lecam"] is not None else None
+        if self.accelerator.scaler is not None and state["loss_scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["loss_scaler"])
+        meters, rank = state["meters"], self.accelerator.process_index
+        if len(meters) == self.accelerator.num_processes:
+            self.meter.restore(meters[rank], self.accelerator.device)
+        self.bad_images.add([(name, reason) for name, reason in state["bad_images"]])
+        self.progress = Progress(**{key: state[key] for key in asdict(self.progress)})
+        logger.info("continuing from %s", folder)
 
-            done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                stop_if_too_many_are_bad(bad_images, num_images, config.data.max_bad_fraction)
-                metrics, rates = meter.averages(accelerator), meter.rates()
-                state = {"learning_rate": learning_rate, "kl_weight": kl_weight}
-                report(done, "train", {**metrics, **state, **rates})
-                progress.set_postfix_str(
-                    f"loss {metrics['loss']:.4f}, {rates['images_per_second']:.1f} images/s", refresh=False
-                )
-                meter.reset()
-            if done % config.validate_every == 0 and done < config.steps:
-                with meter.paused():
-                    validate_and_save(done)
+    def _probe(self, vae: AutoencoderKL) -> list[str]:
+        """The same images on every process, so all come to the same findings."""
+        images = training_images(self.train_source, self.config)
+        order = SampleOrder(len(self.train_source), self.config.seed)
+        samples = [images[order.at(i)] for i in range(min(self.config.batch_size, 4))]
+        self.bad_images.add([pair for sample in samples for pair in sample["bad"]])
+        batch = torch.stack([sample["image"] for sample in samples]).to(self.accelerator.device)
+        seeds = torch.tensor([sample["noise_seed"] for sample in samples])
+        return probe(vae, batch, seeds, self.config, self.perceptual)
 
-    validate_and_save(config.steps)
-    stop_if_too_many_are_bad(bad_images, num_images, config.data.max_bad_fraction)
-    if accelerator.is_main_process:
-        logger.info("reconstructions: %s   curves: %s   VAE: %s", run.images, run.curves, run.model)
-    accelerator.end_training()
-    return run.model
+    def _batches(self) -> Generator[Batch, None, None]:
+        """This process's micro-batches of the steps to do, their bad images noted. Closing it ends the loader."""
+        steps = self.config.steps - self.progress.step
+        start = self.progress.position
+        for batch in training_batches(self.train_source, self.config, self.accelerator, start=start, steps=steps):
+            self.bad_images.add(batch["bad"])
+            yield batch
+
+    def _check_best_metric(self) -> None:
+        known = ["psnr", "ssim"] + ([self.perceptual.name] if self.perceptual is not None else [])
+        name = self.given.checkpoint.best_metric
+        if name not in known:
+            raise InputError(f"got checkpoint.best_metric={name!r}; need one of {', '.join(known)}")
+
+    def _recipe_for_trackers(self) -> dict[str, Any]:
+        """Dotted keys, and values as trackers want them: numbers and strings."""
+        flat = flatten(plain(self.config))
+        return {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in flat.items()}
+
+    def _announce(self, vae: AutoencoderKL) -> None:
+        trained = sum(p.numel() for p in vae.parameters() if p.requires_grad) / 1e6
+        logger.info(
+            "training %.2f M of %.2f M parameters on %d images, validating on %d; steps %d to %d of %d images; "
+            "%d process(es) on %s in %s",
+            trained,
+            sum(p.numel() for p in vae.parameters()) / 1e6,
+            len(self.train_source),
+            len(self.validation_source),
+            self.progress.step + 1,
+            self.config.steps,
+            self.images_per_step,
+            self.accelerator.num_processes,
+            self.accelerator.device.type,
+            {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
+        )
 
 
-def progress_bar(steps: int, show: bool) -> tqdm:
+def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str) -> None:
+    """Raises: InputError when names or shapes differ."""
+    wrong = sorted(expected.keys() ^ found.keys())
+    wrong += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
+    if wrong:
+        raise InputError(f"{origin} does not fit the recipe's network: {len(wrong)} weights differ, such as {wrong[0]}")
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric.startswith("lpips")
+
+
+@contextmanager
+def progress_bar(done: int, steps: int, show: bool) -> Iterator[tqdm]:
     """Steps done, with time left; in a log file a line now and then instead of ten a second."""
     seconds = 0.1 if sys.stderr.isatty() else 30.0
-    return tqdm(total=steps, desc="train", unit="step", disable=not show, dynamic_ncols=True, mininterval=seconds)
-
-
-def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Raises: InputError when a tracker is missing, or the launcher's processes would not train together."""
-    available = sorted(tracker.value for tracker in get_available_trackers())
-    for name in config.trackers:
-        if name not in available:
-            raise InputError(
-                f"tracker {name!r} is not installed; need one of {', '.join(available)}, or pip install it"
-            )
-    # Left to itself, accelerate runs torchrun's N processes as N separate trainings on a machine without a GPU.
-    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    accelerator = Accelerator(
-        cpu=use_cpu,
-        mixed_precision=resolve_precision(config.mixed_precision, "cpu" if use_cpu else _accelerator_type()),
-        log_with=list(config.trackers) or None,
-        project_dir=RunFolder(config.output_dir).root,
-        # Ours is the only division by accumulation steps; accelerate's would come on top, from its launcher's option.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise InputError(
-            f"the launcher started {launched} processes, of which {accelerator.num_processes} train together; "
-            "on CPUs launch with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
-        )
-    return accelerator
-
-
-def _accelerator_type() -> str:
-    device = torch.accelerator.current_accelerator()
-    assert device is not None  # torch.accelerator.is_available() was true
-    return device.type
-
-
-def build_vae(config: ModelConfig) -> AutoencoderKL:
-    """A new VAE; its scaling factor is measured when training ends."""
-    levels = len(config.block_out_channels)
-    vae = AutoencoderKL(
-        in_channels=config.in_channels,
-        out_channels=config.in_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
-        act_fn=config.act_fn,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.norm_num_groups,
-        sample_size=config.sample_size,
-        force_upcast=config.force_upcast,
-        use_quant_conv=config.use_quant_conv,
-        use_post_quant_conv=config.use_quant_conv,
-        mid_block_add_attention=config.mid_block_add_attention,
-    )
-    if config.initialisation == "pass_through":
-        initialise(vae)
-    return vae
-
-
-def build_perceptual(config: TrainConfig, accelerator: Accelerator) -> Perceptual | None:
-    if config.loss.lpips_weight == 0:
-        return None
-    settings = config.loss.perceptual
-    with accelerator.local_main_process_first():  # the others find the download in torch hub's cache
-        perceptual = load_perceptual(settings.net, settings.weights, settings.heads, settings.allow_random)
-    names = set(gather_object([perceptual.name]))
-    if len(names) > 1:  # one process could download the trunk, another could not
-        raise InputError(
-            f"the processes have different trunks: {', '.join(sorted(names))}; give loss.perceptual.weights"
-        )
-    return perceptual.to(accelerator.device)
-
-
-def build_optimizer(vae: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.AdamW, Any]:
-    adamw = torch.optim.AdamW(
-        vae.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
-    name = {"constant": "constant_with_warmup", "cosine": "cosine"}[config.schedule]
-    return adamw, get_scheduler(name, adamw, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
+    settings: dict[str, Any] = {"unit": "step", "disable": not show, "dynamic_ncols": True, "mininterval": seconds}
+    with tqdm(total=steps, initial=done, desc="train", **settings) as bar:
+        yield bar
 
 
 def first_images(source: ImageSource, count: int, seed: int) -> ImageSource:
     """`count` images of `source`, spread over it by the order of the first epoch."""
     order = SampleOrder(len(source), seed)
     return subset(source, [order.at(i).index for i in range(min(count, len(source)))])
-
-
-def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
-    """Show a picture in every tracker that takes pictures."""
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: np.asarray(image)[None]}, step=step, **layout)
-
-
-def _scalars(config: TrainConfig) -> dict[str, Any]:
-    """The recipe with dotted keys, as trackers want it: numbers and strings."""
-
-    def walk(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value if isinstance(value, (int, float, str, bool)) else str(value)
-
-    return dict(walk(dataclasses.asdict(config)))

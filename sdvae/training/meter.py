@@ -25,13 +25,26 @@ class Meter:
         self._paused = 0.0
         self._start = time.perf_counter()
 
-    def add(self, images: int = 0, **values: Tensor) -> None:
-        """Count `images` of all processes together, and take scalar values into their averages."""
+    def count_images(self, images: int) -> None:
+        """Count `images` of all processes together."""
         self._images += images
+
+    def add(self, **values: Tensor) -> None:
+        """Take scalar values into their averages."""
         for name, value in values.items():
-            value = value.detach().float()
+            value = value.detach().to(torch.float32, copy=True)  # a parameter's value would change under the sum
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
+
+    def state(self) -> dict[str, list[float]]:
+        """{name: [sum, count]} on this process since the last reset: what a checkpoint between two lines must hold."""
+        return {name: [self._sums[name].item(), self._counts[name]] for name in self._sums}
+
+    def restore(self, state: dict[str, list[float]], device: torch.device) -> None:
+        """Continue from a `state`, exactly: an fp32 sum is a float64 without loss."""
+        self.reset()
+        self._sums = {name: torch.tensor(total, device=device) for name, (total, _) in state.items()}
+        self._counts = {name: int(count) for name, (_, count) in state.items()}
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -48,7 +61,9 @@ class Meter:
         self._paused += time.perf_counter() - start
 
     def averages(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means since the last reset, over all processes. Every process must call it."""
+        """Means since the last reset, over all processes; empty where nothing was added. Every process must call it."""
+        if not self._sums:
+            return {}
         means = torch.stack([self._sums[name] / self._counts[name] for name in self._sums])
         means = accelerator.reduce(means, reduction="mean")
         return dict(zip(self._sums, means.tolist(), strict=True))

@@ -45,11 +45,11 @@ EMA weights.
 |---|---|
 {table}
 {perceptual_note}
-`scaling_factor` {scaling_factor:.5f} is 1/std of the latents of the training images{shift_note}.
+`scaling_factor` {scaling_factor:.5f} is {origin_of_factor}{shift_note}.
 
 ## Data
 
-Trained on `{source}`.
+Trained on `{source}`{started_from}.
 
 ## Recipe
 
@@ -86,13 +86,26 @@ def model_card(
         table="\n".join(
             f"| {name} | {value if isinstance(value, int) else format(value, '#.4g')} |"
             for name, value in result.metrics.items()
+            if not name.startswith("channel_kl")
         ),
         perceptual_note="".join(RANDOM_NOTE.format(name=name) for name in random_names),
         scaling_factor=vae.config.scaling_factor,
         shift_note="" if shift is None else f"; `shift_factor` {shift:.5f} is their mean",
         source=data.source,
+        started_from=describe_start(config),
+        origin_of_factor="that of the VAE it started from, whose latents it keeps"
+        if config.fine_tune.freeze_encoder
+        else "1/std of the latents of the training images",
         recipe=to_yaml(config),
     )
+
+
+def describe_start(config: TrainConfig) -> str:
+    """«, starting from `stabilityai/sd-vae-ft-mse` with its encoder frozen», or nothing."""
+    if config.fine_tune.source is None:
+        return ""
+    frozen = " with its encoder frozen" if config.fine_tune.freeze_encoder else ""
+    return f", starting from `{config.fine_tune.source}`{frozen}"
 
 
 def run_title(config: TrainConfig) -> str:

@@ -1,23 +1,39 @@
-"""What a run leaves on disk, and where."""
+"""What a run leaves on disk, and where; and whether the next one continues it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from sdvae.errors import InputError
+from sdvae.training.checkpoint import changed_fields, newest_whole
 from sdvae.training.config import TrainConfig
+from sdvae.weights.files import replacing
+
+logger = logging.getLogger(__name__)
+
+# Fields that change nothing of what is learned. The batch is free where images_per_step stays the same.
+FREE_FIELDS = frozenset(
+    {"output_dir", "overwrite", "checkpoint", "trackers", "log_every", "grid_images", "max_skipped_steps"}
+    | {"data.num_workers", "data.cache_mib", "data.max_bad_fraction"}
+)
+BATCH_FIELDS = frozenset({"batch_size", "gradient_accumulation_steps"})
 
 
 class RunFolder:
-    """config.yaml, metrics.jsonl, curves.png, images/, tracker logs and model/ under one folder.
+    """config.yaml, metrics.jsonl, curves.png, images/, checkpoints/, model/, best_model/ and tracker logs.
 
-    Only the main process writes; `create` belongs to it alone.
+    Only the main process writes; `locked`, `begin` and `log` belong to it alone.
     """
 
     TRACKER = "sdvae"  # trackers' project name, and the folder of those that write files
@@ -28,43 +44,135 @@ class RunFolder:
         self.metrics = self.root / "metrics.jsonl"
         self.curves = self.root / "curves.png"
         self.images = self.root / "images"
+        self.checkpoints = self.root / "checkpoints"
         self.model = self.root / "model"
+        self.best_model = self.root / "best_model"
+        self.lock = self.root / ".lock"
 
-    def check_free(self, overwrite: bool) -> None:
-        """Raises: InputError when the folder holds something that a new run would mix with."""
-        if self.root.exists() and not self.root.is_dir():
-            raise InputError(f"output_dir={self.root} is a file; need the path of a folder")
-        if not self.root.is_dir() or not any(self.root.iterdir()):
-            return
-        if not (self.config.is_file() and self.metrics.is_file()):
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Raises: InputError when another process trains into this folder. A killed process's lock is gone with it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.lock, timeout=0):
+                yield
+        except Timeout as error:
             raise InputError(
-                f"output_dir={self.root} holds files that no run wrote; need a new or empty folder; choose another"
-            )
-        if not overwrite:
-            raise InputError(
-                f"output_dir={self.root} already holds a run; choose another with --output_dir, "
-                "or replace it with --overwrite=true"
-            )
+                f"another run is training into output_dir={self.root}; wait for it, or choose another folder"
+            ) from error
 
-    def create(self, config: TrainConfig) -> None:
-        """Begin an empty run. Of an earlier one only what a run writes is removed, whatever else lies there."""
-        self.check_free(config.overwrite)
-        for path in (self.images, self.model, self.root / self.TRACKER):
-            if path.is_dir():
-                shutil.rmtree(path)
-        for path in (self.config, self.metrics, self.curves):
-            path.unlink(missing_ok=True)
-        self.images.mkdir(parents=True)
-        self.config.write_text(to_yaml(config), encoding="utf-8")
-        self.metrics.touch()
+    def begin(self, config: TrainConfig, images_per_step: int) -> Path | None:
+        """Make the folder ready; returns the checkpoint to continue from, or None for a start from step 0.
+
+        Raises: InputError when the folder is not a run's, or is the run of another recipe.
+        """
+        self.check_ours()
+        found: Path | None = None
+        if config.overwrite:
+            self._remove(self.metrics, self.config, self.curves, self.images, self.root / self.TRACKER)
+            self._remove(self.checkpoints, self.model, self.best_model)
+        elif self.config.is_file():
+            self._sweep()
+            found, checkpoint, damaged = newest_whole(self.checkpoints)
+            for path, reason in damaged:
+                logger.warning("checkpoint %s is damaged and left out: %s", path.name, reason)
+            if found is None and damaged:
+                raise InputError(
+                    f"none of the {len(damaged)} checkpoints in {self.checkpoints} can be read ({damaged[0][1]}); "
+                    "start anew with --overwrite=true, or put a whole one there"
+                )
+            before = checkpoint.state if checkpoint is not None else {"config": self._recipe()}
+            self._check_same(before, config, images_per_step)
+            for path, _ in damaged:  # out of the way of new ones, and of counting them
+                path.rename(path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}"))
+            self._forget_after(checkpoint.state["step"] if checkpoint is not None else 0)
+        self.metrics.touch()  # before the recipe: the two together mark a run
+        with replacing(self.config) as temporary:
+            temporary.write_text(to_yaml(config), encoding="utf-8")
+        self.images.mkdir(exist_ok=True)
+        return found
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
+    def check_ours(self) -> None:
+        """A run's folder has its recipe and its log; one killed in its first moments may have an empty log only.
+
+        Raises: InputError when the folder holds something else, with which a run would mix.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise InputError(f"output_dir={self.root} is a file; need the path of a folder")
+        if not self.root.exists() or (self.config.is_file() and self.metrics.is_file()):
+            return
+        for path in self.root.iterdir():
+            begun = path == self.metrics and path.stat().st_size == 0
+            if not begun and path != self.lock and not path.name.startswith(f".{self.config.name}.tmp-"):
+                raise InputError(
+                    f"output_dir={self.root} holds files that no run wrote; need a new or empty folder; choose another"
+                )
+
+    def _check_same(self, before: dict[str, Any], config: TrainConfig, images_per_step: int) -> None:
+        free = FREE_FIELDS
+        if before.get("images_per_step") == images_per_step:
+            free = FREE_FIELDS | BATCH_FIELDS
+        changes = changed_fields(before["config"], plain(config), free)
+        if not changes:
+            if before.get("images_per_step", images_per_step) != images_per_step:
+                logger.warning(
+                    "a step now takes %d images instead of %d, because the number of processes changed; "
+                    "no image is repeated or missed",
+                    images_per_step,
+                    before["images_per_step"],
+                )
+            return
+        listed = "; ".join(changes)
+        if config.checkpoint.accept_changed_config:
+            logger.warning("continuing with a changed recipe: %s", listed)
+            return
+        raise InputError(
+            f"output_dir={self.root} holds the run of another recipe ({listed}); choose another folder, or continue "
+            "with --checkpoint.accept_changed_config=true, or start anew with --overwrite=true"
+        )
+
+    def _recipe(self) -> dict[str, Any]:
+        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+
+    def _forget_after(self, step: int) -> None:
+        """Drop lines of metrics.jsonl, and a torn last one, that the run will write again."""
+        kept = []
+        text = self.metrics.read_text(encoding="utf-8") if self.metrics.is_file() else ""
+        for line in text.splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        with replacing(self.metrics) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+    def _sweep(self) -> None:
+        """Put right what a killed process left beside its targets."""
+        for folder in (self.root, self.checkpoints):
+            for retired in folder.glob(".*.old-*"):
+                target = folder / retired.name[1:].partition(".old-")[0]
+                if not target.exists():  # killed between the two renames that replace a folder
+                    retired.rename(target)
+            for pattern in (".*.tmp-*", ".*.old", ".*.old-*"):
+                self._remove(*folder.glob(pattern))
+
+    @staticmethod
+    def _remove(*paths: Path) -> None:
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The recipe as JSON and YAML hold it: tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
 
 def to_yaml(config: TrainConfig) -> str:
     """The recipe as `sdvae train --config` reads it."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
-    return yaml.safe_dump(plain, sort_keys=False)
+    return yaml.safe_dump(plain(config), sort_keys=False)

@@ -14,15 +14,17 @@ from torch import Tensor
 
 from sdvae.data import BadImages
 from sdvae.errors import InputError
-from sdvae.evaluation import LatentMoments, Perceptual, image_metrics
+from sdvae.evaluation import LatentHealth, LatentMoments, Perceptual, image_metrics
 from sdvae.model import AutoencoderKL
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Means over the validation images, and the first few images with their reconstructions (CPU, fp32)."""
+    """Means over the validation images, the state of their latents, and the first few images with their
+    reconstructions (CPU, fp32)."""
 
     metrics: dict[str, float]
+    health: LatentHealth
     per_image: list[dict[str, Any]]
     images: Tensor
     reconstructions: Tensor
@@ -46,14 +48,14 @@ def validate(
 
     Raises: InputError when no image can be read, or when a figure is not finite.
     """
-    moments = LatentMoments(vae.config.latent_channels)
+    health = LatentHealth(vae.config.latent_channels)
     rows: list[dict[str, Any]] = []
     kept: list[tuple[int, Tensor, Tensor]] = []
     for batch in readable(batches, bad_images):
         images = batch["image"].to(accelerator.device)
         with accelerator.autocast():
             output = vae(images)
-        moments.update(output.posterior)
+        health.update(output.posterior)
         for i, metrics in enumerate(image_metrics(images, output.sample, output.posterior, perceptual)):
             rows.append({"index": batch["index"][i], "name": batch["name"][i], **metrics})
             if len(kept) < keep:
@@ -63,16 +65,15 @@ def validate(
     kept = sorted(gather_object(kept), key=lambda entry: entry[0])[:keep]
     if not rows:
         raise InputError("no validation image can be read; give others with data.validation_source or …_names")
-    moments.sums = _sum_over_processes(moments.sums, accelerator)
+    health.sums = _sum_over_processes(health.sums, accelerator)
     names = [name for name in rows[0] if name not in ("index", "name")]
     metrics = {name: sum(row[name] for row in rows) / len(rows) for name in names}
     broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
         raise InputError(f"the run has diverged: validation gives {', '.join(broken)}; lower optimizer.learning_rate")
-    metrics["active_channels"] = moments.active_channels
-    metrics["latent_std"] = moments.std
     return ValidationResult(
-        metrics=metrics,
+        metrics={**metrics, **health.metrics()},
+        health=health,
         per_image=rows,
         images=torch.stack([entry[1] for entry in kept]),
         reconstructions=torch.stack([entry[2] for entry in kept]),

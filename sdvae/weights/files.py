@@ -130,6 +130,8 @@ def replacing(target: Path) -> Iterator[Path]:
     """A temporary sibling of `target` to write to, which takes its name only when the block ends well.
 
     Works for a file and for a folder. An existing target stays whole until the new one is on disk.
+
+    Raises: OSError when the disk does not take it; safetensors and torch have errors of their own for that.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
@@ -148,6 +150,10 @@ def replacing(target: Path) -> Iterator[Path]:
         else:
             os.replace(temporary, target)
         _sync(target.parent)
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(f"{target} cannot be written: {_one_line(error)}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

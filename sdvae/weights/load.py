@@ -27,11 +27,12 @@ VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # What LDM's training leaves beside the VAE: discriminator, LPIPS and logvar; the EMA copy; the step.
 LEFT_ASIDE = ("loss.", "model_ema.", "global_step")
 STEM = "diffusion_pytorch_model"  # diffusers' name of the weights' file
+EMBEDDED = Path(__file__).parents[1] / "pretrained" / "small_f8c4"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_vae(
-    source: str | Path,
+    source: str | Path | None = None,
     *,
     subfolder: str | None = None,
     config: Mapping[str, Any] | str | Path | None = None,
@@ -42,7 +43,8 @@ def load_vae(
     Args:
         source: a diffusers folder of a VAE or of a whole pipeline (its vae/ is taken); a single file
             (.safetensors, .ckpt, .pt, .pth, .bin) in LDM's or diffusers' layout, the VAE alone or a full
-            checkpoint; or the id of a repository on the Hugging Face hub.
+            checkpoint; or the id of a repository on the Hugging Face hub. None: the small VAE that comes with this
+            package (f8, 4 channels), which needs no download.
         subfolder: where in the folder or repository the VAE lies.
         config: keys that win over config.json or over what is inferred from a single file's shapes; a dict or
             the path of a config.json. Shapes can not tell SDXL's factor (0.13025) from SD's, nor SD3's from
@@ -53,7 +55,7 @@ def load_vae(
         its configuration, all of them floating and finite. Nothing is loaded in part.
     """
     given = read_config(config)
-    path = Path(source).expanduser()
+    path = EMBEDDED if source is None else Path(source).expanduser()
     if not path.exists() and path.suffix not in WEIGHT_SUFFIXES:
         path = _download(str(source), subfolder)
     if path.is_dir():

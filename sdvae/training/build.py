@@ -1,0 +1,141 @@
+"""From a recipe to the things that train: accelerator, VAE, perceptual loss."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    gather_object,
+    parse_flag_from_env,
+)
+
+from sdvae.errors import InputError
+from sdvae.evaluation import Perceptual, load_perceptual
+from sdvae.model import AutoencoderKL
+from sdvae.training.config import ModelConfig, TrainConfig
+from sdvae.training.initialise import initialise
+from sdvae.training.players import freeze_encoder
+from sdvae.training.precision import resolve_precision
+from sdvae.training.run_folder import RunFolder
+from sdvae.weights import load_vae
+
+logger = logging.getLogger(__name__)
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Raises: InputError when a tracker is missing, or the launcher's processes would not train together."""
+    available = sorted(tracker.value for tracker in get_available_trackers())
+    for name in config.trackers:
+        if name not in available:
+            raise InputError(
+                f"tracker {name!r} is not installed; need one of {', '.join(available)}, or pip install it"
+            )
+    # Left to itself, accelerate runs torchrun's N processes as N separate trainings on a machine without a GPU.
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=resolve_precision(config.mixed_precision, "cpu" if use_cpu else _accelerator_type()),
+        log_with=list(config.trackers) or None,
+        project_dir=RunFolder(config.output_dir).root,
+        # Ours is the only division by accumulation steps; accelerate's would come on top, from its launcher's option.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise InputError(
+            f"the launcher started {launched} processes, of which {accelerator.num_processes} train together; "
+            "on CPUs launch with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
+        )
+    return accelerator
+
+
+def _accelerator_type() -> str:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None  # torch.accelerator.is_available() was true
+    return device.type
+
+
+def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
+    """The VAE before the first step, in fp32 on the CPU, and the recipe with the model section that it has.
+
+    Raises: InputError when the VAE to be fine-tuned cannot be read, or does not fit the recipe.
+    """
+    tune = config.fine_tune
+    if tune.source is None:
+        return build_vae(config.model).train(), config
+    vae = load_vae(tune.source, subfolder=tune.subfolder, config=tune.config, dtype=torch.float32)
+    factor = vae.spatial_compression_ratio
+    for key, side in (
+        ("resolution", config.data.resolution),
+        ("validation_resolution", config.data.evaluation_resolution),
+    ):
+        if side % factor:
+            raise InputError(
+                f"got data.{key}={side}; need a multiple of {factor}, the compression ratio of {tune.source}"
+            )
+    if tune.freeze_encoder:
+        freeze_encoder(vae)
+    return vae.train(), replace(config, model=_model_section(vae))
+
+
+def build_vae(config: ModelConfig) -> AutoencoderKL:
+    """A new VAE; its scaling factor is measured when training ends."""
+    levels = len(config.block_out_channels)
+    vae = AutoencoderKL(
+        in_channels=config.in_channels,
+        out_channels=config.in_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        act_fn=config.act_fn,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_num_groups,
+        sample_size=config.sample_size,
+        force_upcast=config.force_upcast,
+        use_quant_conv=config.use_quant_conv,
+        use_post_quant_conv=config.use_quant_conv,
+        mid_block_add_attention=config.mid_block_add_attention,
+    )
+    if config.initialisation == "pass_through":
+        initialise(vae)
+    return vae
+
+
+def _model_section(vae: AutoencoderKL) -> ModelConfig:
+    has_quant_conv = vae.quant_conv is not None
+    return ModelConfig(
+        in_channels=vae.config.in_channels,
+        block_out_channels=tuple(vae.config.block_out_channels),
+        layers_per_block=vae.config.layers_per_block,
+        latent_channels=vae.config.latent_channels,
+        norm_num_groups=vae.config.norm_num_groups,
+        act_fn=vae.config.act_fn,
+        use_quant_conv=has_quant_conv,
+        mid_block_add_attention=vae.config.mid_block_add_attention,
+        force_upcast=vae.config.force_upcast and has_quant_conv,
+        measure_shift=vae.config.shift_factor is not None,
+        sample_size=vae.config.sample_size,
+    )
+
+
+def build_perceptual(config: TrainConfig, accelerator: Accelerator) -> Perceptual | None:
+    if config.loss.lpips_weight == 0:
+        return None
+    settings = config.loss.perceptual
+    with accelerator.local_main_process_first():  # the others find the download in torch hub's cache
+        perceptual = load_perceptual(settings.net, settings.weights, settings.heads, settings.allow_random)
+    names = set(gather_object([perceptual.name]))
+    if len(names) > 1:  # one process could download the trunk, another could not
+        raise InputError(
+            f"the processes have different trunks: {', '.join(sorted(names))}; give loss.perceptual.weights"
+        )
+    return perceptual.to(accelerator.device)

@@ -1,0 +1,168 @@
+"""Checkpoints: a folder a step, written beside and renamed, and read without executing anything.
+
+    checkpoints/step-00001000/
+        state.json                    counters, the recipe, and size and SHA-256 of every other file
+        generator.safetensors         weights in fp32; ema.safetensors, discriminator.safetensors
+        generator_optimizer.pt        moments; read with torch.load(weights_only=True); discriminator_optimizer.pt
+
+A folder counts only when every file is there with the size and hash that state.json gives. Nothing is loaded into a
+model before the whole checkpoint has been read and found to fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdvae.errors import InputError
+from sdvae.weights.files import replacing
+
+FORMAT = 1
+STATE = "state.json"
+NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run is continued from, on the CPU.
+
+    Attributes:
+        weights: {"generator": state dict, "ema": …, "discriminator": …}.
+        optimizers: {"generator": torch's state dict of the optimizer, …}.
+        state: what JSON holds: step, position, recipe, counters.
+    """
+
+    weights: dict[str, dict[str, Tensor]]
+    optimizers: dict[str, dict[str, Any]]
+    state: dict[str, Any]
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write all files beside `folder`, flush them to the disk, then give them its name."""
+    with replacing(folder) as temporary:
+        temporary.mkdir(parents=True)
+        for name, tensors in checkpoint.weights.items():
+            contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(contiguous, temporary / f"{name}.safetensors")
+        for name, state in checkpoint.optimizers.items():
+            torch.save(state, temporary / f"{name}_optimizer.pt")
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        state = {"format": FORMAT, **checkpoint.state, "files": files}
+        (temporary / STATE).write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Raises: InputError naming what is missing, damaged, or not plain data."""
+    state = read_state(folder)
+    weights: dict[str, dict[str, Tensor]] = {}
+    optimizers: dict[str, dict[str, Any]] = {}
+    for name, expected in state["files"].items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise InputError(f"{folder} lacks {name}")
+        found = _fingerprint(path)
+        if found != expected:
+            raise InputError(f"{path} has changed since it was written ({found['bytes']} of {expected['bytes']} bytes)")
+        try:
+            if path.suffix == ".safetensors":
+                weights[path.stem] = load_file(path)
+            else:
+                optimizers[path.stem.removesuffix("_optimizer")] = torch.load(
+                    path, weights_only=True, map_location="cpu"
+                )
+        except Exception as error:  # safetensors' and pickle's, whatever damaged or hostile bytes lead to
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(f"{path} does not hold plain tensors ({type(error).__name__}: {reason})") from error
+    return Checkpoint(weights, optimizers, state)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json alone. Raises: InputError."""
+    path = folder / STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__})") from error
+    if not isinstance(state, dict) or not {"format", "step", "config", "files"} <= state.keys():
+        raise InputError(f"{path} is no checkpoint's")
+    if state["format"] != FORMAT:
+        raise InputError(f"{path} has format {state['format']}; this version reads {FORMAT}")
+    return state
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The folders under `root` that have a checkpoint's name, newest first."""
+    named = [(int(found[1]), path) for path in _entries(root) if (found := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(named, reverse=True)]
+
+
+def newest_whole(root: Path) -> tuple[Path | None, Checkpoint | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that can be read, and each newer one with the reason why it cannot."""
+    damaged: list[tuple[Path, str]] = []
+    for folder in checkpoints(root):
+        try:
+            return folder, read_checkpoint(folder), damaged
+        except InputError as error:
+            damaged.append((folder, str(error)))
+    return None, None, damaged
+
+
+def prune(root: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last`. Each loses its name first, so that none is ever half there."""
+    for folder in checkpoints(root)[keep_last:]:
+        doomed = folder.with_name(f".{folder.name}.old")
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def _entries(root: Path) -> list[Path]:
+    return list(root.iterdir()) if root.is_dir() else []
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any], free: frozenset[str]) -> list[str]:
+    """«loss.kl_weight: 1e-06 -> 1e-05» for each field of two recipes that differs, but for the `free` ones.
+
+    Args: free: dotted names of fields, or of sections, whose change changes nothing that is learned.
+    """
+    flat_before, flat_after = flatten(before), flatten(after)
+    return [
+        f"{key}: {flat_before.get(key, 'unset')} -> {flat_after.get(key, 'unset')}"
+        for key in sorted(flat_before.keys() | flat_after.keys())
+        if flat_before.get(key, "unset") != flat_after.get(key, "unset")
+        and key not in free
+        and key.split(".")[0] not in free
+    ]
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

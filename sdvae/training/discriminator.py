@@ -1,0 +1,119 @@
+"""The discriminator and its losses.
+
+A PatchGAN (Isola et al. 2017, «pix2pix», section 3.2.2 and appendix 6.1.2) scores overlapping patches, 70x70 pixels
+with three strided layers, as real or reconstructed. LDM and VQGAN train their decoders against it.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdvae.training.config import DiscriminatorConfig
+
+INIT_STD = 0.02  # DCGAN (Radford et al. 2016, section 3), kept by pix2pix and LDM
+SLOPE = 0.2
+MAX_WIDENING = 8  # the widest layer against the first
+GROUP_WIDTH = 16  # channels a group of the norm
+LECAM_DECAY = 0.999  # Tseng et al. 2021, section 3.2: moving averages of the scores
+
+
+class PatchDiscriminator(nn.Module):
+    """Convs of 4x4: `layers` of stride 2, one of stride 1, and one to a single channel.
+
+    (B, C, H, W) in [-1, 1] -> (B, 1, h, w) logits: above zero means «real». With 3 layers h = H/8 - 2.
+    """
+
+    def __init__(self, in_channels: int, layers: int = 3, width: int = 64, norm: str = "group"):
+        super().__init__()
+        widths = [width * min(2**i, MAX_WIDENING) for i in range(layers + 1)]
+        blocks: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
+        for i, (before, after) in enumerate(pairwise(widths)):
+            stride = 1 if i == layers - 1 else 2
+            blocks.append(nn.Conv2d(before, after, 4, stride, padding=1, bias=norm == "none"))
+            if norm == "group":
+                blocks.append(nn.GroupNorm(max(after // GROUP_WIDTH, 1), after))
+            blocks.append(nn.LeakyReLU(SLOPE))
+        blocks.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
+        self.layers = nn.Sequential(*blocks)
+        for module in self.layers:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=INIT_STD)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+def smallest_side(layers: int) -> int:
+    """Pixels along one side below which no patch has a score: h = H/2^layers - 2 must be 1."""
+    return 3 * 2**layers
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """g = -E[D(x̂)], for the hinge and for the vanilla game, as in LDM."""
+    return -fake_logits.float().mean()
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str) -> Tensor:
+    """Half the sum over both sides, as in LDM.
+
+    hinge: ½ E[max(0, 1 - D(x))] + ½ E[max(0, 1 + D(x̂))]; vanilla: ½ E[-log σ(D(x))] + ½ E[-log σ(-D(x̂))].
+    """
+    real, fake = real_logits.float(), fake_logits.float()
+    if kind == "hinge":
+        return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
+    """E[|∇_x Σ D(x)|²] over an image's values (Mescheder et al. 2018, eq. 9); `images` must require grad."""
+    (gradient,) = torch.autograd.grad(real_logits.float().sum(), images, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+class LeCam:
+    """Pulls scores towards moving averages of the other side's (Tseng et al. 2021, eq. 3 and 4).
+
+    E[(D(x) - a_fake)²] + E[(D(x̂) - a_real)²].
+
+    Attributes:
+        averages: a_real and a_fake; None before the first update.
+    """
+
+    def __init__(self) -> None:
+        self.averages: tuple[float, float] | None = None
+
+    def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """Zero before the first update."""
+        if self.averages is None:
+            return real_logits.new_zeros((), dtype=torch.float32)
+        real_average, fake_average = self.averages
+        return (real_logits.float() - fake_average).square().mean() + (
+            fake_logits.float() - real_average
+        ).square().mean()
+
+    def update(self, real_mean: float, fake_mean: float) -> None:
+        """Args: the means of the step's logits over all processes."""
+        if self.averages is None:
+            self.averages = (real_mean, fake_mean)
+        else:
+            means = zip(self.averages, (real_mean, fake_mean), strict=True)
+            real, fake = (LECAM_DECAY * a + (1 - LECAM_DECAY) * b for a, b in means)
+            self.averages = (real, fake)
+
+
+def generator_weight_at(step: int, config: DiscriminatorConfig) -> float:
+    """The generator's weight in step `step`, counted from 0: zero, then a linear ramp, then `weight`."""
+    since = step - config.generator_start_step
+    if config.weight == 0 or since < 0:
+        return 0.0
+    return config.weight * min(1.0, (since + 1) / (config.ramp_steps + 1))
+
+
+def discriminator_learns_at(step: int, config: DiscriminatorConfig) -> bool:
+    return config.weight > 0 and step >= config.start_step

@@ -1,0 +1,167 @@
+"""The two players, the VAE and its discriminator, and what each needs to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sdvae.errors import InputError
+from sdvae.model import AutoencoderKL
+from sdvae.training.config import OptimizerConfig, TrainConfig
+from sdvae.training.discriminator import LeCam, PatchDiscriminator
+from sdvae.training.ema import WeightAverage
+from sdvae.training.objective import Transformation, learning_rate_at
+
+FROZEN_PARTS = ("encoder.", "quant_conv.")  # all that latents depend on
+
+
+class TrainingForward(nn.Module):
+    """Everything of a step that has a gradient in the VAE, in one forward: DDP and autocast wrap this.
+
+    Attributes:
+        logvar: s, the log-variance of the likelihood, where it is learned.
+    """
+
+    def __init__(self, vae: AutoencoderKL, learn_logvar: bool):
+        super().__init__()
+        self.vae = vae
+        self.logvar = nn.Parameter(torch.zeros(())) if learn_logvar else None
+
+    def forward(
+        self, images: Tensor, generators: list[torch.Generator], transformation: Transformation | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(B, C, H, W) in [-1, 1] -> reconstruction (B, C, H, W), moments (B, 2C_z, h, w), D(t(z)), s."""
+        posterior = self.vae.encode(images).latent_dist
+        z = posterior.sample(generators)
+        transformed = None
+        if transformation is not None:
+            transformed = self.vae.decode(transformation(z, transformation.latent_size(z))).sample
+        return self.vae.decode(z).sample, posterior.parameters, transformed, self.logvar
+
+
+class Player:
+    """A network that learns.
+
+    Attributes:
+        network: its weights and their names.
+        wrapped: the same under DDP and autocast; every forward pass of its own step goes through it.
+        optimizer: over the parameters that train.
+    """
+
+    def __init__(self, network: nn.Module, wrapped: nn.Module, optimizer: torch.optim.Optimizer):
+        self.network = network
+        self.wrapped = wrapped
+        self.optimizer = optimizer
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def clip(self, scaler: Any, max_norm: float) -> Tensor:
+        """Clip the gradients to a global norm; returns the norm before."""
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        return nn.utils.clip_grad_norm_(self.trained, max_norm)
+
+    def step(self, scaler: Any) -> None:
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+
+    def forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Players:
+    """The VAE, its moving average, and the discriminator where there is one.
+
+    Args:
+        vae: on the accelerator's device; parameters that do not train are frozen already, since DDP counts
+            on that.
+    """
+
+    def __init__(self, vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator):
+        self.vae = vae
+        self.ema = WeightAverage(vae, config.optimizer.ema_decay)  # a copy, so before anything wraps the original
+        if config.compile:
+            vae.encoder.compile()
+            vae.decoder.compile()
+        forward = TrainingForward(vae, config.loss.learn_logvar).to(accelerator.device)
+        optimizer = build_optimizer(forward, config.optimizer, config.optimizer.betas)
+        self.generator = Player(forward, accelerator.prepare(forward), optimizer)
+
+        self.discriminator: Player | None = None
+        self.lecam = LeCam()
+        settings = config.loss.discriminator
+        if settings.weight > 0:
+            network = PatchDiscriminator(vae.config.in_channels, settings.layers, settings.width, settings.norm)
+            network.to(accelerator.device)
+            if config.channels_last:
+                network.to(memory_format=torch.channels_last)
+            optimizer = build_optimizer(network, config.optimizer, settings.betas)
+            self.discriminator = Player(network, accelerator.prepare(network), optimizer)
+
+    def __iter__(self) -> Iterator[tuple[str, Player]]:
+        yield "generator", self.generator
+        if self.discriminator is not None:
+            yield "discriminator", self.discriminator
+
+    def set_learning_rates(self, step: int, config: TrainConfig) -> dict[str, float]:
+        """Set both for step `step`, counted from 0, and return them under their names in logs."""
+        optimizer, settings = config.optimizer, config.loss.discriminator
+        rates = {"learning_rate": learning_rate_at(step, optimizer.learning_rate, optimizer, config.steps)}
+        self.generator.set_learning_rate(rates["learning_rate"])
+        if self.discriminator is not None:
+            # the VAE's schedule, and a warm-up of its own
+            peak = settings.learning_rate or optimizer.learning_rate
+            warmup = min(1.0, max(0, step - settings.start_step + 1) / (optimizer.warmup_steps + 1))
+            rate = warmup * learning_rate_at(max(step, optimizer.warmup_steps), peak, optimizer, config.steps)
+            rates["discriminator_learning_rate"] = rate
+            self.discriminator.set_learning_rate(rate)
+        return rates
+
+
+def freeze_encoder(vae: AutoencoderKL) -> None:
+    """Leave the latent space as it is: only decoder and post_quant_conv train."""
+    for name, parameter in vae.named_parameters():
+        if name.startswith(FROZEN_PARTS):
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """In here `network` passes gradients on to its input and keeps none for itself."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def build_optimizer(network: nn.Module, config: OptimizerConfig, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """Raises: InputError when bitsandbytes is asked for and not installed."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": betas, "weight_decay": config.weight_decay}
+    if config.kind == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise InputError(
+                "got optimizer.kind=adamw_8bit, but bitsandbytes is not installed; pip install bitsandbytes, "
+                "or take adamw_fused"
+            ) from error
+        return AdamW8bit(trained, **settings)
+    return torch.optim.AdamW(trained, fused=config.kind == "adamw_fused" or None, **settings)

@@ -1,0 +1,65 @@
+"""Faults that strike a training run in a given step; in a process's own tests, or as a script under torchrun:
+
+python tests/faults.py KIND STEP RANK [sdvae train arguments …]
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import Image
+
+from sdvae.cli import main
+from sdvae.training import loop
+
+SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sigkill": signal.SIGKILL}
+
+
+class Crash(Exception):
+    """Stands for whatever ends a process without a word."""
+
+
+@contextmanager
+def fault(kind: str, step: int, rank: int = 0, until: int | None = None) -> Iterator[None]:
+    """In step `step` (counted from 0) of process `rank`: a signal, a crash, images of NaN, or "none".
+
+    Args: until: the fault stays up to and including this step.
+    """
+    real = loop.train_step
+    mine = int(os.environ.get("RANK", "0")) == rank
+
+    def faulty(at, players, batches, *args, **kwargs):
+        if mine and step <= at <= (step if until is None else until):
+            if kind in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[kind])
+            elif kind == "crash":
+                raise Crash
+            elif kind == "nan":
+                batches = spoilt(batches)
+        return real(at, players, batches, *args, **kwargs)
+
+    loop.train_step = faulty
+    try:
+        yield
+    finally:
+        loop.train_step = real
+
+
+def spoilt(batches):
+    for batch in batches:
+        yield {**batch, "image": batch["image"] * float("nan")}
+
+
+def blank(*_) -> Image.Image:
+    """In place of the loop's `draw`: pictures have their own tests, and take most of a tiny run's time."""
+    return Image.new("RGB", (8, 8))
+
+
+if __name__ == "__main__":
+    loop.draw = blank
+    with fault(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])):
+        sys.exit(main(["train", *sys.argv[4:]]))

@@ -1,0 +1,82 @@
+"""Kill a process at every file operation of a checkpoint's saving; run by test_faults.py in a process of its own.
+
+    python tests/kill_at_boundaries.py FOLDER
+
+Children are forked, each is killed by SIGKILL before its n-th file operation under FOLDER (n = 0, 1, …), until one
+comes through. After each, the newest checkpoint that can be read must be the old one or the new one, whole. Prints
+«operations N, old A, new B».
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from sdvae.training.checkpoint import Checkpoint, checkpoints, newest_whole, prune, write_checkpoint
+
+OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
+
+
+def checkpoint(step: int) -> Checkpoint:
+    weights = {"generator": {"w": torch.full((1000,), float(step))}, "ema": {"w": torch.full((1000,), float(-step))}}
+    optimizer = {"state": {0: {"exp_avg": torch.full((1000,), float(step))}}, "param_groups": []}
+    return Checkpoint(weights, {"generator": optimizer}, {"step": step, "config": {}})
+
+
+def save(root: Path, step: int) -> None:
+    write_checkpoint(root / f"step-{step:08d}", checkpoint(step))
+    prune(root, keep_last=1)
+
+
+def die_before(operation: int, root: Path) -> None:
+    """Every file operation of Python raises an audit event before it happens."""
+    count = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal count
+        if event in OPERATIONS and any(str(root) in str(argument) for argument in arguments):
+            if count == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+
+    sys.addaudithook(hook)
+
+
+def main(root: Path) -> None:
+    torch.set_num_threads(1)
+    counts = {1: 0, 2: 0}
+    operation = 0
+    while True:
+        shutil.rmtree(root, ignore_errors=True)
+        save(root, 1)
+        child = os.fork()
+        if child == 0:
+            die_before(operation, root)
+            save(root, 2)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        folder, found, damaged = newest_whole(root)
+        assert folder is not None, f"operation {operation}: nothing is left, of {list(root.iterdir())}"
+        assert found is not None
+        assert not damaged, f"operation {operation}: half a checkpoint has a checkpoint's name: {damaged}"
+        step = found.state["step"]
+        counts[step] += 1
+        for name, sign in (("generator", 1), ("ema", -1)):
+            assert torch.equal(found.weights[name]["w"], torch.full((1000,), float(sign * step)))
+        assert torch.equal(found.optimizers["generator"]["state"][0]["exp_avg"], torch.full((1000,), float(step)))
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            assert [path.name for path in checkpoints(root)] == ["step-00000002"]
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        operation += 1
+    print(f"operations {operation}, old {counts[1]}, new {counts[2]}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,144 @@
+"""The fast layers against plain ones in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdvae import AutoencoderKL
+from sdvae.model.blocks import Upsample
+from sdvae.training import fast
+
+TOLERANCE = 1e-5  # Winograd in fp32 has 3e-6
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def small_vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(96, 96),
+        norm_num_groups=8,
+    ).train()
+
+
+def outputs_and_gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(grad)
+    return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("winograd", [True, False])
+@pytest.mark.parametrize(
+    ("channels", "out_channels", "size"),
+    [(96, 104, (2, 33, 35)), (128, 96, (1, 32, 34)), (96, 96, (3, 31, 41)), (64, 32, (2, 65, 64))],
+)
+def test_conv_and_its_gradients_equal_float64(channels, out_channels, size, winograd, monkeypatch):
+    if not winograd:  # as on a machine without NNPACK
+        monkeypatch.setattr(fast, "has_nnpack", lambda: False)
+    torch.manual_seed(0)
+    plain = nn.Conv2d(channels, out_channels, 3, padding=1)
+    layer = copy.deepcopy(plain)
+    layer.__class__ = fast.FastConv3x3
+    batch, height, width = size
+    x, grad = randn(batch, channels, height, width, seed=1), randn(batch, out_channels, height, width, seed=2)
+    want = outputs_and_gradients(plain.double(), x.double(), grad.double())
+    for name, got in outputs_and_gradients(layer, x, grad).items():
+        assert relative_error(got, want[name]) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("size", [(1, 4, 1, 1), (2, 8, 7, 4), (1, 8, 4, 9), (2, 4, 13, 2)])
+def test_weight_gradient_equals_float64(size):
+    x, grad = randn(*size, seed=1), randn(size[0], 5, *size[2:], seed=2)
+    weight = torch.zeros(5, size[1], 3, 3, dtype=torch.float64, requires_grad=True)
+    F.conv2d(x.double(), weight, padding=1).backward(grad.double())
+    assert relative_error(fast.weight_gradient(x, grad), weight.grad) <= TOLERANCE
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(1, 8, 1, 1), (2, 8, 5, 3), (2, 8, 4, 6)])
+def test_upsampling_and_its_gradients_equal_float64(size, layout):
+    torch.manual_seed(0)
+    plain = Upsample(8)
+    layer = copy.deepcopy(plain)
+    layer.__class__ = fast.FastUpsample
+    x, grad = randn(*size, seed=1).contiguous(memory_format=layout), randn(*size[:2], 2 * size[2], 2 * size[3], seed=2)
+    want = outputs_and_gradients(plain.double(), x.double(), grad.double())
+    for name, got in outputs_and_gradients(layer, x, grad).items():
+        assert relative_error(got, want[name]) <= TOLERANCE, name
+
+
+def loss_and_gradients(vae: AutoencoderKL) -> dict[str, Tensor]:
+    x = randn(1, 3, 32, 32, seed=3).to(vae.dtype)
+    image = vae(x).sample
+    loss = (image - x).abs().mean()
+    loss.backward()
+    return {"loss": loss.detach(), "image": image.detach()} | {
+        name: p.grad for name, p in vae.named_parameters() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_vae_and_its_gradients_equal_the_plain_one(checkpointing):
+    vae = small_vae()
+    want = loss_and_gradients(copy.deepcopy(vae).double())
+    if checkpointing:
+        vae.enable_gradient_checkpointing()
+    fast.speed_up(vae)
+    got = loss_and_gradients(vae)
+    assert got.keys() == want.keys()
+    for name in want:
+        # softmax does not see the keys' bias: its gradient is zero, and in fp32 all rounding
+        error = (got[name] - want[name]).norm() / want[name].norm().clamp(min=1e-4)
+        assert error <= 5e-5, name
+
+
+def test_frozen_weights_get_no_gradient_and_pass_it_on():
+    vae = small_vae()
+    fast.speed_up(vae)
+    vae.decoder.requires_grad_(False)
+    loss_and_gradients(vae)
+    assert all(p.grad is None for p in vae.decoder.parameters())
+    assert all(p.grad is not None for p in vae.encoder.parameters())
+
+
+def test_state_dict_and_copies_stay():
+    vae = small_vae()
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    fast.speed_up(vae)
+    fast.speed_up(vae)  # a second call changes nothing
+    copied = copy.deepcopy(vae)
+    for after in (vae.state_dict(), copied.state_dict(), vae.to_diffusers().state_dict()):
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    with torch.no_grad():
+        copied.encoder.conv_in.weight.zero_()
+    assert torch.equal(vae.encoder.conv_in.weight, before["encoder.conv_in.weight"])
+
+
+def test_evaluation_autocast_and_other_dtypes_take_the_plain_path():
+    torch.manual_seed(0)
+    plain = nn.Conv2d(96, 96, 3, padding=1)
+    layer = copy.deepcopy(plain)
+    layer.__class__ = fast.FastConv3x3
+    x = randn(1, 96, 32, 32, seed=1)
+    assert type(layer(x).grad_fn).__name__ == "_Conv3x3Backward"
+    with torch.no_grad():
+        assert torch.equal(layer(x), plain(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), plain(x))
+    assert torch.equal(layer.eval()(x), plain(x))
+    assert torch.equal(layer.train().double()(x.double()), plain.double()(x.double()))

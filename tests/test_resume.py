@@ -1,0 +1,322 @@
+"""A run that was interrupted and continued is the run that was not, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from sdvae import InputError
+from sdvae.cli import parse_train_config
+from sdvae.data import SampleOrder
+from sdvae.errors import Stopped
+from sdvae.training import loop
+from sdvae.training.checkpoint import checkpoints, read_checkpoint
+from sdvae.weights import load_vae
+from tests.conftest import draw_photographs, tiny_arguments
+from tests.faults import Crash, blank, fault
+
+ROOT = Path(__file__).parents[1]
+STEPS = 7
+EVERYTHING = {
+    "steps": str(STEPS),
+    "log_every": "3",
+    "validate_every": "4",
+    "validate_raw": "true",
+    "checkpoint__every_steps": "3",
+    "gradient_accumulation_steps": "2",
+    "data__num_workers": "1",
+    "loss__kl_warmup_steps": "3",
+    "loss__learn_logvar": "true",
+    "loss__discriminator__weight": "0.5",
+    "loss__discriminator__start_step": "1",
+    "loss__discriminator__ramp_steps": "2",
+    "loss__discriminator__layers": "1",
+    "loss__discriminator__width": "8",
+    "loss__discriminator__r1_weight": "0.1",
+    "loss__discriminator__lecam_weight": "0.1",
+    "loss__equivariance__weight": "0.25",
+    "optimizer__warmup_steps": "2",
+    "optimizer__schedule": "cosine",
+    "optimizer__learning_rate": "0.001",
+}
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    monkeypatch.setattr(loop, "draw", blank)
+
+
+def run(source: Path, output: Path, **changes: str) -> Path:
+    return loop.train(parse_train_config(tiny_arguments(source, output, **{**EVERYTHING, **changes})))
+
+
+def records(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def result(output: Path) -> dict:
+    """All that a run leaves, but for what the clock decides and where it lies."""
+    clock = ("train/images_per_second", "train/data_wait_fraction")
+    lines = records(output)
+    checkpoint = read_checkpoint(checkpoints(output / "checkpoints")[0])
+    state = {k: v for k, v in checkpoint.state.items() if k not in ("config", "files")}
+    return {
+        "metrics": [{k: v for k, v in line.items() if k not in clock} for line in lines],
+        "weights": checkpoint.weights,
+        "optimizers": checkpoint.optimizers,
+        "state": state,
+        "model": load_vae(output / "model").state_dict(),
+        "best": load_vae(output / "best_model").state_dict(),
+    }
+
+
+def differences(a, b, where: str = "") -> list[str]:
+    """Paths at which two nested results are not the same, tensors compared bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if isinstance(b, torch.Tensor) and torch.equal(a, b) else [where]
+    if isinstance(a, dict):
+        if not isinstance(b, dict) or a.keys() != b.keys():
+            return [f"{where}: keys"]
+        return [path for key in a for path in differences(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{where}: {len(a)} and {len(b)} entries"]
+        return [path for i, pair in enumerate(zip(a, b, strict=True)) for path in differences(*pair, f"{where}/{i}")]
+    return [] if a == b else [f"{where}: {a} and {b}"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict]:
+    """(photographs, what an uninterrupted run leaves)."""
+    root = tmp_path_factory.mktemp("whole")
+    source = draw_photographs(root / "photographs")
+    run(source, root / "run")
+    return source, result(root / "run")
+
+
+def test_the_whole_run_has_everything_on(whole):
+    kept = whole[1]
+    assert kept["weights"].keys() == {"generator", "discriminator", "ema"}
+    assert kept["optimizers"].keys() == {"generator", "discriminator"}
+    assert "logvar" in kept["weights"]["generator"]
+    assert kept["state"]["lecam"] is not None
+    assert kept["state"]["position"] == STEPS * 4
+    named = {name for line in kept["metrics"] for name in line}
+    assert {"train/equivariance", "train/r1", "train/gan_weight", "validation/psnr", "validation_raw/psnr"} <= named
+
+
+@pytest.mark.parametrize("step", [0, 2, 3, 4, 6], ids=lambda step: f"step-{step}")
+def test_stopped_by_sigterm_and_continued_is_uninterrupted(whole, tmp_path, step):
+    """Between lines of the log, at a checkpoint's step, before a validation that is due, in the last step."""
+    source, wanted = whole
+    with fault("sigterm", step), pytest.raises(Stopped, match=rf"stopped after step {step + 1}") as stopped:
+        run(source, tmp_path / "run")
+    assert stopped.value.exit_code == 143
+    run(source, tmp_path / "run")
+    assert not differences(result(tmp_path / "run"), wanted)
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_crashed_between_checkpoints_and_continued_is_uninterrupted(whole, tmp_path, step):
+    source, wanted = whole
+    with fault("crash", step), pytest.raises(Crash):
+        run(source, tmp_path / "run")
+    run(source, tmp_path / "run", data__num_workers="0")
+    assert not differences(result(tmp_path / "run"), wanted)
+
+
+def test_interrupted_often_is_uninterrupted(whole, tmp_path):
+    source, wanted = whole
+    for step in range(STEPS):
+        with fault("sigint", step), pytest.raises(Stopped) as stopped:
+            run(source, tmp_path / "run", data__num_workers="0")
+        assert stopped.value.exit_code == 130
+    run(source, tmp_path / "run", data__num_workers="0")
+    assert not differences(result(tmp_path / "run"), wanted)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "changed", "state", "hostile"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, damage, caplog):
+    caplog.set_level("INFO", logger="sdvae")
+    source, wanted = whole
+    with fault("crash", 6), pytest.raises(Crash):
+        run(source, tmp_path / "run", data__num_workers="0")
+    newest, before = checkpoints(tmp_path / "run" / "checkpoints")
+    assert (newest.name, before.name) == ("step-00000006", "step-00000003")
+    spoil(newest, damage, tmp_path / "executed")
+    run(source, tmp_path / "run", data__num_workers="0")
+    assert "step-00000006 is damaged and left out" in caplog.text
+    assert f"continuing from {before}" in caplog.text
+    assert not (tmp_path / "executed").exists()
+    assert not differences(result(tmp_path / "run"), wanted)
+
+
+class Hostile:
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.target}",))
+
+
+def spoil(folder: Path, damage: str, target: Path) -> None:
+    optimizer = folder / "generator_optimizer.pt"
+    weights = folder / "ema.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "missing":
+        optimizer.unlink()
+    elif damage == "changed":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif damage == "state":
+        (folder / "state.json").write_text((folder / "state.json").read_text()[:200])
+    else:  # with a manifest that fits, as an attacker would write it
+        torch.save({"state": Hostile(target)}, optimizer)
+        import hashlib
+
+        state = json.loads((folder / "state.json").read_text())
+        data = optimizer.read_bytes()
+        state["files"][optimizer.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (folder / "state.json").write_text(json.dumps(state))
+
+
+def test_when_no_checkpoint_can_be_read_nothing_is_lost(whole, tmp_path):
+    source, _ = whole
+    with fault("crash", 4), pytest.raises(Crash):
+        run(source, tmp_path / "run", data__num_workers="0")
+    (only,) = checkpoints(tmp_path / "run" / "checkpoints")
+    (only / "ema.safetensors").write_bytes(b"")
+    before = sorted(path for path in (tmp_path / "run").rglob("*") if path.is_file())
+    with pytest.raises(InputError, match=r"none of the 1 checkpoints .* can be read .*--overwrite=true"):
+        run(source, tmp_path / "run")
+    assert sorted(path for path in (tmp_path / "run").rglob("*") if path.is_file()) == before
+
+
+def test_a_changed_recipe_is_refused_with_the_fields_that_differ(whole, tmp_path, caplog):
+    source, _ = whole
+    with fault("sigterm", 3), pytest.raises(Stopped):
+        run(source, tmp_path / "run", data__num_workers="0")
+    log = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    changes = {"loss__kl_weight": "1e-5", "optimizer__betas": "[0.5, 0.99]"}
+    with pytest.raises(
+        InputError, match=r"loss.kl_weight: 1e-06 -> 1e-05; optimizer.betas: \[0.5, 0.9\] -> \[0.5, 0.99\]"
+    ):
+        run(source, tmp_path / "run", **changes)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
+    run(source, tmp_path / "run", **changes, checkpoint__accept_changed_config="true", data__num_workers="0")
+    assert "continuing with a changed recipe: loss.kl_weight" in caplog.text
+
+
+def test_the_batch_may_be_divided_otherwise_when_a_step_takes_as_many_images(whole, tmp_path):
+    source, wanted = whole
+    with fault("sigterm", 2), pytest.raises(Stopped):
+        run(source, tmp_path / "run", data__num_workers="0")
+    changes = {"batch_size": "4", "gradient_accumulation_steps": "1"}
+    run(source, tmp_path / "run", **changes, data__num_workers="0", trackers="[]", log_every="1")
+    assert result(tmp_path / "run")["state"]["position"] == wanted["state"]["position"]
+    with pytest.raises(InputError, match="batch_size: 4 -> 2"):
+        run(source, tmp_path / "run", gradient_accumulation_steps="1", steps=str(STEPS))
+
+
+def test_a_finished_run_is_left_alone(whole, tmp_path, caplog):
+    caplog.set_level("INFO", logger="sdvae")
+    source, _ = whole
+    once = {"steps": "1", "optimizer__warmup_steps": "0", "loss__discriminator__weight": "0", "data__num_workers": "0"}
+    run(source, tmp_path / "run", **once)
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.suffix not in (".lock", "")}
+    run(source, tmp_path / "run", **once)
+    assert "is finished: 1 steps" in caplog.text
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_more_steps_continue_a_finished_run(whole, tmp_path):
+    source, _ = whole
+    constant = {"optimizer__schedule": "constant", "data__num_workers": "0"}
+    run(source, tmp_path / "long", **constant)
+    run(source, tmp_path / "run", steps="4", **constant)
+    run(source, tmp_path / "run", **constant, checkpoint__accept_changed_config="true")
+    long, continued = (read_checkpoint(checkpoints(tmp_path / name / "checkpoints")[0]) for name in ("long", "run"))
+    assert not differences(continued.weights, long.weights)
+    assert not differences(continued.optimizers, long.optimizers)
+
+
+def test_another_number_of_images_is_refused(tmp_path):
+    source = draw_photographs(tmp_path / "photographs")
+    with fault("sigterm", 1), pytest.raises(Stopped):
+        run(source, tmp_path / "run", data__num_workers="0")
+    (source / "00.png").unlink()
+    with pytest.raises(InputError, match="has 6 training images and had 7"):
+        run(source, tmp_path / "run", data__num_workers="0")
+
+
+def test_two_runs_cannot_train_into_one_folder(whole, tmp_path):
+    source, _ = whole
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(InputError, match="another run is training into"):
+        run(source, tmp_path / "run")
+
+
+def test_the_newest_checkpoints_are_kept_and_the_best_model_is_by_its_metric(whole, tmp_path):
+    source, _ = whole
+    changes = {"checkpoint__every_steps": "1", "checkpoint__keep_last": "3", "validate_every": "1", "steps": "5"}
+    # ever larger steps: the reconstruction gets worse, so an early model is the best one
+    run(source, tmp_path / "run", **changes, optimizer__learning_rate="0.3", optimizer__ema_decay="0")
+    kept = [folder.name for folder in checkpoints(tmp_path / "run" / "checkpoints")]
+    assert kept == ["step-00000005", "step-00000004", "step-00000003"]
+    lines = [line for line in result(tmp_path / "run")["metrics"] if "validation/psnr" in line]
+    best = max(lines, key=lambda line: line["validation/psnr"])
+    assert result(tmp_path / "run")["state"]["best"] == {"value": best["validation/psnr"], "step": best["step"]}
+    card = (tmp_path / "run" / "best_model" / "README.md").read_text()
+    assert f"After {best['step']} steps" in card
+
+
+def launch(script: str, source: Path, output: Path, *before: str, world_size: int = 2, **changes: str):
+    settings = {**EVERYTHING, "data__num_workers": "0", **changes}
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"),
+            *(ROOT / "tests" / script, *before, *tiny_arguments(source, output, **settings)),
+        ],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_two_processes_stopped_by_a_signal_to_one_and_continued_are_uninterrupted(whole, tmp_path):
+    source, _ = whole
+    half = {"gradient_accumulation_steps": "1"}
+    straight = launch("faults.py", source, tmp_path / "straight", "none", "0", "0", **half)
+    assert straight.returncode == 0, straight.stderr[-3000:]
+    stopped = launch("faults.py", source, tmp_path / "run", "sigterm", "3", "1", **half)
+    assert stopped.returncode != 0
+    assert "stopped after step 4; the same command continues" in stopped.stderr
+    continued = launch("faults.py", source, tmp_path / "run", "none", "0", "0", **half)
+    assert continued.returncode == 0, continued.stderr[-3000:]
+    assert not differences(result(tmp_path / "run"), result(tmp_path / "straight"))
+
+
+def test_with_another_number_of_processes_no_sample_is_repeated_or_missed(whole, tmp_path):
+    source, _ = whole
+    with fault("sigterm", 2), pytest.raises(Stopped):
+        run(source, tmp_path / "run", data__num_workers="0")
+    records = tmp_path / "records"
+    records.mkdir()
+    half = {"gradient_accumulation_steps": "1"}
+    launched = launch("two_processes.py", source, tmp_path / "run", "2", str(records), **half)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    ranks = [torch.load(file) for file in sorted(records.glob("rank-*.pt"))]
+    assert len(ranks) == 2
+    seen = [key for steps in zip(*ranks, strict=True) for rank in steps for key in rank["samples"]]
+    order = SampleOrder(7, seed=0)
+    assert seen == [tuple(order.at(position)) for position in range(3 * 4, STEPS * 4)]

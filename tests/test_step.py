@@ -1,0 +1,327 @@
+"""One step of both players, against plain autograd."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision
+from accelerate import Accelerator
+
+from sdvae.evaluation import Perceptual, load_perceptual
+from sdvae.model import DiagonalGaussian
+from sdvae.training import step as step_module
+from sdvae.training.build import build_vae
+from sdvae.training.config import (
+    DiscriminatorConfig,
+    EquivarianceConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from sdvae.training.objective import (
+    learning_rate_at,
+    loss_terms,
+    posterior_generators,
+    transformation_at,
+)
+from sdvae.training.players import Player, Players, freeze_encoder, frozen
+from sdvae.training.step import discriminator_pass, generator_pass, train_step
+
+SEEDS = torch.tensor([5, 6])
+MODEL = ModelConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def perceptual(tmp_path_factory) -> Perceptual:
+    """LPIPS with a random trunk, from a file, since nothing is downloaded in tests."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("trunk") / "squeeze.pth"
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), file)
+    return load_perceptual("squeeze", file, heads="uniform")
+
+
+def recipe(**loss) -> TrainConfig:
+    gan = loss.pop("discriminator", {})
+    settings = DiscriminatorConfig(**{"weight": 0.5, "start_step": 0, "layers": 2, "width": 8, **gan})
+    return TrainConfig(
+        model=MODEL,
+        steps=10,
+        channels_last=False,
+        loss=LossConfig(**{"lpips_weight": 0.3, "kl_weight": 1e-3, "discriminator": settings, **loss}),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+    )
+
+
+def players_of(config: TrainConfig, accelerator: Accelerator) -> Players:
+    torch.manual_seed(0)
+    vae = build_vae(replace(config.model, initialisation="torch")).train()
+    players = Players(vae, config, accelerator)
+    with torch.no_grad():  # away from the initial weights, at which many gradients are tiny
+        for parameter in players.discriminator.network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return players
+
+
+def images() -> torch.Tensor:
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def relative_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == wanted.keys()
+    a, b = (torch.cat([side[name].flatten() for name in sorted(side)]).double() for side in (found, wanted))
+    return float((a - b).norm() / b.norm())
+
+
+def plainly(config: TrainConfig, players: Players, perceptual, adaptive: bool) -> tuple[dict, float]:
+    """The objective as LDM writes it: sums over C·H·W, two extra backward passes for the weight, one for all."""
+    x = images()
+    values = x[0].numel()
+    transformation = transformation_at(0, config.seed, config.loss.equivariance)
+    vae = players.vae
+    posterior = vae.encode(x).latent_dist
+    z = posterior.sample(posterior_generators(SEEDS))
+    pair = None
+    if transformation is not None:
+        decoded = vae.decode(transformation(z, transformation.latent_size(z))).sample
+        pair = (transformation(x, decoded.shape[2:]), decoded)
+    reconstruction = vae.decode(z).sample
+    logvar = players.generator.network.logvar
+    terms = loss_terms(x, reconstruction, posterior, config.loss, perceptual, pair, logvar)
+    nll = values * terms.nll(config.loss)
+    g = -players.discriminator.network(reconstruction).mean()
+    last = vae.decoder.conv_out.weight
+    weight = 1.0
+    if adaptive:
+        # of the reconstruction alone: what the transformed image asks of the last layer does not weigh the GAN
+        alone = values * loss_terms(x, reconstruction, posterior, config.loss, perceptual, None, logvar).nll(
+            config.loss
+        )
+        of_nll, of_g = (torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (alone, g))
+        weight = float((of_nll / (of_g + 1e-4)).clamp(0, 1e4)) / values
+    loss = nll / values + config.loss.discriminator.weight * weight * g + config.loss.kl_weight * terms.kl
+    loss.backward()
+    found = gradients(players.generator.network)
+    players.generator.forget_gradients()
+    players.discriminator.forget_gradients()
+    return found, float(loss)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("extras", [{}, {"learn_logvar": True}, {"equivariance": EquivarianceConfig(0.25, (0.5,))}])
+def test_the_vaes_gradient_is_that_of_ldms_loss(accelerator, perceptual, adaptive, extras):
+    config = recipe(discriminator={"adaptive": adaptive}, **extras)
+    players = players_of(config, accelerator)
+    if "learn_logvar" in extras:
+        with torch.no_grad():
+            players.generator.network.logvar.fill_(-0.7)
+    wanted, loss = plainly(config, players, perceptual, adaptive)
+    values, _ = generator_pass(0, players, images(), SEEDS, config, accelerator, perceptual)
+    assert relative_error(gradients(players.generator.network), wanted) < 1e-5
+    assert float(values["loss"]) == pytest.approx(loss, rel=1e-5)
+
+
+def test_generator_step_leaves_discriminator_gradients_empty(accelerator, perceptual):
+    config = recipe()
+    players = players_of(config, accelerator)
+    generator_pass(0, players, images(), SEEDS, config, accelerator, perceptual)
+    assert gradients(players.vae)
+    assert not gradients(players.discriminator.network)
+    assert all(p.requires_grad for p in players.discriminator.network.parameters()), "frozen for the step only"
+
+
+@pytest.mark.parametrize("extras", [{}, {"r1_weight": 1.0, "lecam_weight": 0.1}])
+def test_discriminator_step_leaves_vae_gradients_empty(accelerator, perceptual, extras):
+    config = recipe(discriminator=extras)
+    players = players_of(config, accelerator)
+    _, reconstruction = generator_pass(0, players, images(), SEEDS, config, accelerator, perceptual)
+    players.generator.forget_gradients()
+    discriminator_pass(players, images(), reconstruction, config, accelerator)
+    assert gradients(players.discriminator.network)
+    assert not gradients(players.generator.network)
+
+
+def test_r1_and_lecam_are_in_the_discriminators_gradient(accelerator, perceptual):
+    found = {}
+    for name, extras in {"plain": {}, "r1": {"r1_weight": 1.0}, "lecam": {"lecam_weight": 1.0}}.items():
+        config = recipe(discriminator=extras)
+        players = players_of(config, accelerator)
+        players.lecam.update(0.5, -0.5)
+        discriminator_pass(players, images(), images().flip(0), config, accelerator)
+        found[name] = gradients(players.discriminator.network)
+    assert relative_error(found["r1"], found["plain"]) > 1e-3
+    assert relative_error(found["lecam"], found["plain"]) > 1e-3
+
+
+def test_lpips_gradient_reaches_the_decoder(accelerator, perceptual):
+    config = recipe(lpips_weight=1.0, kl_weight=0.0, discriminator={"weight": 0.0})
+    with_lpips, without = {}, {}
+    for found, trunk in ((with_lpips, perceptual), (without, None)):
+        players = Players(players_of(recipe(), accelerator).vae, config, accelerator)
+        generator_pass(0, players, images(), SEEDS, config, accelerator, trunk)
+        found.update(gradients(players.vae.decoder))
+    assert relative_error(with_lpips, without) > 1e-2
+
+
+def test_before_the_gan_starts_nothing_of_it_is_computed(accelerator, perceptual, monkeypatch):
+    config = recipe(discriminator={"start_step": 2, "warmup_steps": 1})
+    players = players_of(config, accelerator)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("computed too early")
+
+    monkeypatch.setattr(step_module, "adversarial_pull", refuse)
+    batch = {"image": images(), "noise_seed": SEEDS, "index": torch.tensor([0, 1]), "bad": []}
+    before = [p.clone() for p in players.discriminator.network.parameters()]
+    for step in range(3):
+        result = train_step(step, players, iter([batch]), config, accelerator, perceptual)
+        assert ("discriminator" in result.values[0]) == (step == 2)
+    after = list(players.discriminator.network.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "it learns alone in step 2"
+    with pytest.raises(AssertionError, match="too early"):
+        train_step(3, players, iter([batch]), config, accelerator, perceptual)
+
+
+def test_accumulated_halves_give_both_players_the_whole_batchs_gradient(accelerator, perceptual, monkeypatch):
+    found: dict[str, list[dict]] = {}
+    for name, micro_steps in (("whole", 1), ("halves", 2)):
+        config = replace(recipe(discriminator={"adaptive": False}), gradient_accumulation_steps=micro_steps)
+        players = players_of(config, accelerator)
+        found[name] = []
+
+        def keep(player, *_, seen=found[name]):
+            seen.append(gradients(player.network))
+            return torch.ones(())
+
+        monkeypatch.setattr(Player, "clip", keep)
+        parts = [slice(0, 2)] if micro_steps == 1 else [slice(0, 1), slice(1, 2)]
+        batches = [
+            {"image": images()[part], "noise_seed": SEEDS[part], "index": torch.arange(2)[part], "bad": []}
+            for part in parts
+        ]
+        train_step(0, players, iter(batches), config, accelerator, perceptual)
+    for whole, halves in zip(found["whole"], found["halves"], strict=True):
+        assert relative_error(halves, whole) < 1e-5
+
+
+def test_a_learned_logvar_is_optimised_towards_the_error(accelerator):
+    """d/ds [n e^-s + s] = 1 - n e^-s, zero where e^s is the error itself."""
+    config = recipe(learn_logvar=True, lpips_weight=0.0, kl_weight=0.0, discriminator={"weight": 0.0})
+    torch.manual_seed(0)
+    players = Players(build_vae(config.model).train(), config, accelerator)
+    values, _ = generator_pass(0, players, images(), SEEDS, config, accelerator, None)
+    logvar = players.generator.network.logvar
+    assert float(logvar.grad) == pytest.approx(1 - float(values["reconstruction"]), rel=1e-4)
+    assert any(p is logvar for p in players.generator.trained)
+
+
+def test_a_frozen_encoder_gets_no_gradient_and_no_place_in_the_optimizer(accelerator):
+    config = recipe(lpips_weight=0.0)
+    torch.manual_seed(0)
+    vae = build_vae(config.model).train()
+    freeze_encoder(vae)
+    players = Players(vae, config, accelerator)
+    before = {name: p.clone() for name, p in vae.named_parameters()}
+    batch = {"image": images(), "noise_seed": SEEDS, "index": torch.tensor([0, 1]), "bad": []}
+    train_step(0, players, iter([batch]), config, accelerator, None)
+    changed = {name for name, p in vae.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+    averaged = dict(players.ema.model.named_parameters())
+    latents = [name for name in before if name.startswith(("encoder.", "quant_conv."))]
+    assert latents
+    assert all(torch.equal(averaged[name], before[name]) for name in latents), "nor does the average drift"
+
+
+def test_a_step_with_nan_changes_nothing(accelerator):
+    config = recipe(lpips_weight=0.0)
+    players = players_of(config, accelerator)
+    before = [p.clone() for _, player in players for p in player.network.parameters()]
+    spoilt = images()
+    spoilt[1, 0, 0, 0] = math.nan
+    batch = {"image": spoilt, "noise_seed": SEEDS, "index": torch.tensor([3, 4]), "bad": []}
+    result = train_step(0, players, iter([batch]), config, accelerator, None)
+    assert result.skipped
+    assert "reconstruction nan" in result.culprits
+    assert result.indices == [3, 4]
+    after = [p for _, player in players for p in player.network.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert players.ema.updates == 0
+    assert not gradients(players.generator.network)
+
+
+def test_gradients_are_found_in_fp16s_range(accelerator, perceptual):
+    """With a loss scaler the pulls are computed from scaled losses, and are the same numbers."""
+    config = recipe()
+    players = players_of(config, accelerator)
+    generator_pass(0, players, images(), SEEDS, config, accelerator, perceptual)
+    wanted = gradients(players.generator.network)
+    players.generator.forget_gradients()
+    scale = 1024.0
+    scaled = SimpleNamespace(
+        scaler=SimpleNamespace(get_scale=lambda: scale),
+        autocast=accelerator.autocast,
+        reduce=accelerator.reduce,
+        backward=lambda loss: (loss * scale).backward(),
+    )
+    generator_pass(0, players, images(), SEEDS, config, scaled, perceptual)
+    found = {name: gradient / scale for name, gradient in gradients(players.generator.network).items()}
+    assert relative_error(found, wanted) < 1e-5
+
+
+def test_frozen_gives_back_what_trained_before():
+    layer = torch.nn.Linear(2, 2)
+    layer.bias.requires_grad_(False)
+    with frozen(layer):
+        assert not layer.weight.requires_grad
+    assert layer.weight.requires_grad
+    assert not layer.bias.requires_grad
+
+
+def test_learning_rate_warms_up_and_falls():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=3, schedule="cosine")
+    rates = [learning_rate_at(step, 1.0, config, 11) for step in range(11)]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[7] == pytest.approx(0.5)
+    assert rates[10] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    assert learning_rate_at(10, 1.0, replace(config, schedule="constant"), 11) == 1.0
+
+
+def test_a_rotation_and_a_scale_take_image_and_latents_alike(accelerator):
+    """Means over patches stand for the encoder. A ramp, which every filter keeps, shows what goes where."""
+    config = EquivarianceConfig(1.0, (0.5,), rotations=True)
+    across, down = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="xy")
+    x = torch.stack([across, down, across * 0.5 + down])[None]
+    turned = set()
+    for step in range(8):
+        transformation = transformation_at(step, 3, config)
+        turned.add(transformation.quarter_turns)
+        z = torch.nn.functional.avg_pool2d(x, 8)
+        small = transformation(z, transformation.latent_size(z))
+        image = transformation(x, tuple(8 * side for side in small.shape[2:]))
+        assert image.shape == (1, 3, 32, 32)
+        inside = (..., slice(1, -1), slice(1, -1))
+        torch.testing.assert_close(torch.nn.functional.avg_pool2d(image, 8)[inside], small[inside], atol=0.01, rtol=0)
+        assert transformation == transformation_at(step, 3, config)
+    assert len(turned) > 1
+
+
+def test_kl_of_the_posterior_is_untouched_by_the_discriminator(accelerator):
+    config = recipe(lpips_weight=0.0)
+    players = players_of(config, accelerator)
+    values, _ = generator_pass(0, players, images(), SEEDS, config, accelerator, None)
+    moments = players.generator.network(images(), posterior_generators(SEEDS), None)[1]
+    assert float(values["kl"]) == pytest.approx(float(DiagonalGaussian(moments).kl().mean()) / 12288, rel=1e-5)
