@@ -18,7 +18,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python scripts/pipeline_demo.py $(RUN)/model $(RUN)/pipeline.png
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

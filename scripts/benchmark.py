@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from sdvae import AutoencoderKL
 from sdvae.cli import parse_train_config
 from sdvae.evaluation import Perceptual, load_perceptual
-from sdvae.training.build import build_vae
+from sdvae.training.build import build_vae, lay_out
 from sdvae.training.config import TrainConfig
 from sdvae.training.discriminator import PatchDiscriminator
 from sdvae.training.players import Players
@@ -61,6 +61,7 @@ def our_step(
     vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator, perceptual: Perceptual, images: Tensor
 ) -> Callable[[], None]:
     """A step of this package's training, after the discriminator's start where there is one."""
+    config = lay_out(vae, config, accelerator)
     players = Players(vae.train(), config, accelerator)
     batch = {
         "image": images.contiguous(),
@@ -157,9 +158,9 @@ def main() -> None:
         gan = replace(config.loss.discriminator, weight=weight, start_step=0)
         recipe = replace(config, gradient_accumulation_steps=1, loss=replace(config.loss, discriminator=gan))
         stock = vae.to_diffusers().to(memory_format=torch.contiguous_format)
-        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        ours = copy.deepcopy(vae).to(memory_format=torch.contiguous_format)
         sides = (
-            our_step(copy.deepcopy(vae).to(memory_format=layout), recipe, accelerator, perceptual, images),
+            our_step(ours, recipe, accelerator, perceptual, images),
             plain_step(stock, recipe, accelerator, perceptual, images),
         )
         print(compare(f"training step, {label}", *sides, arguments.repeats), flush=True)

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+# Tests run in two processes on two cores, and some compare bits with a process that has one thread.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

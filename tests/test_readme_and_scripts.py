@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from PIL import Image
 
 from sdvae import save_vae
 from sdvae.cli import parse_train_config
-from sdvae.training.loop import build_vae
+from sdvae.training.build import build_vae
+from tests.conftest import tiny_arguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +53,7 @@ def test_every_file_and_option_the_readme_names_exists():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"(?:configs|scripts)/[\w.]+\.(?:yaml|py)", text):
         assert (ROOT / path).is_file(), path
-    for key in set(re.findall(r"--((?:loss|data|optimizer|model)\.[\w.]+)", text)):
+    for key in set(re.findall(r"--((?:loss|data|optimizer|model|fine_tune|checkpoint)\.[\w.]+)", text)):
         node: object = parse_train_config([])
         for part in key.split("."):
             node = getattr(node, part)
@@ -73,12 +75,20 @@ def test_the_benchmark_prints_a_ratio_for_each_row():
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
     names = [row[0].strip() for row in rows[1:]]
     assert names == [
-        f"{what}, {layout}"
-        for layout in ("as loaded", "channels_last")
-        for what in ("encode", "decode", "training step")
+        *(f"{what}, {layout}" for layout in ("as loaded", "channels_last") for what in ("encode", "decode")),
+        *(f"training step, {losses}" for losses in ("L1 + LPIPS + KL", "with the PatchGAN")),
     ]
     for row in rows[1:]:
         ours, theirs, ratio = (float(cell) for cell in row[1:4])
         assert ours > 0
         assert theirs > 0
         assert 0.01 < ratio < 100
+
+
+def test_the_plain_baseline_trains_and_writes_its_figures(photographs, tmp_path):
+    recipe = tiny_arguments(photographs, tmp_path / "run", steps="3")
+    script("plain_baseline.py", "--output", tmp_path / "figures.json", "--learning_rate", "1e-3", *recipe)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["images"] == 3
+    assert figures["steps"] == 3
+    assert 3 < figures["psnr"] < 40

@@ -286,7 +286,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
-    """torch.compile the encoder and the decoder."""
+    """torch.compile the encoder and the decoder's blocks."""
     log_every: int = 50
     """Steps between lines of metrics."""
     validate_every: int = 2_000

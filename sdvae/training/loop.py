@@ -13,14 +13,14 @@ import logging
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from sdvae.data import BadImages, ImageSource, SampleOrder, subset
@@ -34,7 +34,7 @@ from sdvae.training.batches import (
     training_batches,
     training_images,
 )
-from sdvae.training.build import build_accelerator, build_perceptual, starting_vae
+from sdvae.training.build import build_accelerator, build_perceptual, lay_out, starting_vae
 from sdvae.training.checkpoint import (
     Checkpoint,
     checkpoint_name,
@@ -44,7 +44,6 @@ from sdvae.training.checkpoint import (
     write_checkpoint,
 )
 from sdvae.training.config import TrainConfig
-from sdvae.training.fast import speed_up, speed_up_pays
 from sdvae.training.meter import Meter
 from sdvae.training.players import Players
 from sdvae.training.preflight import check_recipe, probe
@@ -139,20 +138,12 @@ class Training:
 
     def begin(self) -> None:
         """Find out where the run stands, and make ready for its next step."""
-        config, accelerator, run, vae = self.given, self.accelerator, self.run, self.vae
-        found = [run.begin(config, self.images_per_step) if accelerator.is_main_process else None]
+        accelerator, run, vae = self.accelerator, self.run, self.vae
+        found = [run.begin(self.given, self.images_per_step) if accelerator.is_main_process else None]
         if accelerator.num_processes > 1:
             broadcast_object_list(found)
         (checkpoint,) = found
-        vae.to(accelerator.device)
-        fast = config.fast_convolutions and accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
-        if fast and speed_up_pays(vae):
-            self.config = replace(self.config, channels_last=False)
-            speed_up(vae)
-        if self.config.channels_last:
-            nn.Module.to(vae, memory_format=torch.channels_last)  # diffusers' own is untyped
-        if config.gradient_checkpointing:
-            vae.enable_gradient_checkpointing()
+        self.config = lay_out(vae, self.config, accelerator)
         if checkpoint is None:
             self.findings += self._probe(vae)
         self.players = Players(vae, self.config, accelerator)

@@ -94,8 +94,9 @@ class Players:
         self.vae = vae
         self.ema = WeightAverage(vae, config.optimizer.ema_decay)  # a copy, so before anything wraps the original
         if config.compile:
-            vae.encoder.compile()
-            vae.decoder.compile()
+            # block by block: the adaptive weight asks for the gradient of conv_out alone, before the backward pass
+            for block in (vae.encoder, vae.decoder.mid_block, *vae.decoder.up_blocks):
+                block.compile()
         forward = TrainingForward(vae, config.loss.learn_logvar).to(accelerator.device)
         optimizer = build_optimizer(forward, config.optimizer, config.optimizer.betas)
         self.generator = Player(forward, accelerator.prepare(forward), optimizer)

@@ -22,6 +22,7 @@ from sdvae.model import DiagonalGaussian
 from sdvae.training.config import TrainConfig
 from sdvae.training.discriminator import (
     LeCam,
+    PatchDiscriminator,
     discriminator_learns_at,
     discriminator_loss,
     generator_loss,
@@ -224,14 +225,16 @@ def discriminator_pass(
     """
     player = players.discriminator
     assert player is not None
+    assert isinstance(player.network, PatchDiscriminator)
     settings = config.loss.discriminator
     real, fake = player.wrapped(torch.cat([images, reconstruction])).chunk(2)
     loss = discriminator_loss(real, fake, settings.loss)
     values = {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
     if settings.r1_weight > 0:
-        with torch.autocast(images.device.type, enabled=False):  # a squared gradient leaves half precision's range
+        # a squared gradient leaves half precision's range
+        with torch.autocast(images.device.type, enabled=False):
             inputs = images.float().requires_grad_(True)
-            penalty = r1_penalty(player.network(inputs), inputs)
+            penalty = r1_penalty(player.network.layers(inputs), inputs)  # accelerate put autocast into `forward`
         loss = loss + settings.r1_weight * penalty
         values["r1"] = penalty
     if settings.lecam_weight > 0:
