@@ -354,6 +354,7 @@ class Training:
             self.meter.restore(meters[rank], self.accelerator.device)
         self.bad_images.add([(name, reason) for name, reason in state["bad_images"]])
         self.progress = Progress(**{key: state[key] for key in asdict(self.progress)})
+        self.progress.skipped_in_a_row = 0  # whatever made them fail may be gone
         logger.info("continuing from %s", folder)
 
     def _probe(self, vae: AutoencoderKL) -> list[str]:
