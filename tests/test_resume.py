@@ -18,6 +18,7 @@ from sdvae.data import SampleOrder
 from sdvae.errors import Stopped
 from sdvae.training import loop
 from sdvae.training.checkpoint import checkpoints, read_checkpoint
+from sdvae.training.run_folder import RunFolder
 from sdvae.weights import load_vae
 from tests.conftest import draw_photographs, tiny_arguments
 from tests.faults import Crash, blank, fault
@@ -214,6 +215,8 @@ def test_a_changed_recipe_is_refused_with_the_fields_that_differ(whole, tmp_path
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
     run(source, tmp_path / "run", **changes, checkpoint__accept_changed_config="true", data__num_workers="0")
     assert "continuing with a changed recipe: loss.kl_weight" in caplog.text
+    checkpoint = read_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[0])
+    assert checkpoint.optimizers["generator"]["param_groups"][0]["betas"] == (0.5, 0.99), "and really so"
 
 
 def test_the_batch_may_be_divided_otherwise_when_a_step_takes_as_many_images(whole, tmp_path):
@@ -221,10 +224,15 @@ def test_the_batch_may_be_divided_otherwise_when_a_step_takes_as_many_images(who
     with fault("sigterm", 2), pytest.raises(Stopped):
         run(source, tmp_path / "run", data__num_workers="0")
     changes = {"batch_size": "4", "gradient_accumulation_steps": "1"}
-    run(source, tmp_path / "run", **changes, data__num_workers="0", trackers="[]", log_every="1")
+    with pytest.raises(InputError, match="batch_size: 2 -> 4"):  # the adaptive weight is that of a forward pass
+        run(source, tmp_path / "run", **changes)
+    fixed = {"loss__discriminator__adaptive": "false", "data__num_workers": "0"}
+    with fault("sigterm", 2), pytest.raises(Stopped):
+        run(source, tmp_path / "run", **fixed, overwrite="true")
+    run(source, tmp_path / "run", **changes, **fixed, log_every="1")
     assert result(tmp_path / "run")["state"]["position"] == wanted["state"]["position"]
     with pytest.raises(InputError, match="batch_size: 4 -> 2"):
-        run(source, tmp_path / "run", gradient_accumulation_steps="1", steps=str(STEPS))
+        run(source, tmp_path / "run", gradient_accumulation_steps="1", **fixed)
 
 
 def test_a_finished_run_is_left_alone(whole, tmp_path, caplog):
@@ -258,6 +266,53 @@ def test_another_number_of_images_is_refused(tmp_path):
         run(source, tmp_path / "run", data__num_workers="0")
 
 
+def test_an_image_exchanged_for_another_is_refused(tmp_path):
+    source = draw_photographs(tmp_path / "photographs")
+    validation = draw_photographs(tmp_path / "validation")
+    apart = {"data__validation_source": str(validation), "data__num_workers": "0"}
+    with fault("sigterm", 1), pytest.raises(Stopped):
+        run(source, tmp_path / "run", **apart)
+    before = (tmp_path / "run" / "config.yaml").read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (source / "00.png").rename(source / "99.png")
+    with pytest.raises(InputError, match="has other images than when the run began"):
+        run(source, tmp_path / "run", **apart)
+    assert (
+        (tmp_path / "run" / "config.yaml").read_bytes(),
+        (tmp_path / "run" / "metrics.jsonl").read_bytes(),
+    ) == before
+
+
+def test_another_best_metric_begins_its_own_comparison(whole, tmp_path):
+    source, _ = whole
+    changes = {"validate_every": "1", "data__num_workers": "0"}
+    with fault("sigterm", 3), pytest.raises(Stopped):
+        run(source, tmp_path / "run", **changes)
+    run(source, tmp_path / "run", **changes, checkpoint__best_metric="ssim")
+    best = result(tmp_path / "run")["state"]["best"]
+    lines = [line for line in records(tmp_path / "run") if "validation/ssim" in line and line["step"] >= 4]
+    assert best["metric"] == "ssim"
+    assert best["value"] == max(line["validation/ssim"] for line in lines)
+
+
+def test_an_overwriting_run_that_is_killed_can_be_overwritten_again(whole, tmp_path, monkeypatch):
+    source, _ = whole
+    once = {"steps": "1", "optimizer__warmup_steps": "0", "loss__discriminator__weight": "0", "data__num_workers": "0"}
+    for victim in ("checkpoints", "config.yaml"):
+        run(source, tmp_path / "run", **once, overwrite="true")
+        real = RunFolder._remove
+
+        def kill(*paths, real=real, victim=victim):
+            real(*paths)
+            if any(path.name == victim for path in paths):
+                raise Crash
+
+        monkeypatch.setattr(RunFolder, "_remove", staticmethod(kill))
+        with pytest.raises(Crash):
+            run(source, tmp_path / "run", **once, overwrite="true")
+        monkeypatch.setattr(RunFolder, "_remove", staticmethod(real))
+        run(source, tmp_path / "run", **once, overwrite="true")
+
+
 def test_two_runs_cannot_train_into_one_folder(whole, tmp_path):
     source, _ = whole
     (tmp_path / "run").mkdir()
@@ -274,7 +329,11 @@ def test_the_newest_checkpoints_are_kept_and_the_best_model_is_by_its_metric(who
     assert kept == ["step-00000005", "step-00000004", "step-00000003"]
     lines = [line for line in result(tmp_path / "run")["metrics"] if "validation/psnr" in line]
     best = max(lines, key=lambda line: line["validation/psnr"])
-    assert result(tmp_path / "run")["state"]["best"] == {"value": best["validation/psnr"], "step": best["step"]}
+    assert result(tmp_path / "run")["state"]["best"] == {
+        "metric": "psnr",
+        "value": best["validation/psnr"],
+        "step": best["step"],
+    }
     card = (tmp_path / "run" / "best_model" / "README.md").read_text()
     assert f"After {best['step']} steps" in card
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     GradientAccumulationPlugin,
     gather_object,
     parse_flag_from_env,
@@ -55,6 +56,12 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise InputError(
             f"the launcher started {launched} processes, of which {accelerator.num_processes} train together; "
             "on CPUs launch with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
+        )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise InputError(
+            f"accelerate is set to {kind.value}; need plain data parallelism, which is enough for a VAE; choose it "
+            "with `accelerate config`, or launch with torchrun"
         )
     return accelerator
 

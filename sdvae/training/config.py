@@ -158,7 +158,7 @@ class DiscriminatorConfig:
     lecam_weight: float = 0.0
     """Weight of LeCam regularisation (Tseng et al. 2021), for little data; 0 is off."""
     learning_rate: float | None = None
-    """Peak learning rate; null: the VAE's. Constant after optimizer.warmup_steps of its own."""
+    """Peak learning rate; null: the VAE's. It follows the VAE's schedule, after optimizer.warmup_steps of its own."""
     betas: tuple[float, float] = (0.5, 0.9)
     """Adam's moment decays."""
 

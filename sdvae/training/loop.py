@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+import zlib
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -95,14 +96,14 @@ class Progress:
         position: samples consumed by all processes together.
         skipped_in_a_row: steps at the end of those done.
         validated: whether the validation due at this step is done.
-        best: value and step of the best validation.
+        best: metric, value and step of the best validation.
     """
 
     step: int = 0
     position: int = 0
     skipped_in_a_row: int = 0
     validated: bool = True
-    best: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
 
 
 class Training:
@@ -115,7 +116,8 @@ class Training:
         self.signals = StopSignal()
         self.images_per_step = config.batch_size * accelerator.num_processes * config.gradient_accumulation_steps
 
-        self.run.check_ours()
+        if accelerator.is_main_process:
+            self.run.check_ours()
         self.train_source, self.validation_source = open_sources(config.data, config.seed)
         self.measured = first_images(self.train_source, config.scale_images, config.seed)
         self.bad_images = BadImages()
@@ -139,7 +141,7 @@ class Training:
     def begin(self) -> None:
         """Find out where the run stands, and make ready for its next step."""
         accelerator, run, vae = self.accelerator, self.run, self.vae
-        found = [run.begin(self.given, self.images_per_step) if accelerator.is_main_process else None]
+        found = [run.find(self.given, self.images_per_step) if accelerator.is_main_process else None]
         if accelerator.num_processes > 1:
             broadcast_object_list(found)
         (checkpoint,) = found
@@ -149,6 +151,9 @@ class Training:
         self.players = Players(vae, self.config, accelerator)
         if checkpoint is not None:
             self._restore(checkpoint)
+        accelerator.wait_for_everyone()  # all have found their input in order: now something may be written
+        if accelerator.is_main_process:
+            run.open(self.given, self.progress.step)
         for finding in self.findings:
             logger.warning("check: %s", finding)
         self.trackers = Trackers(accelerator, run.TRACKER, self._recipe_for_trackers(), self.progress.step)
@@ -209,14 +214,13 @@ class Training:
                 self.meter.add(**values)
             return
         reason = self._who(result)
-        # fp16's loss scale is found by overflowing now and then; that is no news
-        calibrating = self.accelerator.scaler is not None and "loss" not in reason
+        # fp16's loss scale is found by overflowing gradients now and then; that is no news
+        overflow = all("grad_norm" in culprit for culprit in result.culprits)
+        calibrating = self.accelerator.scaler is not None and overflow
         (logger.info if calibrating else logger.warning)("step %d is skipped: %s", progress.step, reason)
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row == self.config.max_skipped_steps:
-            assert self.last_good is not None
-            self.progress, meter = self.last_good
-            self.meter.restore(meter, self.accelerator.device)
+            self._roll_back()
             self._checkpoint()
             raise InputError(
                 f"{self.config.max_skipped_steps} steps in a row had no finite loss and gradient, the last with "
@@ -271,9 +275,10 @@ class Training:
         progress, name = self.progress, config.checkpoint.best_metric
         value = result.metrics[name]
         best = progress.best
-        improved = not best or (value < best["value"] if lower_is_better(name) else value > best["value"])
+        other = best.get("metric") != name  # none yet, or the recipe has another one now
+        improved = other or (value < best["value"] if lower_is_better(name) else value > best["value"])
         if improved:
-            progress.best = {"value": value, "step": progress.step}
+            progress.best = {"metric": name, "value": value, "step": progress.step}
         if accelerator.is_main_process:
             for complaint in result.health.complaints():
                 logger.warning("latents: %s", complaint)
@@ -288,7 +293,14 @@ class Training:
         batches = evaluation_batches(self.validation_source, self.config, self.accelerator)
         return validate(vae, batches, self.accelerator, self.perceptual, self.bad_images, keep=self.config.grid_images)
 
+    def _roll_back(self) -> None:
+        """To before the steps skipped last; they changed nothing but the counters."""
+        if self.progress.skipped_in_a_row > 0 and self.last_good is not None:
+            self.progress, meter = self.last_good
+            self.meter.restore(meter, self.accelerator.device)
+
     def _stop(self) -> None:
+        self._roll_back()
         self._checkpoint()
         where = checkpoint_name(self.progress.step)
         raise self.signals.stopped(f"stopped after step {self.progress.step}; the same command continues from {where}")
@@ -311,6 +323,8 @@ class Training:
                 "config": plain(self.given),
                 "images_per_step": self.images_per_step,
                 "train_images": len(self.train_source),
+                "train_names": digest_of_names(self.train_source),
+                "perceptual": self.perceptual.name if self.perceptual is not None else None,
                 "ema_updates": players.ema.updates,
                 "lecam": players.lecam.averages,
                 "loss_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
@@ -339,12 +353,31 @@ class Training:
                 f"data.source has {len(self.train_source)} training images and had {state['train_images']} when the "
                 "run began, so its order would be another; restore them, or start anew with --overwrite=true"
             )
+        changed_names = state["train_names"] != digest_of_names(self.train_source)
+        trunk = self.perceptual.name if self.perceptual is not None else None
+        if not self.given.checkpoint.accept_changed_config:
+            if changed_names:
+                raise InputError(
+                    "data.source has other images than when the run began, by their names; restore them, start anew "
+                    "with --overwrite=true, or continue with --checkpoint.accept_changed_config=true"
+                )
+            if state["perceptual"] != trunk:
+                raise InputError(
+                    f"the run began with {state['perceptual']} and would go on with {trunk}; give the same trunk with "
+                    "loss.perceptual.weights, or continue with --checkpoint.accept_changed_config=true"
+                )
+        moments = self._moments_that_fit(checkpoint)
         for name, network in targets.items():
             if name in checkpoint.weights:
                 network.load_state_dict(checkpoint.weights[name])
         for name, player in players:
-            if name in checkpoint.optimizers:
-                player.optimizer.load_state_dict(checkpoint.optimizers[name])
+            if name in moments:
+                settings = [
+                    {k: v for k, v in group.items() if k != "params"} for group in player.optimizer.param_groups
+                ]
+                player.optimizer.load_state_dict(moments[name])
+                for group, own in zip(player.optimizer.param_groups, settings, strict=True):
+                    group.update(own)  # the recipe's, where it was changed, and not the checkpoint's
         players.ema.updates = state["ema_updates"]
         players.lecam.averages = tuple(state["lecam"]) if state["lecam"] is not None else None
         if self.accelerator.scaler is not None and state["loss_scaler"] is not None:
@@ -354,8 +387,27 @@ class Training:
             self.meter.restore(meters[rank], self.accelerator.device)
         self.bad_images.add([(name, reason) for name, reason in state["bad_images"]])
         self.progress = Progress(**{key: state[key] for key in asdict(self.progress)})
-        self.progress.skipped_in_a_row = 0  # whatever made them fail may be gone
         logger.info("continuing from %s", folder)
+
+    def _moments_that_fit(self, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+        """The optimizers' states; none where the recipe now has an optimizer that cannot take them.
+
+        Raises: InputError when other parameters train than did.
+        """
+        kinds = {self.config.optimizer.kind, checkpoint.state["config"]["optimizer"]["kind"]}
+        if len(kinds) > 1 and "adamw_8bit" in kinds:
+            logger.warning("optimizer.kind is another: its moments start anew")
+            return {}
+        for name, player in self.players:
+            if name in checkpoint.optimizers:
+                groups = checkpoint.optimizers[name]["param_groups"]
+                before, now = sum(len(group["params"]) for group in groups), len(player.trained)
+                if before != now:
+                    raise InputError(
+                        f"{now} parameters of the {name} train and {before} did when the run began; start a new run "
+                        "from its model with fine_tune.source"
+                    )
+        return checkpoint.optimizers
 
     def _probe(self, vae: AutoencoderKL) -> list[str]:
         """The same images on every process, so all come to the same findings."""
@@ -410,6 +462,12 @@ def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str
     wrong += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
     if wrong:
         raise InputError(f"{origin} does not fit the recipe's network: {len(wrong)} weights differ, such as {wrong[0]}")
+
+
+def digest_of_names(source: ImageSource) -> str:
+    """Of up to 10,000 names spread over the source: enough to see that images came or went."""
+    step = max(1, len(source) // 10_000)
+    return f"{zlib.crc32(chr(10).join(source.name(i) for i in range(0, len(source), step)).encode()):08x}"
 
 
 def lower_is_better(metric: str) -> bool:

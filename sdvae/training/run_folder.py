@@ -22,7 +22,8 @@ from sdvae.weights.files import replacing
 
 logger = logging.getLogger(__name__)
 
-# Fields that change nothing of what is learned. The batch is free where images_per_step stays the same.
+# Fields that change nothing of what is learned. How a step's images are divided is free too, but with an adaptive
+# GAN weight, which is that of one forward pass.
 FREE_FIELDS = frozenset(
     {"output_dir", "overwrite", "checkpoint", "trackers", "log_every", "grid_images", "max_skipped_steps"}
     | {"data.num_workers", "data.cache_mib", "data.max_bad_fraction"}
@@ -33,7 +34,7 @@ BATCH_FIELDS = frozenset({"batch_size", "gradient_accumulation_steps"})
 class RunFolder:
     """config.yaml, metrics.jsonl, curves.png, images/, checkpoints/, model/, best_model/ and tracker logs.
 
-    Only the main process writes; `locked`, `begin` and `log` belong to it alone.
+    Only the main process looks and writes here.
     """
 
     TRACKER = "sdvae"  # trackers' project name, and the folder of those that write files
@@ -48,6 +49,7 @@ class RunFolder:
         self.model = self.root / "model"
         self.best_model = self.root / "best_model"
         self.lock = self.root / ".lock"
+        self.damaged: list[tuple[Path, str]] = []  # checkpoints that `find` could not read, and why
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -61,36 +63,41 @@ class RunFolder:
                 f"another run is training into output_dir={self.root}; wait for it, or choose another folder"
             ) from error
 
-    def begin(self, config: TrainConfig, images_per_step: int) -> Path | None:
-        """Make the folder ready; returns the checkpoint to continue from, or None for a start from step 0.
+    def find(self, config: TrainConfig, images_per_step: int) -> Path | None:
+        """The checkpoint to continue from, or None for a start from step 0. Loses and changes nothing.
 
         Raises: InputError when the folder is not a run's, or is the run of another recipe.
         """
         self.check_ours()
-        found: Path | None = None
+        if config.overwrite or not self.config.is_file():
+            return None
+        self._sweep()
+        found, checkpoint, self.damaged = newest_whole(self.checkpoints)
+        for path, reason in self.damaged:
+            logger.warning("checkpoint %s is damaged and left out: %s", path.name, reason)
+        if found is None and self.damaged:
+            raise InputError(
+                f"none of the {len(self.damaged)} checkpoints in {self.checkpoints} can be read "
+                f"({self.damaged[0][1]}); start anew with --overwrite=true, or put a whole one there"
+            )
+        before = checkpoint.state if checkpoint is not None else {"config": self._recipe()}
+        self._check_same(before, config, images_per_step)
+        return found
+
+    def open(self, config: TrainConfig, step: int) -> None:
+        """Make the folder that of a run which has done `step` steps; what it will write again goes."""
         if config.overwrite:
-            self._remove(self.metrics, self.config, self.curves, self.images, self.root / self.TRACKER)
-            self._remove(self.checkpoints, self.model, self.best_model)
-        elif self.config.is_file():
             self._sweep()
-            found, checkpoint, damaged = newest_whole(self.checkpoints)
-            for path, reason in damaged:
-                logger.warning("checkpoint %s is damaged and left out: %s", path.name, reason)
-            if found is None and damaged:
-                raise InputError(
-                    f"none of the {len(damaged)} checkpoints in {self.checkpoints} can be read ({damaged[0][1]}); "
-                    "start anew with --overwrite=true, or put a whole one there"
-                )
-            before = checkpoint.state if checkpoint is not None else {"config": self._recipe()}
-            self._check_same(before, config, images_per_step)
-            for path, _ in damaged:  # out of the way of new ones, and of counting them
-                path.rename(path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}"))
-            self._forget_after(checkpoint.state["step"] if checkpoint is not None else 0)
-        self.metrics.touch()  # before the recipe: the two together mark a run
+            self._remove(self.curves, self.images, self.root / self.TRACKER)
+            self._remove(self.checkpoints, self.model, self.best_model)
+            self.metrics.write_bytes(b"")  # killed here, the folder is still known as a run's
+            self._remove(self.config)
+        for path, _ in self.damaged:  # out of the way of new ones, and of counting them
+            path.rename(path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}"))
+        self._forget_after(step)
         with replacing(self.config) as temporary:
             temporary.write_text(to_yaml(config), encoding="utf-8")
         self.images.mkdir(exist_ok=True)
-        return found
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -115,7 +122,8 @@ class RunFolder:
 
     def _check_same(self, before: dict[str, Any], config: TrainConfig, images_per_step: int) -> None:
         free = FREE_FIELDS
-        if before.get("images_per_step") == images_per_step:
+        gan = config.loss.discriminator
+        if before.get("images_per_step") == images_per_step and not (gan.weight > 0 and gan.adaptive):
             free = FREE_FIELDS | BATCH_FIELDS
         changes = changed_fields(before["config"], plain(config), free)
         if not changes:
@@ -144,8 +152,11 @@ class RunFolder:
         kept = []
         text = self.metrics.read_text(encoding="utf-8") if self.metrics.is_file() else ""
         for line in text.splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                logger.warning("a damaged line of %s is left out", self.metrics)
         with replacing(self.metrics) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
 
