@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -100,7 +101,7 @@ def main() -> int:
                 f"got {figures['psnr']:.2f} dB in {size} bytes; need {MIN_PSNR} dB in {MAX_BYTES}; train longer"
             )
         with replacing(EMBEDDED) as folder:
-            shipped.rename(folder)
+            shutil.copytree(shipped, folder)
         print(f"installed in {EMBEDDED}")
     return 0
 

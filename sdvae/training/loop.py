@@ -373,7 +373,8 @@ class Training:
         for name, player in players:
             if name in moments:
                 settings = [
-                    {k: v for k, v in group.items() if k != "params"} for group in player.optimizer.param_groups
+                    {k: v for k, v in group.items() if k not in ("params", "lr")}
+                    for group in player.optimizer.param_groups
                 ]
                 player.optimizer.load_state_dict(moments[name])
                 for group, own in zip(player.optimizer.param_groups, settings, strict=True):
