@@ -60,8 +60,8 @@ def speed_up(vae: AutoencoderKL) -> None:
     for fp32 on a CPU outside autocast, and where `winograd_pays` or `weight_gradient_pays` says so; everything
     else goes the ordinary way.
 
-    Measured, one AVX2 thread: for SD's 83.65 M model at 128² and batch 1 a step took 7.3 s of CPU time instead of
-    11.6 s (one pair). Models of 16 to 128 channels on 64² crops gain next to nothing (1.02 to 1.04).
+    Measured on AVX2: SD's 83.65 M model gains about 1.2 on two threads (the README's table), models of 16 to 128
+    channels on 64² crops next to nothing (1.02 to 1.04).
 
     Self-attention returns its result in NCHW order in memory, which fast convs read. As it is, the result has
     channels last, all layers of the decoder keep that, and each fast conv would have to copy its input.
