@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from sdvae import AutoencoderKL
 from sdvae.cli import parse_train_config
 from sdvae.evaluation import Perceptual, load_perceptual
+from sdvae.model.precision import resolve_precision
 from sdvae.training.build import build_vae, lay_out
 from sdvae.training.config import TrainConfig
 from sdvae.training.discriminator import PatchDiscriminator
 from sdvae.training.players import Players
-from sdvae.training.precision import resolve_precision
 from sdvae.training.step import train_step
 
 

@@ -9,6 +9,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sdvae.errors import InputError
+    from sdvae.latents.config import EncodeConfig
+    from sdvae.latents.dataset import LatentDataset
+    from sdvae.latents.encode import encode
     from sdvae.model import AutoencoderKL, DiagonalGaussian, crop_to, pad_to_multiple
     from sdvae.training.config import TrainConfig
     from sdvae.training.loop import train
@@ -18,9 +21,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "AutoencoderKL": "sdvae.model",
     "DiagonalGaussian": "sdvae.model",
+    "EncodeConfig": "sdvae.latents.config",
     "InputError": "sdvae.errors",
+    "LatentDataset": "sdvae.latents.dataset",
     "TrainConfig": "sdvae.training.config",
     "crop_to": "sdvae.model",
+    "encode": "sdvae.latents.encode",
     "export_targets": "sdvae.weights",
     "load_vae": "sdvae.weights",
     "pad_to_multiple": "sdvae.model",
@@ -40,6 +46,9 @@ __all__ = [  # noqa: RUF022 - the order of a table of contents
     "export_targets",
     "TrainConfig",
     "train",
+    "EncodeConfig",
+    "encode",
+    "LatentDataset",
     "InputError",
 ]
 

@@ -10,17 +10,20 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from sdvae.errors import InputError, Stopped
+from sdvae.latents.config import EncodeConfig
 from sdvae.training.config import TrainConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # each field's docstring is its help text
+
+Config = TypeVar("Config", TrainConfig, EncodeConfig)
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {}
 
@@ -70,6 +73,27 @@ def train(argv: Sequence[str]) -> None:
     run(config)
 
 
+@command("encode a data set of images to latents: --source DATA --output FOLDER [--vae SOURCE] [--mirror true …]")
+def encode(argv: Sequence[str]) -> None:
+    config = _parse_fields(EncodeConfig, argv, "sdvae encode")
+    from sdvae.latents.encode import encode as run
+
+    run(config)
+
+
+@command("write encoded latents in another format: FOLDER TARGET --to safetensors|webdataset|kohya")
+def convert(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="sdvae convert", exit_on_error=False)
+    parser.add_argument("folder", type=str, help="a finished data set that `sdvae encode` wrote")
+    parser.add_argument("target", type=str, help="a new or empty folder")
+    parser.add_argument("--to", choices=["safetensors", "webdataset", "kohya"], required=True)
+    arguments = _parse(parser, argv)
+    from sdvae.latents.export import export_latents
+
+    written = export_latents(arguments.folder, arguments.target, arguments.to)
+    print(f"wrote {written[0]}" if len(written) == 1 else f"wrote {len(written)} files to {arguments.target}")
+
+
 @command("write a VAE in another format: SOURCE TARGET [--dtype fp16]")
 def export(argv: Sequence[str]) -> None:
     parser = ArgumentParser(prog="sdvae export", exit_on_error=False)
@@ -80,6 +104,13 @@ def export(argv: Sequence[str]) -> None:
     parser.add_argument("--subfolder", type=str, default=None, help="folder inside SOURCE that holds the VAE")
     parser.add_argument("--config", type=str, default=None, help="config.json for a SOURCE that is a single file")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default=None, help="default: as in SOURCE")
+    parser.add_argument(
+        "--latents",
+        type=str,
+        default=None,
+        help="folder that `sdvae encode` wrote: take the scaling_factor (and shift_factor, for a VAE that has one) "
+        "measured there",
+    )
     arguments = _parse(parser, argv)
 
     import torch
@@ -90,6 +121,12 @@ def export(argv: Sequence[str]) -> None:
     if arguments.target.endswith((".ckpt", ".pt", ".pth", ".bin")):
         raise InputError(f"got target {arguments.target}; need FILE.safetensors or a folder: pickles are not written")
     vae = load_vae(arguments.source, subfolder=arguments.subfolder, config=arguments.config, dtype=dtype)
+    if arguments.latents is not None:
+        from sdvae.latents.store import LatentFolder
+
+        factors = LatentFolder(arguments.latents).factors(vae.config)
+        vae.register_to_config(**factors)
+        print(", ".join(f"{key} {value:.6g}" for key, value in factors.items()))
     if arguments.target.endswith(".safetensors"):
         save_ldm(vae, arguments.target)
     else:
@@ -128,17 +165,21 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
 
     Raises: InputError for an unknown key, with the nearest known one, or for a value of the wrong type.
     """
-    parser = ArgumentParser(prog="sdvae train", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a recipe in YAML; may be given more than once")
-    parser.add_class_arguments(TrainConfig)
-    known = set(_keys(TrainConfig))
-    for key, origin in _given_keys(argv):
+    return _parse_fields(TrainConfig, argv, "sdvae train")
+
+
+def _parse_fields(config_class: type[Config], argv: Sequence[str], program: str) -> Config:
+    parser = ArgumentParser(prog=program, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="options in YAML; may be given more than once")
+    parser.add_class_arguments(config_class)
+    known = set(_keys(config_class))
+    for key, origin in _given_keys(argv, known):
         if key not in known and key not in ("config", "print_config", "help"):
-            hint = _suggest(key, known) or "see sdvae train --help"
+            hint = _suggest(key, known) or f"see {program} --help"
             raise InputError(f"unknown key {key!r} in {origin}; {hint}")
     arguments = _parse(parser, argv)
     instance = parser.instantiate(arguments)
-    return TrainConfig(**{field.name: getattr(instance, field.name) for field in dataclasses.fields(TrainConfig)})
+    return config_class(**{field.name: getattr(instance, field.name) for field in dataclasses.fields(config_class)})
 
 
 def _parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
@@ -156,7 +197,7 @@ def _keys(config_class: type, prefix: str = "") -> Iterator[str]:
             yield from _keys(field.default_factory, f"{prefix}{field.name}.")
 
 
-def _given_keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _given_keys(argv: Sequence[str], known: Set[str]) -> Iterator[tuple[str, str]]:
     """(dotted key, where it stands) of every override and of every key in the YAML files."""
     for i, argument in enumerate(argv):
         if not argument.startswith("--"):
@@ -166,11 +207,11 @@ def _given_keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
         if key == "config":
             path = Path(value or (argv[i + 1] if i + 1 < len(argv) else ""))
             if path.is_file():  # what is no file, the parser reports
-                yield from ((name, str(path)) for name in _yaml_keys(path))
+                yield from ((name, str(path)) for name in _yaml_keys(path, known))
 
 
-def _yaml_keys(path: Path) -> Iterator[str]:
-    sections = {key.rsplit(".", 1)[0] for key in _keys(TrainConfig) if "." in key}
+def _yaml_keys(path: Path, known: Set[str]) -> Iterator[str]:
+    sections = {key.rsplit(".", 1)[0] for key in known if "." in key}
 
     def walk(node: dict[str, Any], prefix: str) -> Iterator[str]:
         for key, value in node.items():

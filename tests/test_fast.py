@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdvae import AutoencoderKL
+from sdvae.model import fast
 from sdvae.model.blocks import Upsample
-from sdvae.training import fast
 
 TOLERANCE = 1e-5  # Winograd in fp32 has 3e-6
 
@@ -129,16 +129,27 @@ def test_state_dict_and_copies_stay():
     assert torch.equal(vae.encoder.conv_in.weight, before["encoder.conv_in.weight"])
 
 
-def test_evaluation_autocast_and_other_dtypes_take_the_plain_path():
+def test_autocast_and_other_dtypes_take_the_plain_path():
     torch.manual_seed(0)
     plain = nn.Conv2d(96, 96, 3, padding=1)
     layer = copy.deepcopy(plain)
     layer.__class__ = fast.FastConv3x3
     x = randn(1, 96, 32, 32, seed=1)
     assert type(layer(x).grad_fn).__name__ == "_Conv3x3Backward"
-    with torch.no_grad():
-        assert torch.equal(layer(x), plain(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(x), plain(x))
-    assert torch.equal(layer.eval()(x), plain(x))
-    assert torch.equal(layer.train().double()(x.double()), plain.double()(x.double()))
+    assert torch.equal(layer.double()(x.double()), plain.double()(x.double()))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference_equals_float64(mode):
+    vae = small_vae().eval()
+    exact = copy.deepcopy(vae).double()
+    fast.speed_up(vae)
+    x = randn(2, 3, 64, 48, seed=4)
+    with mode():
+        moments, wanted = vae.encode(x).latent_dist.parameters, exact.encode(x.double()).latent_dist.parameters
+        assert relative_error(moments, wanted) <= TOLERANCE
+        z = moments[:, :4]
+        assert relative_error(vae.decode(z).sample, exact.decode(z.double()).sample) <= TOLERANCE
+        assert not torch.equal(moments, small_vae().eval().encode(x).latent_dist.parameters), "took the plain path"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdvae import save_vae
+from sdvae import EncodeConfig, LatentDataset, encode, save_vae
 from sdvae.cli import parse_train_config
 from sdvae.training.build import build_vae
 from tests.conftest import tiny_arguments
@@ -39,14 +39,22 @@ def script(name: str, *arguments: object) -> str:
     return finished.stdout
 
 
-def test_the_readmes_python_runs(quickstart_folder):
+def test_the_readmes_python_runs(quickstart_folder, tmp_path):
+    vae = str(quickstart_folder / "model")
+    encode(EncodeConfig(source="skimage", output=str(tmp_path / "latents"), vae=vae, resolution=64, mirror=True))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
+    assert len(blocks) == 3
+    names: dict = {}
     for block in blocks:
-        names: dict = {}
-        exec(block.replace("runs/quickstart", str(quickstart_folder)), names)
-        assert names["reconstruction"].shape == names["x"].shape
+        block = block.replace("runs/quickstart", str(quickstart_folder))
+        exec(block.replace('"latents"', f'"{tmp_path / "latents"}"', 1), names)
+    assert names["reconstruction"].shape == names["x"].shape
     assert (quickstart_folder / "vae.safetensors").is_file()
+    assert names["images"].shape == (8, 3, 64, 64)
+    assert names["mean"].shape == (4, 8, 8)
+    assert np.array_equal(
+        names["mean"], LatentDataset(tmp_path / "latents", sample=False, mirror=0, scaling="none")[0]["latents"]
+    )
 
 
 def test_every_file_and_option_the_readme_names_exists():
@@ -83,6 +91,16 @@ def test_the_benchmark_prints_a_ratio_for_each_row():
         assert ours > 0
         assert theirs > 0
         assert 0.01 < ratio < 100
+
+
+def test_the_encoding_benchmark_prints_both_tables(photographs):
+    images = ["--images", photographs, "--size", 32, "--count", 4, "--batch", 2, "--repeats", 1]
+    printed = script("benchmark_encode.py", *images)
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows[1:]] == ["sdvae encode", "bare encoder", "plain loop"]
+    assert all(float(row[1]) > 0 for row in rows[1:])
+    printed = script("benchmark_encode.py", "--memory_rows", 300)
+    assert re.search(r"^\| 300 \| \d+ \| \d+ \|$", printed, re.MULTILINE)
 
 
 def test_the_plain_baseline_trains_and_writes_its_figures(photographs, tmp_path):

@@ -19,10 +19,10 @@ from PIL import Image
 from sdvae import InputError
 from sdvae.cli import main, parse_train_config
 from sdvae.data import center_crop, open_source, read_image, to_tensor
+from sdvae.model.precision import resolve_precision
 from sdvae.training.build import build_vae
 from sdvae.training.ema import WeightAverage, ema_decay_at
 from sdvae.training.loop import train
-from sdvae.training.precision import resolve_precision
 from sdvae.weights import load_vae, save_ldm
 from tests.conftest import draw_photographs, tiny_arguments
 from tests.faults import fault

@@ -17,13 +17,23 @@ from sdvae.data.images import (
     ImageError,
     center_crop,
     color_jitter,
+    cover,
+    cover_box,
     random_crop,
     read_image,
     to_image,
     to_tensor,
 )
 from sdvae.data.order import SampleKey, SampleOrder, ShardedBatches, sample_seed
-from sdvae.data.sources import SKIMAGE_PHOTOGRAPHS, ImageSource, open_source, split_off, subset
+from sdvae.data.sources import (
+    SKIMAGE_PHOTOGRAPHS,
+    ImageSource,
+    ImageStream,
+    open_source,
+    open_stream,
+    split_off,
+    subset,
+)
 
 __all__ = [
     "SKIMAGE_PHOTOGRAPHS",
@@ -34,6 +44,7 @@ __all__ = [
     "EvaluationSample",
     "ImageError",
     "ImageSource",
+    "ImageStream",
     "Sample",
     "SampleKey",
     "SampleOrder",
@@ -43,8 +54,11 @@ __all__ = [
     "collate_evaluation",
     "collate_training",
     "color_jitter",
+    "cover",
+    "cover_box",
     "evaluation_loader",
     "open_source",
+    "open_stream",
     "random_crop",
     "read_image",
     "sample_seed",

@@ -145,10 +145,21 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     The same as resizing the short side to `size` and cropping the middle, but the long side's ratio is exact, and
     an image whose short side already is `size` keeps its pixels.
     """
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.resize((size, size), RESAMPLING, box=(left, top, left + side, top + side))
+    return cover(image, size, size)
+
+
+def cover(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The largest centred part of that aspect ratio, resized to width x height with antialias."""
+    return image.resize((width, height), RESAMPLING, box=cover_box(image.size, width, height))
+
+
+def cover_box(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the part that `cover` takes, in whole pixels of an image of `size` (w, h)."""
+    w, h = size
+    box_w = min(w, max(1, round(h * width / height)))
+    box_h = min(h, max(1, round(w * height / width)))
+    left, top = (w - box_w) // 2, (h - box_h) // 2
+    return left, top, left + box_w, top + box_h
 
 
 def random_crop(

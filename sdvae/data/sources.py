@@ -1,6 +1,7 @@
 """Where images come from: a folder, a data set of the `datasets` library, tar archives, scikit-image's photographs.
 
-A source hands out bytes and never decodes, so that one bad file is one bad sample and not the end of a run.
+A source hands out bytes and never decodes, so that one bad file is one bad sample and not the end of a run. What else
+it knows of an image, its caption and label, it hands out as a table.
 """
 
 from __future__ import annotations
@@ -11,26 +12,18 @@ import hashlib
 import importlib.util
 import os
 import re
-import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdvae.data.images import ImageError, read_file
+from sdvae.data.readers import IMAGE_EXTENSIONS, Files, ImageSource, ImageStream, Rows, Subset, Tars
 from sdvae.errors import InputError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
-IMAGE_EXTENSIONS = frozenset(
-    (
-        *(".apng", ".avif", ".avifs", ".bmp", ".dds", ".dib", ".gif", ".icns", ".ico", ".j2c", ".j2k", ".jfif", ".jp2"),
-        *(".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm"),
-        *(".ppm", ".psd", ".qoi", ".rgb", ".rgba", ".sgi", ".tif", ".tiff", ".webp"),
-    )
-)
 TABLE_EXTENSIONS = frozenset((".parquet", ".arrow"))
 TAR_EXTENSIONS = frozenset((".tar",))
 
@@ -53,20 +46,6 @@ SKIMAGE_PHOTOGRAPHS = {
     "retina": ("retina.jpg", 1411, 1411),
     "rocket": ("rocket.jpg", 640, 427),
 }
-
-
-class ImageSource(Protocol):
-    """A sequence of image files. Implementations pickle, hold no open file, and may be read by many processes."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """A stable id, such as the path within the folder."""
-        ...
-
-    def read(self, index: int) -> bytes:
-        """The bytes of one file, undecoded; `ImageError` where there are none to be had."""
-        ...
 
 
 def open_source(spec: str, *, split: str = "train", image_column: str | None = None) -> ImageSource:
@@ -106,7 +85,7 @@ def open_source(spec: str, *, split: str = "train", image_column: str | None = N
 
 def subset(source: ImageSource, indices: Iterable[int]) -> ImageSource:
     """The images of `source` at `indices`, in that order."""
-    return _Subset(source, np.fromiter(indices, dtype=np.int64))
+    return Subset(source, np.fromiter(indices, dtype=np.int64))
 
 
 def split_off(
@@ -152,115 +131,38 @@ def _name_hash(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}:".encode() + os.fsencode(name)).digest()
 
 
-class _Names:
-    """Many strings in one buffer. A list of a million is copied into each worker, as its reference counts change."""
+def open_stream(spec: str, *, split: str = "train", image_column: str | None = None) -> ImageStream:
+    """A data set of the `datasets` library that is read as it comes, from its files or the hub, without a copy.
 
-    def __init__(self, names: Iterable[str]):
-        encoded = [os.fsencode(name) for name in names]
-        self._buffer = b"".join(encoded)
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+    Args: as of `open_source`; `spec` is a folder or glob of .parquet or .tar files, or the id of a data set.
 
-    def __len__(self) -> int:
-        return len(self._ends)
+    Raises: InputError where it cannot be opened, or has no columns to be known before its rows.
+    """
+    import datasets
 
-    def __getitem__(self, index: int) -> str:
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._buffer[start : self._ends[index]])
-
-
-class _Subset:
-    def __init__(self, source: ImageSource, indices: np.ndarray):
-        self._source = source
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def name(self, index: int) -> str:
-        return self._source.name(int(self._indices[index]))
-
-    def read(self, index: int) -> bytes:
-        return self._source.read(int(self._indices[index]))
-
-
-class _Files:
-    """Image files below a folder; the names are their relative paths, or given."""
-
-    def __init__(self, root: Path, files: Sequence[str], names: Sequence[str] | None = None):
-        self._root = str(root)
-        self._files = _Names(files)
-        self._names = _Names(names) if names is not None else self._files
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def name(self, index: int) -> str:
-        return self._names[index]
-
-    def read(self, index: int) -> bytes:
-        return read_file(os.path.join(self._root, self._files[index]))
-
-
-class _Tars:
-    """Image files within uncompressed tar archives. Their places are looked up once, so that any can be read alone."""
-
-    def __init__(self, root: Path, tars: Sequence[str]):
-        self._root = str(root)
-        self._tars = list(tars)
-        names: list[str] = []
-        places: list[tuple[int, int, int]] = []
-        for number, tar in enumerate(tars):
-            path = os.path.join(root, tar)
-            for member in _tar_members(path):
-                if member.isreg() and not member.issparse() and _is_image_name(member.name):
-                    names.append(f"{tar}/{member.name}")
-                    places.append((number, member.offset_data, member.size))
-                    if member.offset_data + member.size > os.path.getsize(path):
-                        raise InputError(f"{path!r} ends within {member.name!r}; need a whole tar, copy it again")
-        self._names = _Names(names)
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)  # archive, offset, size
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def name(self, index: int) -> str:
-        return self._names[index]
-
-    def read(self, index: int) -> bytes:
-        number, offset, size = (int(value) for value in self._places[index])
-        try:
-            # Opened each time: a handle that forked workers share has one position for all of them.
-            with open(os.path.join(self._root, self._tars[number]), "rb") as file:
-                file.seek(offset)
-                return file.read(size)
-        except OSError as error:
-            raise ImageError(f"cannot be read: {error.strerror or error}") from error
-
-
-class _Rows:
-    """One column of a `datasets.Dataset`: images that it is told not to decode, or raw bytes."""
-
-    def __init__(self, dataset: Dataset, column: str):
-        self._dataset = dataset.select_columns([column]).with_format(None)
-        self._column = column
-        self._paths = _distinct_paths(self._dataset, column)
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def name(self, index: int) -> str:
-        path = self._paths[index] if self._paths is not None else ""
-        return path or f"row-{index:08d}"
-
-    def read(self, index: int) -> bytes:
-        value: Any = self._dataset[index][self._column]
-        if isinstance(value, dict):
-            if value.get("bytes") is None and value.get("path"):
-                return read_file(value["path"])
-            value = value.get("bytes")
-        if value is None:
-            raise ImageError("the row holds no image")
-        return bytes(value)
+    arguments: dict[str, Any] = {"path": spec}
+    if _looks_like_path(spec):
+        path = Path(spec).expanduser()
+        files = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(spec) else [str(path)]
+        if path.is_dir():
+            files = [str(path / file) for file in _walk(path)]
+        kinds = {kind: found for kind, found in _by_kind(files).items() if found}
+        if len(kinds) != 1 or "images" in kinds or not all(os.path.isfile(file) for file in files):
+            raise InputError(f"{spec!r} cannot be streamed; need .parquet or .tar files of one kind, or a hub id")
+        builder = "webdataset" if "tars" in kinds else os.path.splitext(files[0])[1][1:]
+        (files,) = kinds.values()
+        arguments = {"path": builder, "data_files": {split: files}}
+    try:
+        dataset = datasets.load_dataset(**arguments, split=split, streaming=True)
+        if dataset.features is None:
+            dataset = dataset._resolve_features()  # what a webdataset's columns are, only its first rows tell
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"data set {spec!r}, split {split!r} cannot be opened; {reason}") from error
+    column = _image_column(spec, dataset.features, image_column)
+    if isinstance(dataset.features[column], datasets.Image):
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return ImageStream(dataset, column)
 
 
 def _open_skimage() -> ImageSource:
@@ -270,7 +172,7 @@ def _open_skimage() -> ImageSource:
     files = [file for file, _, _ in SKIMAGE_PHOTOGRAPHS.values()]
     if root is None or not all((root / file).is_file() for file in files):
         raise InputError('data source "skimage" needs the photographs of scikit-image; pip install "sdvae[quickstart]"')
-    return _Files(root, files, names=list(SKIMAGE_PHOTOGRAPHS))
+    return Files(root, files, names=list(SKIMAGE_PHOTOGRAPHS))
 
 
 def _open_folder(folder: Path, split: str, image_column: str | None) -> ImageSource:
@@ -278,7 +180,8 @@ def _open_folder(folder: Path, split: str, image_column: str | None) -> ImageSou
         (folder / file).is_file() for file in ("dataset_info.json", "state.json")
     ):
         return _open_saved(folder, split, image_column)
-    kinds = _by_kind(_walk(folder))
+    files = _walk(folder)
+    kinds = _by_kind(files)
     found = {kind: files for kind, files in kinds.items() if files}
     if not found:
         raise InputError(f"{str(folder)!r} holds no images; need a folder with .png, .jpg, … .parquet or .tar files")
@@ -291,7 +194,7 @@ def _open_folder(folder: Path, split: str, image_column: str | None) -> ImageSou
         return _open_tables(str(folder), {"path": str(folder)}, split, image_column)
     if "tars" in found:
         return _open_tars(str(folder), folder, found["tars"])
-    return _Files(folder, found["images"])
+    return Files(folder, found["images"], others=files)
 
 
 def _open_files(spec: str, root: Path, files: Sequence[str], split: str, image_column: str | None) -> ImageSource:
@@ -301,7 +204,7 @@ def _open_files(spec: str, root: Path, files: Sequence[str], split: str, image_c
     if kind is None:
         raise InputError(f"{spec!r} names files of unlike or unknown kinds; need images, .tar, .parquet or .arrow")
     if kind == "images":
-        return _Files(root, files)
+        return Files(root, files)
     if kind == "tars":
         return _open_tars(spec, root, files)
     builders = {os.path.splitext(file)[1].lower()[1:] for file in files}
@@ -312,7 +215,7 @@ def _open_files(spec: str, root: Path, files: Sequence[str], split: str, image_c
 
 
 def _open_tars(spec: str, root: Path, files: Sequence[str]) -> ImageSource:
-    tars = _Tars(root, files)
+    tars = Tars(root, files)
     if len(tars) == 0:
         raise InputError(f"{spec!r} holds no images; need .png, .jpg, … members in its archives")
     return tars
@@ -353,16 +256,25 @@ def _open_saved(folder: Path, split: str, image_column: str | None) -> ImageSour
 def _open_rows(spec: str, dataset: Dataset, image_column: str | None) -> ImageSource:
     import datasets
 
-    features = dataset.features
     if len(dataset) == 0:
         raise InputError(f"data set {spec!r} has no rows; need at least one image")
+    image_column = _image_column(spec, dataset.features, image_column)
+    if isinstance(dataset.features[image_column], datasets.Image):
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    return Rows(dataset, image_column)
+
+
+def _image_column(spec: str, features: Features, image_column: str | None) -> str:
+    """The column that was named, or the only one of images, or of bytes."""
+    import datasets
+
     if image_column is None:
         columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         columns = columns or [name for name, feature in features.items() if _is_binary(feature)]
         if len(columns) != 1:
             found = f"image columns {columns}" if columns else f"no image column among {list(features)}"
             raise InputError(f"data set {spec!r} has {found}; need exactly one, name it with image_column")
-        image_column = columns[0]
+        return columns[0]
     if image_column not in features:
         near = difflib.get_close_matches(image_column, features, n=1, cutoff=0.0)
         raise InputError(
@@ -371,9 +283,7 @@ def _open_rows(spec: str, dataset: Dataset, image_column: str | None) -> ImageSo
     feature = features[image_column]
     if not isinstance(feature, datasets.Image) and not _is_binary(feature):
         raise InputError(f"column {image_column!r} of {spec!r} is {feature}; need images or raw bytes")
-    if isinstance(feature, datasets.Image):
-        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    return _Rows(dataset, image_column)
+    return image_column
 
 
 def _is_binary(feature: Any) -> bool:
@@ -381,32 +291,6 @@ def _is_binary(feature: Any) -> bool:
     if isinstance(feature, dict):
         return _is_binary(feature.get("bytes"))
     return getattr(feature, "dtype", None) in ("binary", "large_binary")
-
-
-def _distinct_paths(dataset: Dataset, column: str) -> _Names | None:
-    """The paths that the images of a column carry, or None where they are missing or do not tell rows apart."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    arrow = dataset.with_format("arrow")
-    paths: list[str] = []
-    for start in range(0, len(dataset), 10_000):
-        values = arrow[start : start + 10_000].column(column)
-        if not pa.types.is_struct(values.type) or values.type.get_field_index("path") < 0:
-            return None
-        paths += [path or "" for path in pc.struct_field(values, "path").to_pylist()]
-    present = [path for path in paths if path]
-    return _Names(paths) if present and len(set(present)) == len(present) else None
-
-
-def _tar_members(path: str) -> list[tarfile.TarInfo]:
-    try:
-        if os.path.getsize(path) % tarfile.BLOCKSIZE:  # tarfile takes a cut header, but the first, for the end
-            raise tarfile.ReadError("cut off")
-        with tarfile.open(path, "r:") as tar:
-            return tar.getmembers()
-    except (tarfile.TarError, OSError) as error:
-        raise InputError(f"{path!r} is not a whole, uncompressed tar ({error}); copy or unpack it again") from error
 
 
 def _walk(root: Path) -> list[str]:
@@ -437,10 +321,6 @@ def _by_kind(files: Iterable[str]) -> dict[str, list[str]]:
         elif extension in TAR_EXTENSIONS:
             kinds["tars"].append(file)
     return kinds
-
-
-def _is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not os.path.basename(name).startswith(".")
 
 
 def _looks_like_path(spec: str) -> bool:

@@ -21,11 +21,11 @@ from torch import nn
 from sdvae.errors import InputError
 from sdvae.evaluation import Perceptual, load_perceptual
 from sdvae.model import AutoencoderKL
+from sdvae.model.fast import speed_up, speed_up_pays
+from sdvae.model.precision import resolve_precision
 from sdvae.training.config import ModelConfig, TrainConfig
-from sdvae.training.fast import speed_up, speed_up_pays
 from sdvae.training.initialise import initialise
 from sdvae.training.players import freeze_encoder
-from sdvae.training.precision import resolve_precision
 from sdvae.training.run_folder import RunFolder
 from sdvae.weights import load_vae
 

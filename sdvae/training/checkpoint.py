@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,29 +139,3 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any], free: frozenset[str]) -> list[str]:
-    """«loss.kl_weight: 1e-06 -> 1e-05» for each field of two recipes that differs, but for the `free` ones.
-
-    Args: free: dotted names of fields, or of sections, whose change changes nothing that is learned.
-    """
-    flat_before, flat_after = flatten(before), flatten(after)
-    return [
-        f"{key}: {flat_before.get(key, 'unset')} -> {flat_after.get(key, 'unset')}"
-        for key in sorted(flat_before.keys() | flat_after.keys())
-        if flat_before.get(key, "unset") != flat_after.get(key, "unset")
-        and key not in free
-        and key.split(".")[0] not in free
-    ]
-
-
-def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections to dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -282,7 +282,7 @@ class TrainConfig:
     """Keep activations in channels-last memory format; not where fast_convolutions act."""
     fast_convolutions: bool = True
     """On a CPU in fp32, wide 3x3 convolutions by Winograd's algorithm: the same function to rounding
-    (sdvae/training/fast.py)."""
+    (sdvae/model/fast.py)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False

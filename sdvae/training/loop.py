@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from sdvae.data import BadImages, ImageSource, SampleOrder, subset
 from sdvae.data.dataset import Batch
+from sdvae.differences import flatten
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
 from sdvae.training.batches import (
@@ -39,7 +40,6 @@ from sdvae.training.build import build_accelerator, build_perceptual, lay_out, s
 from sdvae.training.checkpoint import (
     Checkpoint,
     checkpoint_name,
-    flatten,
     prune,
     read_checkpoint,
     write_checkpoint,

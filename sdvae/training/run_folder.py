@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from sdvae.differences import changed_fields
 from sdvae.errors import InputError
-from sdvae.training.checkpoint import changed_fields, newest_whole
+from sdvae.training.checkpoint import newest_whole
 from sdvae.training.config import TrainConfig
 from sdvae.weights.files import replacing
 

@@ -162,8 +162,8 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    for file in path.iterdir() if path.is_dir() else ():
-        _sync(file)
+    for inner in path.rglob("*") if path.is_dir() else ():
+        _sync(inner)
     _sync(path)
 
 

@@ -1,4 +1,4 @@
-"""Faster training on a CPU in fp32: the same function to rounding, with fewer multiplications.
+"""Faster on a CPU in fp32, training and inference: the same function to rounding, with fewer multiplications.
 
 Winograd's minimal filtering computes an m x m tile of a 3x3 convolution from (m + 2)² products instead of 9 m²
 (Lavin & Gray 2016, «Fast Algorithms for Convolutional Neural Networks», eq. 8):
@@ -53,15 +53,14 @@ TAPS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 
 
 def speed_up(vae: AutoencoderKL) -> None:
-    """Make training of `vae` faster on a CPU, in place. Weights, state-dict names and the function stay.
+    """Make `vae` faster on a CPU, in place. Weights, state-dict names and, to rounding, the function stay.
 
     The 3x3 convs of stride 1, the upsamplers and self-attention get a subclass of their own class, so deep copies,
-    DDP and gradient checkpointing work as before. Each takes its own path only in training mode, with gradients,
-    for fp32 on a CPU outside autocast, and where `winograd_pays` or `weight_gradient_pays` says so; everything
-    else goes the ordinary way.
+    DDP and gradient checkpointing work as before. Each takes its own path only for fp32 on a CPU outside autocast,
+    and where `winograd_pays` or `weight_gradient_pays` says so; everything else goes the ordinary way. Give it
+    contiguous images and not channels_last.
 
-    Measured on AVX2: SD's 83.65 M model gains about 1.2 on two threads (the README's table), models of 16 to 128
-    channels on 64² crops next to nothing (1.02 to 1.04).
+    Measured on AVX2: the README's table. Models of 16 to 128 channels gain next to nothing: see `speed_up_pays`.
 
     Self-attention returns its result in NCHW order in memory, which fast convs read. As it is, the result has
     channels last, all layers of the decoder keep that, and each fast conv would have to copy its input.
@@ -107,8 +106,11 @@ class FastConv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, O, H, W)
         shape = (self.in_channels, self.out_channels, *x.shape[2:])
-        if _applies(self, x, self.weight) and (winograd_pays(*shape) or weight_gradient_pays(*shape)):
-            return _Conv3x3.apply(x, self.weight, self.bias)
+        if _applies(x, self.weight):
+            if not torch.is_grad_enabled():
+                return _nnpack(x, self.weight, self.bias) if winograd_pays(*shape) else super().forward(x)
+            if winograd_pays(*shape) or weight_gradient_pays(*shape):
+                return _Conv3x3.apply(x, self.weight, self.bias)
         return super().forward(x)
 
 
@@ -118,7 +120,7 @@ class FastUpsample(Upsample):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
         height, width = x.shape[2:]
         channels = self.conv.in_channels
-        if not _applies(self, x, self.conv.weight) or weight_gradient_pays(channels, channels, 2 * height, 2 * width):
+        if not _applies(x, self.conv.weight) or weight_gradient_pays(channels, channels, 2 * height, 2 * width):
             return super().forward(x)
         return upsample_conv(x, self.conv.weight, self.conv.bias)
 
@@ -128,7 +130,7 @@ class FastSelfAttention(SelfAttention):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         out = super().forward(x)
-        return out.contiguous() if _applies(self, x, self.to_q.weight) else out
+        return out.contiguous() if _applies(x, self.to_q.weight) else out
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -229,10 +231,9 @@ def _is_plain_3x3(conv: nn.Conv2d) -> bool:
     return conv.kernel_size == (3, 3) and ones and conv.groups == 1 and conv.padding_mode == "zeros"
 
 
-def _applies(module: nn.Module, x: Tensor, weight: Tensor) -> bool:
+def _applies(x: Tensor, weight: Tensor) -> bool:
     plain = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    learning = module.training and torch.is_grad_enabled()
-    return plain and learning and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 def _nnpack(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

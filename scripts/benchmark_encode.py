@@ -1,0 +1,221 @@
+"""Time `sdvae encode` against the bare encoder and against the loop one writes without it; and watch its memory.
+
+    python scripts/benchmark_encode.py --images FOLDER                          # the packaged VAE, 256x256
+    python scripts/benchmark_encode.py --images FOLDER --config configs/sd_f8c4.yaml --count 12 --batch 4
+    python scripts/benchmark_encode.py --memory_rows 1000000
+
+«bare encoder»: the same weights, precision and batches, on images that lie decoded in memory; nothing is written.
+«plain loop»: diffusers' class as it is loaded, torchvision's transforms, a DataLoader, one file an image by torch.save.
+Each repetition runs the three one after the other; the ratios are taken within it.
+
+--memory_rows encodes so many synthetic images of 16x16 with a tiny VAE and prints the resident memory on the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Features
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from sdvae import AutoencoderKL, load_vae, save_vae
+from sdvae.cli import parse_train_config
+from sdvae.data import open_source, subset
+from sdvae.latents.config import EncodeConfig
+from sdvae.latents.encode import Encoding
+from sdvae.latents.shards import RangeShards
+from sdvae.training.build import build_vae
+
+
+class Files(Dataset[tuple[torch.Tensor, str]]):
+    """Images as torchvision's users prepare them."""
+
+    def __init__(self, paths: Sequence[Path], size: int):
+        self.paths = paths
+        steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
+        self.transform = transforms.Compose([*steps, transforms.Normalize([0.5], [0.5])])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        return self.transform(Image.open(self.paths[index]).convert("RGB")), self.paths[index].stem
+
+
+@torch.no_grad()
+def plain_loop(vae: diffusers.AutoencoderKL, files: Files, batch: int, workers: int, output: Path) -> None:
+    device = next(vae.parameters()).device
+    for images, names in DataLoader(files, batch_size=batch, num_workers=workers):
+        latents = vae.encode(images.to(device)).latent_dist.sample().cpu()
+        for latent, name in zip(latents, names, strict=True):
+            torch.save(latent.clone(), output / f"{name}.pt")
+
+
+def compare(arguments: argparse.Namespace, scratch: Path) -> None:
+    if arguments.config is None:
+        vae = load_vae(dtype=torch.float32)
+    else:
+        vae = build_vae(parse_train_config(["--config", arguments.config]).model)
+    save_vae(vae, scratch / "vae")
+    source = open_source(arguments.images)
+    count = min(arguments.count, len(source))
+    paths = [Path(arguments.images) / source.name(index) for index in range(count)]
+    files = Files(paths, arguments.size)
+    encoding = prepared(arguments, scratch / "ours", str(scratch / "vae"))
+    stock = vae.to_diffusers().eval().to(encoding.device)
+    rows = encoding.shards.rows(0)
+    pixels = [encoding.decode(row).pixels for row in (next(rows) for _ in range(arguments.batch))]
+    whole = count // arguments.batch * arguments.batch
+
+    def ours() -> float:
+        shutil.rmtree(scratch / "ours", ignore_errors=True)
+        once = prepared(arguments, scratch / "ours", str(scratch / "vae"))
+        once.begin()
+        start = time.perf_counter()
+        once.run()
+        return count / (time.perf_counter() - start)
+
+    def bare() -> float:
+        start = time.perf_counter()
+        for _ in range(whole // arguments.batch):
+            encoding.encoder.launch(pixels).moments()
+        return whole / (time.perf_counter() - start)
+
+    def plain() -> float:
+        (scratch / "plain").mkdir(exist_ok=True)
+        start = time.perf_counter()
+        plain_loop(stock, files, arguments.batch, arguments.workers, scratch / "plain")
+        return count / (time.perf_counter() - start)
+
+    encoding.encoder.launch(pixels).moments()  # warm-up
+    sides: dict[str, list[float]] = {"sdvae encode": [], "bare encoder": [], "plain loop": []}
+    for _ in range(arguments.repeats):
+        for name, side in zip(sides, (ours, bare, plain), strict=True):
+            sides[name].append(side())
+    parameters = sum(p.numel() for p in vae.parameters()) / 1e6
+    where = torch.cuda.get_device_name() if encoding.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(
+        f"\n{arguments.config or 'packaged VAE'}: {parameters:.2f} M parameters, {count} images at {arguments.size}², "
+        f"batch {arguments.batch}, {encoding.precision}, {where}, torch {torch.__version__}, diffusers "
+        f"{diffusers.__version__}, {platform.machine()}\n"
+    )
+    print("| | images/s, median | sdvae encode against it, median | range |\n|---|---|---|---|")
+    for name, rates in sides.items():
+        ratios = [a / b for a, b in zip(sides["sdvae encode"], rates, strict=True)]
+        spread = f"{min(ratios):.2f} – {max(ratios):.2f}"
+        print(f"| {name} | {statistics.median(rates):.2f} | {statistics.median(ratios):.2f} | {spread} |")
+
+
+def prepared(arguments: argparse.Namespace, output: Path, vae: str) -> Encoding:
+    """Our side, on the first `count` images."""
+    config = EncodeConfig(
+        source=arguments.images,
+        output=str(output),
+        vae=vae,
+        resolution=arguments.size,
+        batch_size=arguments.batch,
+        num_workers=arguments.workers,
+    )
+    encoding = Encoding(config)
+    first = subset(open_source(arguments.images), range(min(arguments.count, encoding.shards.total or 0)))
+    encoding.shards = RangeShards(first, None, 64)
+    encoding.fingerprint["shards"] = len(encoding.shards)
+    return encoding
+
+
+class Synthetic:
+    """Any number of images, each of one colour."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return f"{index:09d}"
+
+    def read(self, index: int) -> bytes:
+        data = io.BytesIO()
+        Image.fromarray(np.full((16, 16, 3), index % 256, dtype=np.uint8)).save(data, "BMP")
+        return data.getvalue()
+
+    @property
+    def features(self) -> Features:
+        return Features({})
+
+    def columns(self, indices: Sequence[int]) -> pa.Table:
+        return pa.table({}, schema=self.features.arrow_schema)
+
+
+def watch_memory(rows: int, scratch: Path) -> None:
+    """Resident memory of this process after every tenth of the rows."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        norm_num_groups=2,
+    )
+    save_vae(vae, scratch / "vae")
+    config: dict[str, Any] = {"resolution": 16, "batch_size": 256, "num_workers": 2, "device": "cpu"}
+    encoding = Encoding(EncodeConfig(source="skimage", output=str(scratch / "out"), vae=str(scratch / "vae"), **config))
+    encoding.shards = RangeShards(Synthetic(rows), None, 4096)
+    encoding.fingerprint["shards"] = len(encoding.shards)
+    encoding.begin()
+    write, done, start = encoding.folder.write_shard, 0, time.perf_counter()
+    print("| rows | resident MiB | rows/s |\n|---|---|---|")
+
+    def watched(shard: int, table: pa.Table, *rest: Any) -> None:
+        nonlocal done
+        write(shard, table, *rest)
+        before, done = done, done + table.num_rows
+        if done * 10 // rows > before * 10 // rows or before == 0:
+            print(f"| {done} | {resident_mib():.0f} | {done / (time.perf_counter() - start):.0f} |", flush=True)
+
+    encoding.folder.write_shard = watched  # type: ignore[method-assign]
+    encoding.run()
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", default=None, help="folder of photographs")
+    parser.add_argument("--config", default=None, help="recipe whose model is timed; default: the packaged VAE")
+    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
+    parser.add_argument("--count", type=int, default=192, help="images")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=2, help="of either side")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory_rows", type=int, default=None, help="watch the memory over so many rows instead")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.memory_rows is not None:
+            watch_memory(arguments.memory_rows, Path(scratch))
+        elif arguments.images is None:
+            parser.error("give --images FOLDER or --memory_rows N")
+        else:
+            compare(arguments, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()

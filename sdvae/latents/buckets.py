@@ -1,0 +1,86 @@
+"""Image sizes: the one square, or aspect-ratio buckets, and which of them an image goes to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdvae.data import cover_box
+from sdvae.errors import InputError
+from sdvae.latents.config import EncodeConfig
+
+Size = tuple[int, int]  # height, width, in pixels
+
+# Podell et al. 2023, «SDXL», appendix I: height x width of about 1024² pixels; each stands here for both orientations.
+SDXL_SIDE = 1024
+SDXL_PORTRAITS: tuple[Size, ...] = (
+    *((2048, 512), (1984, 512), (1920, 512), (1856, 512), (1792, 576), (1728, 576), (1664, 576)),
+    *((1600, 640), (1536, 640), (1472, 704), (1408, 704), (1344, 704), (1344, 768), (1280, 768)),
+    *((1216, 832), (1152, 832), (1152, 896), (1088, 896), (1088, 960), (1024, 960), (1024, 1024)),
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What is cut out of an image. Pairs are height and width, or top and left, as SDXL's conditioning has them."""
+
+    target_size: Size
+    box: tuple[int, int, int, int]  # left, top, right, bottom in the image
+    crop_top_left: Size  # of the box in the resized image, in its pixels
+
+
+def bucket_sizes(config: EncodeConfig, multiple: int) -> tuple[Size, ...]:
+    """All sizes that images are brought to, in ascending order of height.
+
+    Args: multiple: of pixels, which every side must be: the VAE's compression ratio.
+
+    Raises: InputError when a side is not such a multiple.
+    """
+    if config.buckets == "none":
+        sizes = {(config.resolution, config.resolution)}
+        fix = f"crop to {max(multiple, config.resolution // multiple * multiple)}"
+    elif config.buckets == "sdxl":
+        both = {*SDXL_PORTRAITS, *((w, h) for h, w in SDXL_PORTRAITS)}
+        scaled = {(h * config.resolution, w * config.resolution) for h, w in both}
+        if any(h % SDXL_SIDE or w % SDXL_SIDE for h, w in scaled):
+            step = SDXL_SIDE // 64
+            raise InputError(f"got resolution={config.resolution} for SDXL's buckets; need a multiple of {step}")
+        sizes = {(h // SDXL_SIDE, w // SDXL_SIDE) for h, w in scaled}
+        fix = f"choose a resolution that is a multiple of {SDXL_SIDE // 64 * multiple}"
+    else:
+        sizes = _sizes_of_area(config.resolution, config.bucket_step, config.max_aspect)
+        fix = f"choose a resolution and a bucket_step that are multiples of {multiple}"
+    for height, width in sorted(sizes):
+        if height % multiple or width % multiple:
+            raise InputError(
+                f"got images of {height} x {width}; need multiples of {multiple}, the VAE's compression ratio; {fix}"
+            )
+    return tuple(sorted(sizes))
+
+
+def place(size: Size, sizes: Sequence[Size]) -> Placement:
+    """The bucket with the nearest aspect ratio (in its logarithm, so that both orientations are treated alike), and
+    the largest centred part of the image that has its ratio.
+
+    Args: size: of the image, height and width.
+    """
+    height, width = size
+    aspect = math.log(width / height)
+    target = min(sizes, key=lambda s: (abs(math.log(s[1] / s[0]) - aspect), -s[0] * s[1], s))
+    box = cover_box((width, height), target[1], target[0])
+    left, top, right, bottom = box
+    scale_y, scale_x = target[0] / (bottom - top), target[1] / (right - left)
+    return Placement(target, box, (round(top * scale_y), round(left * scale_x)))
+
+
+def _sizes_of_area(resolution: int, step: int, max_aspect: float) -> set[Size]:
+    """The square, and for each width the largest height whose area is no more than the square's, and their turns."""
+    if resolution % step:
+        raise InputError(f"got resolution={resolution}, bucket_step={step}; need a resolution that the step divides")
+    sizes = {(resolution, resolution)}
+    for width in range(step, resolution + 1, step):
+        height = resolution * resolution // width // step * step
+        if height / width <= max_aspect:
+            sizes |= {(height, width), (width, height)}
+    return sizes

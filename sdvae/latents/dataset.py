@@ -1,0 +1,332 @@
+"""A latent data set as a diffusion model trains on it."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from sdvae.data import SampleKey, sample_seed
+from sdvae.errors import InputError
+from sdvae.latents.rows import from_bytes
+from sdvae.latents.scaling import LatentScaling, channel_scaling, identity_scaling, scaling_of
+from sdvae.latents.store import LatentFolder
+from sdvae.model import DiagonalGaussian
+
+WINDOW = 64  # row groups, of 1 MiB or one row each, that are mixed with each other and kept in memory
+NUMBERS = ("index", "mirrored", "original_size", "crop_top_left", "target_size")
+
+
+class LatentDataset(Dataset[dict[str, Any]]):
+    """The rows of a folder that `sdvae encode` wrote: `dataset[i]`, or batches by `loader`.
+
+    A row is a dict with `latents` (C, h, w) fp32, scaled; `index`, `name` and `sha256` of the image; `mirrored`;
+    `original_size`, `crop_top_left` and `target_size` (height and width, top and left: SDXL's conditioning); and the
+    columns that were carried through.
+
+    Args:
+        folder: of a finished data set.
+        scaling: of `latents`. «vae»: by the factors of the VAE's config, as pipelines will; «measured»: by the
+            factors of these latents; «channels»: each channel to mean 0 and std 1; «none»: as the encoder gave them.
+        sample: draw z from the posterior, afresh each time (Kingma & Welling 2014, 2.4); false takes its mode.
+            Folders of one stored sample have neither.
+        mirror: probability of the mirror image; by default ½ where mirror images were encoded, else 0.
+        seed: of samples, mirrors and order.
+
+    Attributes:
+        scaling: its `denormalize` brings latents back to what the VAE decodes.
+
+    Raises: InputError when the folder is not a finished data set, or has no mirror images to be shown.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        scaling: Literal["vae", "measured", "channels", "none"] = "vae",
+        sample: bool = True,
+        mirror: float | None = None,
+        seed: int = 0,
+    ):
+        self._folder = LatentFolder(folder)
+        self._folder.open(finished=True)
+        manifest = self._folder.manifest
+        stored = manifest["fingerprint"]["stored"]
+        has_mirrors = stored["mirror"]
+        self.mirror = (0.5 if has_mirrors else 0.0) if mirror is None else mirror
+        if not 0 <= self.mirror <= 1 or (self.mirror > 0 and not has_mirrors):
+            have = "has mirror images" if has_mirrors else "has no mirror images; encode with --mirror true"
+            raise InputError(f"got mirror={mirror}; need a probability, and {folder} {have}")
+        self.scaling = _scaling(scaling, manifest)
+        self.sample = sample
+        self.seed = seed
+        self._has_moments = stored["what"] == "moments"
+        self._groups = _row_groups(manifest["shards"])
+        self._starts = np.array([group[2] for group in self._groups], dtype=np.int64)
+        self._reader = _Reader(self._folder)
+
+    def __len__(self) -> int:
+        return self._folder.manifest["rows"]
+
+    def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
+        """A row.
+
+        Args:
+            key: its place in the data set: noise and mirror are then drawn from torch's default generator. Or a
+                `SampleKey`, from which and the seed they follow.
+        """
+        place = key.index if isinstance(key, SampleKey) else key
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"row {place} of {len(self)}")
+        row = self._row(place % len(self))
+        if isinstance(key, SampleKey):
+            generator = torch.Generator().manual_seed(sample_seed(self.seed, key.epoch, place, "latents"))
+        else:
+            generator = None
+        mirrored = self.mirror > 0 and float(torch.rand((), generator=generator)) < self.mirror
+        shape, dtype = row.pop("shape"), self._folder.dtype
+        suffix = "_mirrored" if mirrored else ""
+        if self._has_moments:
+            parts = [from_bytes(row[name + suffix], dtype, shape) for name in ("mean", "logvar")]
+            posterior = DiagonalGaussian(torch.cat(parts)[None])
+            latents = (posterior.sample(generator) if self.sample else posterior.mode())[0]
+        else:
+            latents = from_bytes(row[f"sample{suffix}"], dtype, shape)
+        for name in ("mean", "logvar", "sample"):
+            row.pop(name, None)
+            row.pop(f"{name}_mirrored", None)
+        return {"latents": self.scaling.normalize(latents), "mirrored": mirrored, **row}
+
+    def loader(
+        self,
+        batch_size: int,
+        *,
+        epoch: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        num_workers: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        start: int = 0,
+    ) -> DataLoader:
+        """Batches of one epoch for this process, each of latents of one size. See `LatentBatches` for the arguments.
+
+        Not to be given to `Accelerator.prepare`, which would divide the batches between processes a second time.
+        """
+        batches = LatentBatches(
+            self,
+            batch_size,
+            epoch=epoch,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+            start=start,
+        )
+        return DataLoader(self, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_latents)
+
+    @property
+    def row_groups(self) -> list[tuple[int, int]]:
+        """(first row, rows) of what is read in one piece, in the order of the rows."""
+        return [(first, rows) for _, _, first, rows in self._groups]
+
+    def target_sizes(self) -> np.ndarray:
+        """(N, 2) int32: height and width of every row's image as it was encoded."""
+        sizes = self._folder.manifest["fingerprint"]["images"]["sizes"]
+        if len(sizes) == 1:
+            return np.broadcast_to(np.array(sizes, dtype=np.int32), (len(self), 2))
+        parts = [self._reader.column(shard, "target_size") for shard in sorted({group[0] for group in self._groups})]
+        return np.concatenate(parts)
+
+    def _row(self, place: int) -> dict[str, Any]:
+        number = int(np.searchsorted(self._starts, place, side="right")) - 1
+        shard, group, first, _ = self._groups[number]
+        return self._reader.row(shard, group, place - first)
+
+
+class LatentBatches(Sampler[list[SampleKey]]):
+    """The batches of one epoch, as lists of keys: a `batch_sampler` for a DataLoader.
+
+    Every batch has latents of one size. The order is a function of (seed, epoch) alone: row groups in a random
+    order, and the rows of `WINDOW` groups in a row mixed; so the disk is read nearly in sequence. What fills no batch
+    within a window goes to the next one. Batch m goes to process m mod world_size.
+
+    Args:
+        dataset: the same in all processes.
+        batch_size: of each process.
+        shuffle: false gives the rows in their order, those of a size together within a window.
+        drop_last: all processes get the same number of full batches; the few rows that are left out differ from
+            epoch to epoch. False gives every row once, in batches of which the last of each size may be smaller,
+            and of which one process may get one more than another.
+        rank, world_size: by default the launcher's, from the environment variables RANK and WORLD_SIZE.
+        start: batches of this process to leave out at the beginning, by which an epoch is continued.
+    """
+
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        batch_size: int,
+        *,
+        epoch: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        rank: int | None = None,
+        world_size: int | None = None,
+        start: int = 0,
+    ):
+        self.rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+        if batch_size < 1 or not 0 <= self.rank < self.world_size or start < 0 or epoch < 0:
+            raise InputError(
+                f"batches of {batch_size}, rank {self.rank} of {self.world_size}, epoch {epoch}, start {start};"
+                " need batch_size >= 1, 0 <= rank < world_size, and no negative counts"
+            )
+        self._groups = dataset.row_groups
+        _, self._size_of = np.unique(dataset.target_sizes(), axis=0, return_inverse=True)
+        self._size_of = self._size_of.reshape(-1)
+        self.batch_size = batch_size
+        self.seed = dataset.seed
+        self.epoch = epoch
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.start = start
+        if drop_last and len(self) == 0 and start == 0:
+            raise InputError(
+                f"{len(dataset)} rows make less than {self.world_size} batches of {batch_size}; need more, a smaller"
+                " batch_size, or drop_last=False"
+            )
+
+    def __len__(self) -> int:
+        counts = np.bincount(self._size_of)
+        if self.drop_last:
+            mine = int((counts // self.batch_size).sum()) // self.world_size
+        else:
+            total = int((-(-counts // self.batch_size)).sum())
+            mine = len(range(self.rank, total, self.world_size))
+        return max(0, mine - self.start)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        last = self.start + len(self)
+        for number, rows in enumerate(self._all()):
+            turn, rank = divmod(number, self.world_size)
+            if turn >= last:
+                return
+            if rank == self.rank and turn >= self.start:
+                yield [SampleKey(self.epoch, int(row)) for row in rows]
+
+    def _all(self) -> Iterator[np.ndarray]:
+        """The batches of all processes."""
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, self.epoch])))
+        order = generator.permutation(len(self._groups)) if self.shuffle else np.arange(len(self._groups))
+        left: dict[int, np.ndarray] = {}
+        for start in range(0, len(order), WINDOW):
+            groups = [self._groups[number] for number in order[start : start + WINDOW]]
+            rows = np.concatenate([np.arange(first, first + count) for first, count in groups])
+            if self.shuffle:
+                generator.shuffle(rows)
+            batches = []
+            for size in np.unique(self._size_of[rows]):
+                of_size = np.concatenate([left.pop(size, rows[:0]), rows[self._size_of[rows] == size]])
+                full = len(of_size) // self.batch_size * self.batch_size
+                batches += list(of_size[:full].reshape(-1, self.batch_size))
+                left[size] = of_size[full:]
+            yield from self._mixed(batches, generator)
+        if not self.drop_last:
+            yield from self._mixed([rows for _, rows in sorted(left.items()) if len(rows)], generator)
+
+    def _mixed(self, batches: list[np.ndarray], generator: np.random.Generator) -> Iterator[np.ndarray]:
+        order = generator.permutation(len(batches)) if self.shuffle else range(len(batches))
+        for number in order:
+            yield batches[number]
+
+
+def collate_latents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stack rows: latents (B, C, h, w), numbers and sizes as tensors, everything else as a list."""
+    batch: dict[str, Any] = {"latents": torch.stack([row["latents"] for row in rows])}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if name in NUMBERS:
+            batch[name] = torch.tensor(values)
+        elif name != "latents":
+            is_number = all(isinstance(value, (int, float)) for value in values)
+            batch[name] = default_collate(values) if is_number else values
+    return batch
+
+
+class _Reader:
+    """Rows of Parquet files by row group; the last `WINDOW` groups stay in memory."""
+
+    def __init__(self, folder: LatentFolder):
+        self._folder = folder
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_folder": self._folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._folder = state["_folder"]
+        self._forget()
+
+    def row(self, shard: int, group: int, offset: int) -> dict[str, Any]:
+        return {name: column[offset].as_py() for name, column in self._columns(shard, group).items()}
+
+    def column(self, shard: int, name: str) -> np.ndarray:
+        return np.array(self._file(shard).read([name]).column(name).to_pylist(), dtype=np.int32).reshape(-1, 2)
+
+    def _columns(self, shard: int, group: int) -> dict[str, Any]:
+        key = (shard, group)
+        if key not in self._groups:
+            table = self._file(shard).read_row_group(group)
+            self._groups[key] = {name: table.column(name).combine_chunks() for name in table.column_names}
+            if len(self._groups) > WINDOW:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]
+
+    def _file(self, shard: int) -> Any:
+        import pyarrow.parquet as pq
+
+        if self._process != os.getpid():  # a forked worker opens its own
+            self._forget()
+        if shard not in self._files:
+            self._files[shard] = pq.ParquetFile(self._folder.shard_path(shard), memory_map=True)
+            if len(self._files) > WINDOW:
+                self._files.popitem(last=False)
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def _forget(self) -> None:
+        self._process = os.getpid()
+        self._groups: OrderedDict[tuple[int, int], dict[str, Any]] = OrderedDict()
+        self._files: OrderedDict[int, Any] = OrderedDict()
+
+
+def _scaling(kind: str, manifest: dict[str, Any]) -> LatentScaling:
+    if kind == "vae":
+        return scaling_of(manifest["fingerprint"]["vae"]["config"])
+    if kind == "measured":
+        factors = ("scaling_factor", "shift_factor")
+        return scaling_of({key: manifest["statistics"][key] for key in factors})
+    if kind == "channels":
+        return channel_scaling(manifest["statistics"])
+    if kind == "none":
+        return identity_scaling()
+    raise InputError(f"got scaling={kind!r}; need vae, measured, channels or none")
+
+
+def _row_groups(shards: Sequence[dict[str, Any]]) -> list[tuple[int, int, int, int]]:
+    """(shard, row group, first row, rows) of every row group."""
+    groups, first = [], 0
+    for shard, entry in enumerate(shards):
+        step = entry["row_group_rows"]
+        for group, start in enumerate(range(0, entry["rows"], step)):
+            rows = min(step, entry["rows"] - start)
+            groups.append((shard, group, first + start, rows))
+        first += entry["rows"]
+    return groups

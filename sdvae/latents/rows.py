@@ -1,0 +1,112 @@
+"""The columns of a latent data set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sdvae.latents.buckets import Size
+from sdvae.latents.config import EncodeConfig
+from sdvae.latents.store import DTYPES
+from sdvae.model import DiagonalGaussian
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Features
+
+OUR_COLUMNS = ("index", "name", "sha256", "shape", "original_size", "crop_top_left", "target_size")
+VALUE_COLUMNS = ("mean", "logvar", "sample")  # each also with the ending _mirrored
+PREFIX = "source_"  # of a carried column whose name is one of ours
+
+
+@dataclass(frozen=True)
+class LatentRow:
+    """One image's row.
+
+    Attributes:
+        index: of the row in its source.
+        sha256: of the image file.
+        shape: of the latents, (C, h, w).
+        original_size, target_size: of the image and of what was encoded, height and width in pixels.
+        crop_top_left: where the crop lay in the resized image, in its pixels.
+        values: name -> bytes of a contiguous (C, h, w) array in the stored dtype, little-endian.
+    """
+
+    index: int
+    name: str
+    sha256: str
+    shape: tuple[int, int, int]
+    original_size: Size
+    crop_top_left: Size
+    target_size: Size
+    values: dict[str, bytes]
+
+
+def value_columns(config: EncodeConfig) -> list[str]:
+    names = ["mean", "logvar"] if config.store == "moments" else ["sample"]
+    return names + [f"{name}_mirrored" for name in names if config.mirror]
+
+
+def row_bytes(sizes: Sequence[Size], compression: int, latent_channels: int, config: EncodeConfig) -> int:
+    """Of the values of a row, with the largest of the image sizes."""
+    pixels = max(height * width for height, width in sizes)
+    elements = pixels // compression**2 * latent_channels
+    return elements * DTYPES[config.dtype].itemsize * len(value_columns(config))
+
+
+def posterior_bytes(posterior: DiagonalGaussian, dtype: torch.dtype, suffix: str) -> dict[str, bytes]:
+    """The columns of one image's posterior."""
+    return {f"mean{suffix}": to_bytes(posterior.mean, dtype), f"logvar{suffix}": to_bytes(posterior.logvar, dtype)}
+
+
+def to_bytes(values: Tensor, dtype: torch.dtype) -> bytes:
+    return values.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def from_bytes(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """(C, h, w) in fp32. Raises: RuntimeError or ValueError when the bytes are not as many as the shape says."""
+    return torch.frombuffer(bytearray(data), dtype=dtype).float().reshape(*shape)
+
+
+def table_of(rows: Sequence[LatentRow], others: pa.Table, others_features: Features, config: EncodeConfig) -> pa.Table:
+    """A shard: our columns, the latents and the carried columns, with the features that `datasets` reads."""
+    import pyarrow as pa
+
+    features = _features(others_features, config)
+    ours: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in OUR_COLUMNS}
+    ours["name"] = [utf8(row.name) for row in rows]
+    ours |= {name: [row.values[name] for row in rows] for name in value_columns(config)}
+    schema = features.arrow_schema
+    arrays = [pa.array(values, type=schema.field(name).type) for name, values in ours.items()]
+    carried = [others.column(name).combine_chunks() for name in others_features]
+    return pa.Table.from_arrays([*arrays, *carried], schema=schema)
+
+
+def _features(others: Features, config: EncodeConfig) -> Features:
+    import datasets
+
+    pair = datasets.Sequence(datasets.Value("int32"), length=2)
+    features: dict[str, Any] = {
+        "index": datasets.Value("int64"),
+        "name": datasets.Value("string"),
+        "sha256": datasets.Value("string"),
+        "shape": datasets.Sequence(datasets.Value("int32"), length=3),
+        "original_size": pair,
+        "crop_top_left": pair,
+        "target_size": pair,
+        **{name: datasets.Value("binary") for name in value_columns(config)},
+    }
+    taken = {*OUR_COLUMNS, *VALUE_COLUMNS, *(f"{name}_mirrored" for name in VALUE_COLUMNS)}
+    for name, feature in others.items():
+        features[f"{PREFIX}{name}" if name in taken else name] = feature
+    return datasets.Features(features)
+
+
+def utf8(name: str) -> str:
+    """A file's name may hold bytes that are no UTF-8; JSON and Parquet take none."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -1,0 +1,165 @@
+"""How a source is divided into shards, each of which is encoded alone and always holds the same rows."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sdvae.data import ImageError, ImageSource, ImageStream
+from sdvae.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Features
+
+MOST_ROWS = 4096
+FEWEST_ROWS = 64
+SHARDS_AT_LEAST = 64  # where there are images enough: so many processes can work
+SHARD_BYTES = 128 * 2**20  # files of 100 to 500 MB suit the hub, and one shard is held in memory
+STREAM_STRIDE = 2**32  # rows of a stream's part are numbered from part * this on
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of the source.
+
+    Attributes:
+        index: unique in the data set, and always the same.
+        read: gives the file's bytes, or raises `ImageError`.
+        others: the row's other columns, where they came with it.
+    """
+
+    index: int
+    name: str
+    read: Callable[[], bytes]
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+class Shards(Protocol):
+    """A source, divided."""
+
+    total: int | None  # rows, where it is known before they are read
+
+    def __len__(self) -> int: ...
+
+    @property
+    def features(self) -> Features:
+        """Of the columns that are carried through."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for two runs to make the same shards."""
+        ...
+
+    def rows(self, shard: int) -> Iterator[Row]: ...
+
+    def columns(self, rows: Sequence[Row]) -> pa.Table:
+        """The carried columns of some rows of one shard."""
+        ...
+
+
+class RangeShards:
+    """Ranges of a source that knows its length.
+
+    Args:
+        names: columns to carry through; None: all.
+        shard_rows: rows a shard, but the last one.
+
+    Raises: InputError for a column that the source has not.
+    """
+
+    def __init__(self, source: ImageSource, names: Sequence[str] | None, shard_rows: int):
+        self._source = source
+        self._features = chosen(source.features, names)
+        self._shard_rows = shard_rows
+        self.total: int | None = len(source)
+
+    def __len__(self) -> int:
+        return -(-len(self._source) // self._shard_rows)
+
+    @property
+    def features(self) -> Features:
+        return self._features
+
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for index in range(len(self._source)):
+            digest.update(os.fsencode(self._source.name(index)) + b"\0")
+        return {
+            "images": len(self._source),
+            "names_sha256": digest.hexdigest(),
+            "shard_rows": self._shard_rows,
+            "columns": {name: str(feature) for name, feature in self._features.items()},
+        }
+
+    def rows(self, shard: int) -> Iterator[Row]:
+        start = shard * self._shard_rows
+        for index in range(start, min(start + self._shard_rows, len(self._source))):
+            yield Row(index, self._source.name(index), partial(self._source.read, index))
+
+    def columns(self, rows: Sequence[Row]) -> pa.Table:
+        table = self._source.columns([row.index for row in rows])
+        return table.select(list(self._features))
+
+
+class StreamShards:
+    """The parts of a stream. How many rows they have is known once they were read."""
+
+    total: int | None = None
+
+    def __init__(self, stream: ImageStream, names: Sequence[str] | None, spec: str):
+        self._stream = stream
+        self._features = chosen(stream.features, names)
+        self._spec = spec
+
+    def __len__(self) -> int:
+        return self._stream.num_parts
+
+    @property
+    def features(self) -> Features:
+        return self._features
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "stream": self._spec,
+            "parts": len(self),
+            "columns": {name: str(feature) for name, feature in self._features.items()},
+        }
+
+    def rows(self, shard: int) -> Iterator[Row]:
+        for position, (name, data, others) in enumerate(self._stream.part(shard)):
+            yield Row(shard * STREAM_STRIDE + position, name, partial(_given, data), others)
+
+    def columns(self, rows: Sequence[Row]) -> pa.Table:
+        import pyarrow as pa
+
+        examples = [self._features.encode_example({name: row.others[name] for name in self._features}) for row in rows]
+        values = {name: [example[name] for example in examples] for name in self._features}
+        return pa.table(values, schema=self._features.arrow_schema)
+
+
+def rows_per_shard(images: int, row_bytes: int) -> int:
+    """Many shards, so that many processes find work and little is lost; but no more and no larger than is handy."""
+    fit = max(1, SHARD_BYTES // row_bytes)
+    return min(fit, MOST_ROWS, max(FEWEST_ROWS, -(-images // SHARDS_AT_LEAST)))
+
+
+def chosen(features: Features, names: Sequence[str] | None) -> Features:
+    import datasets
+
+    if names is None:
+        return features
+    for name in names:
+        if name not in features:
+            raise InputError(f"got columns with {name!r}; the source has {list(features) or 'none'}; choose among them")
+    return datasets.Features({name: features[name] for name in names})
+
+
+def _given(data: bytes | None) -> bytes:
+    if data is None:
+        raise ImageError("the row holds no image")
+    return data

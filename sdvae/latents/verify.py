@@ -1,0 +1,152 @@
+"""Reread a latent data set: what the disk lost, and what the VAE would not say today."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdvae.data import ImageError
+from sdvae.errors import InputError
+from sdvae.latents.rows import from_bytes, value_columns
+from sdvae.latents.shards import Row
+from sdvae.latents.store import LatentFolder, sha256_of
+
+if TYPE_CHECKING:
+    from sdvae.latents.encode import Encoding
+
+logger = logging.getLogger(__name__)
+
+# Of a row encoded again, the greatest difference in units of the values' std. In fp32 another batch size or number of
+# threads changes the last bits, and fp16 storage rounds them; half precision computes with 8 or 11 bits throughout.
+TOLERANCE = {"fp32": 1e-2, "fp16": 0.1, "bf16": 0.5}
+
+
+def verify(encoding: Encoding, *, repair: bool) -> list[int]:
+    """Check every shard of a data set, and encode some of its rows again.
+
+    Args:
+        encoding: with the options that made the data set.
+        repair: make the broken shards undone, for `Encoding.run` to do again.
+
+    Returns: the broken shards, which are undone now; empty when all is well.
+    Raises: InputError naming what is broken, when it is not to be repaired.
+    """
+    folder, config = encoding.folder, encoding.config
+    broken: dict[int, str] = {}
+    for shard in range(folder.num_shards):
+        reason = shard_fault(folder, shard, value_columns(config))
+        if reason is not None:
+            broken[shard] = reason
+    sound = [shard for shard in range(folder.num_shards) if shard not in broken]
+    compared, worst, differing = _encode_again(encoding, sound)
+    broken |= differing
+    for shard, reason in sorted(broken.items()):
+        logger.warning("%s: %s", folder.shard_path(shard).name, reason)
+    rows = sum((folder.record(shard) or {"rows": 0})["rows"] for shard in sound)
+    logger.info(
+        "%s: %d of %d shards with %d rows are whole; %d rows encoded again differ by at most %.2g std",
+        config.output,
+        len(sound),
+        folder.num_shards,
+        rows,
+        compared,
+        worst,
+    )
+    if broken and not repair:
+        listed = "; ".join(f"{folder.shard_path(k).name} {reason}" for k, reason in sorted(broken.items())[:3])
+        raise InputError(f"{len(broken)} of {folder.num_shards} shards are broken ({listed}); mend with --repair true")
+    if broken:
+        folder.undo(sorted(broken))
+    return sorted(broken)
+
+
+def shard_fault(folder: LatentFolder, shard: int, columns: list[str]) -> str | None:
+    """What is wrong with the file of a shard, or None."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    record, path = folder.record(shard), folder.shard_path(shard)
+    if record is None:
+        return "is not done"
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != record["bytes"]:
+        return f"has {path.stat().st_size} bytes instead of {record['bytes']}"
+    if sha256_of(path) != record["sha256"]:
+        return "has another checksum than its record"
+    try:
+        with pq.ParquetFile(path) as file:
+            if file.metadata.num_rows != record["rows"]:
+                return f"has {file.metadata.num_rows} rows instead of {record['rows']}"
+            for batch in file.iter_batches(columns=["index", "shape", *columns]):
+                for row in batch.to_pylist():
+                    for name in columns:
+                        if not from_bytes(row[name], folder.dtype, row["shape"]).isfinite().all():
+                            return f"has values that are not finite in {name} of row {row['index']}"
+    except (pa.ArrowException, OSError, RuntimeError, ValueError) as error:  # the last two: bytes that fit no shape
+        return f"cannot be read ({' '.join(str(error).split())})"
+    return None
+
+
+def _encode_again(encoding: Encoding, shards: list[int]) -> tuple[int, float, dict[int, str]]:
+    """Rows compared, their greatest difference in std, and the shards that differ by too much."""
+    config, folder = encoding.config, encoding.folder
+    wanted = _choose(folder, shards, config.verify_rows, config.seed)
+    compared, worst = 0, 0.0
+    differing: dict[int, str] = {}
+    for shard, indices in wanted.items():
+        stored = _stored_rows(folder.shard_path(shard), indices, value_columns(config))
+        for row in encoding.shards.rows(shard):
+            if row.index not in stored:
+                continue
+            fault, difference = _compare(encoding, row, stored[row.index])
+            compared += 1
+            worst = max(worst, difference)
+            if fault is not None:
+                differing.setdefault(shard, f"row {row.index} ({row.name}) {fault}")
+    return compared, worst, differing
+
+
+def _compare(encoding: Encoding, row: Row, stored: dict[str, Any]) -> tuple[str | None, float]:
+    """What is wrong with a stored row, or None; and its greatest difference in std."""
+    try:
+        decoded = encoding.decode(row)
+    except ImageError as error:
+        return f"has an image that cannot be read any more ({error})", 0.0
+    if decoded.sha256 != stored["sha256"]:
+        return "has another image file now", 0.0
+    (values,), _ = encoding.latents_of(encoding.encoder.launch([decoded.pixels]), [row.index])
+    if values is None:
+        return "is not finite when encoded again", 0.0
+    difference = 0.0
+    for name, data in values.items():
+        new, old = (from_bytes(d, encoding.folder.dtype, stored["shape"]) for d in (data, stored[name]))
+        scale = float(old.std()) or 1.0
+        difference = max(difference, float((new - old).abs().max()) / scale)
+    if difference > TOLERANCE[encoding.precision]:
+        return f"differs by {difference:.2g} std when encoded again", difference
+    return None, difference
+
+
+def _choose(folder: LatentFolder, shards: list[int], count: int, seed: int) -> dict[int, list[int]]:
+    """Shard -> positions in it, of `count` rows drawn from all of them."""
+    counts = [(folder.record(shard) or {"rows": 0})["rows"] for shard in shards]
+    total = sum(counts)
+    places = np.random.default_rng(seed).choice(total, size=min(count, total), replace=False) if total else []
+    ends = np.cumsum(counts)
+    wanted: dict[int, list[int]] = defaultdict(list)
+    for place in sorted(int(p) for p in places):
+        number = int(np.searchsorted(ends, place, side="right"))
+        wanted[shards[number]].append(place - (int(ends[number]) - counts[number]))
+    return wanted
+
+
+def _stored_rows(path: Path, positions: list[int], columns: list[str]) -> dict[int, dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=["index", "sha256", "shape", *columns])
+    return {row["index"]: row for row in table.take(positions).to_pylist()}

@@ -1,0 +1,117 @@
+"""What the tests of latent data sets share: a tiny VAE, tiny photographs, and processes that can be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from sdvae import AutoencoderKL
+from sdvae.latents.config import EncodeConfig
+from sdvae.latents.encode import encode
+from sdvae.latents.rows import from_bytes
+from sdvae.latents.store import LatentFolder
+
+FORK = multiprocessing.get_context("fork")  # a process that need not import torch again
+
+
+def tiny_vae(seed: int = 0) -> AutoencoderKL:
+    """f4, 4 channels, random weights that make latents of a few units."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        norm_num_groups=4,
+    )
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(3)
+    return vae.eval()
+
+
+def draw(folder: Path, count: int, sizes: tuple[tuple[int, int], ...] = ((40, 40),), seed: int = 0) -> Path:
+    """`count` smooth pictures of their own, of `sizes` (width, height) by turns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize(sizes[i % len(sizes)], Image.Resampling.BICUBIC).save(folder / f"{i:04}.png")
+    return folder
+
+
+def options(source: Path, output: Path, vae: Path, **changes) -> EncodeConfig:
+    settings = {"resolution": 32, "batch_size": 4, "shard_rows": 5, "device": "cpu", "num_workers": 2}
+    return EncodeConfig(source=str(source), output=str(output), vae=str(vae), **{**settings, **changes})
+
+
+def rows_of(folder: Path) -> dict[str, dict]:
+    """Every row by its name, with tensors in place of bytes; fails where a name comes twice."""
+    dtype = LatentFolder(folder)
+    dtype.open()
+    rows: dict[str, dict] = {}
+    for path in sorted((folder / "data").glob("*.parquet")):
+        for row in pq.read_table(path).to_pylist():
+            assert row["name"] not in rows, f"{row['name']} is there twice"
+            values = {k: from_bytes(v, dtype.dtype, row["shape"]) for k, v in row.items() if isinstance(v, bytes)}
+            rows[row["name"]] = {**row, **values}
+    return rows
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, but for the lock."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+def in_process(function: Callable[[], None]) -> multiprocessing.Process:
+    """Start `function` in a process of its own, silently."""
+
+    def run() -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        function()
+
+    process = FORK.Process(target=run)
+    process.start()
+    return process
+
+
+def encode_in_process(config: EncodeConfig) -> multiprocessing.Process:
+    return in_process(lambda: encode(config) and None)
+
+
+def killed_at(boundary: int, config: EncodeConfig) -> bool:
+    """Encode in a process that SIGKILLs itself before its `boundary`-th file operation. False if there are fewer."""
+
+    def run() -> None:
+        count = 0
+
+        def counting(real):
+            def call(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count == boundary:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **kwargs)
+
+            return call
+
+        os.replace, os.fsync = counting(os.replace), counting(os.fsync)
+        Path.write_text, Path.unlink = counting(Path.write_text), counting(Path.unlink)
+        encode(config)
+
+    process = in_process(run)
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0

@@ -1,0 +1,202 @@
+"""Reading latents back for training: which rows, how they are drawn, and in what scale."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from sdvae import InputError, LatentDataset, save_vae
+from sdvae.data import SampleKey
+from sdvae.latents import dataset as dataset_module
+from sdvae.latents.dataset import LatentBatches
+from sdvae.latents.encode import encode
+from sdvae.latents.scaling import LatentScaling, scaling_of
+from tests.latents_tools import draw, options, rows_of, tiny_vae
+
+SIZES = ((40, 40), (60, 36), (36, 60))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """29 rows in shards of 5, in three sizes, with mirror images and labels."""
+    root = tmp_path_factory.mktemp("latents")
+    vae = tiny_vae()
+    vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
+    save_vae(vae, root / "vae")
+    for kind in ("cats", "dogs"):
+        draw(root / "photos" / kind, 14 + (kind == "dogs"), sizes=SIZES, seed=len(kind))
+    buckets = {"buckets": "area", "bucket_step": 8, "max_aspect": 1.7, "mirror": True, "dtype": "fp32"}
+    encode(options(root / "photos", root / "out", root / "vae", **buckets))
+    return root / "out"
+
+
+def test_a_row_has_what_was_encoded_scaled_as_pipelines_do(folder):
+    rows = list(rows_of(folder).values())
+    latents = LatentDataset(folder, sample=False, mirror=0)
+    assert len(latents) == len(rows) == 29
+    for place, wanted in enumerate(rows):
+        row = latents[place]
+        assert torch.allclose(row["latents"], (wanted["mean"] - 0.25) * 0.5)
+        assert {name: row[name] for name in ("index", "name", "label", "original_size", "target_size")} == {
+            name: wanted[name] for name in ("index", "name", "label", "original_size", "target_size")
+        }
+        assert torch.allclose(latents.scaling.denormalize(row["latents"]), wanted["mean"], atol=1e-6)
+    assert torch.equal(latents[-1]["latents"], latents[28]["latents"])
+    with pytest.raises(IndexError):
+        latents[29]
+
+
+def test_mirrored_rows_are_the_latents_of_the_mirror_images(folder):
+    rows = list(rows_of(folder).values())
+    latents = LatentDataset(folder, sample=False, mirror=1, scaling="none")
+    for place, wanted in enumerate(rows):
+        assert latents[place]["mirrored"]
+        assert torch.equal(latents[place]["latents"], wanted["mean_mirrored"])
+    coins = Counter(LatentDataset(folder)[SampleKey(epoch, 3)]["mirrored"] for epoch in range(400))
+    assert 150 < coins[True] < 250
+
+
+def test_samples_are_fresh_and_have_the_posteriors_mean_and_variance(folder):
+    wanted = next(iter(rows_of(folder).values()))
+    latents = LatentDataset(folder, mirror=0, scaling="none")
+    assert not torch.equal(latents[0]["latents"], latents[0]["latents"]), "a frozen draw"
+    draws = torch.stack([latents[SampleKey(epoch, 0)]["latents"] for epoch in range(600)])
+    std = (0.5 * wanted["logvar"]).exp()
+    z_mean = (draws.mean(0) - wanted["mean"]) / (std / 600**0.5)
+    assert float(z_mean.abs().max()) < 4.5
+    assert float((draws.std(0) / std - 1).abs().max()) < 0.16  # of 600, a std has 3 % of error
+
+
+def test_a_sample_key_decides_the_draw_and_the_seed_changes_it(folder):
+    key = SampleKey(2, 7)
+    one, same, other = (LatentDataset(folder, seed=seed)[key]["latents"] for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, LatentDataset(folder)[SampleKey(3, 7)]["latents"])
+
+
+@pytest.mark.parametrize(("scaling", "mean", "std"), [("measured", False, False), ("channels", True, True)])
+def test_measured_scalings_bring_the_latents_to_mean_zero_and_std_one(folder, scaling, mean, std):
+    latents = LatentDataset(folder, scaling=scaling, mirror=0)
+    values = torch.cat([latents[SampleKey(0, i)]["latents"].flatten(1) for i in range(len(latents))], dim=1)  # (C, all)
+    assert float(values.mean()) == pytest.approx(0, abs=0.02)
+    assert float(values.std()) == pytest.approx(1, abs=0.02)
+    assert bool((values.mean(1).abs() < 0.05).all()) is mean
+    assert bool(((values.std(1) - 1).abs() < 0.05).all()) is std
+
+
+def test_sdxls_per_channel_factors_are_undone_as_its_pipeline_does():
+    import inspect
+
+    config = {"scaling_factor": 0.5, "latents_mean": [1.0, 2, 3, 4], "latents_std": [2.0, 4, 6, 8]}
+    z = torch.randn(2, 4, 3, 3)
+    scaling = scaling_of(config)
+    mean, std = (torch.tensor(config[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+    seen = scaling.normalize(z)
+    assert torch.allclose(seen * std / 0.5 + mean, z, atol=1e-5)
+    assert "latents * latents_std / self.vae.config.scaling_factor + latents_mean" in inspect.getsource(
+        StableDiffusionXLPipeline.__call__
+    )
+    assert torch.allclose(scaling.denormalize(seen), z, atol=1e-5)
+    plain = LatentScaling(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    assert torch.equal(plain.normalize(z), z)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_epoch_without_dropping_has_every_row_once_whatever_the_number_of_processes(folder, world_size):
+    latents = LatentDataset(folder)
+    seen: list[int] = []
+    for rank in range(world_size):
+        batches = LatentBatches(latents, 4, drop_last=False, rank=rank, world_size=world_size)
+        keys = list(batches)
+        assert len(keys) == len(batches)
+        seen += [key.index for batch in keys for key in batch]
+    assert sorted(seen) == list(range(29))
+
+
+def test_a_batch_has_one_size_and_the_order_depends_on_seed_and_epoch_only(folder, monkeypatch):
+    monkeypatch.setattr(dataset_module, "WINDOW", 2)  # of six row groups: batches must run across windows
+    latents = LatentDataset(folder)
+    sizes = latents.target_sizes()
+    one = list(LatentBatches(latents, 3, world_size=1, rank=0))
+    assert len(one) == sum(n // 3 for n in Counter(map(tuple, sizes.tolist())).values())
+    for batch in one:
+        assert len({tuple(sizes[key.index]) for key in batch}) == 1
+    shares = [list(LatentBatches(latents, 3, rank=rank, world_size=2)) for rank in range(2)]
+    assert len(shares[0]) == len(shares[1])
+    together = [batch for pair in zip(*shares, strict=True) for batch in pair]
+    assert together == one[: len(together)]
+    assert list(LatentBatches(latents, 3)) == one
+    assert [[k.index for k in b] for b in LatentBatches(latents, 3, epoch=1)] != [[k.index for k in b] for b in one]
+    assert list(LatentBatches(latents, 3, rank=0, world_size=1, start=2)) == one[2:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_gives_the_same_batches_with_any_number_of_workers(folder, num_workers):
+    latents = LatentDataset(folder)
+    wanted = [[latents[key] for key in batch] for batch in LatentBatches(latents, 4)]
+    batches = list(latents.loader(4, num_workers=num_workers))
+    assert len(batches) == len(wanted)
+    for batch, rows in zip(batches, wanted, strict=True):
+        assert torch.equal(batch["latents"], torch.stack([row["latents"] for row in rows]))
+        assert batch["label"].tolist() == [row["label"] for row in rows]
+        assert batch["name"] == [row["name"] for row in rows]
+        assert batch["original_size"].tolist() == [row["original_size"] for row in rows]
+
+
+def test_rank_and_world_size_come_from_the_launcher(folder, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    latents = LatentDataset(folder)
+    assert list(LatentBatches(latents, 3)) == list(LatentBatches(latents, 3, rank=1, world_size=2))
+
+
+def test_a_pickled_dataset_reads_the_same(folder):
+    latents = LatentDataset(folder)
+    latents[4]
+    again = pickle.loads(pickle.dumps(latents))
+    assert torch.equal(again[SampleKey(0, 4)]["latents"], latents[SampleKey(0, 4)]["latents"])
+
+
+def test_memory_holds_no_more_row_groups_than_a_window(folder, monkeypatch):
+    monkeypatch.setattr(dataset_module, "WINDOW", 2)
+    latents = LatentDataset(folder)
+    for place in range(len(latents)):
+        latents[place]
+    assert len(latents._reader._groups) <= 2
+    assert len(latents._reader._files) <= 2
+
+
+def test_two_lines_with_datasets_alone_give_the_same_values(folder, tmp_path):
+    rows = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path))
+    mean = np.frombuffer(rows[3]["mean"], np.float32).reshape(rows[3]["shape"])
+    assert torch.equal(
+        torch.from_numpy(mean.copy()), LatentDataset(folder, sample=False, mirror=0, scaling="none")[3]["latents"]
+    )
+
+
+def test_what_cannot_be_read_is_refused(folder, tmp_path):
+    with pytest.raises(InputError, match=r"holds no manifest\.json"):
+        LatentDataset(tmp_path)
+    with pytest.raises(InputError, match="need vae, measured, channels or none"):
+        LatentDataset(folder, scaling="vea")
+    with pytest.raises(InputError, match="need a probability"):
+        LatentDataset(folder, mirror=1.5)
+    with pytest.raises(InputError, match="29 rows make less than 1 batches of 30"):
+        LatentDataset(folder).loader(30)
+    shutil.copytree(folder, tmp_path / "begun")
+    manifest = (tmp_path / "begun" / "manifest.json").read_text()
+    (tmp_path / "begun" / "manifest.json").write_text(manifest.replace('"complete": true', '"complete": false'))
+    with pytest.raises(InputError, match="is not complete; run `sdvae encode`"):
+        LatentDataset(tmp_path / "begun")
+    (tmp_path / "begun" / "manifest.json").write_text(manifest.replace('"version": 1', '"version": 2'))
+    with pytest.raises(InputError, match="version 2; need"):
+        LatentDataset(tmp_path / "begun")
