@@ -1,0 +1,228 @@
+"""Photographs -> latents -> a diffusion model -> new pictures, offline, on one CPU core.
+
+    python scripts/latent_diffusion.py [--output runs/latent_diffusion] [--vae SOURCE] [--steps N]
+
+Cuts a few thousand crops out of the photographs in scikit-image's wheel, a folder for each class; encodes them as
+`sdvae encode` does; trains a small class-conditional UNet on `LatentDataset`; and samples it through a diffusers
+pipeline that decodes with the VAE. `samples.png` shows each class: crops as the VAE decodes them, beside new pictures.
+`pipeline/` is what `DiTPipeline.from_pretrained` loads, without this package. About 20 minutes of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiTPipeline, UNet2DModel
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from sdvae import AutoencoderKL, InputError, load_vae
+from sdvae.data import open_source, read_image, to_image
+from sdvae.latents.config import EncodeConfig
+from sdvae.latents.dataset import LatentDataset
+from sdvae.latents.encode import encode
+from sdvae.weights.files import replacing
+
+SIDE = 128  # pixels of a crop after resizing
+# Class: photograph, side of its crops, margins that no crop touches, in pixels. `encode` numbers folders in this order.
+CLASSES: dict[str, tuple[str, int, int | tuple[int, ...]]] = {
+    "brick": ("brick", 128, 0),
+    "coins": ("coins", 128, 0),
+    "galaxies": ("hubble_deep_field", 128, 0),
+    "gravel": ("gravel", 128, 0),
+    "retina": ("retina", 256, (206, 206, 205, 205)),  # the picture is round
+    "tissue": ("ihc", 192, 0),
+}
+NO_CLASS = 1000  # the label that DiTPipeline gives to the unconditional half of guidance
+GUIDANCE = 1.5  # v = v(no class) + GUIDANCE (v(class) - v(no class))
+DROP_LABEL = 0.1  # probability of NO_CLASS in training; Ho & Salimans 2022, «Classifier-free guidance», section 4
+WARM_UP, LOG_EVERY = 100, 100  # steps
+SHOWN_CROPS, SHOWN_SAMPLES = 3, 5  # in a row of the grid
+GAP, CAPTION = 4, 24  # pixels
+
+
+def cut_crops(folder: Path, count: int, seed: int = 0) -> None:
+    """Write `count` random crops of each class as folder/CLASS/0000.png, …"""
+    generator = np.random.default_rng(seed)
+    source = open_source("skimage")
+    names = [source.name(i) for i in range(len(source))]
+    with replacing(folder) as temporary:
+        for label, (name, side, margin) in CLASSES.items():
+            photograph = ImageOps.crop(read_image(source.read(names.index(name))), margin)
+            (temporary / label).mkdir(parents=True)
+            for i in range(count):
+                left = int(generator.integers(photograph.width - side + 1))
+                top = int(generator.integers(photograph.height - side + 1))
+                crop = photograph.crop((left, top, left + side, top + side))
+                crop.resize((SIDE, SIDE), Image.Resampling.LANCZOS).save(temporary / label / f"{i:04}.png")
+
+
+def new_denoiser(latent_channels: int, latent_side: int, widths: Sequence[int] = (48, 96, 128)) -> UNet2DModel:
+    """A UNet with attention at its coarsest level: v(z_t, t, class), (B, C, h, w) -> (B, C, h, w)."""
+    plain = len(widths) - 1
+    return UNet2DModel(
+        sample_size=latent_side,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        layers_per_block=1,
+        block_out_channels=tuple(widths),
+        down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
+        attention_head_dim=min(32, widths[-1]),
+        norm_num_groups=min(16, widths[0]),
+        num_class_embeds=NO_CLASS + 1,
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """z_t = sqrt(ᾱ_t) z + sqrt(1 - ᾱ_t) ε, t = 0 … 999, with the cosine ᾱ of Nichol & Dhariwal 2021, equation 17.
+
+    The model predicts v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) z (Salimans & Ho 2022, appendix D), which tells something at
+    the highest noise too. Sampling is DDIM (Song et al. 2021), from the last t downwards (Lin et al. 2024, 3.3).
+    """
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+def batches(dataset: LatentDataset, batch_size: int) -> Iterator[dict]:
+    """Epoch after epoch; each has its own order, mirrors and samples of the posteriors."""
+    for epoch in itertools.count():
+        yield from dataset.loader(batch_size, epoch=epoch)
+
+
+def denoising_loss(model: UNet2DModel, scheduler: DDIMScheduler, z: Tensor, labels: Tensor) -> Tensor:
+    """E |v - v_θ(z_t, t, class)|² with t uniform: Ho et al. 2020, equation 14, with v in the place of ε.
+
+    Args: z: (B, C, h, w), scaled latents; labels: (B,), of which some are dropped.
+    """
+    t = torch.randint(scheduler.config.num_train_timesteps, labels.shape)
+    noise = torch.randn_like(z)
+    labels = labels.masked_fill(torch.rand(labels.shape) < DROP_LABEL, NO_CLASS)
+    predicted = model(scheduler.add_noise(z, noise, t), timestep=t, class_labels=labels).sample
+    return F.mse_loss(predicted, scheduler.get_velocity(z, noise, t))
+
+
+def train(
+    model: UNet2DModel,
+    scheduler: DDIMScheduler,
+    dataset: LatentDataset,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float = 1e-3,
+) -> list[float]:
+    """AdamW, a linear warm-up, then a cosine to zero. Returns the loss of each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARM_UP, total_iters=WARM_UP)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.ChainedScheduler([warm_up, cosine])
+    losses: list[float] = []
+    start = time.perf_counter()
+    model.train()
+    for step, batch in enumerate(itertools.islice(batches(dataset, batch_size), steps), 1):
+        loss = denoising_loss(model, scheduler, batch["latents"], batch["label"])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if step % LOG_EVERY == 0 or step == steps:
+            mean, seconds = np.mean(losses[-LOG_EVERY:]), time.perf_counter() - start
+            print(f"step {step}/{steps}  loss {mean:.4f}  {seconds:.0f} s", flush=True)
+    model.eval()
+    return losses
+
+
+@torch.inference_mode()
+def decoded_crops(dataset: LatentDataset, vae: AutoencoderKL, count: int) -> list[list[Image.Image]]:
+    """For each class `count` of its crops, from the data set back through the decoder."""
+    rows: list[list[Image.Image]] = [[] for _ in CLASSES]
+    for i in np.random.default_rng(0).permutation(len(dataset)):
+        row = dataset[int(i)]
+        if len(rows[row["label"]]) < count:
+            z = dataset.scaling.denormalize(row["latents"])[None]
+            rows[row["label"]].append(to_image(vae.decode(z).sample[0]))
+    return rows
+
+
+def draw(pipe: DiTPipeline, count: int, *, sampling_steps: int, seed: int) -> list[list[Image.Image]]:
+    """For each class `count` new pictures."""
+    labels = [label for label in range(len(CLASSES)) for _ in range(count)]
+    generator = torch.Generator().manual_seed(seed)
+    images = pipe(labels, guidance_scale=GUIDANCE, num_inference_steps=sampling_steps, generator=generator).images
+    return [images[label * count : (label + 1) * count] for label in range(len(CLASSES))]
+
+
+def grid(crops: list[list[Image.Image]], samples: list[list[Image.Image]]) -> Image.Image:
+    """A row a class: crops as the VAE decodes them | new pictures."""
+    tops = [CAPTION + row * (SIDE + GAP) for row in range(len(crops))]
+    lefts = [column * (SIDE + GAP) for column in range(len(crops[0]) + len(samples[0]))]
+    lefts[len(crops[0]) :] = [left + 2 * GAP for left in lefts[len(crops[0]) :]]
+    picture = Image.new("RGB", (lefts[-1] + SIDE, tops[-1] + SIDE), "white")
+    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(size=14)
+    captions = {lefts[0]: "crops, decoded by the VAE", lefts[len(crops[0])]: "drawn by the diffusion model"}
+    for left, caption in captions.items():
+        canvas.text((left, CAPTION / 2), caption, fill="black", font=font, anchor="lm")
+    for top, of_class in zip(tops, zip(crops, samples, strict=True), strict=True):
+        for left, tile in zip(lefts, itertools.chain(*of_class), strict=True):
+            picture.paste(tile, (left, top))
+    return picture
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/latent_diffusion"))
+    parser.add_argument("--vae", help="whatever load_vae takes; by default the VAE inside this package")
+    parser.add_argument("--crops", type=int, default=400, help="of each class")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--widths", type=int, nargs="+", default=[48, 96, 128], help="channels of the UNet's levels")
+    parser.add_argument("--sampling_steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+
+    vae = load_vae(arguments.vae)
+    if vae.config.shift_factor or vae.config.latents_mean:
+        raise InputError("got a VAE with a shift; need one without: DiTPipeline only divides by scaling_factor")
+
+    crops, latents = arguments.output / "crops", arguments.output / "latents"
+    cut_crops(crops, arguments.crops)
+    encode(EncodeConfig(source=str(crops), output=str(latents), vae=arguments.vae, resolution=SIDE, mirror=True))
+    dataset = LatentDataset(latents, seed=arguments.seed)
+    print(f"{len(dataset)} latents of {tuple(dataset[0]['latents'].shape)}")
+
+    torch.manual_seed(arguments.seed)
+    channels, side = vae.config.latent_channels, SIDE // vae.spatial_compression_ratio
+    model, scheduler = new_denoiser(channels, side, arguments.widths), new_scheduler()
+    print(f"a denoiser of {model.num_parameters() / 1e6:.2f} M parameters")
+    train(model, scheduler, dataset, steps=arguments.steps, batch_size=arguments.batch_size)
+
+    # DiTPipeline is diffusers' class-conditional one; of its «transformer» it needs no more than a UNet2DModel has.
+    pipe = DiTPipeline(transformer=model, vae=vae.float(), scheduler=scheduler)
+    samples = draw(pipe, SHOWN_SAMPLES, sampling_steps=arguments.sampling_steps, seed=arguments.seed)
+    grid(decoded_crops(dataset, vae, SHOWN_CROPS), samples).save(arguments.output / "samples.png")
+    pipe.vae = vae.to_diffusers()  # so that the folder loads where sdvae is not installed
+    pipe.save_pretrained(arguments.output / "pipeline")
+    print(f"{arguments.output / 'samples.png'} and {arguments.output / 'pipeline'}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"latent_diffusion: {error}", file=sys.stderr)
+        sys.exit(2)
