@@ -92,6 +92,7 @@ class MomentEncoder:
         nn.Module.to(copied, dtype)  # diffusers' own wants to speak of it
         if device.type == "cpu" and dtype == torch.float32 and speed_up_pays(copied):
             speed_up(copied)
+            copied.enable_slicing()  # these kernels take one image at a time
         else:
             nn.Module.to(copied, memory_format=torch.channels_last)
         return copied.eval()

@@ -56,22 +56,22 @@ class DiagonalGaussian:
 
         ½ (mean² + var - 1 - log var) (Kingma & Welling 2014, appendix B).
         """
-        mean, logvar = _at_least_fp32(self.mean), _at_least_fp32(self.logvar)
+        mean, logvar = at_least_fp32(self.mean), at_least_fp32(self.logvar)
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
 
     def kl(self, other: DiagonalGaussian | None = None) -> Tensor:
         """KL(q || other), by default against N(0, I), summed over each image's latents, in nats: (B,)."""
         if other is None:
             return self.kl_map().sum(dim=(1, 2, 3))
-        mean, logvar = _at_least_fp32(self.mean), _at_least_fp32(self.logvar)
-        other_mean, other_logvar = _at_least_fp32(other.mean), _at_least_fp32(other.logvar)
+        mean, logvar = at_least_fp32(self.mean), at_least_fp32(self.logvar)
+        other_mean, other_logvar = at_least_fp32(other.mean), at_least_fp32(other.logvar)
         difference = (mean - other_mean).square() / other_logvar.exp()
         return 0.5 * (difference + (logvar - other_logvar).exp() - 1.0 - logvar + other_logvar).sum(dim=(1, 2, 3))
 
     def nll(self, sample: Tensor, dims: tuple[int, ...] = (1, 2, 3)) -> Tensor:
         """-log q(sample), summed over `dims`, in nats: (B,) by default."""
-        mean, logvar = _at_least_fp32(self.mean), _at_least_fp32(self.logvar)
-        squared = (_at_least_fp32(sample) - mean).square() / logvar.exp()
+        mean, logvar = at_least_fp32(self.mean), at_least_fp32(self.logvar)
+        squared = (at_least_fp32(sample) - mean).square() / logvar.exp()
         return 0.5 * (math.log(2.0 * math.pi) + logvar + squared).sum(dim=dims)
 
 
@@ -84,5 +84,5 @@ pytree.register_pytree_node(
 )
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

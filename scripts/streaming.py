@@ -1,0 +1,168 @@
+"""Peak memory, time and error of decoding at large sizes: strips, whole image, and diffusers' class, whole and tiled.
+
+    python scripts/streaming.py                                  # SD's 83.65 M parameters at 512² and 1024²
+    python scripts/streaming.py --vae "" --sizes 1024 2048       # the packaged VAE
+
+Each measurement runs in a process of its own, one after the other. Memory is the most that was resident (CPU) or
+allocated (CUDA) during the pass, above what was with the weights loaded. The error is the greatest difference to the
+whole image by this package's class, in units of its standard deviation. Latents are a photograph's (scikit-image's
+retina, enlarged where the size asks for it); with --config the weights are random and so are the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdvae import AutoencoderKL, load_vae
+from sdvae.cli import parse_train_config
+from sdvae.data import open_source, read_image, to_tensor
+from sdvae.training.build import build_vae
+
+SIDES = ("whole image", "strips", "diffusers, whole", "diffusers, tiled")
+
+
+def resident_bytes(most: bool = False) -> int:
+    """Of this process, now or at most since `forget_most`."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
+    key = "VmHWM:" if most else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def forget_most() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def build(arguments: argparse.Namespace) -> AutoencoderKL:
+    if arguments.vae is not None:
+        return load_vae(arguments.vae or None, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = parse_train_config(["--config", arguments.config, "--model.initialisation=torch"])
+    return build_vae(config.model).eval()
+
+
+@torch.inference_mode()
+def photograph_latents(vae: AutoencoderKL, side: int) -> torch.Tensor:
+    source = open_source("skimage")
+    names = [source.name(i) for i in range(len(source))]
+    x = to_tensor(read_image(source.read(names.index("retina"))).resize((side, side)))[None]
+    vae.enable_tiling()
+    z = vae.encode(x).latent_dist.mode()
+    vae.disable_tiling()
+    return z
+
+
+@torch.inference_mode()
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run in a process of its own. Writes or reads the reference image in `folder`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae: Any = build(arguments)
+    z = load_file(folder / f"{arguments.side}.safetensors")["z"].to(device)
+    if arguments.measure.startswith("diffusers"):
+        vae = vae.to_diffusers()
+    vae = vae.to(device)
+    vae.decode(z[:, :, :8, :8])  # warm-up
+    if arguments.measure in ("strips", "diffusers, tiled"):
+        vae.enable_tiling()
+    before = resident_bytes()
+    forget_most()
+    start = time.perf_counter()
+    image = vae.decode(z).sample
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    found = {"seconds": seconds, "bytes": resident_bytes(most=True) - before}
+    reference = folder / f"{arguments.side}-image.safetensors"
+    if arguments.measure == SIDES[0]:
+        save_file({"image": image.cpu().contiguous()}, reference)
+    if reference.is_file():
+        wanted = load_file(reference)["image"]
+        found["error"] = float((image.cpu() - wanted).abs().max() / wanted.std())
+    return found
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Memory and time against the side of the image."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name in SIDES:
+        mine = [row for row in rows if row["name"] == name]
+        sides = [row["side"] for row in mine]
+        axes[0].plot(sides, [row["bytes"] / 2**30 for row in mine], "o-", label=name)
+        axes[1].plot(sides, [row["seconds"] for row in mine], "o-", label=name)
+    for axis, label in zip(axes, ("peak memory above the weights, GiB", "seconds"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="side of the image, pixels", ylabel=label)
+        sides = sorted({row["side"] for row in rows})
+        axis.set_xticks(sides, [str(side) for side in sides])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/sd_f8c4.yaml", help="recipe whose model is measured")
+    parser.add_argument("--vae", default=None, help="trained VAE to take instead; an empty string: the packaged one")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], help="sides of the image in pixels")
+    parser.add_argument("--plot", default=None, help="PNG to draw the figures into")
+    parser.add_argument("--skip", nargs="*", default=[], help="«NAME@SIZE» of measurements that would not fit")
+    parser.add_argument("--measure", choices=SIDES, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure is not None:
+        print(json.dumps(measure(arguments, Path(arguments.folder))))
+        return
+    vae = build(arguments)
+    parameters = sum(p.numel() for p in vae.parameters()) / 1e6
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    print(f"decode, {parameters:.2f} M parameters, fp32, {where}, torch {torch.__version__}, {platform.machine()}\n")
+    print("| | side | peak memory, GiB | seconds | error |\n|---|---|---|---|---|")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for side in arguments.sizes:
+            z = photograph_latents(vae, side) if arguments.vae is not None else None
+            if z is None:
+                f, generator = vae.spatial_compression_ratio, torch.Generator().manual_seed(0)
+                z = torch.randn(1, vae.config.latent_channels, side // f, side // f, generator=generator)
+            save_file({"z": z.contiguous()}, Path(folder) / f"{side}.safetensors")
+            for name in SIDES:
+                if f"{name}@{side}" in arguments.skip:
+                    continue
+                command = [sys.executable, __file__, *sys.argv[1:], "--measure", name, "--side", str(side)]
+                finished = subprocess.run(
+                    [*command, "--folder", folder], capture_output=True, text=True, env=os.environ, check=False
+                )
+                if finished.returncode != 0:
+                    print(f"| {name} | {side} | failed: {finished.stderr.strip().splitlines()[-1]} | | |", flush=True)
+                    continue
+                row = {"name": name, "side": side, **json.loads(finished.stdout.splitlines()[-1])}
+                rows.append(row)
+                error = f"{row['error']:.1e}" if "error" in row else ""
+                print(f"| {name} | {side} | {row['bytes'] / 2**30:.2f} | {row['seconds']:.1f} | {error} |", flush=True)
+    if arguments.plot is not None:
+        draw(rows, Path(arguments.plot))
+
+
+if __name__ == "__main__":
+    main()
