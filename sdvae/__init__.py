@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sdvae.latents.dataset import LatentDataset
     from sdvae.latents.encode import encode
     from sdvae.model import AutoencoderKL, DiagonalGaussian, crop_to, pad_to_multiple
+    from sdvae.model.fast import speed_up
     from sdvae.training.config import TrainConfig
     from sdvae.training.loop import train
     from sdvae.weights import export_targets, load_vae, save_ldm, save_vae
@@ -32,6 +33,7 @@ _HOMES = {
     "pad_to_multiple": "sdvae.model",
     "save_ldm": "sdvae.weights",
     "save_vae": "sdvae.weights",
+    "speed_up": "sdvae.model.fast",
     "train": "sdvae.training.loop",
 }
 
@@ -40,6 +42,7 @@ __all__ = [  # noqa: RUF022 - the order of a table of contents
     "DiagonalGaussian",
     "pad_to_multiple",
     "crop_to",
+    "speed_up",
     "load_vae",
     "save_vae",
     "save_ldm",

@@ -136,6 +136,31 @@ def export(argv: Sequence[str]) -> None:
         print(f"  {program:10} {'loads it' if reason is None else 'will not load it: ' + reason}")
 
 
+@command("fp16 without overflow: audit VAE, or fix VAE OUT [--images DATA] …")
+def fp16(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="sdvae fp16", exit_on_error=False)
+    parser.add_argument("action", choices=["audit", "fix"], help="say each layer's largest value; or rescale the VAE")
+    parser.add_argument("vae", type=str, help="whatever `sdvae export` takes as SOURCE")
+    parser.add_argument("target", type=str, nargs="?", default=None, help="of fix: a folder for diffusers")
+    parser.add_argument("--subfolder", type=str, default=None, help="folder inside the source that holds the VAE")
+    parser.add_argument("--images", type=str, default="skimage", help="photographs; whatever data.source takes")
+    parser.add_argument("--count", type=int, default=8, help="of photographs")
+    parser.add_argument("--resolution", type=int, default=512, help="pixels a side of the square that is cropped")
+    parser.add_argument(
+        "--layers", type=int, default=12, help="of audit: so many layers, those with the largest values"
+    )
+    arguments = _parse(parser, argv)
+    if (arguments.action == "fix") != (arguments.target is not None):
+        raise InputError(f"got fp16 {arguments.action} with target {arguments.target}; need one for fix and none else")
+    from sdvae.half import audit_vae, fix_vae
+
+    images = (arguments.images, arguments.count, arguments.resolution)
+    if arguments.action == "audit":
+        audit_vae(arguments.vae, arguments.subfolder, *images, layers=arguments.layers)
+    else:
+        fix_vae(arguments.vae, arguments.subfolder, Path(arguments.target), *images)
+
+
 @command("encode and decode photographs: FILE … [--vae SOURCE] [--output FOLDER]; works right after the install")
 def reconstruct(argv: Sequence[str]) -> None:
     parser = ArgumentParser(prog="sdvae reconstruct", exit_on_error=False)
