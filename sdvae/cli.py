@@ -122,11 +122,12 @@ def export(argv: Sequence[str]) -> None:
         raise InputError(f"got target {arguments.target}; need FILE.safetensors or a folder: pickles are not written")
     vae = load_vae(arguments.source, subfolder=arguments.subfolder, config=arguments.config, dtype=dtype)
     if arguments.latents is not None:
+        from sdvae.latents.encoder import encoder_sha256
         from sdvae.latents.store import LatentFolder
 
-        factors = LatentFolder(arguments.latents).factors(vae.config)
+        factors = LatentFolder(arguments.latents).factors(vae.config, encoder_sha256(vae))
         vae.register_to_config(**factors)
-        print(", ".join(f"{key} {value:.6g}" for key, value in factors.items()))
+        print(", ".join(f"{key} {value}" for key, value in factors.items()))
     if arguments.target.endswith(".safetensors"):
         save_ldm(vae, arguments.target)
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import hashlib
 import io
 import json
 import os
@@ -21,9 +23,11 @@ from PIL import Image
 
 from sdvae import InputError, load_vae, save_vae
 from sdvae.cli import main
-from sdvae.data import center_crop, read_image, to_tensor
+from sdvae.data import ImageError, ImageStream, center_crop, read_image, to_tensor
 from sdvae.evaluation import LatentMoments
+from sdvae.latents.dataset import LatentDataset
 from sdvae.latents.encode import Encoding, encode
+from sdvae.latents.store import LatentFolder
 from sdvae.model import DiagonalGaussian
 from tests.latents_tools import (
     content,
@@ -173,26 +177,57 @@ def test_a_stream_gives_the_rows_that_its_files_give(vae, photos, tmp_path):
         assert streamed[name]["label"] == read[name]["label"]
 
 
-def test_a_stream_of_archives_gives_the_rows_captions_and_labels_that_the_archives_give(vae, photos, tmp_path):
-    files = sorted(photos.iterdir())[:6]
-    (tmp_path / "tars").mkdir()
+def archives(folder: Path, files: list[Path]) -> Path:
+    """Two .tar of images with captions and labels."""
+    folder.mkdir()
     for part in range(2):
-        with tarfile.open(tmp_path / "tars" / f"part-{part}.tar", "w") as tar:
+        with tarfile.open(folder / f"part-{part}.tar", "w") as tar:
             for i, path in enumerate(files[3 * part : 3 * part + 3]):
                 members = {"png": path.read_bytes(), "txt": f"picture {i}".encode(), "cls": str(i).encode()}
                 for extension, data in members.items():
                     member = tarfile.TarInfo(f"{path.stem}.{extension}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-    encode(options(tmp_path / "tars", tmp_path / "stream", vae, streaming=True, shard_rows=None))
-    encode(options(tmp_path / "tars", tmp_path / "files", vae))
-    streamed, read = rows_of(tmp_path / "stream"), rows_of(tmp_path / "files")
-    assert sorted(streamed) == [path.name for path in files]
-    for name, row in read.items():
-        other = streamed[Path(name).name]
-        assert close(other["mean"], row["mean"])
-        assert (other["label"], other["caption"]) == (row["label"], row["caption"])
-        assert row["caption"] == f"picture {row['label']}"
+    return folder
+
+
+def test_archives_give_captions_and_labels_and_are_not_streamed_from_this_disk(vae, photos, tmp_path):
+    files = sorted(photos.iterdir())[:6]
+    tars = archives(tmp_path / "tars", files)
+    encode(options(tars, tmp_path / "out", vae))
+    rows = rows_of(tmp_path / "out")
+    assert [Path(name).name for name in sorted(rows)] == [path.name for path in files]
+    assert all(row["caption"] == f"picture {row['label']}" for row in rows.values())
+    with pytest.raises(InputError, match="read in place without streaming"):
+        encode(options(tars, tmp_path / "stream", vae, streaming=True, shard_rows=None))
+
+
+def test_a_webdataset_of_the_hub_streams_under_the_same_names(photos, tmp_path):
+    tars = archives(tmp_path / "tars", sorted(photos.iterdir())[:6])
+    data_files = {"train": [str(path) for path in sorted(tars.iterdir())]}
+    hub = datasets.load_dataset("webdataset", data_files=data_files, split="train", streaming=True)
+    stream = ImageStream(hub.cast_column("png", datasets.Image(decode=False)), "png")
+    assert stream.num_parts == 2
+    assert set(stream.features) == {"caption", "label"}
+    name, read, others = list(stream.part(1))[2]
+    assert (name, others) == ("0005.png", {"caption": "picture 2", "label": 2})
+    assert read() == (photos / "0005.png").read_bytes()
+
+
+def test_folders_of_one_name_are_not_taken_for_each_other_by_the_cache_of_datasets(vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for place in ("a", "b"):
+        pictures = [str(path) for path in sorted(draw(tmp_path / place / "pictures", 3, seed=ord(place)).iterdir())]
+        table = datasets.Dataset.from_dict({"image": pictures}, features=datasets.Features({"image": datasets.Image()}))
+        (tmp_path / place / "photos" / "data").mkdir(parents=True)
+        table.to_parquet(tmp_path / place / "photos" / "data" / "train-00000-of-00001.parquet")
+        card = "---\nconfigs:\n- config_name: default\n  data_files: data/train-*.parquet\n---\n"
+        (tmp_path / place / "photos" / "README.md").write_text(card)
+        encode(options(tmp_path / place / "photos", tmp_path / place / "latents", vae))
+    for place in ("a", "b"):
+        sums = {hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / place / "pictures").iterdir()}
+        read = datasets.load_dataset(str(tmp_path / place / "latents"), split="train")
+        assert set(read["sha256"][:]) == sums
 
 
 def test_a_stored_sample_is_the_posteriors_and_the_same_each_time(vae, photos, tmp_path):
@@ -267,7 +302,7 @@ def test_killed_before_any_file_operation_it_equals_a_clean_run(vae, tmp_path):
         ({"dtype": "bf16"}, "stored.dtype: fp16 -> bf16"),
         ({"mirror": True}, "stored.mirror"),
         ({"store": "sample"}, "stored.what"),
-        ({"vae": "other"}, "vae.sha256"),
+        ({"vae": "other"}, "vae.encoder_sha256"),
         ({"shard_rows": 7}, "source.shard_rows"),
         ({"source": "other"}, "source.names_sha256"),
     ],
@@ -453,12 +488,12 @@ def test_verify_sees_latents_that_another_vae_made_although_all_checksums_fit(va
 
 
 def test_verify_sees_that_an_image_was_exchanged(vae, tmp_path):
-    photos = draw(tmp_path / "photos", 6)
-    config = options(photos, tmp_path / "out", vae)
+    photos = draw(tmp_path / "photos", 70)
+    config = options(photos, tmp_path / "out", vae, shard_rows=20, verify_rows=70)
     encode(config)
-    draw(tmp_path / "others", 6, seed=1)
-    (tmp_path / "others" / "0003.png").replace(photos / "0003.png")
-    with pytest.raises(InputError, match=r"0003\.png.*another image file"):
+    draw(tmp_path / "others", 1, seed=1)
+    (tmp_path / "others" / "0000.png").replace(photos / "0011.png")  # none of the 64 that tell sources apart
+    with pytest.raises(InputError, match=r"0011\.png.*another image file"):
         encode(dataclasses.replace(config, verify=True))
 
 
@@ -497,7 +532,7 @@ def test_the_measured_factors_go_into_the_vaes_config(vae, photos, tmp_path, cap
     save_vae(load_vae(), tmp_path / "packaged")  # it has other widths
     arguments[1:3] = [str(tmp_path / "packaged"), str(tmp_path / "none")]
     assert main(arguments) == 2
-    assert "VAE of another shape" in capsys.readouterr().err
+    assert "made by another encoder" in capsys.readouterr().err
 
 
 def test_convert_is_a_command(vae, photos, tmp_path, capsys):
@@ -506,3 +541,85 @@ def test_convert_is_a_command(vae, photos, tmp_path, capsys):
     assert "wrote 5 files" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "out"), str(tmp_path / "tars"), "--to", "webdataset"]) == 2
     assert "need a new or empty folder" in capsys.readouterr().err
+
+
+def test_another_source_with_the_same_names_is_refused(vae, tmp_path):
+    config = options(draw(tmp_path / "photos", 6), tmp_path / "out", vae)
+    encode(config)
+    with pytest.raises(InputError, match="samples_sha256"):
+        encode(dataclasses.replace(config, source=str(draw(tmp_path / "others", 6, seed=1))))
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    encode(dataclasses.replace(config, source=str(tmp_path / "moved")))
+
+
+def test_a_fault_of_the_machine_is_no_bad_image(vae, tmp_path, monkeypatch):
+    config = options(draw(tmp_path / "photos", 6), tmp_path / "out", vae)
+    decode = Encoding.decode
+
+    def failing(self, row):
+        if row.index == 3:
+            raise ImageError("cannot be read") from OSError(errno.EMFILE, "Too many open files")
+        return decode(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoding, "decode", failing)
+        with pytest.raises(OSError, match="Too many open files"):
+            encode(config)
+    assert encode(config).manifest["skipped"] == 0
+
+
+def test_columns_named_as_ours_get_a_free_name(vae, tmp_path):
+    draw(tmp_path / "photos", 3)
+    columns = {name: [f"{name} {i}" for i in range(3)] for name in ("latents", "mirrored", "name", "source_name")}
+    features = {"image": datasets.Image(), **{name: datasets.Value("string") for name in columns}}
+    pictures = [str(path) for path in sorted((tmp_path / "photos").iterdir())]
+    table = datasets.Dataset.from_dict({"image": pictures, **columns}, features=datasets.Features(features))
+    table.save_to_disk(tmp_path / "saved")
+    encode(options(tmp_path / "saved", tmp_path / "out", vae))
+    row = LatentDataset(tmp_path / "out", sample=False)[1]
+    assert row["latents"].shape == (4, 8, 8)
+    assert row["mirrored"] is False
+    assert (row["source_latents"], row["source_mirrored"]) == ("latents 1", "mirrored 1")
+    assert sorted(value for key, value in row.items() if "source" in key and "name" in key) == [
+        "name 1",
+        "source_name 1",
+    ]
+
+
+def test_a_shard_without_a_good_image_reads_as_empty(vae, tmp_path):
+    photos = draw(tmp_path / "photos", 6)
+    for name in ("0002.png", "0003.png"):
+        (photos / name).write_bytes(b"no image")
+    encode(options(photos, tmp_path / "out", vae, shard_rows=2))
+    read = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert read["name"][:] == ["0000.png", "0001.png", "0004.png", "0005.png"]
+    assert [LatentDataset(tmp_path / "out")[i]["name"] for i in range(4)] == read["name"][:]
+    encode(options(photos, tmp_path / "out", vae, shard_rows=2, verify=True))
+
+
+def test_repair_finishes_a_data_set_that_was_killed_before_its_manifest(vae, photos, tmp_path):
+    config = options(photos, tmp_path / "out", vae)
+    finish, LatentFolder.finish = LatentFolder.finish, lambda self: False
+    encode(config)
+    LatentFolder.finish = finish
+    assert encode(dataclasses.replace(config, repair=True)).is_complete
+
+
+def test_verify_needs_the_list_of_what_was_skipped(vae, tmp_path):
+    photos = draw(tmp_path / "photos", 4)
+    (photos / "0002.png").write_bytes(b"no image")
+    config = options(photos, tmp_path / "out", vae)
+    encode(config)
+    wanted = content(tmp_path / "out")
+    (tmp_path / "out" / "skipped.jsonl").unlink()
+    with pytest.raises(InputError, match=r"1 skipped images, of which skipped\.jsonl names 0"):
+        encode(dataclasses.replace(config, verify=True))
+    encode(dataclasses.replace(config, repair=True))
+    assert content(tmp_path / "out") == wanted
+
+
+def test_an_output_inside_the_source_is_refused(vae, tmp_path):
+    photos = draw(tmp_path / "photos", 3)
+    with pytest.raises(InputError, match="inside the source"):
+        encode(options(photos, photos / "latents", vae))
+    assert not (photos / "latents").exists()

@@ -58,8 +58,8 @@ def write(
     vae = {"scaling_factor": factor, "latent_channels": channels, "block_out_channels": [8] * blocks}
     stored = {"what": config.store, "dtype": config.dtype, "mirror": config.mirror}
     images = {"sizes": [[64, 64], [48, 80], [80, 48]]}
-    folder.begin({"vae": {"sha256": "0", "config": vae, "precision": "fp32"}, "stored": stored, "images": images,
-                  "shards": 3}, "test")  # fmt: skip
+    made_by = {"encoder_sha256": "0", "precision": "fp32"}
+    folder.begin({"vae": made_by, "stored": stored, "images": images, "shards": 3}, "test", vae)
     generator = torch.Generator().manual_seed(0)
     features = datasets.Features({name: feature for name, (_, feature) in carried.items()})
     first = 0
@@ -67,7 +67,9 @@ def write(
         rows = []
         for i in range(first, first + count):
             shape = (channels, *SHAPES[i % 3][1:])
-            values = {name: to_bytes(torch.randn(shape, generator=generator), dtype) for name in value_columns(config)}
+            values = {
+                name: to_bytes(torch.randn(shape, generator=generator).to(dtype)) for name in value_columns(config)
+            }
             size = (shape[1] * 8, shape[2] * 8)
             rows.append(LatentRow(10 * i + shard * 2**32, names[i], f"{i:064}", shape, (heights[i], 200), (0, i), size,
                                   values))  # fmt: skip

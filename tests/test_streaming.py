@@ -51,6 +51,7 @@ def both_passes(
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """moments and image: (streamed, whole, whole in float64)."""
     monkeypatch.setattr(streaming, "STRIP_BYTES", strip_bytes)
+    monkeypatch.setattr(streaming, "STRIPS_A_MAP", 1)
     exact = copy.deepcopy(vae).double()
     exact.disable_tiling()
     vae.disable_tiling()
@@ -134,6 +135,7 @@ def test_fast_convolutions_stream_as_well(monkeypatch):
     speed_up(vae)
     x = torch.randn(1, 3, 128, 64, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(streaming, "STRIP_BYTES", 40 * 96 * 64 * 4)
+    monkeypatch.setattr(streaming, "STRIPS_A_MAP", 1)
     vae.enable_tiling()
     with torch.no_grad():
         assert error(vae.encode(x).latent_dist.parameters, plain.encode(x.double()).latent_dist.parameters) <= 2e-5
@@ -162,6 +164,7 @@ def test_maps_take_no_more_than_planned(monkeypatch):
     vae = vae_of(block_out_channels=(16, 32, 32), norm_num_groups=8)
     row = 4 * 16 * 2 * 64 * 4
     monkeypatch.setattr(streaming, "STRIP_BYTES", row)
+    monkeypatch.setattr(streaming, "STRIPS_A_MAP", 1)
     vae.enable_tiling()
     with torch.no_grad():
         vae.decode(torch.randn(1, 4, 64, 16))
@@ -233,3 +236,37 @@ def test_bad_latents_are_refused(latents, said, tiling):
         vae.enable_tiling()
     with pytest.raises(InputError, match=said), torch.no_grad():
         vae.decode(latents)
+
+
+def test_a_flag_turns_it_off_as_in_older_diffusers():
+    vae = vae_of()
+    vae.enable_tiling(True)
+    assert vae.use_tiling
+    vae.enable_tiling(False)
+    assert not vae.use_tiling
+
+
+def test_layers_with_hooks_see_whole_maps_and_what_they_keep_stays():
+    vae = vae_of()
+    vae.enable_tiling()
+    kept = {}
+    norm, conv = vae.decoder.mid_block.resnets[0].norm1, vae.decoder.mid_block.resnets[0].conv2
+    norm.register_forward_hook(lambda _, x, y: kept.update(norm=y, norm_then=y.clone()))
+    conv.register_forward_hook(lambda _, x, y: kept.update(conv=y, conv_then=y.clone()))
+    with torch.no_grad():
+        vae.decode(torch.randn(1, 4, 40, 8))
+    assert kept["norm"].shape[2] == 40
+    assert torch.equal(kept["norm"], kept["norm_then"])
+    assert torch.equal(kept["conv"], kept["conv_then"])
+
+
+def test_offloading_layer_by_layer_works_with_tiling():
+    from accelerate import cpu_offload
+
+    vae = vae_of()
+    z = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        wanted = vae.decode(z).sample
+        vae.enable_tiling()
+        cpu_offload(vae, execution_device=torch.device("cpu"))
+        assert error(vae.decode(z).sample, wanted) <= 1e-5

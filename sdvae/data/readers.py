@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +26,14 @@ IMAGE_EXTENSIONS = frozenset(
         *(".ppm", ".psd", ".qoi", ".rgb", ".rgba", ".sgi", ".tif", ".tiff", ".webp"),
     )
 )
+
+
+logger = logging.getLogger(__name__)
+
+
+def utf8(name: str) -> str:
+    """A file's name may hold bytes that are no UTF-8; JSON, Parquet and labels take none."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class ImageSource(Protocol):
@@ -73,14 +83,14 @@ class ImageStream:
 
         return datasets.Features({new: self._dataset.features[old] for old, new in self._names.items()})
 
-    def part(self, number: int) -> Iterator[tuple[str, bytes | None, dict[str, Any]]]:
-        """(name, bytes of the image or None, other columns) of each row."""
+    def part(self, number: int) -> Iterator[tuple[str, Callable[[], bytes], dict[str, Any]]]:
+        """(name, what reads the image, other columns) of each row."""
         rows = self._dataset.shard(num_shards=self.num_parts, index=number)
         for position, row in enumerate(rows):
             value = row[self._column]
             path = value.get("path") if isinstance(value, dict) else None
             others = {new: row[old] for old, new in self._names.items()}
-            yield path or f"part-{number:05d}/row-{position:08d}", _bytes_of(value), others
+            yield path or f"part-{number:05d}/row-{position:08d}", partial(_bytes_of, value), others
 
 
 class Names:
@@ -158,9 +168,7 @@ class Files:
         if self._captions is not None:
             found["caption"] = datasets.Value("string")
         if self._labels:
-            found["label"] = datasets.ClassLabel(
-                names=[os.fsencode(name).decode("utf-8", "replace") for name in self._labels]
-            )
+            found["label"] = datasets.ClassLabel(names=[utf8(name) for name in self._labels])
         return datasets.Features(found)
 
     def columns(self, indices: Sequence[int]) -> pa.Table:
@@ -173,7 +181,13 @@ class Files:
         return _table(values, self.features)
 
     def _caption(self, file: str) -> str | None:
-        return read_file(os.path.join(self._root, file)).decode("utf-8", "replace").strip() if file else None
+        if not file:
+            return None
+        try:
+            return read_file(os.path.join(self._root, file)).decode("utf-8", "replace").strip()
+        except ImageError as error:
+            logger.warning("caption %s: %s", file, error)
+            return None
 
 
 class Tars:
@@ -266,10 +280,7 @@ class Rows:
         return path or f"row-{index:08d}"
 
     def read(self, index: int) -> bytes:
-        data = _bytes_of(self._dataset[index][self._column])
-        if data is None:
-            raise ImageError("the row holds no image")
-        return data
+        return _bytes_of(self._dataset[index][self._column])
 
     @property
     def features(self) -> Features:
@@ -281,13 +292,15 @@ class Rows:
         return self._others.select(indices)[:].cast(self._others.features.arrow_schema)
 
 
-def _bytes_of(value: Any) -> bytes | None:
-    """Of a row's image: raw bytes, or bytes and a path of which one may be missing."""
+def _bytes_of(value: Any) -> bytes:
+    """Of a row's image: raw bytes, or bytes and a path of which one may be missing. Raises ImageError for none."""
     if isinstance(value, dict):
         if value.get("bytes") is None and value.get("path"):
             return read_file(value["path"])
         value = value.get("bytes")
-    return None if value is None else bytes(value)
+    if value is None:
+        raise ImageError("the row holds no image")
+    return bytes(value)
 
 
 def _table(values: dict[str, list], features: Features) -> pa.Table:

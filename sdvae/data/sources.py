@@ -77,7 +77,9 @@ def open_source(spec: str, *, split: str = "train", image_column: str | None = N
         if not files:
             raise InputError(f"no file matches {spec!r}; need at least one, check the pattern")
         root = Path(os.path.commonpath([os.path.dirname(file) for file in files]) or ".")
-        return _open_files(spec, root, [Path(file).relative_to(root).as_posix() for file in files], split, image_column)
+        names = [Path(file).relative_to(root).as_posix() for file in files]
+        captions = [text for file in names if os.path.isfile(root / (text := f"{os.path.splitext(file)[0]}.txt"))]
+        return _open_files(spec, root, names, split, image_column, others=captions)
     if _looks_like_path(spec):
         raise InputError(f"no such folder or file: {spec!r}; need an existing one, check the path")
     return _open_tables(spec, {"path": spec}, split, image_column)
@@ -134,7 +136,7 @@ def _name_hash(seed: int, name: str) -> bytes:
 def open_stream(spec: str, *, split: str = "train", image_column: str | None = None) -> ImageStream:
     """A data set of the `datasets` library that is read as it comes, from its files or the hub, without a copy.
 
-    Args: as of `open_source`; `spec` is a folder or glob of .parquet or .tar files, or the id of a data set.
+    Args: as of `open_source`; `spec` is a folder or glob of .parquet or .arrow files, or the id of a data set.
 
     Raises: InputError where it cannot be opened, or has no columns to be known before its rows.
     """
@@ -144,14 +146,14 @@ def open_stream(spec: str, *, split: str = "train", image_column: str | None = N
     if _looks_like_path(spec):
         path = Path(spec).expanduser()
         files = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(spec) else [str(path)]
-        if path.is_dir():
-            files = [str(path / file) for file in _walk(path)]
-        kinds = {kind: found for kind, found in _by_kind(files).items() if found}
-        if len(kinds) != 1 or "images" in kinds or not all(os.path.isfile(file) for file in files):
-            raise InputError(f"{spec!r} cannot be streamed; need .parquet or .tar files of one kind, or a hub id")
-        builder = "webdataset" if "tars" in kinds else os.path.splitext(files[0])[1][1:]
-        (files,) = kinds.values()
-        arguments = {"path": builder, "data_files": {split: files}}
+        kinds = {kind for kind, found in _by_kind(_walk(path) if path.is_dir() else files).items() if found}
+        if kinds != {"tables"} or not (path.is_dir() or all(os.path.isfile(file) for file in files)):
+            raise InputError(
+                f"{spec!r} cannot be streamed; need .parquet or .arrow files, or a hub id; "
+                "images and .tar on this disk are read in place without streaming"
+            )
+        builder = os.path.splitext(files[0])[1][1:]
+        arguments = _table_files(str(path), split) if path.is_dir() else {"path": builder, "data_files": {split: files}}
     try:
         dataset = datasets.load_dataset(**arguments, split=split, streaming=True)
         if dataset.features is None:
@@ -160,8 +162,9 @@ def open_stream(spec: str, *, split: str = "train", image_column: str | None = N
         reason = " ".join(str(error).split())
         raise InputError(f"data set {spec!r}, split {split!r} cannot be opened; {reason}") from error
     column = _image_column(spec, dataset.features, image_column)
-    if isinstance(dataset.features[column], datasets.Image):
-        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    for name, feature in dataset.features.items():  # what is not to be looked at is not to be decoded
+        if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
+            dataset = dataset.cast_column(name, type(feature)(decode=False))
     return ImageStream(dataset, column)
 
 
@@ -191,20 +194,27 @@ def _open_folder(folder: Path, split: str, image_column: str | None) -> ImageSou
             f"{str(folder)!r} holds {counts}; need one kind, choose by a pattern such as '{folder}/**/*.png'"
         )
     if "tables" in found:
-        return _open_tables(str(folder), {"path": str(folder)}, split, image_column)
+        return _open_tables(str(folder), _table_files(str(folder), split), split, image_column)
     if "tars" in found:
         return _open_tars(str(folder), folder, found["tars"])
     return Files(folder, found["images"], others=files)
 
 
-def _open_files(spec: str, root: Path, files: Sequence[str], split: str, image_column: str | None) -> ImageSource:
-    """Files given one by one, by their paths below `root`."""
+def _open_files(
+    spec: str,
+    root: Path,
+    files: Sequence[str],
+    split: str,
+    image_column: str | None,
+    others: Sequence[str] = (),
+) -> ImageSource:
+    """Files given one by one, by their paths below `root`; `others` may be their captions."""
     kinds = _by_kind(files)
     kind = next((kind for kind, of_kind in kinds.items() if len(of_kind) == len(files)), None)
     if kind is None:
         raise InputError(f"{spec!r} names files of unlike or unknown kinds; need images, .tar, .parquet or .arrow")
     if kind == "images":
-        return Files(root, files)
+        return Files(root, files, others=others)
     if kind == "tars":
         return _open_tars(spec, root, files)
     builders = {os.path.splitext(file)[1].lower()[1:] for file in files}
@@ -219,6 +229,23 @@ def _open_tars(spec: str, root: Path, files: Sequence[str]) -> ImageSource:
     if len(tars) == 0:
         raise InputError(f"{spec!r} holds no images; need .png, .jpg, … members in its archives")
     return tars
+
+
+def _table_files(folder: str, split: str) -> dict[str, Any]:
+    """What `load_dataset` needs for one split of a folder of tables, as its card or its file names divide them.
+
+    Given the folder alone, it would keep its copy under the folder's last name and take another folder's of that name.
+    """
+    import datasets
+
+    try:
+        splits = datasets.load_dataset_builder(folder).config.data_files
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"data set {folder!r} cannot be opened; {' '.join(str(error).split())}") from error
+    if not splits or split not in splits:
+        raise InputError(f"data set {folder!r} has no split {split!r}; need one of {sorted(map(str, splits or {}))}")
+    files = [str(file) for file in splits[split]]
+    return {"path": os.path.splitext(files[0])[1].lower()[1:], "data_files": {split: files}}
 
 
 def _open_tables(spec: str, arguments: dict[str, Any], split: str, image_column: str | None) -> ImageSource:

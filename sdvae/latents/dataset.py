@@ -136,13 +136,13 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """(first row, rows) of what is read in one piece, in the order of the rows."""
         return [(first, rows) for _, _, first, rows in self._groups]
 
-    def target_sizes(self) -> np.ndarray:
-        """(N, 2) int32: height and width of every row's image as it was encoded."""
-        sizes = self._folder.manifest["fingerprint"]["images"]["sizes"]
-        if len(sizes) == 1:
-            return np.broadcast_to(np.array(sizes, dtype=np.int32), (len(self), 2))
+    def size_numbers(self) -> np.ndarray:
+        """(N,) int: rows with the same number have images, and latents, of the same size."""
+        if len(self._folder.manifest["fingerprint"]["images"]["sizes"]) == 1:
+            return np.zeros(len(self), dtype=np.int64)
         parts = [self._reader.column(shard, "target_size") for shard in sorted({group[0] for group in self._groups})]
-        return np.concatenate(parts)
+        _, numbers = np.unique(np.concatenate(parts), axis=0, return_inverse=True)
+        return numbers.reshape(-1)
 
     def _row(self, place: int) -> dict[str, Any]:
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
@@ -188,8 +188,7 @@ class LatentBatches(Sampler[list[SampleKey]]):
                 " need batch_size >= 1, 0 <= rank < world_size, and no negative counts"
             )
         self._groups = dataset.row_groups
-        _, self._size_of = np.unique(dataset.target_sizes(), axis=0, return_inverse=True)
-        self._size_of = self._size_of.reshape(-1)
+        self._size_of = dataset.size_numbers()
         self.batch_size = batch_size
         self.seed = dataset.seed
         self.epoch = epoch
@@ -309,7 +308,7 @@ class _Reader:
 
 def _scaling(kind: str, manifest: dict[str, Any]) -> LatentScaling:
     if kind == "vae":
-        return scaling_of(manifest["fingerprint"]["vae"]["config"])
+        return scaling_of(manifest["vae_config"])
     if kind == "measured":
         factors = ("scaling_factor", "shift_factor")
         return scaling_of({key: manifest["statistics"][key] for key in factors})

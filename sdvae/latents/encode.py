@@ -16,7 +16,8 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,14 @@ from tqdm import tqdm
 
 from sdvae.data import ImageError, open_source, open_stream, read_image, sample_seed
 from sdvae.data.images import RESAMPLING
+from sdvae.data.readers import utf8
 from sdvae.errors import InputError
 from sdvae.evaluation import LatentMoments
 from sdvae.latents.buckets import Placement, Size, bucket_sizes, place
 from sdvae.latents.config import EncodeConfig
-from sdvae.latents.encoder import Encoded, MomentEncoder, choose_device, choose_precision, weights_sha256
-from sdvae.latents.rows import LatentRow, posterior_bytes, row_bytes, table_of, to_bytes, utf8
-from sdvae.latents.shards import RangeShards, Row, Shards, StreamShards, rows_per_shard
+from sdvae.latents.encoder import Encoded, MomentEncoder, choose_device, choose_precision, encoder_sha256
+from sdvae.latents.rows import LatentRow, posterior_values, row_bytes, table_of, to_bytes
+from sdvae.latents.shards import RangeShards, Row, Shards, StreamShards, raise_if_passing, rows_per_shard
 from sdvae.latents.store import DTYPES, LatentFolder
 from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.weights import load_vae
@@ -82,6 +84,7 @@ class Encoding:
         self.latent_channels = vae.config.latent_channels
         self.row_bytes = row_bytes(self.sizes, vae.spatial_compression_ratio, self.latent_channels, config)
         self.shards = self._open_source()
+        self.vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
         self.fingerprint = self._fingerprint(vae)
         self.encoder = MomentEncoder(vae, self.device, self.precision, config.mirror)
         self.folder = LatentFolder(config.output)
@@ -89,7 +92,7 @@ class Encoding:
         self._held: dict[int, Job] = {}  # shards whose lock this process has
 
     def begin(self) -> None:
-        self.folder.begin(self.fingerprint, self.config.source)
+        self.folder.begin(self.fingerprint, utf8(self.config.source), self.vae_config)
 
     def run(self) -> None:
         """Encode all shards that nobody else encodes, and finish the data set if nothing is left.
@@ -138,29 +141,32 @@ class Encoding:
         Returns: the columns of each image, and (B, 2·latent_channels, h, w) fp32, of the images themselves.
         """
         moments = encoded.moments()  # (V, B, 2C, h, w)
-        dtype = DTYPES[self.config.dtype]
-        broken = ~self._finite(moments, dtype)
-        if broken.any():
-            where = broken.nonzero().flatten()
-            moments[:, where] = self.encoder.again(encoded.pixels[where])
-            broken = ~self._finite(moments, dtype)
         values: list[dict[str, bytes] | None] = []
         for i, index in enumerate(indices):
-            columns: dict[str, bytes] = {}
-            for view, suffix in zip(moments, ("", "_mirrored"), strict=False):
-                posterior = DiagonalGaussian(view[i : i + 1])
-                if self.config.store == "moments":
-                    columns |= posterior_bytes(posterior, dtype, suffix)
-                else:
-                    seed = sample_seed(self.config.seed, 0, index, f"latents{suffix}")
-                    sample = posterior.sample(torch.Generator().manual_seed(seed))
-                    columns[f"sample{suffix}"] = to_bytes(sample, dtype)
-            values.append(None if broken[i] else columns)
+            columns = self._columns(moments[:, i], index)
+            if columns is None:
+                moments[:, i] = self.encoder.again(encoded.pixels[i : i + 1])[:, 0]
+                columns = self._columns(moments[:, i], index)
+            values.append(columns)
         return values, moments[0]
 
-    def _finite(self, moments: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B,) bool: the image and its mirror image are finite, also as they are stored."""
-        return moments.to(dtype).isfinite().all(dim=(2, 3, 4)).all(dim=0)
+    def _columns(self, moments: Tensor, index: int) -> dict[str, bytes] | None:
+        """What is stored of an image, or None where it is not finite as it is stored.
+
+        Args: moments: (V, 2·latent_channels, h, w), of the image and its mirror image.
+        """
+        dtype = DTYPES[self.config.dtype]
+        columns: dict[str, Tensor] = {}
+        for view, suffix in zip(moments, ("", "_mirrored"), strict=False):
+            posterior = DiagonalGaussian(view[None])
+            if self.config.store == "moments":
+                columns |= posterior_values(posterior, dtype, suffix)
+            else:
+                seed = sample_seed(self.config.seed, 0, index, f"latents{suffix}")
+                columns[f"sample{suffix}"] = posterior.sample(torch.Generator().manual_seed(seed)).to(dtype)
+        if not all(values.isfinite().all() for values in columns.values()):
+            return None
+        return {name: to_bytes(values) for name, values in columns.items()}
 
     def _encoded(self, decoders: ThreadPoolExecutor, bar: tqdm) -> Iterator[Job]:
         """Shards as they are encoded."""
@@ -199,7 +205,7 @@ class Encoding:
                 continue
             f = decoded.placement.target_size[0] // moments.shape[2]
             height, width = decoded.placement.target_size
-            job.sources.append(row)
+            job.sources.append(replace(row, read=bytes))  # a stream's row holds its file
             job.rows.append(
                 LatentRow(
                     index=row.index,
@@ -227,6 +233,7 @@ class Encoding:
             try:
                 decoded = future.result()
             except ImageError as error:
+                raise_if_passing(error)
                 job.skipped.append(_skipped(row, str(error)))
                 self._count(bar, 0, skipped=1)
                 continue
@@ -293,6 +300,9 @@ class Encoding:
 
     def _open_source(self) -> Shards:
         config = self.config
+        source_folder, output = Path(config.source).expanduser().resolve(), Path(config.output).expanduser().resolve()
+        if source_folder.is_dir() and (output == source_folder or source_folder in output.parents):
+            raise InputError(f"got output {config.output} inside the source {config.source}; choose another folder")
         arguments: dict[str, Any] = {"split": config.split, "image_column": config.image_column}
         if config.streaming:
             if config.shard_rows is not None:
@@ -305,9 +315,9 @@ class Encoding:
     def _fingerprint(self, vae: AutoencoderKL) -> dict[str, Any]:
         """All that decides what the rows are, but for rounding: batch size and number of threads are left out."""
         config = self.config
-        vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+        shape = {key: self.vae_config[key] for key in ("norm_num_groups", "act_fn")}  # the rest, the weights tell
         return {
-            "vae": {"sha256": weights_sha256(vae), "config": vae_config, "precision": self.precision},
+            "vae": {"encoder_sha256": encoder_sha256(vae), **shape, "precision": self.precision},
             "stored": {
                 "what": config.store,
                 "dtype": config.dtype,
@@ -339,8 +349,8 @@ def encode(config: EncodeConfig) -> LatentFolder:
 
         encoding.folder.open()
         encoding.begin()
-        broken = verify(encoding, repair=config.repair)
-        if not broken:
+        verify(encoding, repair=config.repair)
+        if not config.repair:
             return encoding.folder
     encoding.begin()
     if encoding.folder.is_complete:

@@ -98,10 +98,12 @@ class MomentEncoder:
         return copied.eval()
 
 
-def weights_sha256(vae: AutoencoderKL) -> str:
-    """Over the name, dtype, shape and bytes of every weight."""
+def encoder_sha256(vae: AutoencoderKL) -> str:
+    """Over the name, dtype, shape and bytes of every weight that latents depend on: a decoder may be tuned further."""
     digest = hashlib.sha256()
     for name, weight in sorted(vae.state_dict().items()):
+        if not name.startswith(("encoder.", "quant_conv.")):
+            continue
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -102,7 +102,7 @@ class _Source:
         self.root = folder.root
         self.dtype = folder.dtype
         self.statistics: dict[str, Any] = folder.manifest["statistics"]
-        self.vae: dict[str, Any] = folder.manifest["fingerprint"]["vae"]["config"]
+        self.vae: dict[str, Any] = folder.manifest["vae_config"]
         self.has_buckets = len(folder.manifest["fingerprint"]["images"]["sizes"]) > 1
         self.num_rows: int = folder.manifest["rows"]
         entries = [(folder.shard_path(i), entry) for i, entry in enumerate(folder.manifest["shards"]) if entry["rows"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sdvae.data.readers import utf8
 from sdvae.latents.buckets import Size
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.store import DTYPES
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 OUR_COLUMNS = ("index", "name", "sha256", "shape", "original_size", "crop_top_left", "target_size")
 VALUE_COLUMNS = ("mean", "logvar", "sample")  # each also with the ending _mirrored
+ROW_KEYS = ("latents", "mirrored")  # of a `LatentDataset`
 PREFIX = "source_"  # of a carried column whose name is one of ours
 
 
@@ -59,13 +60,13 @@ def row_bytes(sizes: Sequence[Size], compression: int, latent_channels: int, con
     return elements * DTYPES[config.dtype].itemsize * len(value_columns(config))
 
 
-def posterior_bytes(posterior: DiagonalGaussian, dtype: torch.dtype, suffix: str) -> dict[str, bytes]:
+def posterior_values(posterior: DiagonalGaussian, dtype: torch.dtype, suffix: str) -> dict[str, Tensor]:
     """The columns of one image's posterior."""
-    return {f"mean{suffix}": to_bytes(posterior.mean, dtype), f"logvar{suffix}": to_bytes(posterior.logvar, dtype)}
+    return {f"mean{suffix}": posterior.mean.to(dtype), f"logvar{suffix}": posterior.logvar.to(dtype)}
 
 
-def to_bytes(values: Tensor, dtype: torch.dtype) -> bytes:
-    return values.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+def to_bytes(values: Tensor) -> bytes:
+    return values.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def from_bytes(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
@@ -83,7 +84,7 @@ def table_of(rows: Sequence[LatentRow], others: pa.Table, others_features: Featu
     ours |= {name: [row.values[name] for row in rows] for name in value_columns(config)}
     schema = features.arrow_schema
     arrays = [pa.array(values, type=schema.field(name).type) for name, values in ours.items()]
-    carried = [others.column(name).combine_chunks() for name in others_features]
+    carried = [others.column(name) for name in others_features]
     return pa.Table.from_arrays([*arrays, *carried], schema=schema)
 
 
@@ -101,12 +102,10 @@ def _features(others: Features, config: EncodeConfig) -> Features:
         "target_size": pair,
         **{name: datasets.Value("binary") for name in value_columns(config)},
     }
-    taken = {*OUR_COLUMNS, *VALUE_COLUMNS, *(f"{name}_mirrored" for name in VALUE_COLUMNS)}
+    taken = {*OUR_COLUMNS, *VALUE_COLUMNS, *(f"{name}_mirrored" for name in VALUE_COLUMNS), *ROW_KEYS}
     for name, feature in others.items():
-        features[f"{PREFIX}{name}" if name in taken else name] = feature
+        free = name
+        while free in taken or free in features or (free != name and free in others):
+            free = f"{PREFIX}{free}"
+        features[free] = feature
     return datasets.Features(features)
-
-
-def utf8(name: str) -> str:
-    """A file's name may hold bytes that are no UTF-8; JSON and Parquet take none."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -18,13 +18,16 @@ import hashlib
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
 
+from sdvae.data.readers import utf8
 from sdvae.differences import changed_fields
 from sdvae.errors import InputError
 from sdvae.evaluation import LatentMoments
@@ -67,48 +70,45 @@ class LatentFolder:
         if finished and not self.is_complete:
             raise InputError(f"{self.root} is not complete; run `sdvae encode` with the same options again")
 
-    def factors(self, vae_config: Mapping[str, Any]) -> dict[str, float]:
-        """scaling_factor, and where the VAE has one shift_factor, as measured on the rows of this data set.
+    def factors(self, vae_config: Mapping[str, Any], encoder_sha256: str) -> dict[str, Any]:
+        """scaling_factor, and where the VAE has one shift_factor, as measured on the rows of this data set; for a VAE
+        with latents_mean and latents_std these, and scaling_factor 1.
 
         Raises: InputError when these are the latents of another VAE, or have no factors.
         """
         self.open(finished=True)
-        theirs = self.manifest["fingerprint"]["vae"]["config"]
-        if (theirs["latent_channels"], theirs["block_out_channels"]) != (
-            vae_config["latent_channels"],
-            list(vae_config["block_out_channels"]),
-        ):
-            raise InputError(f"the latents in {self.root} were made by a VAE of another shape; need those of this one")
+        if self.manifest["fingerprint"]["vae"]["encoder_sha256"] != encoder_sha256:
+            raise InputError(f"the latents in {self.root} were made by another encoder; need those of this VAE")
+        statistics = self.manifest["statistics"]
+        if vae_config["latents_mean"] is not None and vae_config["latents_std"] is not None:
+            return {"scaling_factor": 1.0, **{key: statistics[key] for key in ("latents_mean", "latents_std")}}
         names = ["scaling_factor"] + (["shift_factor"] if vae_config["shift_factor"] is not None else [])
-        measured = {name: self.manifest["statistics"][name] for name in names}
+        measured = {name: statistics[name] for name in names}
         if None in measured.values():
             raise InputError(f"the latents in {self.root} do not vary, so they have no scaling factor; encode others")
         return measured
 
-    def begin(self, fingerprint: Mapping[str, Any], source: str) -> None:
+    def begin(self, fingerprint: Mapping[str, Any], source: str, vae_config: Mapping[str, Any]) -> None:
         """Start a data set, or go on with one that was started in the same way.
 
         Args:
             fingerprint: all that decides what the rows are; JSON.
             source: what it is made from, for the reader's information.
+            vae_config: of the VAE that made them, with its factors.
 
         Raises: InputError when the folder holds other files, or latents with another fingerprint.
         """
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"{self.root} is a file; need the path of a folder")
+        self._check_ours()
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self._lock):
-            for left in self.root.glob(".*.tmp-*"):  # written under this lock, by a process that was killed
+            self._check_ours()
+            for left in self._left_by_the_killed():
                 left.unlink()
             if not self._manifest_path.is_file():
-                strangers = [path.name for path in self.root.iterdir() if path != self._lock]
-                if strangers:
-                    raise InputError(
-                        f"{self.root} holds other files ({', '.join(sorted(strangers)[:3])}) and no latents; "
-                        "need a new or empty folder; choose another"
-                    )
-                begun = {"format": FORMAT, "version": VERSION, "source": source, "fingerprint": dict(fingerprint)}
-                self._write_manifest({**begun, "complete": False})
+                begun = {"format": FORMAT, "version": VERSION, "source": source, "vae_config": dict(vae_config)}
+                self._write_manifest({**begun, "fingerprint": dict(fingerprint), "complete": False})
             self._refresh()
             changes = changed_fields(self.manifest["fingerprint"], json.loads(json.dumps(fingerprint)))
             if changes:
@@ -121,6 +121,22 @@ class LatentFolder:
                 self._forget_progress()  # of a process that was killed before it could
             else:
                 self._progress.mkdir(exist_ok=True)
+
+    def _left_by_the_killed(self) -> list[Path]:
+        """Files that are written beside their targets and under the lock."""
+        targets = (self._manifest_path, self.skipped, self.card)
+        return [path for target in targets for path in self.root.glob(f".{target.name}.tmp-*")]
+
+    def _check_ours(self) -> None:
+        if not self.root.exists() or self._manifest_path.is_file():
+            return
+        ours = {self._lock, *self._left_by_the_killed()}
+        strangers = sorted(utf8(path.name) for path in self.root.iterdir() if path not in ours)
+        if strangers:
+            raise InputError(
+                f"{self.root} holds other files ({', '.join(strangers[:3])}) and no latents; "
+                "need a new or empty folder; choose another"
+            )
 
     @property
     def is_complete(self) -> bool:
@@ -185,14 +201,15 @@ class LatentFolder:
         row_group_rows = max(1, ROW_GROUP_BYTES // row_bytes)
         texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
         with replacing(path) as temporary:
-            pq.write_table(
-                table,
+            with pq.ParquetWriter(
                 temporary,
-                row_group_size=row_group_rows,
+                table.schema,
                 compression=dict.fromkeys(texts, "zstd"),  # noise does not shrink
                 use_dictionary=texts,
                 write_statistics=["index"],  # or each page would hold its least and greatest latents
-            )
+            ) as writer:
+                if table.num_rows:  # `datasets` reads a file without row groups, but not a row group without rows
+                    writer.write_table(table, row_group_size=row_group_rows)
             digest = sha256_of(temporary)
             size = temporary.stat().st_size
         record = {
@@ -215,16 +232,20 @@ class LatentFolder:
         if any(self.record(shard) is None for shard in range(self.num_shards)):
             return False
         with FileLock(self._lock):
+            self._records, self._stamp = {}, None  # another process may have undone some
             self._refresh()
             if self.is_complete:
                 return True
-            records = [self._records[shard] for shard in range(self.num_shards)]
+            found = [self.record(shard) for shard in range(self.num_shards)]
+            records = [record for record in found if record is not None]
+            if len(records) < len(found) or not all(self.shard_path(k).is_file() for k in range(self.num_shards)):
+                return False
             rows = sum(record["rows"] for record in records)
             skipped = self._all_skipped(records)
             if rows == 0:
                 raise InputError(
                     f"none of the {len(skipped)} images could be encoded (the first: {skipped[0]['reason']}); "
-                    "see --source and --min_side"
+                    "choose other images or options, and another output folder"
                     if skipped
                     else "the source holds no images; choose another"
                 )
@@ -250,8 +271,17 @@ class LatentFolder:
         return True
 
     def undo(self, shards: Sequence[int]) -> None:
-        """Make some shards of a finished data set undone again; their files go."""
-        with FileLock(self._lock):
+        """Make some shards undone again; their files go. Those that another process is at are left to it."""
+        with FileLock(self._lock), ExitStack() as held:
+            self._progress.mkdir(exist_ok=True)
+            free = []
+            for shard in shards:
+                try:
+                    held.enter_context(FileLock(self._progress / f"{shard:05d}.lock", timeout=0))
+                    free.append(shard)
+                except Timeout:
+                    continue
+            shards = free
             self._refresh()
             entries = list(self.manifest.get("shards", [None] * self.num_shards))
             for shard in shards:
@@ -261,25 +291,31 @@ class LatentFolder:
             self._write_manifest({**self._begun(), "complete": False, "shards": entries})
             for shard in shards:
                 self.shard_path(shard).unlink(missing_ok=True)
-            self._progress.mkdir(exist_ok=True)
             self._refresh()
 
     def _begun(self) -> dict[str, Any]:
         """What a manifest says from the beginning."""
-        return {key: self.manifest[key] for key in ("format", "version", "source", "fingerprint")}
+        return {key: self.manifest[key] for key in ("format", "version", "source", "vae_config", "fingerprint")}
 
     def _all_skipped(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Records have the images themselves; what a manifest keeps is their number, and skipped.jsonl the rest."""
-        before: list[dict[str, Any]] = []
-        if self.skipped.is_file():
-            before = [json.loads(line) for line in self.skipped.read_text(encoding="utf-8").splitlines()]
+        before = self.skipped_lines()
         skipped: list[dict[str, Any]] = []
         for shard, record in enumerate(records):
             if isinstance(record["skipped"], int):
-                skipped += [line for line in before if line["shard"] == shard]
+                skipped += before.get(shard, [])
             else:
                 skipped += [{"shard": shard, **line} for line in record["skipped"]]
         return skipped
+
+    def skipped_lines(self) -> dict[int, list[dict[str, Any]]]:
+        """The lines of skipped.jsonl by shard."""
+        lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        if self.skipped.is_file():
+            for text in self.skipped.read_text(encoding="utf-8").splitlines():
+                line = json.loads(text)
+                lines[line["shard"]].append(line)
+        return lines
 
     def _record_path(self, shard: int) -> Path:
         return self._progress / f"{shard:05d}.json"
@@ -349,10 +385,14 @@ def card(manifest: Mapping[str, Any]) -> str:
     stored, images, vae = print_["stored"], print_["images"], print_["vae"]
     sizes = ", ".join(f"{height} x {width}" for height, width in images["sizes"])
     factors = {key: value for key, value in manifest["statistics"].items() if key.endswith("factor")}
+    scaling_factor = manifest["vae_config"].get("scaling_factor")
+    # `datasets` tells copies in its cache apart by this head and the folder's last name, and by nothing else
+    content = hashlib.sha256("".join(entry["sha256"] for entry in manifest["shards"]).encode()).hexdigest()
     return f"""---
 configs:
 - config_name: default
   data_files: data/train-*.parquet
+  description: {content}
 tags:
 - latents
 ---
@@ -363,7 +403,7 @@ tags:
 project's README describes. Unscaled {"posterior means and log-variances" if stored["what"] == "moments" else "samples"}
 in {stored["dtype"]}{", also of the mirror images" if stored["mirror"] else ""}.
 
-- VAE: weights {vae["sha256"][:16]}…, scaling_factor {vae["config"].get("scaling_factor")}, {vae["precision"]}
+- VAE: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}, scaling_factor {scaling_factor}
 - Images: {sizes} (height x width)
 - Measured here: {", ".join(f"{key} {value:.6g}" for key, value in factors.items() if value is not None)}
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sdvae.errors import InputError
 from sdvae.model.blocks import DownBlock, MidBlock, UpBlock, activated, checkpointed, conv3x3, group_norm
 from sdvae.model.posterior import DiagonalGaussian
-from sdvae.model.streaming import Streamed, plan
+from sdvae.model.streaming import Streamed, has_hooks, plan
 
 # diffusers' block names -> does the level have self-attention? (LDM's f16 and f32 models have.)
 DOWN_BLOCK_TYPES = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             h = checkpointed(self, block, h)
         h = checkpointed(self, self.mid_block, h)
-        return self.conv_out(activated(self.conv_act, self.conv_norm_out(h)))
+        return self.conv_out(activated(self.conv_act, self.conv_norm_out(h), self.conv_norm_out))
 
 
 class Decoder(nn.Module):
@@ -129,7 +129,7 @@ class Decoder(nn.Module):
         h = checkpointed(self, self.mid_block, h)
         for block in self.up_blocks:
             h = checkpointed(self, block, h)
-        return self.conv_out(activated(self.conv_act, self.conv_norm_out(h)))
+        return self.conv_out(activated(self.conv_act, self.conv_norm_out(h), self.conv_norm_out))
 
 
 class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own clash
@@ -207,17 +207,18 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
         self.use_tiling = False
         self._memory_bytes: int | None = None
 
-    def enable_tiling(self, memory_bytes: int | None = None) -> None:
+    def enable_tiling(self, use_tiling: bool = True, *, memory_bytes: int | None = None) -> None:
         """Encode and decode images of any size in bounded memory; the switch that diffusers' pipelines know.
 
         Unlike diffusers' tiles, the result is that of the whole image (see `sdvae.model.streaming`). It acts where
-        gradients are off.
+        gradients are off and no layer has hooks, which would see strips: offloading layer by layer, say.
 
         Args:
+            use_tiling: false turns it off, as `disable_tiling` does.
             memory_bytes: that the device may take above weights, input and output. What does not fit waits in the
                 host's memory. By default as much of an accelerator as is free.
         """
-        self.use_tiling = True
+        self.use_tiling = use_tiling
         self._memory_bytes = memory_bytes
 
     @property
@@ -226,17 +227,21 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def _moments(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 2·latent_channels, H/f, W/f)
-        if self.use_tiling and not torch.is_grad_enabled():
+        if self._streams:
             return self._streamed(x.shape, x).encode(self, x)
         h = self.encoder(x)
         return h if self.quant_conv is None else self.quant_conv(h)
 
     def _image(self, z: Tensor) -> Tensor:  # (B, latent_channels, h, w) -> (B, C, f·h, f·w)
-        if self.use_tiling and not torch.is_grad_enabled():
+        if self._streams:
             f = self.spatial_compression_ratio
             shape = torch.Size((z.shape[0], self.config.out_channels, f * z.shape[2], f * z.shape[3]))
             return self._streamed(shape, z).decode(self, z)
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+    @property
+    def _streams(self) -> bool:
+        return self.use_tiling and not torch.is_grad_enabled() and not has_hooks(self)
 
     def _streamed(self, shape: torch.Size, x: Tensor) -> Streamed:
         """The streaming pass for images of a shape, computed on the device and in the dtype of `x`."""

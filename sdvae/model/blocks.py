@@ -28,9 +28,12 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
-def activated(activation: nn.Module, h: Tensor) -> Tensor:
-    """activation(h), in the memory of h where no gradient needs it: one pass over memory less, and the same bits."""
-    if torch.is_grad_enabled() or not isinstance(activation, nn.SiLU):
+def activated(activation: nn.Module, h: Tensor, norm: nn.Module) -> Tensor:
+    """activation(h), in the memory of h where nobody needs it: one pass over memory less, and the same bits.
+
+    Args: norm: what gave h; with a hook, somebody may have kept it.
+    """
+    if torch.is_grad_enabled() or norm._forward_hooks or not isinstance(activation, nn.SiLU):
         return activation(h)
     return F.silu(h, inplace=True)
 
@@ -49,11 +52,11 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = None if same_width else nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, H, W)
-        h = self.conv1(activated(self.nonlinearity, self.norm1(x)))
-        h = self.conv2(activated(self.nonlinearity, self.norm2(h)))
+        h = self.conv1(activated(self.nonlinearity, self.norm1(x), self.norm1))
+        h = self.conv2(activated(self.nonlinearity, self.norm2(h), self.norm2))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        if torch.is_grad_enabled() or h.stride() != x.stride():
+        if torch.is_grad_enabled() or self.conv2._forward_hooks or h.stride() != x.stride():
             return x + h
         return h.add_(x)
 

@@ -16,6 +16,8 @@ fit, in the host's memory. At 1024² SD's decoder keeps 1 GiB in fp32, where the
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +30,8 @@ from sdvae.errors import InputError
 from sdvae.model.blocks import DownBlock, MidBlock, ResnetBlock, SelfAttention, UpBlock, activated
 from sdvae.model.posterior import at_least_fp32
 
-STRIP_BYTES = 32 * 2**20  # of the wider map of a layer, in a strip; tall strips waste less on the rows between them
-STRIPS_A_MAP = 32  # at least, or strips would take more than the maps that they are to save
+STRIP_BYTES = 16 * 2**20  # of the wider map of a layer, in a strip; tall strips waste less on the rows between them
+STRIPS_A_MAP = 64  # at least, or strips would take more than the maps that they are to save
 STRIPS_AT_ONCE = 6  # of that size, that a layer has in work: read, normalised, activated, computed, and the residual
 FREE_SHARE = 0.7  # of an accelerator's free memory that maps may take where no budget is given
 
@@ -41,8 +43,8 @@ def plan(
 
     Args:
         shape: (B, C, H, W) of the images.
-        memory_bytes: of the device that computes, above weights, input and output; None: strips of up to 32 MiB, and
-            for the maps 70 % of what is free on an accelerator.
+        memory_bytes: of the device that computes, above weights, input and output; None: strips of up to 16
+            MiB, and for maps 70 % of what is free on an accelerator.
 
     Raises: InputError when maps, or a strip of one row, do not fit.
     """
@@ -106,6 +108,23 @@ class Budget:
     strip_bytes: int
 
 
+def has_hooks(vae: nn.Module) -> bool:
+    """Does a layer below the VAE have hooks, of torch, or of accelerate and diffusers, which replace `forward`?"""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        for module in vae.modules()
+        if module is not vae
+    )
+
+
+def give_back() -> None:
+    """Return freed memory to the system. glibc keeps what lies between blocks in use, and strips leave many gaps."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl has none
+        if trim is not None:
+            trim(0)
+
+
 class Rows:
     """A map (B, C, H, W) in strips.
 
@@ -142,12 +161,11 @@ class Rows:
 
     def let_go(self, row: int) -> None:
         """The rows above `row` are not read any more."""
+        kept = len(self._strips)
         while self._strips and self._strips[0][0] + self._strips[0][1].shape[2] <= row:
             self._strips.pop(0)
-
-    @property
-    def width(self) -> int:
-        return self._strips[0][1].shape[3]
+        if len(self._strips) < kept and self._budget.store.type == "cpu":
+            give_back()
 
     def strips(self, channels: int) -> Iterator[tuple[int, int]]:
         """(top, bottom) of strips for a layer whose wider map has so many channels."""
@@ -244,7 +262,7 @@ class Streamed:
             residual = self._rows(x.height, groups=None)
         for top, bottom in x.strips(max(conv1.in_channels, conv1.out_channels)):
             rows = x[top - 1 : bottom + 1]
-            h.append(_conv_rows(conv1, activated(act, norm(rows)), top > 0, bottom < x.height))
+            h.append(_conv_rows(conv1, activated(act, norm(rows), block.norm1), top > 0, bottom < x.height))
             if block.conv_shortcut is not None:
                 above = int(top > 0)
                 residual.append(block.conv_shortcut(rows[:, :, above : above + bottom - top]))
@@ -252,7 +270,9 @@ class Streamed:
             del rows
         norm, out = h.norm(block.norm2), self._rows(x.height)
         for top, bottom in h.strips(conv2.in_channels):
-            rows = _conv_rows(conv2, activated(act, norm(h[top - 1 : bottom + 1])), top > 0, bottom < h.height)
+            rows = _conv_rows(
+                conv2, activated(act, norm(h[top - 1 : bottom + 1]), block.norm2), top > 0, bottom < h.height
+            )
             out.append(rows.add_(residual[top:bottom]))
             h.let_go(bottom - 1)
             residual.let_go(bottom)
@@ -317,8 +337,8 @@ class Streamed:
         out = self._rows(x.height, groups)
         for top, bottom in x.strips(max(conv.in_channels, conv.out_channels)):
             rows = x[top - halo : bottom + halo]
-            if normalised is not None and act is not None:
-                rows = activated(act, normalised(rows))
+            if norm is not None and normalised is not None and act is not None:
+                rows = activated(act, normalised(rows), norm)
             above, below = halo and top > 0, halo and bottom < x.height
             out.append(_conv_rows(conv, rows, bool(above), bool(below)))
             x.let_go(bottom - halo)
@@ -333,7 +353,7 @@ class Streamed:
         return rows
 
     def _gathered(self, x: Rows, like: Tensor) -> Tensor:
-        return torch.cat([strip for _, strip in x._strips], dim=2).to(like.device)
+        return x[0 : x.height].to(like.device)
 
 
 def _conv_rows(conv: nn.Conv2d, rows: Tensor, above: bool, below: bool) -> Tensor:
@@ -343,7 +363,7 @@ def _conv_rows(conv: nn.Conv2d, rows: Tensor, above: bool, below: bool) -> Tenso
     """
     if not above and not below:
         return conv(rows)
-    if above and below and type(conv) is nn.Conv2d and not hasattr(conv, "_hf_hook"):
+    if above and below and type(conv) is nn.Conv2d:
         return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
-    out = conv(rows)  # a layer with kernels or hooks of its own: what it makes of the halo is dropped
+    out = conv(rows)  # a layer with kernels of its own: what it makes of the halo is dropped
     return out[:, :, int(above) : out.shape[2] - int(below)]
