@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import re
 import subprocess
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from sdvae import EncodeConfig, LatentDataset, encode, save_vae
+from sdvae import EncodeConfig, LatentDataset, encode, load_vae, save_vae
 from sdvae.cli import parse_train_config
 from sdvae.training.build import build_vae
 from tests.conftest import tiny_arguments
@@ -44,13 +47,14 @@ def test_the_readmes_python_runs(quickstart_folder, tmp_path):
     vae = str(quickstart_folder / "model")
     encode(EncodeConfig(source="skimage", output=str(tmp_path / "latents"), vae=vae, resolution=64, mirror=True))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict = {}
     for block in blocks:
         block = block.replace("runs/quickstart", str(quickstart_folder))
         exec(block.replace('"latents"', f'"{tmp_path / "latents"}"', 1), names)
     assert names["reconstruction"].shape == names["x"].shape
     assert (quickstart_folder / "vae.safetensors").is_file()
+    assert names["image"].shape == (1, 3, 72, 72), "65 x 71 pixels, padded"
     assert names["images"].shape == (8, 3, 64, 64)
     assert names["mean"].shape == (4, 8, 8)
     assert np.array_equal(
@@ -102,6 +106,25 @@ def test_the_encoding_benchmark_prints_both_tables(photographs):
     assert all(float(row[1]) > 0 for row in rows[1:])
     printed = script("benchmark_encode.py", "--memory_rows", 300)
     assert re.search(r"^\| 300 \| \d+ \| \d+ \|$", printed, re.MULTILINE)
+
+
+def test_the_streaming_script_measures_and_draws(tmp_path):
+    spec = importlib.util.spec_from_file_location("streaming_script", ROOT / "scripts" / "streaming.py")
+    streaming = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(streaming)
+    z = streaming.photograph_latents(load_vae(dtype=torch.float32), 256)
+    save_file({"z": z.contiguous()}, tmp_path / "256.safetensors")
+    rows = []
+    for name in streaming.SIDES:
+        arguments = argparse.Namespace(vae="", config=None, side=256, measure=name)
+        rows.append({"name": name, "side": 256, **streaming.measure(arguments, tmp_path)})
+    errors = {row["name"]: row["error"] for row in rows}
+    assert errors["whole image"] == 0
+    assert errors["strips"] <= 1e-4
+    assert all(row["seconds"] > 0 for row in rows)
+    streaming.draw(rows, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
 
 
 def test_the_plain_baseline_trains_and_writes_its_figures(photographs, tmp_path):

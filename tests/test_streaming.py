@@ -270,3 +270,12 @@ def test_offloading_layer_by_layer_works_with_tiling():
         vae.enable_tiling()
         cpu_offload(vae, execution_device=torch.device("cpu"))
         assert error(vae.decode(z).sample, wanted) <= 1e-5
+
+
+def test_latents_with_nan_are_refused_before_the_work():
+    vae = vae_of()
+    vae.enable_tiling()
+    z = torch.zeros(1, 4, 8, 8)
+    z[0, 1, 2, 3] = float("nan")
+    with torch.no_grad(), pytest.raises(InputError, match="NaN or infinite values; need finite ones"):
+        vae.decode(z)

@@ -234,6 +234,8 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
 
     def _image(self, z: Tensor) -> Tensor:  # (B, latent_channels, h, w) -> (B, C, f·h, f·w)
         if self._streams:
+            if not z.isfinite().all():  # one such value would reach the whole image, after a long time
+                raise InputError("got latents with NaN or infinite values; need finite ones; look what overflowed")
             f = self.spatial_compression_ratio
             shape = torch.Size((z.shape[0], self.config.out_channels, f * z.shape[2], f * z.shape[3]))
             return self._streamed(shape, z).decode(self, z)

@@ -53,7 +53,7 @@ def plan(
     rows = row_bytes(vae, batch, height, width, dtype)
     on_host = device.type == "cpu"
     if memory_bytes is None:
-        free = FREE_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+        free = FREE_SHARE * _free_bytes(device)
         strip = max(rows, min(STRIP_BYTES, maps // STRIPS_A_MAP))
     else:
         free = memory_bytes
@@ -67,6 +67,13 @@ def plan(
             )
     fits = on_host or maps + STRIPS_AT_ONCE * strip <= free
     return Budget(work=device, store=device if fits else torch.device("cpu"), strip_bytes=int(strip))
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Of an NVIDIA GPU, with what torch keeps for itself and does not use; elsewhere nobody tells."""
+    if device.type != "cuda":
+        return float("inf")
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def map_bytes(vae: Any, batch: int, height: int, width: int, dtype: torch.dtype) -> int:
