@@ -47,7 +47,14 @@ def draw(folder: Path, count: int, sizes: tuple[tuple[int, int], ...] = ((40, 40
 
 
 def options(source: Path, output: Path, vae: Path, **changes) -> EncodeConfig:
-    settings = {"resolution": 32, "batch_size": 4, "shard_rows": 5, "device": "cpu", "num_workers": 2}
+    settings = {
+        "resolution": 32,
+        "batch_size": 4,
+        "shard_rows": 5,
+        "device": "cpu",
+        "num_workers": 2,
+        "precision": "fp32",
+    }
     return EncodeConfig(source=str(source), output=str(output), vae=str(vae), **{**settings, **changes})
 
 

@@ -230,6 +230,20 @@ def test_folders_of_one_name_are_not_taken_for_each_other_by_the_cache_of_datase
         assert set(read["sha256"][:]) == sums
 
 
+def test_in_bf16_the_rows_are_near_those_of_fp32_and_the_precision_is_remembered(vae, photos, tmp_path):
+    encode(options(photos, tmp_path / "fp32", vae))
+    config = options(photos, tmp_path / "bf16", vae, precision="bf16")
+    manifest = encode(config).manifest
+    assert manifest["fingerprint"]["vae"]["precision"] == "bf16"
+    exact, rounded = rows_of(tmp_path / "fp32"), rows_of(tmp_path / "bf16")
+    differences = torch.stack([rounded[name]["mean"] - row["mean"] for name, row in exact.items()])
+    spread = torch.stack([row["mean"] for row in exact.values()]).std()
+    assert 0 < float(differences.std() / spread) < 0.03
+    encode(dataclasses.replace(config, verify=True))
+    with pytest.raises(InputError, match="precision: bf16 -> fp32"):
+        encode(dataclasses.replace(config, precision="fp32"))
+
+
 def test_a_stored_sample_is_the_posteriors_and_the_same_each_time(vae, photos, tmp_path):
     for output, seed in (("one", 0), ("two", 0), ("other", 1)):
         encode(options(photos, tmp_path / output, vae, store="sample", seed=seed, dtype="fp32"))
@@ -339,7 +353,7 @@ def test_on_a_full_disk_what_is_done_stays_and_the_exit_code_is_one(vae, photos,
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # the shards have more bytes, the last one fewer
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         arguments = [f"--{k}={v}" for k, v in dataclasses.asdict(config).items() if k in ("source", "output", "vae")]
-        arguments += ["--resolution=32", "--batch_size=4", "--shard_rows=5", "--device=cpu"]
+        arguments += ["--resolution=32", "--batch_size=4", "--shard_rows=5", "--device=cpu", "--precision=fp32"]
         codes.write_text(str(main(["encode", *arguments])))
 
     in_process(limited).join()
