@@ -637,3 +637,14 @@ def test_an_output_inside_the_source_is_refused(vae, tmp_path):
     with pytest.raises(InputError, match="inside the source"):
         encode(options(photos, photos / "latents", vae))
     assert not (photos / "latents").exists()
+
+
+def test_a_shard_that_is_removed_before_the_end_is_missed(vae, photos, tmp_path, monkeypatch):
+    config = options(photos, tmp_path / "out", vae)
+    with monkeypatch.context() as patch:
+        patch.setattr(LatentFolder, "finish", lambda self: False)
+        encode(config)
+    broken_shard(tmp_path / "out").unlink()
+    with pytest.raises(InputError, match=r"1 shards were written and are gone \(train-00001.*--repair"):
+        encode(config)
+    assert encode(dataclasses.replace(config, repair=True)).is_complete

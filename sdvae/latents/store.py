@@ -227,7 +227,7 @@ class LatentFolder:
     def finish(self) -> bool:
         """Write manifest, card and skipped.jsonl if every shard is done. False when some are not.
 
-        Raises: InputError when no image has a row.
+        Raises: InputError when no image has a row, or a file is gone that was written.
         """
         if any(self.record(shard) is None for shard in range(self.num_shards)):
             return False
@@ -238,8 +238,11 @@ class LatentFolder:
                 return True
             found = [self.record(shard) for shard in range(self.num_shards)]
             records = [record for record in found if record is not None]
-            if len(records) < len(found) or not all(self.shard_path(k).is_file() for k in range(self.num_shards)):
+            if len(records) < len(found):
                 return False
+            lost = [path.name for path in map(self.shard_path, range(self.num_shards)) if not path.is_file()]
+            if lost:
+                raise InputError(f"{len(lost)} shards were written and are gone ({lost[0]}); mend with --repair true")
             rows = sum(record["rows"] for record in records)
             skipped = self._all_skipped(records)
             if rows == 0:
