@@ -113,11 +113,10 @@ def export(argv: Sequence[str]) -> None:
     )
     arguments = _parse(parser, argv)
 
-    import torch
-
+    from sdvae.model.precision import DTYPES
     from sdvae.weights import export_targets, load_vae, save_ldm, save_vae
 
-    dtype = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
+    dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
     if arguments.target.endswith((".ckpt", ".pt", ".pth", ".bin")):
         raise InputError(f"got target {arguments.target}; need FILE.safetensors or a folder: pickles are not written")
     vae = load_vae(arguments.source, subfolder=arguments.subfolder, config=arguments.config, dtype=dtype)

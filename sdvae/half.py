@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sdvae.data import ImageError, center_crop, open_source, read_image, to_tensor
+from sdvae.data import EvaluationImages, open_source
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
 from sdvae.weights import load_vae, save_vae
@@ -59,15 +60,9 @@ def calibration_images(vae: AutoencoderKL, source: str, count: int, resolution: 
             f"{vae.spatial_compression_ratio}"
         )
     opened = open_source(source)
-    images: list[Tensor] = []
-    for index in range(len(opened)):
-        try:
-            image = read_image(opened.read(index), channels=vae.config.in_channels)
-        except ImageError:
-            continue
-        images.append(to_tensor(center_crop(image, resolution))[None])
-        if len(images) == count:
-            break
+    samples = EvaluationImages(opened, resolution, vae.config.in_channels, min_side=1)
+    readable = (x[None] for i in range(len(samples)) if (x := samples[i]["image"]) is not None)
+    images = list(itertools.islice(readable, count))
     if not images:
         raise InputError(f"none of the {len(opened)} images in {source!r} can be read; choose others with --images")
     return images
@@ -75,7 +70,7 @@ def calibration_images(vae: AutoencoderKL, source: str, count: int, resolution: 
 
 @torch.no_grad()
 def _image(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    return vae.decode(vae.encode(x).latent_dist.mode()).sample
+    return vae(x).sample
 
 
 def _print_largest(values: dict[str, float], layers: int) -> None:

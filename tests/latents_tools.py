@@ -18,6 +18,7 @@ from sdvae.latents.config import EncodeConfig
 from sdvae.latents.encode import encode
 from sdvae.latents.rows import from_bytes
 from sdvae.latents.store import LatentFolder
+from tests.kill_at_boundaries import die_before
 
 FORK = multiprocessing.get_context("fork")  # a process that need not import torch again
 
@@ -102,20 +103,7 @@ def killed_at(boundary: int, config: EncodeConfig) -> bool:
     """Encode in a process that SIGKILLs itself before its `boundary`-th file operation. False if there are fewer."""
 
     def run() -> None:
-        count = 0
-
-        def counting(real):
-            def call(*args, **kwargs):
-                nonlocal count
-                count += 1
-                if count == boundary:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*args, **kwargs)
-
-            return call
-
-        os.replace, os.fsync = counting(os.replace), counting(os.fsync)
-        Path.write_text, Path.unlink = counting(Path.write_text), counting(Path.unlink)
+        die_before(boundary, Path(config.output))
         encode(config)
 
     process = in_process(run)

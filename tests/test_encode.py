@@ -301,7 +301,7 @@ def test_killed_before_any_file_operation_it_equals_a_clean_run(vae, tmp_path):
     config = options(photos, tmp_path / "killed", vae, shard_rows=2)
     encode(dataclasses.replace(config, output=str(tmp_path / "clean")))
     wanted = content(tmp_path / "clean")
-    boundary = 1
+    boundary = 0
     while killed_at(boundary, dataclasses.replace(config, output=str(tmp_path / f"killed-{boundary}"))):
         encode(dataclasses.replace(config, output=str(tmp_path / f"killed-{boundary}")))
         assert content(tmp_path / f"killed-{boundary}") == wanted, f"killed before file operation {boundary}"

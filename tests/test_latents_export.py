@@ -26,8 +26,9 @@ from sdvae.latents.config import EncodeConfig
 from sdvae.latents.encode import encode
 from sdvae.latents.export import _crop_ltrb, export_latents
 from sdvae.latents.rows import LatentRow, table_of, to_bytes, value_columns
-from sdvae.latents.store import DTYPES, LatentFolder
+from sdvae.latents.store import LatentFolder
 from sdvae.model import DiagonalGaussian
+from sdvae.model.precision import DTYPES
 
 FORMATS = ("safetensors", "webdataset", "kohya")
 SHAPES = ((4, 8, 8), (4, 6, 10), (4, 10, 6))

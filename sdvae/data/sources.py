@@ -12,7 +12,8 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,13 +155,10 @@ def open_stream(spec: str, *, split: str = "train", image_column: str | None = N
             )
         builder = os.path.splitext(files[0])[1][1:]
         arguments = _table_files(str(path), split) if path.is_dir() else {"path": builder, "data_files": {split: files}}
-    try:
+    with _refusing(spec, split):
         dataset = datasets.load_dataset(**arguments, split=split, streaming=True)
         if dataset.features is None:
             dataset = dataset._resolve_features()  # what a webdataset's columns are, only its first rows tell
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"data set {spec!r}, split {split!r} cannot be opened; {reason}") from error
     column = _image_column(spec, dataset.features, image_column)
     for name, feature in dataset.features.items():  # what is not to be looked at is not to be decoded
         if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
@@ -238,10 +236,8 @@ def _table_files(folder: str, split: str) -> dict[str, Any]:
     """
     import datasets
 
-    try:
+    with _refusing(folder, split):
         splits = datasets.load_dataset_builder(folder).config.data_files
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"data set {folder!r} cannot be opened; {' '.join(str(error).split())}") from error
     if not splits or split not in splits:
         raise InputError(f"data set {folder!r} has no split {split!r}; need one of {sorted(map(str, splits or {}))}")
     files = [str(file) for file in splits[split]]
@@ -252,13 +248,22 @@ def _open_tables(spec: str, arguments: dict[str, Any], split: str, image_column:
     """By `datasets.load_dataset`, which keeps a memory-mapped Arrow copy in its cache."""
     import datasets
 
-    try:
+    with _refusing(spec, split):
         dataset = datasets.load_dataset(**arguments, split=split)
+    return _open_rows(spec, dataset, image_column)
+
+
+@contextmanager
+def _refusing(spec: str, split: str) -> Iterator[None]:
+    """What `datasets` says of an input it cannot open, as an InputError."""
+    import datasets
+
+    try:
+        yield
     # Its ways to say «not found», «no such split», «not readable», «offline» are many; each is about this input.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"data set {spec!r}, split {split!r} cannot be opened; {reason}") from error
-    return _open_rows(spec, dataset, image_column)
 
 
 def _open_saved(folder: Path, split: str, image_column: str | None) -> ImageSource:

@@ -26,8 +26,7 @@ class Placement:
     """What is cut out of an image. Pairs are height and width, or top and left, as SDXL's conditioning has them."""
 
     target_size: Size
-    box: tuple[int, int, int, int]  # left, top, right, bottom in the image
-    crop_top_left: Size  # of the box in the resized image, in its pixels
+    crop_top_left: Size  # in the resized image, in its pixels
 
 
 def bucket_sizes(config: EncodeConfig, multiple: int) -> tuple[Size, ...]:
@@ -61,17 +60,16 @@ def bucket_sizes(config: EncodeConfig, multiple: int) -> tuple[Size, ...]:
 
 def place(size: Size, sizes: Sequence[Size]) -> Placement:
     """The bucket with the nearest aspect ratio (in its logarithm, so that both orientations are treated alike), and
-    the largest centred part of the image that has its ratio.
+    where `cover` cuts it out.
 
     Args: size: of the image, height and width.
     """
     height, width = size
     aspect = math.log(width / height)
     target = min(sizes, key=lambda s: (abs(math.log(s[1] / s[0]) - aspect), -s[0] * s[1], s))
-    box = cover_box((width, height), target[1], target[0])
-    left, top, right, bottom = box
+    left, top, right, bottom = cover_box((width, height), target[1], target[0])
     scale_y, scale_x = target[0] / (bottom - top), target[1] / (right - left)
-    return Placement(target, box, (round(top * scale_y), round(left * scale_x)))
+    return Placement(target, (round(top * scale_y), round(left * scale_x)))
 
 
 def _sizes_of_area(resolution: int, step: int, max_aspect: float) -> set[Size]:

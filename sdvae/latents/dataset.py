@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from sdvae.data import SampleKey, sample_seed
 from sdvae.errors import InputError
-from sdvae.latents.rows import from_bytes
+from sdvae.latents.rows import from_bytes, is_value
 from sdvae.latents.scaling import LatentScaling, channel_scaling, identity_scaling, scaling_of
 from sdvae.latents.store import LatentFolder
 from sdvae.model import DiagonalGaussian
@@ -98,10 +98,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
             latents = (posterior.sample(generator) if self.sample else posterior.mode())[0]
         else:
             latents = from_bytes(row[f"sample{suffix}"], dtype, shape)
-        for name in ("mean", "logvar", "sample"):
-            row.pop(name, None)
-            row.pop(f"{name}_mirrored", None)
-        return {"latents": self.scaling.normalize(latents), "mirrored": mirrored, **row}
+        others = {name: value for name, value in row.items() if not is_value(name)}
+        return {"latents": self.scaling.normalize(latents), "mirrored": mirrored, **others}
 
     def loader(
         self,

@@ -26,8 +26,7 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from sdvae.data import ImageError, open_source, open_stream, read_image, sample_seed
-from sdvae.data.images import RESAMPLING
+from sdvae.data import ImageError, cover, open_source, open_stream, read_image, sample_seed
 from sdvae.data.readers import utf8
 from sdvae.errors import InputError
 from sdvae.evaluation import LatentMoments
@@ -36,8 +35,9 @@ from sdvae.latents.config import EncodeConfig
 from sdvae.latents.encoder import Encoded, MomentEncoder, choose_device, choose_precision, encoder_sha256
 from sdvae.latents.rows import LatentRow, posterior_values, row_bytes, table_of, to_bytes
 from sdvae.latents.shards import RangeShards, Row, Shards, StreamShards, raise_if_passing, rows_per_shard
-from sdvae.latents.store import DTYPES, LatentFolder
+from sdvae.latents.store import LatentFolder
 from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.model.precision import DTYPES
 from sdvae.weights import load_vae
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,7 @@ class Job:
     shard: int
     lock: FileLock
     moments: LatentMoments
-    rows: list[LatentRow] = field(default_factory=list)
-    sources: list[Row] = field(default_factory=list)  # of `rows`, in their order
+    rows: list[tuple[LatentRow, Row]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -121,16 +120,11 @@ class Encoding:
     def decode(self, row: Row) -> Pixels:
         """Raises: ImageError when the image cannot be used."""
         data = row.read()
-        image = read_image(
-            data,
-            channels=self.channels,
-            background=self.config.background,
-            min_side=self.min_side,
-        )
+        image = read_image(data, channels=self.channels, background=self.config.background, min_side=self.min_side)
         size = (image.height, image.width)
         placement = place(size, self.sizes)
         height, width = placement.target_size
-        pixels = np.asarray(image.resize((width, height), RESAMPLING, box=placement.box))
+        pixels = np.asarray(cover(image, width, height))
         pixels = pixels if pixels.ndim == 3 else pixels[:, :, None]
         return Pixels(pixels, hashlib.sha256(data).hexdigest(), size, placement)
 
@@ -203,21 +197,17 @@ class Encoding:
                     _skipped(row, f"its latents are not finite as {self.config.dtype}, computed in fp32 either")
                 )
                 continue
-            f = decoded.placement.target_size[0] // moments.shape[2]
-            height, width = decoded.placement.target_size
-            job.sources.append(replace(row, read=bytes))  # a stream's row holds its file
-            job.rows.append(
-                LatentRow(
-                    index=row.index,
-                    name=row.name,
-                    sha256=decoded.sha256,
-                    shape=(self.latent_channels, height // f, width // f),
-                    original_size=decoded.original_size,
-                    crop_top_left=decoded.placement.crop_top_left,
-                    target_size=decoded.placement.target_size,
-                    values=value,
-                )
+            latents = LatentRow(
+                index=row.index,
+                name=row.name,
+                sha256=decoded.sha256,
+                shape=(self.latent_channels, moments.shape[2], moments.shape[3]),
+                original_size=decoded.original_size,
+                crop_top_left=decoded.placement.crop_top_left,
+                target_size=decoded.placement.target_size,
+                values=value,
             )
+            job.rows.append((latents, replace(row, read=bytes)))  # a stream's row holds its file
 
     def _batches(self, decoders: ThreadPoolExecutor, bar: tqdm) -> Iterator[tuple[Job, list[tuple[Row, Pixels]]] | Job]:
         """Batches of images of one size and shard, full ones as they come and the rest at the shard's end; then the
@@ -265,9 +255,9 @@ class Encoding:
         yield from window
 
     def _write(self, job: Job) -> None:
-        order = sorted(range(len(job.rows)), key=lambda i: job.rows[i].index)
-        others = self.shards.columns([job.sources[i] for i in order])
-        table = table_of([job.rows[i] for i in order], others, self.shards.features, self.config)
+        rows = sorted(job.rows, key=lambda pair: pair[0].index)
+        others = self.shards.columns([row for _, row in rows])
+        table = table_of([latents for latents, _ in rows], others, self.shards.features, self.config)
         skipped = sorted(job.skipped, key=lambda line: line["index"])
         self.folder.write_shard(job.shard, table, self.row_bytes, job.moments, skipped)
         job.lock.release()
@@ -293,10 +283,7 @@ class Encoding:
 
     def _rows_done(self) -> int:
         records = [self.folder.record(shard) for shard in range(len(self.shards))]
-        skipped = [record["skipped"] for record in records if record is not None]
-        return sum(record["rows"] for record in records if record is not None) + sum(
-            count if isinstance(count, int) else len(count) for count in skipped
-        )
+        return sum(record["rows"] + record["skipped"] for record in records if record is not None)
 
     def _open_source(self) -> Shards:
         config = self.config
@@ -342,17 +329,18 @@ def encode(config: EncodeConfig) -> LatentFolder:
         OSError: when the disk does not take a shard. What is done stays.
     """
     encoding = Encoding(config)
-    if config.verify or config.repair:
+    rereading = config.verify or config.repair
+    if rereading:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("got verify or repair in several processes; need one; start it without a launcher")
+        encoding.folder.open()  # there must be something to reread
+    encoding.begin()
+    if rereading:
         from sdvae.latents.verify import verify
 
-        encoding.folder.open()
-        encoding.begin()
         verify(encoding, repair=config.repair)
         if not config.repair:
             return encoding.folder
-    encoding.begin()
     if encoding.folder.is_complete:
         logger.info("%s is complete: %d rows", config.output, encoding.folder.manifest["rows"])
     else:

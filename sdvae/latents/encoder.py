@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Sequence
@@ -11,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sdvae.device import accelerator_type
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
 from sdvae.model.fast import speed_up, speed_up_pays
-from sdvae.model.precision import resolve_precision
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from sdvae.model.precision import DTYPES, resolve_precision
 
 
 @dataclass
@@ -42,16 +42,16 @@ class MomentEncoder:
     """The encoder of a VAE in the precision that was asked for.
 
     Args:
-        vae: on the CPU; is not changed.
+        vae: on the CPU; is taken over, and loses its decoder.
         precision: «fp32», «bf16» or «fp16».
         mirror: also encode the left-right mirror image.
     """
 
     def __init__(self, vae: AutoencoderKL, device: torch.device, precision: str, mirror: bool):
-        self._master = vae.float()
-        self._vae = self._laid_out(PRECISIONS[precision], device)
-        self._retrying: AutoencoderKL | None = None
-        self._precision = precision
+        vae.decoder = nn.Identity()  # type: ignore[assignment]  # half of the memory, of no use here
+        self._fp32 = vae.float().eval()
+        self._vae = _laid_out(self._fp32, DTYPES[precision], device)
+        self._retrying = self._vae if precision == "fp32" else None
         self._device = device
         self._mirror = mirror
 
@@ -71,10 +71,8 @@ class MomentEncoder:
     @torch.inference_mode()
     def again(self, pixels: Tensor) -> Tensor:
         """The moments of a batch in fp32, for what was not finite: (V, B, 2·latent_channels, h, w) on the CPU."""
-        if self._precision == "fp32":
-            return self._encode(self._vae, pixels).cpu()
         if self._retrying is None:
-            self._retrying = self._laid_out(torch.float32, self._device)
+            self._retrying = _laid_out(self._fp32, torch.float32, self._device)
         return self._encode(self._retrying, pixels).cpu()
 
     def _encode(self, vae: AutoencoderKL, pixels: Tensor) -> Tensor:
@@ -84,18 +82,17 @@ class MomentEncoder:
         views = [x, x.flip(3)] if self._mirror else [x]
         return torch.stack([vae.encode(view.to(vae.dtype)).latent_dist.parameters for view in views])
 
-    def _laid_out(self, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
-        copied = AutoencoderKL.from_config(self._master.config)
-        copied.load_state_dict(self._master.state_dict())
-        copied.decoder = nn.Identity()  # half of the memory, of no use here
-        copied.to(device)
-        nn.Module.to(copied, dtype)  # diffusers' own wants to speak of it
-        if device.type == "cpu" and dtype == torch.float32 and speed_up_pays(copied):
-            speed_up(copied)
-            copied.enable_slicing()  # these kernels take one image at a time
-        else:
-            nn.Module.to(copied, memory_format=torch.channels_last)
-        return copied.eval()
+
+def _laid_out(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
+    """A copy, in the memory format and with the kernels that encode fastest."""
+    copied = copy.deepcopy(vae)
+    nn.Module.to(copied, device, dtype)  # diffusers' own wants to speak of the dtype
+    if device.type == "cpu" and dtype == torch.float32 and speed_up_pays(copied):
+        speed_up(copied)
+        copied.enable_slicing()  # these kernels take one image at a time
+    else:
+        nn.Module.to(copied, memory_format=torch.channels_last)
+    return copied
 
 
 def encoder_sha256(vae: AutoencoderKL) -> str:
@@ -112,12 +109,10 @@ def encoder_sha256(vae: AutoencoderKL) -> str:
 def choose_device(name: str | None) -> torch.device:
     """Raises: InputError for a device that is not there."""
     if name is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        use_cpu = accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-        if use_cpu or accelerator is None:
+        kind = accelerator_type()
+        if kind is None:
             return torch.device("cpu")
-        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
-        return torch.device(accelerator.type, index)
+        return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

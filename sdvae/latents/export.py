@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from sdvae.data import sample_seed
 from sdvae.errors import InputError
-from sdvae.latents.rows import OUR_COLUMNS, VALUE_COLUMNS
+from sdvae.latents.rows import OUR_COLUMNS, is_value
 from sdvae.latents.store import LatentFolder, sha256_of
 from sdvae.model import DiagonalGaussian
 from sdvae.weights.files import replacing
@@ -129,7 +129,7 @@ class _Source:
     @cached_property
     def values(self) -> list[str]:
         """The columns of latents."""
-        return [name for name in self.schema.names if name.removesuffix("_mirrored") in VALUE_COLUMNS]
+        return [name for name in self.schema.names if is_value(name)]
 
     @cached_property
     def carried(self) -> list[str]:

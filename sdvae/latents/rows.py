@@ -12,8 +12,8 @@ from torch import Tensor
 from sdvae.data.readers import utf8
 from sdvae.latents.buckets import Size
 from sdvae.latents.config import EncodeConfig
-from sdvae.latents.store import DTYPES
 from sdvae.model import DiagonalGaussian
+from sdvae.model.precision import DTYPES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,6 +23,11 @@ OUR_COLUMNS = ("index", "name", "sha256", "shape", "original_size", "crop_top_le
 VALUE_COLUMNS = ("mean", "logvar", "sample")  # each also with the ending _mirrored
 ROW_KEYS = ("latents", "mirrored")  # of a `LatentDataset`
 PREFIX = "source_"  # of a carried column whose name is one of ours
+
+
+def is_value(column: str) -> bool:
+    """Does the column hold latents?"""
+    return column.removesuffix("_mirrored") in VALUE_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,10 @@ def _features(others: Features, config: EncodeConfig) -> Features:
         "target_size": pair,
         **{name: datasets.Value("binary") for name in value_columns(config)},
     }
-    taken = {*OUR_COLUMNS, *VALUE_COLUMNS, *(f"{name}_mirrored" for name in VALUE_COLUMNS), *ROW_KEYS}
+    taken = {*OUR_COLUMNS, *ROW_KEYS}
     for name, feature in others.items():
         free = name
-        while free in taken or free in features or (free != name and free in others):
+        while free in taken or is_value(free) or free in features or (free != name and free in others):
             free = f"{PREFIX}{free}"
         features[free] = feature
     return datasets.Features(features)

@@ -31,7 +31,8 @@ from sdvae.data.readers import utf8
 from sdvae.differences import changed_fields
 from sdvae.errors import InputError
 from sdvae.evaluation import LatentMoments
-from sdvae.weights.files import read_json, replacing
+from sdvae.model.precision import DTYPES
+from sdvae.weights.files import left_beside, read_json, replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 FORMAT = "sdvae latents"
 VERSION = 1
 ROW_GROUP_BYTES = 2**20  # what reading one row costs at least, where rows are read in random order
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class LatentFolder:
@@ -124,8 +124,7 @@ class LatentFolder:
 
     def _left_by_the_killed(self) -> list[Path]:
         """Files that are written beside their targets and under the lock."""
-        targets = (self._manifest_path, self.skipped, self.card)
-        return [path for target in targets for path in self.root.glob(f".{target.name}.tmp-*")]
+        return [path for target in (self._manifest_path, self.skipped, self.card) for path in left_beside(target)]
 
     def _check_ours(self) -> None:
         if not self.root.exists() or self._manifest_path.is_file():
@@ -155,7 +154,7 @@ class LatentFolder:
         return self.data / f"train-{shard:05d}-of-{self.num_shards:05d}.parquet"
 
     def record(self, shard: int) -> dict[str, Any] | None:
-        """Of a shard that is done: rows, bytes, sha256, moments, skipped and, before the end, whom."""
+        """Of a shard that is done: rows, bytes, sha256, moments, skipped; before the end also `skipped_images`."""
         if shard not in self._records:
             try:
                 self._records[shard] = json.loads(self._record_path(shard).read_text(encoding="utf-8"))
@@ -178,7 +177,7 @@ class LatentFolder:
             if self.is_complete:
                 self._forget_progress()
             return None
-        for left in self.data.glob(f".{self.shard_path(shard).name}.tmp-*"):  # by a process that was killed
+        for left in left_beside(self.shard_path(shard)):
             left.unlink()
         return lock
 
@@ -218,7 +217,8 @@ class LatentFolder:
             "bytes": size,
             "sha256": digest,
             "moments": moments.sums.tolist(),
-            "skipped": list(skipped),
+            "skipped": len(skipped),
+            "skipped_images": list(skipped),
         }
         with replacing(self._record_path(shard)) as temporary:
             temporary.write_text(json.dumps(record), encoding="utf-8")
@@ -262,7 +262,8 @@ class LatentFolder:
                 "skipped": len(skipped),
                 "statistics": statistics_of(records),
                 "shards": [
-                    {"file": f"data/{self.shard_path(shard).name}", **record, "skipped": _count(record["skipped"])}
+                    {"file": f"data/{self.shard_path(shard).name}"}
+                    | {key: value for key, value in record.items() if key != "skipped_images"}
                     for shard, record in enumerate(records)
                 ],
             }
@@ -305,10 +306,10 @@ class LatentFolder:
         before = self.skipped_lines()
         skipped: list[dict[str, Any]] = []
         for shard, record in enumerate(records):
-            if isinstance(record["skipped"], int):
-                skipped += before.get(shard, [])
+            if "skipped_images" in record:
+                skipped += [{"shard": shard, **line} for line in record["skipped_images"]]
             else:
-                skipped += [{"shard": shard, **line} for line in record["skipped"]]
+                skipped += before.get(shard, [])
         return skipped
 
     def skipped_lines(self) -> dict[int, list[dict[str, Any]]]:
@@ -376,10 +377,6 @@ def _digest(file: Any) -> str:  # Python 3.10
     for block in iter(lambda: file.read(2**20), b""):
         digest.update(block)
     return digest.hexdigest()
-
-
-def _count(skipped: int | Sequence[Any]) -> int:
-    return skipped if isinstance(skipped, int) else len(skipped)
 
 
 def card(manifest: Mapping[str, Any]) -> str:

@@ -28,14 +28,13 @@ logger = logging.getLogger(__name__)
 TOLERANCE = {"fp32": 1e-2, "fp16": 0.1, "bf16": 0.5}
 
 
-def verify(encoding: Encoding, *, repair: bool) -> list[int]:
+def verify(encoding: Encoding, *, repair: bool) -> None:
     """Check every shard of a data set, and encode some of its rows again.
 
     Args:
         encoding: with the options that made the data set.
         repair: make the broken shards undone, for `Encoding.run` to do again.
 
-    Returns: the broken shards, which are undone now; empty when all is well.
     Raises: InputError naming what is broken, when it is not to be repaired.
     """
     folder, config = encoding.folder, encoding.config
@@ -43,9 +42,11 @@ def verify(encoding: Encoding, *, repair: bool) -> list[int]:
     listed_skips = folder.skipped_lines()
     for shard in range(folder.num_shards):
         reason = shard_fault(folder, shard, value_columns(config))
-        skips = (folder.record(shard) or {}).get("skipped", 0)
-        if reason is None and isinstance(skips, int) and skips != len(listed_skips.get(shard, [])):
-            reason = f"has {skips} skipped images, of which skipped.jsonl names {len(listed_skips.get(shard, []))}"
+        record = folder.record(shard)
+        if reason is None and record is not None and "skipped_images" not in record:
+            listed, skipped = len(listed_skips.get(shard, [])), record["skipped"]
+            if listed != skipped:
+                reason = f"has {skipped} skipped images, of which skipped.jsonl names {listed}"
         if reason is not None:
             broken[shard] = reason
     sound = [shard for shard in range(folder.num_shards) if shard not in broken]
@@ -64,11 +65,10 @@ def verify(encoding: Encoding, *, repair: bool) -> list[int]:
         worst,
     )
     if broken and not repair:
-        listed = "; ".join(f"{folder.shard_path(k).name} {reason}" for k, reason in sorted(broken.items())[:3])
-        raise InputError(f"{len(broken)} of {folder.num_shards} shards are broken ({listed}); mend with --repair true")
+        named = "; ".join(f"{folder.shard_path(k).name} {reason}" for k, reason in sorted(broken.items())[:3])
+        raise InputError(f"{len(broken)} of {folder.num_shards} shards are broken ({named}); mend with --repair true")
     if broken:
         folder.undo(sorted(broken))
-    return sorted(broken)
 
 
 def shard_fault(folder: LatentFolder, shard: int, columns: list[str]) -> str | None:

@@ -10,6 +10,8 @@ from sdvae.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as the command line names them
+
 
 def resolve_precision(requested: str, device_type: str) -> str:
     """ "auto", "no", "bf16" or "fp16" -> what accelerate's `mixed_precision` gets for this device.

@@ -224,7 +224,7 @@ class Streamed:
     def encode(self, vae: Any, images: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, 2·latent_channels, H/f, W/f), as the encoder and quant_conv have it."""
         encoder = vae.encoder
-        x = self._conv(self._whole(images), encoder.conv_in, groups=self._groups)
+        x = self._conv(self._whole(images), encoder.conv_in, normed=True)
         for block in encoder.down_blocks:
             x = self._level(x, block)
         x = self._mid(x, encoder.mid_block)
@@ -239,7 +239,7 @@ class Streamed:
         x = self._whole(latents)
         if vae.post_quant_conv is not None:
             x = self._conv(x, vae.post_quant_conv)
-        x = self._conv(x, decoder.conv_in, groups=self._groups)
+        x = self._conv(x, decoder.conv_in, normed=True)
         x = self._mid(x, decoder.mid_block)
         for block in decoder.up_blocks:
             x = self._level(x, block)
@@ -264,9 +264,9 @@ class Streamed:
     def _resnet(self, x: Rows, block: ResnetBlock) -> Rows:
         conv1, conv2 = block.conv1, block.conv2
         norm, act = x.norm(block.norm1), block.nonlinearity
-        h, residual = self._rows(x.height), x
+        h, residual = self._rows(x.height, normed=True), x
         if block.conv_shortcut is not None:
-            residual = self._rows(x.height, groups=None)
+            residual = self._rows(x.height, normed=False)
         for top, bottom in x.strips(max(conv1.in_channels, conv1.out_channels)):
             rows = x[top - 1 : bottom + 1]
             h.append(_conv_rows(conv1, activated(act, norm(rows), block.norm1), top > 0, bottom < x.height))
@@ -275,7 +275,7 @@ class Streamed:
                 residual.append(block.conv_shortcut(rows[:, :, above : above + bottom - top]))
                 x.let_go(bottom - 1)
             del rows
-        norm, out = h.norm(block.norm2), self._rows(x.height)
+        norm, out = h.norm(block.norm2), self._rows(x.height, normed=True)
         for top, bottom in h.strips(conv2.in_channels):
             rows = _conv_rows(
                 conv2, activated(act, norm(h[top - 1 : bottom + 1]), block.norm2), top > 0, bottom < h.height
@@ -294,7 +294,7 @@ class Streamed:
             values.append(block.to_v(tokens))
         k, v = (torch.cat(parts, dim=1).unsqueeze(1) for parts in (keys, values))  # (B, 1, HW, C)
         del keys, values
-        out = self._rows(x.height)
+        out = self._rows(x.height, normed=True)
         # Kernels that hold no scores are not to be had for every width and device: bound what the others hold.
         chunk = max(1, self._budget.strip_bytes // (k.shape[0] * k.shape[2] * k.element_size()))
         chunk = k.shape[2] if k.device.type == "cpu" else chunk
@@ -309,7 +309,7 @@ class Streamed:
 
     def _upsample(self, x: Rows, layer: nn.Module) -> Rows:
         conv: Any = layer.conv
-        out = self._rows(2 * x.height)
+        out = self._rows(2 * x.height, normed=True)
         for top, bottom in x.strips(4 * conv.in_channels):
             rows = F.interpolate(x[top - 1 : bottom + 1], scale_factor=2.0, mode="nearest")
             above, below = top > 0, bottom < x.height
@@ -319,7 +319,7 @@ class Streamed:
         return out
 
     def _downsample(self, x: Rows, layer: nn.Module) -> Rows:
-        out = self._rows(x.height // 2)
+        out = self._rows(x.height // 2, normed=True)
         for top, bottom in x.strips(layer.conv.in_channels):  # type: ignore[union-attr, arg-type]
             top, bottom = top // 2, bottom // 2 if bottom < x.height else x.height // 2
             if top < bottom:
@@ -336,12 +336,12 @@ class Streamed:
         *,
         norm: nn.GroupNorm | None = None,
         act: nn.Module | None = None,
-        groups: int | None = None,
+        normed: bool = False,
     ) -> Rows:
-        """A conv of 3x3 or 1x1, after norm and activation where they are given."""
+        """A conv of 3x3 or 1x1, after norm and activation where they are given. `normed`: a group norm comes next."""
         normalised = None if norm is None else x.norm(norm)
         halo = conv.kernel_size[0] // 2
-        out = self._rows(x.height, groups)
+        out = self._rows(x.height, normed)
         for top, bottom in x.strips(max(conv.in_channels, conv.out_channels)):
             rows = x[top - halo : bottom + halo]
             if norm is not None and normalised is not None and act is not None:
@@ -351,11 +351,12 @@ class Streamed:
             x.let_go(bottom - halo)
         return out
 
-    def _rows(self, height: int, groups: int | None = -1) -> Rows:
-        return Rows(height, self._budget, self._groups if groups == -1 else groups)
+    def _rows(self, height: int, normed: bool) -> Rows:
+        """An empty map; a group norm will read it, or not."""
+        return Rows(height, self._budget, self._groups if normed else None)
 
     def _whole(self, x: Tensor) -> Rows:
-        rows = self._rows(x.shape[2], groups=None)
+        rows = self._rows(x.shape[2], normed=False)
         rows.append(x.to(self._budget.work))
         return rows
 

@@ -14,10 +14,10 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     gather_object,
-    parse_flag_from_env,
 )
 from torch import nn
 
+from sdvae.device import accelerator_type
 from sdvae.errors import InputError
 from sdvae.evaluation import Perceptual, load_perceptual
 from sdvae.model import AutoencoderKL
@@ -41,10 +41,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
                 f"tracker {name!r} is not installed; need one of {', '.join(available)}, or pip install it"
             )
     # Left to itself, accelerate runs torchrun's N processes as N separate trainings on a machine without a GPU.
-    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    device_type = accelerator_type()
     accelerator = Accelerator(
-        cpu=use_cpu,
-        mixed_precision=resolve_precision(config.mixed_precision, "cpu" if use_cpu else _accelerator_type()),
+        cpu=device_type is None,
+        mixed_precision=resolve_precision(config.mixed_precision, device_type or "cpu"),
         log_with=list(config.trackers) or None,
         project_dir=RunFolder(config.output_dir).root,
         # Ours is the only division by accumulation steps; accelerate's would come on top, from its launcher's option.
@@ -64,12 +64,6 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             "with `accelerate config`, or launch with torchrun"
         )
     return accelerator
-
-
-def _accelerator_type() -> str:
-    device = torch.accelerator.current_accelerator()
-    assert device is not None  # torch.accelerator.is_available() was true
-    return device.type
 
 
 def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:

@@ -19,7 +19,7 @@ from sdvae.differences import changed_fields
 from sdvae.errors import InputError
 from sdvae.training.checkpoint import newest_whole
 from sdvae.training.config import TrainConfig
-from sdvae.weights.files import replacing
+from sdvae.weights.files import left_beside, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +114,10 @@ class RunFolder:
             raise InputError(f"output_dir={self.root} is a file; need the path of a folder")
         if not self.root.exists() or (self.config.is_file() and self.metrics.is_file()):
             return
+        ours = {self.lock, *left_beside(self.config)}
         for path in self.root.iterdir():
             begun = path == self.metrics and path.stat().st_size == 0
-            if not begun and path != self.lock and not path.name.startswith(f".{self.config.name}.tmp-"):
+            if not begun and path not in ours:
                 raise InputError(
                     f"output_dir={self.root} holds files that no run wrote; need a new or empty folder; choose another"
                 )

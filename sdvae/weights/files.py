@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import pickle
@@ -123,6 +124,11 @@ def check_tensors(weights: Mapping[str, Tensor], origin: str) -> None:
             f"{origin} has NaN or infinite values in {len(broken)} of {len(weights)} tensors ({first_few(broken)}); "
             "need finite weights; take an earlier checkpoint or a wider dtype"
         )
+
+
+def left_beside(target: Path) -> list[Path]:
+    """What processes that were killed while `replacing` a target left beside it."""
+    return list(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ eps·(1/s² - 1) to the variance of x, which changes its output by at most the f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -70,7 +70,7 @@ def audit(vae: AutoencoderKL, images: Sequence[Tensor]) -> dict[str, float]:
 
     with _watched([(name, m) for name, m in vae.named_modules() if isinstance(m, layers)], note):
         for x in images:
-            vae.decode(vae.encode(x).latent_dist.mode())
+            vae(x)
     return largest
 
 
@@ -193,7 +193,7 @@ def _eps_bound(vae: AutoencoderKL, images: Sequence[Tensor], norms: dict[str, fl
 
     with _watched([(name, modules[name]) for name in norms], note, inputs=True):
         for x in images:
-            vae.decode(vae.encode(x).latent_dist.mode())
+            vae(x)
     bounds = [
         1 - math.sqrt((variance + NORM_EPS * norms[name] ** 2) / (variance + NORM_EPS))
         for name, variance in least.items()
@@ -208,7 +208,9 @@ def _subnormal(vae: AutoencoderKL) -> float:
 
 
 @contextmanager
-def _watched(modules: list[tuple[str, nn.Module]], note, inputs: bool = False) -> Iterator[None]:
+def _watched(
+    modules: list[tuple[str, nn.Module]], note: Callable[[str, Tensor], None], inputs: bool = False
+) -> Iterator[None]:
     """Call note(name, output), or with the input, whenever one of the modules has run."""
     handles = [
         module.register_forward_hook(lambda _, x, y, name=name: note(name, x[0] if inputs else y))
