@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.browser import browser_page  # noqa: F401 - a fixture
+
 # Tests run in two processes on two cores, and some compare bits with a process that has one thread.
 torch.set_num_threads(1)
 
