@@ -1,4 +1,4 @@
-"""`sdvae reconstruct`: see what a VAE does."""
+"""`sdvae reconstruct`, `sdvae evaluate`: see what a VAE does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from sdvae.cli.parsing import parse
+from sdvae.cli.parsing import parse, parse_fields
 from sdvae.cli.registry import command
 
 
@@ -33,3 +33,15 @@ def reconstruct(argv: Sequence[str]) -> None:
         output=Path(arguments.output),
         max_side=arguments.max_side,
     )
+
+
+@command("measure VAEs side by side: VAE … --data DATA [--preset coco_val_5k_256] [--fid true] …")
+def evaluate(argv: Sequence[str]) -> None:
+    from sdvae.evaluation.config import EvaluateConfig
+
+    config = parse_fields(
+        EvaluateConfig, argv, "sdvae evaluate", positional=("vaes", "VAEs; default: the packaged one")
+    )
+    from sdvae.evaluation.evaluate import evaluate as run
+
+    run(config)

@@ -30,10 +30,20 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     return parse_fields(TrainConfig, argv, "sdvae train")
 
 
-def parse_fields(config_class: type[Config], argv: Sequence[str], program: str) -> Config:
+def parse_fields(
+    config_class: type[Config], argv: Sequence[str], program: str, positional: tuple[str, str] | None = None
+) -> Config:
+    """Arguments to a frozen dataclass: an option for each field, `--config FILE` for many.
+
+    Args: positional: the field that takes the arguments without a name, and its help.
+
+    Raises: InputError as above.
+    """
     parser = ArgumentParser(prog=program, exit_on_error=False)
     parser.add_argument("--config", action="config", help="options in YAML; may be given more than once")
-    parser.add_class_arguments(config_class)
+    if positional is not None:
+        parser.add_argument(positional[0], type=str, nargs="*", default=[], help=positional[1])
+    parser.add_class_arguments(config_class, skip={positional[0]} if positional else set())
     known = set(_keys(config_class))
     for key, origin in _given_keys(argv, known):
         if key not in known and key not in ("config", "print_config", "help"):
@@ -41,6 +51,8 @@ def parse_fields(config_class: type[Config], argv: Sequence[str], program: str) 
             raise InputError(f"unknown key {key!r} in {origin}; {hint}")
     arguments = parse(parser, argv)
     instance = parser.instantiate(arguments)
+    if positional is not None:
+        setattr(instance, positional[0], tuple(arguments[positional[0]]))
     return config_class(**{field.name: getattr(instance, field.name) for field in dataclasses.fields(config_class)})
 
 

@@ -15,6 +15,7 @@ from sdvae.data.dataset import (
 )
 from sdvae.data.images import (
     ImageError,
+    adm_center_crop,
     center_crop,
     color_jitter,
     cover,
@@ -50,6 +51,7 @@ __all__ = [
     "SampleOrder",
     "ShardedBatches",
     "TrainingImages",
+    "adm_center_crop",
     "center_crop",
     "collate_evaluation",
     "collate_training",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -175,6 +175,7 @@ class EvaluationImages(Dataset[EvaluationSample]):
         channels: 3 for RGB, 1 for grey.
         background: RGB in 0..255 below transparent images.
         min_side: images with a shorter side are bad; by default resolution // 2, as in training.
+        crop: of an image and R.
     """
 
     def __init__(
@@ -185,12 +186,14 @@ class EvaluationImages(Dataset[EvaluationSample]):
         *,
         background: tuple[int, int, int] = (255, 255, 255),
         min_side: int | None = None,
+        crop: Callable[[Image.Image, int], Image.Image] = center_crop,
     ):
         self.source = source
         self.resolution = resolution
         self.channels = channels
         self.background = background
         self.min_side = _min_side(min_side, resolution)
+        self.crop = crop
 
     def __len__(self) -> int:
         return len(self.source)
@@ -204,7 +207,7 @@ class EvaluationImages(Dataset[EvaluationSample]):
             image = read_image(data, channels=self.channels, background=self.background, min_side=self.min_side)
         except ImageError as error:
             return EvaluationSample(image=None, index=index, name=name, bad=str(error))
-        pixels = to_tensor(center_crop(image, self.resolution))
+        pixels = to_tensor(self.crop(image, self.resolution))
         return EvaluationSample(image=pixels, index=index, name=name, bad=None)
 
 

@@ -1,6 +1,6 @@
 """Measuring a VAE and drawing what it does."""
 
-from sdvae.evaluation.figures import latent_figure, reconstruction_grid, training_curves
+from sdvae.evaluation.figures import latent_figure, reconstruction_grid, tile_grid, training_curves
 from sdvae.evaluation.health import LatentHealth
 from sdvae.evaluation.metrics import LatentMoments, image_metrics
 from sdvae.evaluation.perceptual import Perceptual, load_perceptual
@@ -13,5 +13,6 @@ __all__ = [
     "latent_figure",
     "load_perceptual",
     "reconstruction_grid",
+    "tile_grid",
     "training_curves",
 ]

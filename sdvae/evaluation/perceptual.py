@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lpips
@@ -118,12 +120,11 @@ def _build(net: str, heads: str) -> lpips.LPIPS:
 
 def _download_trunk(net: str, allow_random: bool) -> dict[str, Tensor] | None:
     """The trunk's state dict, or None when it cannot be had and a random one will do."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # torch hub sets none, and a silent network would hang
     try:
-        return TORCHVISION_WEIGHTS[net].get_state_dict(
-            progress=False, check_hash=True, map_location="cpu", weights_only=True
-        )
+        with short_timeout():
+            return TORCHVISION_WEIGHTS[net].get_state_dict(
+                progress=False, check_hash=True, map_location="cpu", weights_only=True
+            )
     except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a file of another hash
         if isinstance(error, RuntimeError) and "hash" not in str(error):
             raise
@@ -135,6 +136,15 @@ def _download_trunk(net: str, allow_random: bool) -> dict[str, Tensor] | None:
             ) from error
         logger.warning("%s; going on with a RANDOM trunk: its figures compare with no published LPIPS", reason)
         return None
+
+
+@contextmanager
+def short_timeout() -> Iterator[None]:
+    """For a download by torch hub, which sets none: a silent network would hang."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
+    try:
+        yield
     finally:
         socket.setdefaulttimeout(timeout)
 
