@@ -59,7 +59,12 @@ def blank(*_) -> Image.Image:
     return Image.new("RGB", (8, 8))
 
 
-if __name__ == "__main__":
+def run_with_fault(argv: list[str]) -> None:
+    """KIND STEP RANK [sdvae train arguments …], in a process of its own."""
     loop.draw = blank
-    with fault(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])):
-        sys.exit(main(["train", *sys.argv[4:]]))
+    with fault(argv[0], int(argv[1]), int(argv[2])):
+        sys.exit(main(["train", *argv[3:]]))
+
+
+if __name__ == "__main__":
+    run_with_fault(sys.argv[1:])

@@ -1,10 +1,8 @@
-"""Kill a process at every file operation of a checkpoint's saving; run by test_faults.py in a process of its own.
+"""Kill a process at every file operation of a checkpoint's saving.
 
-    python tests/kill_at_boundaries.py FOLDER
-
-Children are forked, each is killed by SIGKILL before its n-th file operation under FOLDER (n = 0, 1, …), until one
-comes through. After each, the newest checkpoint that can be read must be the old one or the new one, whole. Prints
-«operations N, old A, new B».
+`save_and_be_killed` runs in a process of its own. Children are forked from it, each is killed by SIGKILL before its
+n-th file operation under FOLDER (n = 0, 1, …), until one comes through. After each, the newest checkpoint that can be
+read must be the old one or the new one, whole. Prints «operations N, old A, new B».
 """
 
 from __future__ import annotations
@@ -47,7 +45,8 @@ def die_before(operation: int, root: Path) -> None:
     sys.addaudithook(hook)
 
 
-def main(root: Path) -> None:
+def save_and_be_killed(argv: list[str]) -> None:
+    root = Path(argv[0])
     torch.set_num_threads(1)
     counts = {1: 0, 2: 0}
     operation = 0
@@ -76,7 +75,3 @@ def main(root: Path) -> None:
         assert os.WTERMSIG(status) == signal.SIGKILL
         operation += 1
     print(f"operations {operation}, old {counts[1]}, new {counts[2]}")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,14 +1,7 @@
-"""Run under torchrun by test_training.py: trains with the arguments given and records what each step saw.
-
-    torchrun … tests/two_processes.py WORLD_SIZE RECORD_FOLDER [sdvae train arguments …]
-
-Writes RECORD_FOLDER/rank-R.pt: for each optimizer step the sample keys of this process and the gradients, of both
-players, that the optimizers are about to use.
-"""
+"""A training process that records what each of its steps saw."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +12,13 @@ from sdvae.training import loop
 from sdvae.training.players import Player, TrainingForward
 
 
-def record(world_size: int, folder: Path, arguments: list[str]) -> None:
+def record(argv: list[str]) -> None:
+    """WORLD_SIZE RECORD_FOLDER [sdvae train arguments …], in a process of its own.
+
+    Writes RECORD_FOLDER/rank-R.pt: for each optimizer step the sample keys of this process and the gradients, of both
+    players, that the optimizers are about to use.
+    """
+    world_size, folder, arguments = int(argv[0]), Path(argv[1]), argv[2:]
     samples: list[tuple[int, int]] = []
     steps: list[dict] = []
     make_batches, clip = loop.training_batches, Player.clip
@@ -42,7 +41,3 @@ def record(world_size: int, folder: Path, arguments: list[str]) -> None:
     loop.train(parse_train_config(arguments))
     rank = Accelerator().process_index
     torch.save(steps, folder / f"rank-{rank}.pt")
-
-
-if __name__ == "__main__":
-    record(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

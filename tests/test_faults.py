@@ -26,16 +26,14 @@ from sdvae.training import loop
 from sdvae.training.checkpoint import checkpoints, newest_whole, read_checkpoint
 from sdvae.weights import load_vae
 from tests.conftest import draw_photographs, tiny_arguments
-from tests.faults import fault
-from tests.test_resume import EVERYTHING, ROOT, differences, launch, records, result, run, undrawn  # noqa: F401
+from tests.faults import fault, run_with_fault
+from tests.kill_at_boundaries import save_and_be_killed
+from tests.processes import launch
+from tests.test_resume import EVERYTHING, ROOT, differences, records, result, run, two_processes, undrawn  # noqa: F401
 
 
 def everything(source: Path, output: Path, **changes: str) -> list[str]:
     return tiny_arguments(source, output, **{**EVERYTHING, "data__num_workers": "0", **changes})
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +46,8 @@ def whole(tmp_path_factory) -> tuple[Path, dict]:
 
 
 def test_killed_at_every_file_operation_of_a_save_a_whole_checkpoint_is_left(tmp_path):
-    script = [sys.executable, str(ROOT / "tests" / "kill_at_boundaries.py"), str(tmp_path / "checkpoints")]
-    done = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = launch(save_and_be_killed, [tmp_path / "checkpoints"], tmp_path)
+    assert done.codes == [0], done.stderr[-2000:]
     operations, old, new = map(int, re.findall(r"\d+", done.stdout))
     assert operations > 15
     assert old > 5
@@ -60,11 +57,10 @@ def test_killed_at_every_file_operation_of_a_save_a_whole_checkpoint_is_left(tmp
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_a_process_that_is_signalled_continues_with_the_same_command(whole, tmp_path, name):
     source, wanted = whole
-    command = [sys.executable, str(ROOT / "tests" / "faults.py"), name.lower(), "4", "0"]
-    command += everything(source, tmp_path / "run", data__num_workers="1")
-    killed = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    arguments = everything(source, tmp_path / "run", data__num_workers="1")
+    killed = launch(run_with_fault, [name.lower(), 4, 0, *arguments], tmp_path)
     number = int(getattr(signal, name))
-    assert killed.returncode == (-number if name == "SIGKILL" else 128 + number), killed.stderr[-2000:]
+    assert killed.codes == [-number if name == "SIGKILL" else 128 + number], killed.stderr[-2000:]
     if name != "SIGKILL":
         assert "sdvae: stopped after step 5; the same command continues from step-00000005" in killed.stderr
         assert "Traceback" not in killed.stderr
@@ -97,8 +93,8 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(whole, tmp_pa
 
 def test_nan_on_one_process_is_skipped_by_all_and_named(whole, tmp_path):
     source, _ = whole
-    launched = launch("faults.py", source, tmp_path / "run", "nan", "2", "1", gradient_accumulation_steps="1")
-    assert launched.returncode == 0, launched.stderr[-3000:]
+    launched = two_processes(run_with_fault, source, tmp_path / "run", "nan", 2, 1)
+    assert launched.codes == [0, 0], launched.stderr[-3000:]
     (line,) = [line for line in launched.stderr.splitlines() if "is skipped" in line]
     culprit = line.split("step 3 is skipped: process 1: ")[1]
     assert "reconstruction nan" in culprit
@@ -125,15 +121,24 @@ def test_nan_that_stays_ends_the_run_with_its_term_its_images_and_a_checkpoint_o
 
 def test_when_a_process_dies_all_stop_soon_and_nothing_is_half_written(whole, tmp_path):
     source, _ = whole
+    arguments = everything(source, tmp_path / "run", gradient_accumulation_steps="1")
     start = time.monotonic()
-    launched = launch("faults.py", source, tmp_path / "run", "sigkill", "4", "1", gradient_accumulation_steps="1")
+    launched = subprocess.run(  # by torchrun, whose part it is to end the other process
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *(ROOT / "tests" / "faults.py", "sigkill", "4", "1", *arguments),
+        ],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=240,
+    )
     assert launched.returncode != 0
     assert time.monotonic() - start < 120
     folder, _, damaged = newest_whole(tmp_path / "run" / "checkpoints")
     assert folder.name == "step-00000003"
     assert not damaged
-    continued = launch("faults.py", source, tmp_path / "run", "none", "0", "0", gradient_accumulation_steps="1")
-    assert continued.returncode == 0, continued.stderr[-3000:]
+    continued = two_processes(run_with_fault, source, tmp_path / "run", "none", 0, 0)
+    assert continued.codes == [0, 0], continued.stderr[-3000:]
 
 
 def test_when_a_data_worker_dies_the_run_says_so_and_can_be_continued(whole, tmp_path, monkeypatch, capsys):

@@ -6,8 +6,7 @@ import argparse
 import importlib.util
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from sdvae import EncodeConfig, LatentDataset, encode, load_vae, save_vae
 from sdvae.cli import parse_train_config
 from sdvae.training.build import build_vae
 from tests.conftest import tiny_arguments
+from tests.processes import launch, run_script
 
 ROOT = Path(__file__).parents[1]
 LAYOUTS = ("as loaded", "channels_last", "speed_up against as loaded")  # of scripts/benchmark.py
@@ -36,11 +36,16 @@ def quickstart_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def script(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stdout
+@pytest.fixture
+def script(tmp_path) -> Callable[..., str]:
+    """Runs scripts/NAME with arguments in a process of its own, and returns what it prints."""
+
+    def run(name: str, *arguments: object) -> str:
+        finished = launch(run_script, [ROOT / "scripts" / name, *arguments], tmp_path)
+        assert finished.codes == [0], finished.stderr[-3000:]
+        return finished.stdout
+
+    return run
 
 
 def test_the_readmes_python_runs(quickstart_folder, tmp_path):
@@ -72,7 +77,7 @@ def test_every_file_and_option_the_readme_names_exists():
             node = getattr(node, part)
 
 
-def test_the_pipeline_demo_draws_the_photograph_beside_its_decoding(quickstart_folder, tmp_path):
+def test_the_pipeline_demo_draws_the_photograph_beside_its_decoding(quickstart_folder, tmp_path, script):
     output = tmp_path / "pipeline.png"
     printed = script("pipeline_demo.py", quickstart_folder / "model", output, "--size", 64)
     assert "StableDiffusionImg2ImgPipeline" in printed
@@ -83,7 +88,7 @@ def test_the_pipeline_demo_draws_the_photograph_beside_its_decoding(quickstart_f
     assert pixels[:, 68:].std() > 1, "what the pipeline decoded"
 
 
-def test_the_benchmark_prints_a_ratio_for_each_row():
+def test_the_benchmark_prints_a_ratio_for_each_row(script):
     printed = script("benchmark.py", "--config", "configs/quickstart.yaml", "--size", 32, "--repeats", 1)
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
     names = [row[0].strip() for row in rows[1:]]
@@ -98,7 +103,7 @@ def test_the_benchmark_prints_a_ratio_for_each_row():
         assert 0.01 < ratio < 100
 
 
-def test_the_encoding_benchmark_prints_both_tables(photographs):
+def test_the_encoding_benchmark_prints_both_tables(photographs, script):
     images = ["--images", photographs, "--size", 32, "--count", 4, "--batch", 2, "--repeats", 1]
     printed = script("benchmark_encode.py", *images)
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
@@ -127,7 +132,7 @@ def test_the_streaming_script_measures_and_draws(tmp_path):
         assert np.asarray(picture.convert("L")).std() > 10
 
 
-def test_the_plain_baseline_trains_and_writes_its_figures(photographs, tmp_path):
+def test_the_plain_baseline_trains_and_writes_its_figures(photographs, tmp_path, script):
     recipe = tiny_arguments(photographs, tmp_path / "run", steps="3")
     script("plain_baseline.py", "--output", tmp_path / "figures.json", "--learning_rate", "1e-3", *recipe)
     figures = json.loads((tmp_path / "figures.json").read_text())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,9 @@ from sdvae.training.checkpoint import checkpoints, read_checkpoint
 from sdvae.training.run_folder import RunFolder
 from sdvae.weights import load_vae
 from tests.conftest import draw_photographs, tiny_arguments
-from tests.faults import Crash, blank, fault
+from tests.faults import Crash, blank, fault, run_with_fault
+from tests.processes import Finished, launch
+from tests.recorder import record
 
 ROOT = Path(__file__).parents[1]
 STEPS = 7
@@ -338,30 +338,21 @@ def test_the_newest_checkpoints_are_kept_and_the_best_model_is_by_its_metric(who
     assert f"After {best['step']} steps" in card
 
 
-def launch(script: str, source: Path, output: Path, *before: str, world_size: int = 2, **changes: str):
-    settings = {**EVERYTHING, "data__num_workers": "0", **changes}
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"),
-            *(ROOT / "tests" / script, *before, *tiny_arguments(source, output, **settings)),
-        ],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def two_processes(target, source: Path, output: Path, *before: object, **changes: str) -> Finished:
+    output.parent.mkdir(exist_ok=True)
+    settings = {**EVERYTHING, "data__num_workers": "0", "gradient_accumulation_steps": "1", **changes}
+    return launch(target, [*before, *tiny_arguments(source, output, **settings)], output.parent, world_size=2)
 
 
 def test_two_processes_stopped_by_a_signal_to_one_and_continued_are_uninterrupted(whole, tmp_path):
     source, _ = whole
-    half = {"gradient_accumulation_steps": "1"}
-    straight = launch("faults.py", source, tmp_path / "straight", "none", "0", "0", **half)
-    assert straight.returncode == 0, straight.stderr[-3000:]
-    stopped = launch("faults.py", source, tmp_path / "run", "sigterm", "3", "1", **half)
-    assert stopped.returncode != 0
+    straight = two_processes(run_with_fault, source, tmp_path / "straight", "none", 0, 0)
+    assert straight.codes == [0, 0], straight.stderr[-3000:]
+    stopped = two_processes(run_with_fault, source, tmp_path / "run", "sigterm", 3, 1)
+    assert stopped.codes == [143, 143], stopped.stderr[-3000:]
     assert "stopped after step 4; the same command continues" in stopped.stderr
-    continued = launch("faults.py", source, tmp_path / "run", "none", "0", "0", **half)
-    assert continued.returncode == 0, continued.stderr[-3000:]
+    continued = two_processes(run_with_fault, source, tmp_path / "run", "none", 0, 0)
+    assert continued.codes == [0, 0], continued.stderr[-3000:]
     assert not differences(result(tmp_path / "run"), result(tmp_path / "straight"))
 
 
@@ -372,9 +363,8 @@ def test_with_another_number_of_processes_no_sample_is_repeated_or_missed(whole,
         run(source, tmp_path / "run", data__num_workers="0", **fixed)
     records = tmp_path / "records"
     records.mkdir()
-    half = {"gradient_accumulation_steps": "1", **fixed}
-    launched = launch("two_processes.py", source, tmp_path / "run", "2", str(records), **half)
-    assert launched.returncode == 0, launched.stderr[-3000:]
+    launched = two_processes(record, source, tmp_path / "run", 2, records, **fixed)
+    assert launched.codes == [0, 0], launched.stderr[-3000:]
     ranks = [torch.load(file) for file in sorted(records.glob("rank-*.pt"))]
     assert len(ranks) == 2
     seen = [key for steps in zip(*ranks, strict=True) for rank in steps for key in rank["samples"]]

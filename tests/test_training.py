@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +24,8 @@ from sdvae.training.loop import train
 from sdvae.weights import load_vae, save_ldm
 from tests.conftest import draw_photographs, tiny_arguments
 from tests.faults import fault
+from tests.processes import launch, run_script
+from tests.recorder import record
 
 ROOT = Path(__file__).parents[1]
 
@@ -216,17 +216,8 @@ def test_two_processes_see_the_same_samples_and_gradients_as_one(photographs, tm
         folder = tmp_path / name
         folder.mkdir()
         arguments = tiny_arguments(photographs, folder / "run", **same, **changes)
-        launched = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"),
-                *(ROOT / "tests" / "two_processes.py", str(world_size), folder, *arguments),
-            ],
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert launched.returncode == 0, launched.stderr[-3000:]
+        launched = launch(record, [world_size, folder, *arguments], folder, world_size=world_size)
+        assert launched.codes == [0] * world_size, launched.stderr[-3000:]
         files = sorted(folder.glob("rank-*.pt"))
         assert len(files) == world_size
         recorded[name] = [torch.load(file) for file in files]
@@ -250,9 +241,8 @@ def test_grey_images_train(photographs, tmp_path):
 def test_bf16_autocast_keeps_fp32_weights(photographs, tmp_path):
     arguments = tiny_arguments(photographs, tmp_path / "run", mixed_precision="bf16", steps="2")
     # in a process of its own, since accelerate keeps the precision of a process's first run
-    command = [sys.executable, str(ROOT / "train_sdvae.py"), *arguments]
-    launched = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert launched.returncode == 0, launched.stderr[-3000:]
+    launched = launch(run_script, [ROOT / "train_sdvae.py", *arguments], tmp_path)
+    assert launched.codes == [0], launched.stderr[-3000:]
     assert "cpu in bf16" in launched.stderr
     assert {tensor.dtype for tensor in weights(tmp_path / "run" / "model").values()} == {torch.float32}
 
