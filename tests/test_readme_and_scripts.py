@@ -139,3 +139,20 @@ def test_the_plain_baseline_trains_and_writes_its_figures(photographs, tmp_path,
     assert figures["images"] == 3
     assert figures["steps"] == 3
     assert 3 < figures["psnr"] < 40
+
+
+def test_the_packaged_vaes_training_runs_as_one_command_and_ships_only_what_is_good(photographs, tmp_path, script):
+    changes = [argument for argument in tiny_arguments(photographs, tmp_path) if "source" not in argument]
+    changes = [argument for argument in changes if not argument.startswith("--output_dir")]
+    small = ["--steps=2", "--optimizer.warmup_steps=0", "--loss.discriminator.start_step=0"]
+    random_trunk = "--loss.perceptual.allow_random=true"
+    printed = script("train_embedded.py", photographs, "--output", tmp_path / "out", *changes, *small, random_trunk)
+    figures = json.loads(printed[printed.index("{") :])
+    shipped = tmp_path / "out" / "shipped"
+    assert load_vae(shipped).dtype == torch.float16
+    assert figures["images"] == 3
+    card = (shipped / "README.md").read_text()
+    assert f"| psnr | {figures['psnr']:#.4g} |" in card
+    assert "`configs/small_f8c4_gan.yaml`: 2 steps" in card
+    with Image.open(tmp_path / "out" / "grid.png") as picture:
+        assert picture.width > 3 * 256
