@@ -1,4 +1,4 @@
-"""`sdvae reconstruct`, `sdvae evaluate`: see what a VAE does."""
+"""`sdvae reconstruct`, `evaluate`, `explore`: see what a VAE does."""
 
 from __future__ import annotations
 
@@ -45,3 +45,46 @@ def evaluate(argv: Sequence[str]) -> None:
     from sdvae.evaluation.evaluate import evaluate as run
 
     run(config)
+
+
+@command("latent space in pictures: interpolate|traverse|pca|prior|arithmetic|anomaly|denoise|all [--images A B] …")
+def explore(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="sdvae explore", exit_on_error=False)
+    choices = ["interpolate", "traverse", "pca", "prior", "arithmetic", "anomaly", "denoise", "all"]
+    parser.add_argument(
+        "what", choices=choices, help="each writes a picture and its figures; docs/explore.md shows them"
+    )
+    parser.add_argument(
+        "--vae", type=str, default=None, help="whatever `sdvae export` takes as SOURCE; default: the packaged VAE"
+    )
+    parser.add_argument("--subfolder", type=str, default=None, help="folder inside the source that holds the VAE")
+    parser.add_argument("--data", type=str, default="skimage", help="what is measured; whatever data.source takes")
+    parser.add_argument("--count", type=int, default=16, help="of images that are measured, at most")
+    parser.add_argument(
+        "--images", type=str, nargs="+", default=[], help="what is drawn: image files, or names of images in --data"
+    )
+    parser.add_argument(
+        "--anomalies", type=str, default=None, help="of anomaly: images that are not normal; default: synthetic defects"
+    )
+    parser.add_argument("--resolution", type=int, default=256, help="pixels a side of the square that is cropped")
+    parser.add_argument("--steps", type=int, default=7, help="of interpolate and traverse: columns")
+    parser.add_argument(
+        "--sigmas", type=float, nargs="+", default=[5.0, 15.0, 25.0, 50.0], help="of denoise: noise in levels of 0..255"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of samples, defects and noise")
+    parser.add_argument("--output", type=str, default="explorations", help="folder for WHAT.png and WHAT.json")
+    arguments = parse(parser, argv)
+    from sdvae.explore import Settings
+    from sdvae.explore import explore as run
+
+    settings = Settings(
+        data=arguments.data,
+        images=tuple(arguments.images),
+        anomalies=arguments.anomalies,
+        count=arguments.count,
+        resolution=arguments.resolution,
+        steps=arguments.steps,
+        sigmas=tuple(arguments.sigmas),
+        seed=arguments.seed,
+    )
+    run(arguments.what, settings, vae=arguments.vae, subfolder=arguments.subfolder, output=Path(arguments.output))

@@ -1,0 +1,93 @@
+"""Ways through latent space: between two points, along a channel, by a difference.
+
+What a tutorial shows on digits, where one vector stands for a whole image, is another thing here: the latents of a
+Stable Diffusion VAE are a small picture, (c, H/8, W/8), and the decoder is nearly local. Halfway between two latents
+it draws both photographs at once, much as a cross-fade of pixels does. No object turns into another.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sdvae.errors import InputError
+
+OPPOSITE = 1e-5  # radians from 180 degrees; fp32 latents have their direction to about 1e-7
+
+
+def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """(1 - t) a + t b, the straight line.
+
+    Args: a, b: (…) of one shape. t: (T,); 0 gives a, 1 gives b.
+
+    Returns: (T, …).
+    """
+    t = t.to(a).view(-1, *[1] * a.ndim)
+    return (1 - t) * a + t * b
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """sin((1 - t) θ) / sin θ · a  +  sin(t θ) / sin θ · b, the arc of a circle around the origin.
+
+    θ is the angle between a and b, each taken as one long vector (Shoemake 1985, «Animating rotation with quaternion
+    curves», for unit vectors; with others the length goes smoothly from one to the other as well). Samples of N(0, I)
+    in many dimensions all have nearly the same length, and a straight line between two leaves that shell: halfway it
+    is shorter by √2. The latents of a photograph are no such sample: see the module's words.
+
+    Args: a, b: (…) of one shape; computed in float64. t: (T,); 0 gives a, 1 gives b.
+
+    Returns: (T, …) in the dtype of a. Parallel vectors give the straight line, which is the limit.
+    Raises: InputError for vectors without an angle, or opposite ones, between which any great circle would do.
+    """
+    x, y, s = a.double().flatten(), b.double().flatten(), t.double()
+    angle = angle_between(a, b)
+    if angle > math.pi - OPPOSITE:
+        raise InputError("got opposite vectors; need two that are not, for one arc between them; use lerp")
+    if angle == 0:
+        return lerp(a.double(), b.double(), s).to(a)
+    weights = torch.stack([torch.sin((1 - s) * angle), torch.sin(s * angle)], dim=1) / math.sin(angle)  # (T, 2)
+    return (weights @ torch.stack([x, y])).view(-1, *a.shape).to(a)
+
+
+def angle_between(a: Tensor, b: Tensor) -> float:
+    """In radians, 0 … π. By 2 atan2(|u - v|, |u + v|) of the unit vectors, exact where acos(u · v) has no digits.
+
+    Raises: InputError for a vector of zeros, or with values that are not finite.
+    """
+    x, y = a.double().flatten(), b.double().flatten()
+    lengths = float(x.norm()), float(y.norm())
+    if not all(0 < length < math.inf for length in lengths):
+        raise InputError(f"got vectors of lengths {lengths[0]:g} and {lengths[1]:g}; need finite ones, not 0; use lerp")
+    u, v = x / lengths[0], y / lengths[1]
+    return 2 * math.atan2(float((u - v).norm()), float((u + v).norm()))
+
+
+def analogy(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a - b + c: what a has and b has not, given to c (Mikolov et al. 2013 for words; Radford et al. 2016 for faces).
+
+    Args: a, b, c: (…, C, h, w) of one shape. Position by position, so it means something where a and b are aligned.
+    """
+    return a - b + c
+
+
+def mean_analogy(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """c + mean(a) - mean(b), the mean of each channel over all positions: moves colours and leaves objects."""
+    over = (-2, -1)
+    return c + a.mean(over, keepdim=True) - b.mean(over, keepdim=True)
+
+
+def traverse(z: Tensor, std: Tensor, reach: Tensor) -> Tensor:
+    """z + k · std_c · e_c: the channel c is moved by k of its standard deviations at every position alike.
+
+    After the latent traversals of Higgins et al. 2017, «beta-VAE», where a latent dimension is a number;
+    here it is a channel of numbers, and a move that is the same everywhere keeps the picture's content.
+
+    Args: z: (C, h, w). std: (C,), as LatentMoments.channel_std has it. reach: (K,), the values of k.
+
+    Returns: (C, K, C, h, w): for each channel and each k the whole latents.
+    """
+    channels = z.shape[0]
+    moves = torch.einsum("c,k,cd->ckd", std.to(z), reach.to(z), torch.eye(channels).to(z))
+    return z + moves[..., None, None]
