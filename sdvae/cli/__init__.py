@@ -15,7 +15,7 @@ from sdvae.cli.parsing import parse_train_config, suggest
 from sdvae.cli.registry import COMMANDS
 from sdvae.errors import InputError, Stopped
 
-from sdvae.cli import train, encode, export, look  # isort: skip  # noqa: F401 - they register, in this order
+from sdvae.cli import train, encode, export, look, publish  # isort: skip  # noqa: F401 - they register, in this order
 
 __all__ = ["main", "parse_train_config"]
 

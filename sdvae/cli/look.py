@@ -1,4 +1,4 @@
-"""`sdvae reconstruct`, `evaluate`, `explore`: see what a VAE does."""
+"""`sdvae reconstruct`, `evaluate`, `explore`, `demo`: see what a VAE does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from sdvae.cli.parsing import parse, parse_fields
 from sdvae.cli.registry import command
+from sdvae.errors import InputError
 
 
 @command("encode and decode photographs: FILE … [--vae SOURCE] [--output FOLDER]; works right after the install")
@@ -88,3 +89,32 @@ def explore(argv: Sequence[str]) -> None:
         seed=arguments.seed,
     )
     run(arguments.what, settings, vae=arguments.vae, subfolder=arguments.subfolder, output=Path(arguments.output))
+
+
+@command("a page to drop photographs on and to edit latents: [VAE] [--compare VAE] [--port P]")
+def demo(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="sdvae demo", exit_on_error=False)
+    parser.add_argument(
+        "vae", type=str, nargs="?", default=None, help="whatever `sdvae export` takes as SOURCE; default: the packaged"
+    )
+    parser.add_argument("--compare", type=str, default=None, help="a second VAE, beside the first")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="0.0.0.0 lets other machines use the page")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--max_side", type=int, default=1024, help="pixels; larger photographs are shrunk to it")
+    parser.add_argument("--max_megabytes", type=float, default=20.0, help="of an uploaded file")
+    arguments = parse(parser, argv)
+    try:
+        from sdvae.demo.page import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise InputError('got no gradio; need it for the page; pip install "sdvae[demo]"') from error
+
+    serve(
+        arguments.vae,
+        arguments.compare,
+        host=arguments.host,
+        port=arguments.port,
+        max_side=arguments.max_side,
+        max_megabytes=arguments.max_megabytes,
+    )

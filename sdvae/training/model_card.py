@@ -1,7 +1,8 @@
-"""The README.md beside the saved weights."""
+"""The README.md beside weights: what the VAE is, its figures, and how to load it. The hub reads its head."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import sdvae
@@ -10,12 +11,16 @@ from sdvae.model import AutoencoderKL
 from sdvae.training.config import TrainConfig
 from sdvae.training.run_folder import to_yaml
 from sdvae.training.validation import ValidationResult
+from sdvae.weights import export_targets
+from sdvae.weights.load import HUB_ID
 
 GRID_NAME = "reconstructions.png"
+LDM_NAME = "vae.safetensors"
+LOADING, FIGURES, RECIPE = "How to load it", "Figures", "Recipe"  # headings of sections
 
 CARD = """---
 library_name: diffusers
-tags:
+{base_model}tags:
 - vae
 - autoencoder-kl
 - sdvae
@@ -24,38 +29,43 @@ tags:
 # {title}
 
 An image VAE that compresses {factor}x{factor} pixels to one position of {latent_channels} latent channels
-({parameters:.2f} M parameters), trained with sdvae {version}. Any program that takes diffusers'
-`AutoencoderKL` loads this folder:
+({parameters:.2f} M parameters){maker}. `scaling_factor` {scaling_factor:.5f}{origin_of_factor}.
+
+"""
+
+LOADING_TEXT = """Any program that takes diffusers' `AutoencoderKL` loads {what}:
 
 ```python
 from diffusers import AutoencoderKL
 
-vae = AutoencoderKL.from_pretrained("path/to/this/folder")
+vae = AutoencoderKL.from_pretrained("{place}")
 ```
+"""
 
-![original, reconstruction, {amplification} times their difference]({grid})
+LDM_TEXT = """
+`{name}` has the same weights in LDM's layout:
 
-## Figures
+{ways}
 
-After {steps} steps over {images_seen} image crops; means over {count} held-out images of `{validation_source}` at
-{resolution}x{resolution} pixels (resize, centre crop), reconstructed from the posterior's mode with the
-EMA weights.
+These programs take the scaling factor from the diffusion model, which has to be one of this VAE's latents.
+"""
+
+# What export_targets calls a program -> what its user does with LDM_NAME
+LDM_PROGRAMS = {
+    "comfyui": "ComfyUI: put it into `models/vae`, and choose it in a «Load VAE» node",
+    "a1111": "A1111: put it into `models/VAE`, and choose it as «SD VAE» in the settings",
+    "kohya": f"kohya's scripts: `--vae {LDM_NAME}`",
+}
+
+FIGURES_TEXT = """![original, reconstruction, {amplification} times their difference]({grid})
+
+{conditions} {count} images of `{source}` at {resolution}x{resolution} pixels (resize, centre crop), reconstructed from
+the posterior's mode{with_weights}.
 
 | metric | value |
 |---|---|
 {table}
-{perceptual_note}
-`scaling_factor` {scaling_factor:.5f} is {origin_of_factor}{shift_note}.
-
-## Data
-
-Trained on `{source}`{started_from}.
-
-## Recipe
-
-```yaml
-{recipe}```
-"""
+{perceptual_note}"""
 
 RANDOM_NOTE = """
 `{name}` was computed with a randomly initialised trunk, because no ImageNet weights could be had: it compares
@@ -67,37 +77,104 @@ def model_card(
     config: TrainConfig, vae: AutoencoderKL, result: ValidationResult, *, step: int, images_seen: int
 ) -> str:
     """Markdown with the figures, the data and the whole recipe."""
-    data = config.data
-    random_names = [name for name in result.metrics if name.endswith("_random")]
+    frozen = config.fine_tune.freeze_encoder
     shift = vae.config.shift_factor
+    origin = "1/std of the latents of the training images"
+    if frozen:
+        origin = "that of the VAE it started from, whose latents it keeps"
+    figures = figures_text(
+        result,
+        f"After {step} steps over {images_seen} image crops; means over",
+        config.data.validation_source or config.data.source,
+        config.data.evaluation_resolution,
+        with_weights=", with the EMA weights",
+    )
+    head = card_head(
+        vae,
+        run_title(config),
+        base_model=base_model(config.fine_tune.source),
+        maker=f", trained with sdvae {sdvae.__version__}",
+        origin_of_factor=f" is {origin}" + ("" if shift is None else f"; `shift_factor` {shift:.5f} is their mean"),
+    )
+    return head + "\n".join(
+        [
+            section(LOADING, loading_text("path/to/this/folder")),
+            section(FIGURES, figures),
+            section("Data", f"Trained on `{config.data.source}`{describe_start(config)}.\n"),
+            section(RECIPE, f"```yaml\n{to_yaml(config)}```\n"),
+        ]
+    )
+
+
+def card_head(
+    vae: AutoencoderKL, heading: str, *, base_model: str | None = None, maker: str = "", origin_of_factor: str = ""
+) -> str:
+    """Everything above the first section."""
     return CARD.format(
-        title=run_title(config),
+        base_model="" if base_model is None else f"base_model: {base_model}\n",
+        title=heading,
         factor=vae.spatial_compression_ratio,
         latent_channels=vae.config.latent_channels,
         parameters=sum(p.numel() for p in vae.parameters()) / 1e6,
-        version=sdvae.__version__,
+        maker=maker,
+        scaling_factor=vae.config.scaling_factor,
+        origin_of_factor=origin_of_factor,
+    )
+
+
+def section(heading: str, text: str) -> str:
+    return f"## {heading}\n\n{text}"
+
+
+def ldm_programs(vae: AutoencoderKL) -> list[str]:
+    """Those that load LDM_NAME of this VAE."""
+    targets = export_targets(vae)
+    return [program for program in LDM_PROGRAMS if targets[program] is None]
+
+
+def loading_text(place: str, *, what: str = "this folder", programs: Sequence[str] = ()) -> str:
+    """How to load the VAE.
+
+    Args:
+        place: its folder, or its id on the hub.
+        programs: of LDM_PROGRAMS, where LDM_NAME is beside the card.
+    """
+    text = LOADING_TEXT.format(what=what, place=place)
+    if programs:
+        text += LDM_TEXT.format(name=LDM_NAME, ways="\n".join(f"- {LDM_PROGRAMS[program]}" for program in programs))
+    return text
+
+
+def figures_text(
+    result: ValidationResult, conditions: str, source: str, resolution: int, *, with_weights: str = ""
+) -> str:
+    """The grid and the table.
+
+    Args: conditions: «Means over», with what stands before it.
+    """
+    random_names = [name for name in result.metrics if name.endswith("_random")]
+    return FIGURES_TEXT.format(
         amplification=AMPLIFICATION,
         grid=GRID_NAME,
-        steps=step,
-        images_seen=images_seen,
+        conditions=conditions,
         count=len(result.per_image),
-        validation_source=data.validation_source or data.source,
-        resolution=data.evaluation_resolution,
+        source=source,
+        resolution=resolution,
+        with_weights=with_weights,
         table="\n".join(
             f"| {name} | {value if isinstance(value, int) else format(value, '#.4g')} |"
             for name, value in result.metrics.items()
             if not name.startswith("channel_kl")
         ),
         perceptual_note="".join(RANDOM_NOTE.format(name=name) for name in random_names),
-        scaling_factor=vae.config.scaling_factor,
-        shift_note="" if shift is None else f"; `shift_factor` {shift:.5f} is their mean",
-        source=data.source,
-        started_from=describe_start(config),
-        origin_of_factor="that of the VAE it started from, whose latents it keeps"
-        if config.fine_tune.freeze_encoder
-        else "1/std of the latents of the training images",
-        recipe=to_yaml(config),
     )
+
+
+def base_model(source: str | None) -> str | None:
+    """The id on the hub of what a VAE was made from, for the hub's tree of models; None for a file or folder."""
+    if source is None or Path(source).expanduser().exists() or not HUB_ID.fullmatch(source):
+        return None
+    return source
 
 
 def describe_start(config: TrainConfig) -> str:
@@ -109,6 +186,11 @@ def describe_start(config: TrainConfig) -> str:
 
 
 def run_title(config: TrainConfig) -> str:
-    """The run folder's name, with its latent shape: «quickstart: an f8, 4-channel VAE»."""
+    """The run folder's name, with its latent shape."""
     name = Path(config.output_dir).resolve().name
-    return f"{name}: an f{config.model.compression_ratio}, {config.model.latent_channels}-channel image VAE"
+    return title(name, config.model.compression_ratio, config.model.latent_channels)
+
+
+def title(name: str, ratio: int, channels: int) -> str:
+    """«quickstart: an f8, 4-channel image VAE»."""
+    return f"{name}: an f{ratio}, {channels}-channel image VAE"

@@ -14,14 +14,25 @@ from sdvae.training.run_folder import RunFolder
 from sdvae.training.validation import ValidationResult
 from sdvae.weights.files import check_tensors, replacing
 
+SMALLEST_TILE = 96  # pixels: room for a caption
+
 
 def draw(result: ValidationResult, run: RunFolder, step: int) -> Image.Image:
     """Write the reconstruction grid and the latents of this step, and the curves so far; returns the grid."""
-    grid = reconstruction_grid(result.images, result.reconstructions)
+    grid = grid_of(result)
     grid.save(run.images / f"step-{step:08d}.png")
     latent_figure(result.health).save(run.images / f"latents-{step:08d}.png")
     training_curves(run.metrics, run.curves)
     return grid
+
+
+def grid_of(result: ValidationResult) -> Image.Image:
+    """The reconstruction grid; images as small as MNIST's in larger pixels."""
+    times = -(-SMALLEST_TILE // result.images.shape[-1])
+    larger = [
+        x.repeat_interleave(times, 2).repeat_interleave(times, 3) for x in (result.images, result.reconstructions)
+    ]
+    return reconstruction_grid(*larger)
 
 
 def save_model(
@@ -43,7 +54,7 @@ def save_model(
     with replacing(run.model) as folder:
         vae.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        reconstruction_grid(result.images, result.reconstructions).save(folder / GRID_NAME)
+        grid_of(result).save(folder / GRID_NAME)
 
 
 def keep_best(run: RunFolder) -> None:
