@@ -60,7 +60,7 @@ def speed_up(vae: AutoencoderKL) -> None:
     and where `winograd_pays` or `weight_gradient_pays` says so; everything else goes the ordinary way. Give it
     contiguous images and not channels_last.
 
-    Measured on AVX2: the README's table. Models of 16 to 128 channels gain next to nothing: see `speed_up_pays`.
+    Measured on AVX2: docs/speed.md. Models of 16 to 128 channels gain next to nothing: see `speed_up_pays`.
 
     Self-attention returns its result in NCHW order in memory, which fast convs read. As it is, the result has
     channels last, all layers of the decoder keep that, and each fast conv would have to copy its input.
