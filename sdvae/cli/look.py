@@ -1,4 +1,4 @@
-"""`sdvae reconstruct`, `evaluate`, `explore`, `demo`: see what a VAE does."""
+"""`sdvae reconstruct`, `evaluate`, `explore`, `demo`, `report`: see what a VAE does."""
 
 from __future__ import annotations
 
@@ -117,4 +117,57 @@ def demo(argv: Sequence[str]) -> None:
         port=arguments.port,
         max_side=arguments.max_side,
         max_megabytes=arguments.max_megabytes,
+    )
+
+
+@command("one HTML file about a VAE or a run: [VAE or RUN FOLDER] [--data DATA] [--output report.html]")
+def report(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="sdvae report", exit_on_error=False)
+    parser.add_argument(
+        "vae",
+        type=str,
+        nargs="?",
+        default=None,
+        help="whatever `sdvae export` takes as SOURCE, or a run folder of `sdvae train`; default: the packaged VAE",
+    )
+    parser.add_argument("--subfolder", type=str, default=None, help="folder inside the source that holds the VAE")
+    parser.add_argument(
+        "--data",
+        type=str,
+        default=None,
+        help="whatever data.source takes; default: the photographs in scikit-image, and of a run those it held out",
+    )
+    parser.add_argument("--count", type=int, default=24, help="of images, the first ones")
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        default=None,
+        help="pixels a side of the square that is cropped; default: 256, and of a run that of its validation",
+    )
+    parser.add_argument("--output", type=str, default="report.html")
+    parser.add_argument(
+        "--lpips",
+        choices=["vgg", "alex", "squeeze", "none"],
+        default="vgg",
+        help="LPIPS's trunk; where it can be neither read nor downloaded, LPIPS is left out",
+    )
+    parser.add_argument(
+        "--lpips_weights", type=str, default=None, help="local file of the trunk in torchvision's names"
+    )
+    parser.add_argument(
+        "--lpips_heads", choices=["lpips", "uniform"], default="lpips", help="«uniform» counts all features the same"
+    )
+    arguments = parse(parser, argv)
+    from sdvae.report import write_report
+
+    write_report(
+        arguments.vae,
+        output=Path(arguments.output),
+        data=arguments.data,
+        count=arguments.count,
+        resolution=arguments.resolution,
+        subfolder=arguments.subfolder,
+        lpips=arguments.lpips,
+        lpips_weights=arguments.lpips_weights,
+        lpips_heads=arguments.lpips_heads,
     )

@@ -44,8 +44,8 @@ from sdvae.evaluation.fid import FEATURES, ReconstructionFID
 from sdvae.evaluation.figures import tile_grid
 from sdvae.evaluation.health import LatentHealth
 from sdvae.evaluation.memory import with_peak_memory
-from sdvae.evaluation.metrics import image_metrics
-from sdvae.evaluation.perceptual import Perceptual, load_perceptual
+from sdvae.evaluation.metrics import image_figures
+from sdvae.evaluation.perceptual import Perceptual, perceptual_if_any
 from sdvae.evaluation.summary import csv_text, differences, jsonable, markdown_table, means
 from sdvae.model import AutoencoderKL, DiagonalGaussian, crop_to, pad_to_multiple
 from sdvae.model.precision import DTYPES
@@ -95,7 +95,8 @@ class Evaluation:
                 memory.append(taken)
             seconds.append((times[0] / len(x), times[1] / len(x)))
             health.update(posterior)
-            rows += self._rows(batch, x, y, posterior)
+            for i, figures in enumerate(image_figures(x, y, posterior, self.perceptual)):
+                rows.append({"index": batch["index"][i], "name": batch["name"][i], **figures})
             if self.fid is not None:
                 if first:
                     self.fid.add(x, real=True)
@@ -186,20 +187,6 @@ class Evaluation:
             torch.cuda.synchronize(self.state.device)
         return time.perf_counter()
 
-    def _rows(self, batch: dict[str, Any], x: Tensor, y: Tensor, posterior: DiagonalGaussian) -> list[dict[str, Any]]:
-        """The figures of each image, with its place in the data and its name."""
-        nats = posterior.kl()  # (B,)
-        bits = nats / math.log(2) / (x.shape[2] * x.shape[3])
-        bias = (y - x).mean(dim=(2, 3)) * 127.5  # (B, C), in levels of 8 bits
-        rows = []
-        for i, figures in enumerate(image_metrics(x, y, posterior, self.perceptual)):
-            del figures["kl"]  # nats divided by C·H·W, the objective's unit
-            figures |= {"kl_nats": float(nats[i]), "bits_per_pixel": float(bits[i])}
-            channels = zip("rgb" if self.channels == 3 else map(str, range(self.channels)), bias[i], strict=True)
-            figures |= {f"bias_{channel}": float(value) for channel, value in channels}
-            rows.append({"index": batch["index"][i], "name": batch["name"][i], **figures})
-        return rows
-
 
 def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """Measure each VAE, write results.json, per_image.csv, table.md and a picture, and print the table.
@@ -214,7 +201,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     with state.main_process_first():  # one process downloads what is to be downloaded
         dtype = DTYPES[config.precision]
         vaes = {name or PACKAGED: load_vae(name, dtype=dtype) for name in config.vaes or (None,)}
-        perceptual = _perceptual(config)
+        perceptual = perceptual_if_any(config.lpips, config.lpips_weights, config.lpips_heads)
         fid = ReconstructionFID(config.inception, state.device) if config.fid else None
     channels = {vae.config.in_channels for vae in vaes.values()}
     if len(channels) > 1:
@@ -286,15 +273,3 @@ def _picture(
 def _write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _perceptual(config: EvaluateConfig) -> Perceptual | None:
-    if config.lpips == "none":
-        return None
-    try:
-        return load_perceptual(config.lpips, config.lpips_weights, config.lpips_heads)
-    except InputError as error:
-        if config.lpips_weights is not None:
-            raise
-        logger.warning("LPIPS is left out: %s", str(error).split(";")[0])
-        return None

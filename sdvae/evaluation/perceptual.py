@@ -103,6 +103,22 @@ def load_perceptual(
     return Perceptual(network, name)
 
 
+def perceptual_if_any(net: str, weights: str | None, heads: str) -> Perceptual | None:
+    """For a table that can do without: None where it is not wanted, or nobody named a file and the download fails.
+
+    Args: net: "none", or as of `load_perceptual`, which raises what it raises when a file was named.
+    """
+    if net == "none":
+        return None
+    try:
+        return load_perceptual(net, weights, heads)
+    except InputError as error:
+        if weights is not None:
+            raise
+        logger.warning("LPIPS is left out: %s; --lpips_weights FILE takes a local file", str(error).split(";")[0])
+        return None
+
+
 def _trunk_keys(keys: list[str]) -> dict[str, str]:
     """Of a whole classifier, the convolutional part."""
     return {key: key for key in keys if key.startswith("features.")}
