@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,27 @@ class Features(torch.nn.Module):
         assert pixels.dtype == torch.uint8
         assert pixels.shape[1] == 3
         return pixels.float().flatten(1)[:, ::97][:, :8]
+
+
+def evaluate_with_features(argv: list[str]) -> None:
+    """`sdvae evaluate`, in a process of its own, with `Features` in the place of Inception."""
+    fid.NoTrainInceptionV3, fid.FEATURES = lambda *_, **__: Features(), 8
+    sys.exit(main(["evaluate", *argv]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3], ids=["images on both", "all images on one"])
+def test_rfid_of_two_processes_is_that_of_one(other, tmp_path, batch_size):
+    found = []
+    for world_size in (1, 2):
+        output = tmp_path / f"{world_size}"
+        arguments = [EMBEDDED, other, "--data=skimage", "--resolution=32", "--count=3", "--lpips=none", "--fid=true"]
+        arguments += [f"--batch_size={batch_size}", "--images=0", "--num_workers=0", f"--output={output}"]
+        done = launch(evaluate_with_features, arguments, tmp_path, world_size=world_size)
+        assert done.codes == [0] * world_size, done.stderr[-3000:]
+        found.append([vae["rfid"] for vae in json.loads((output / "results.json").read_text())["vaes"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0][0] > 0
+    assert found[0][1] != pytest.approx(found[0][0], rel=1e-3)
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

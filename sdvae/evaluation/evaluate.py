@@ -197,8 +197,8 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """
     config = config.with_preset()
     state = PartialState(cpu=accelerator_type() is None)
-    source = open_source(config.data, split=config.split, image_column=config.image_column)
     with state.main_process_first():  # one process downloads what is to be downloaded
+        source = open_source(config.data, split=config.split, image_column=config.image_column)
         dtype = DTYPES[config.precision]
         vaes = {name or PACKAGED: load_vae(name, dtype=dtype) for name in config.vaes or (None,)}
         perceptual = perceptual_if_any(config.lpips, config.lpips_weights, config.lpips_heads)

@@ -46,6 +46,7 @@ class ReconstructionFID:
             ) from error
         network.num_features = FEATURES
         self._metric = FrechetInceptionDistance(network, reset_real_features=False).to(device)
+        self._metric.orig_dtype = torch.float32  # which only an update sets, and a process may have no image
 
     def add(self, images: Tensor, real: bool) -> None:
         """Args: images: (B, C, H, W) in [-1, 1]; are rounded to 8 bits. Grey ones are repeated to three channels."""
