@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -20,7 +21,6 @@ from torch import nn
 import sdvae
 from sdvae.data import BadImages, EvaluationImages, evaluation_loader, open_source
 from sdvae.device import accelerator_type
-from sdvae.differences import flatten
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
 from sdvae.training.model_card import (
@@ -71,7 +71,8 @@ def push_to_hub(
     absolute paths in its recipe cut to their last part; else it is new. What else is in the repository stays.
 
     Args:
-        vae: the model, whatever `load_vae` reads, or a run folder of the trainer (its best_model/ if there is one).
+        vae: the model, whatever `load_vae` reads, or a run folder of the trainer (its model/, or its best_model/ if
+            that is named).
         repo_id: «owner/name»; made if there is none.
         subfolder: folder inside `vae` that holds the VAE.
         private: of a new repository; by default what the owner's settings say.
@@ -99,8 +100,7 @@ def push_to_hub(
     measured = None if data is None else measure(model, data, count, resolution)
     figures = None
     if data is not None and measured is not None:
-        name = Path(data).resolve().name if Path(data).expanduser().exists() else data
-        figures = figures_text(measured, "Means over", name, resolution)
+        figures = figures_text(measured, "Means over", data, resolution)
     card = hub_card(model, repo_id, folder, base=origin, license=license, figures=figures)
     with tempfile.TemporaryDirectory() as temporary:
         written = target or Path(temporary) / "vae"
@@ -138,9 +138,10 @@ def hub_card(
     card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *TAGS]))
     if license is not None:
         card.data["license"] = license
-    text = without_local_paths(card.text)
-    text = with_section(text, LOADING, loading_text(repo_id, what="this repository", programs=ldm_programs(vae)))
-    card.text = text if figures is None else with_section(text, FIGURES, figures)
+    loading = loading_text(repo_id, what="this repository", programs=ldm_programs(vae))
+    text = with_section(card.text, LOADING, loading)
+    text = text if figures is None else with_section(text, FIGURES, figures)
+    card.text = without_local_paths(text)
     return card
 
 
@@ -154,19 +155,31 @@ def with_section(text: str, heading: str, content: str) -> str:
 
 
 def without_local_paths(text: str) -> str:
-    """A card in which absolute paths of the recipe are cut to their last part, there and elsewhere.
+    """A card in which absolute paths are cut to their last part: in the recipe, and where they stand in back quotes.
 
     They would tell the world where things lie on one's disk, and nobody else can use them.
     """
     block = re.search(rf"^## {RECIPE}\n+```yaml\n(.*?)```", text, re.MULTILINE | re.DOTALL)
-    if block is None:
-        return text
-    recipe = flatten(yaml.safe_load(block[1]))
-    paths = [value for value in recipe.values() if isinstance(value, str) and value.startswith(("/", "~", "\\"))]
-    paths += [value for value in recipe.values() if isinstance(value, str) and re.match(r"[A-Za-z]:[\\/]", value)]
-    for path in sorted(paths, key=len, reverse=True):
-        text = text.replace(path, re.split(r"[\\/]", path.rstrip("\\/"))[-1])
-    return text
+    if block is not None:
+        recipe = yaml.safe_dump(_without_paths(yaml.safe_load(block[1])), sort_keys=False, allow_unicode=True)
+        text = text[: block.start(1)] + recipe + text[block.end(1) :]
+    return re.sub(r"`([^`\n]+)`", lambda quoted: f"`{last_part(quoted[1])}`", text)
+
+
+def _without_paths(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _without_paths(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_paths(value) for value in node]
+    return last_part(node) if isinstance(node, str) else node
+
+
+def last_part(value: str) -> str:
+    """«photos» of /home/me/photos, ~/photos/, C:\\photos or data:/home/me/photos; anything else as it is."""
+    path = re.fullmatch(r"(?:[A-Za-z]\w*:)?(?:[/~\\]|[A-Za-z]:[\\/]).*", value)
+    if path is None or "://" in value:
+        return value
+    return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
 
 
 @torch.no_grad()
@@ -198,8 +211,7 @@ def _open(vae: AutoencoderKL | str | Path, subfolder: str | None) -> tuple[Autoe
     path = Path(vae).expanduser()
     run = RunFolder(path)
     if run.config.is_file() and run.model.is_dir():
-        path = run.best_model if run.best_model.is_dir() else run.model
-        print(f"{vae} is a run's folder: taking {path}")
+        path = run.model
     model = load_vae(path, subfolder=subfolder)
     folder = path / (subfolder or "")
     return model, folder if (folder / "config.json").is_file() else None, base_model(str(vae))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -102,7 +104,7 @@ def test_means_intervals_and_paired_differences_are_in_the_json(evaluated, other
     for result, name in zip(results["vaes"], (EMBEDDED, other), strict=True):
         assert result["vae"] == str(name)
         assert result["images"] == COUNT
-        half = 1.959964 * psnr[name].std(ddof=1) / math.sqrt(COUNT)
+        half = 2.776445 * psnr[name].std(ddof=1) / math.sqrt(COUNT)  # Student's t, 4 degrees of freedom
         mean = psnr[name].mean()
         wanted = {"mean": mean, "std": psnr[name].std(ddof=1), "low": mean - half, "high": mean + half}
         assert result["means"]["psnr"] == pytest.approx(wanted)
@@ -112,15 +114,16 @@ def test_means_intervals_and_paired_differences_are_in_the_json(evaluated, other
     assert apart.mean() < -0.1, "a VAE that is too dark is worse"
     difference = results["differences"][str(other)]["psnr"]
     assert difference["mean"] == pytest.approx(apart.mean())
-    half = 1.959964 * apart.std(ddof=1) / math.sqrt(COUNT)
+    half = 2.776445 * apart.std(ddof=1) / math.sqrt(COUNT)
     assert difference["high"] - difference["low"] == pytest.approx(2 * half)
     assert results["vaes"][1]["means"]["bias_1"]["mean"] < results["vaes"][0]["means"]["bias_1"]["mean"] - 5
 
 
 def test_the_table_marks_the_best_and_the_picture_shows_every_vae(evaluated, other):
     lines = (evaluated / "table.md").read_text().splitlines()
-    assert len(lines) == 4
-    packaged, dark = (line.split("|")[1:-1] for line in lines[2:])
+    assert len(lines) == 6
+    assert lines[5].startswith(f"Means over {COUNT} images ± 95 % confidence; {SIDE} x {SIDE} pixels")
+    packaged, dark = (line.split("|")[1:-1] for line in lines[2:4])
     titles = [cell.strip() for cell in lines[0].split("|")[1:-1]]
     at = titles.index("PSNR, dB")
     assert packaged[at].strip().startswith("**")
@@ -155,19 +158,27 @@ def test_samples_depend_on_the_image_and_the_seed_alone(tmp_path):
     assert not (tmp_path / "reconstructions.png").exists()
 
 
-def test_what_overflows_is_counted_and_has_no_rfid(tmp_path, caplog):
+@pytest.mark.parametrize("overflow", ["nan", "inf"])
+def test_what_overflows_is_counted_has_no_rfid_and_is_never_the_best(overflow, tmp_path, caplog):
     vae = load_vae(dtype=torch.float32)
-    with torch.no_grad():
-        vae.decoder.conv_in.weight *= 6e4 / vae.decoder.conv_in.weight.abs().max()  # within fp16, its output is not
+    with torch.no_grad():  # weights within fp16, what they make of an image is not
+        if overflow == "nan":
+            vae.decoder.conv_in.weight *= 6e4 / vae.decoder.conv_in.weight.abs().max()
+        else:
+            vae.decoder.conv_out.weight *= 6e4 / vae.decoder.conv_out.weight.abs().max()
+            vae.decoder.conv_out.bias.fill_(6e4)
     save_vae(vae, tmp_path / "wide")
-    arguments = [str(tmp_path / "wide"), "--precision=fp16", "--data=skimage", "--resolution=32", "--count=2"]
+    arguments = [str(tmp_path / "wide"), str(EMBEDDED), "--precision=fp16", "--resolution=32", "--count=2"]
     with caplog.at_level(logging.WARNING):
         assert main(["evaluate", *arguments, "--lpips=none", f"--output={tmp_path / 'out'}"]) == 0
     assert "2 of 2 reconstructions are not finite in fp16" in caplog.text
-    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["vaes"]
-    assert result["not_finite"] == 2
-    assert result["rfid"] is None
-    assert result["means"]["psnr"]["mean"] is None
+    wide, packaged = json.loads((tmp_path / "out" / "results.json").read_text())["vaes"]
+    assert (wide["not_finite"], packaged["not_finite"]) == (2, 0)
+    assert wide["rfid"] is None
+    assert wide["means"]["psnr"]["mean"] is None
+    table = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert "**" not in table[2]
+    assert "**" in table[3]
 
 
 def test_bad_images_are_named_and_the_others_measured(photographs, tmp_path):
@@ -179,6 +190,17 @@ def test_bad_images_are_named_and_the_others_measured(photographs, tmp_path):
     assert [row["index"] for row in result["per_image"]] == [0, 1, 2, 3, 4, 6, 7, 8, 9]
     skipped = json.loads((tmp_path / "out" / "results.json").read_text())["skipped"]
     assert list(skipped) == ["05.png"]
+
+
+def test_a_name_that_is_no_text_and_a_picture_of_before_are_no_trouble(photographs, tmp_path):
+    os.rename(photographs / "00.png", os.fsencode(photographs) + b"/caf\xe9.png")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "reconstructions.png").write_bytes(b"of another run")
+    settings = {"data": str(photographs), "resolution": 32, "lpips": "none", "images": 0}
+    evaluate(EvaluateConfig(output=str(output), **settings))
+    assert r"caf\xe9.png" in (output / "per_image.csv").read_text()
+    assert not (output / "reconstructions.png").exists()
 
 
 def test_adms_crop_halves_by_boxes_then_resizes_then_crops():
@@ -291,14 +313,26 @@ def test_without_a_network_rfid_is_refused_and_lpips_left_out(monkeypatch, tmp_p
     assert main([*arguments, "--lpips_weights=nowhere.pth"]) == 2, "what was asked for by name is not left out"
 
 
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, photographs):
-    torch.manual_seed(0)
-    grey = load_vae(dtype=torch.float32)
-    weight = grey.encoder.conv_in.weight
-    grey.encoder.conv_in.weight = torch.nn.Parameter(weight.data.sum(1, keepdim=True))
-    grey.register_to_config(in_channels=1)
-    save_vae(grey, tmp_path / "grey")
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, photographs, monkeypatch):
+    wide = load_vae(dtype=torch.float32)
+    out = wide.decoder.conv_out
+    out.weight, out.bias = (torch.nn.Parameter(weight.data[:1]) for weight in (out.weight, out.bias))
+    wide.register_to_config(out_channels=1)
+    save_vae(wide, tmp_path / "wide")
+    wide.encoder.conv_in.weight = torch.nn.Parameter(wide.encoder.conv_in.weight.data.sum(1, keepdim=True))
+    wide.register_to_config(in_channels=1)
+    save_vae(wide, tmp_path / "grey")
+    (tmp_path / "single").mkdir()
+    (tmp_path / "single" / "a.png").write_bytes((photographs / "00.png").read_bytes())
+    (tmp_path / "single" / "b.png").write_bytes(b"no image")
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(fid, "NoTrainInceptionV3", lambda *_, **__: Features())
+    monkeypatch.setattr(fid, "FEATURES", 8)
     cases = {
+        "takes 3 channels and gives 1": [str(tmp_path / "wide")],
+        "got seed=-1": ["--seed=-1"],
+        "its trunk needs 32": ["--lpips=alex", "--resolution=16"],
+        "without fid": ["--inception=x.pth"],
         "need each VAE once": ["a", "a"],
         "need at least 16": ["--resolution=8"],
         "got batch_size=0": ["--batch_size=0"],
@@ -310,13 +344,28 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, photographs)
     for message, arguments in cases.items():
         assert main(["evaluate", *arguments, f"--output={tmp_path / 'out'}"]) == 2, message
         assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob("out/*"))
+    single = [f"--data={tmp_path / 'single'}", "--resolution=32", "--min_side=1", "--lpips=none", "--fid=true"]
+    assert main(["evaluate", *single, f"--output={tmp_path / 'out'}"]) == 2
+    assert "rFID needs two" in capsys.readouterr().err
+    assert main(["evaluate", "--count=1", "--lpips=none", f"--output={tmp_path / 'file'}"]) == 1
+    assert "reconstruct" not in capsys.readouterr().err, "before the first image"
+
+
+def test_vaes_may_stand_in_yaml_and_before_the_options_win(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sdvae.evaluation.evaluate.evaluate", lambda config: seen.append(config.vaes))
+    (tmp_path / "c.yaml").write_text("vaes: [a, b]\nlpips: none\n")
+    assert main(["evaluate", "--config", str(tmp_path / "c.yaml")]) == 0
+    assert main(["evaluate", "c", "d", "--config", str(tmp_path / "c.yaml")]) == 0
+    assert main(["evaluate"]) == 0
+    assert seen == [("a", "b"), ("c", "d"), ()]
 
 
 def test_a_preset_sets_the_convention_and_says_when_the_images_are_others(caplog, tmp_path, monkeypatch):
-    config = EvaluateConfig(preset="imagenet_val_50k_256", resolution=64).with_preset()
-    assert (config.resolution, config.crop, config.quantize, config.fid) == (256, "adm", True, True)
-    monkeypatch.setattr("sdvae.evaluation.config.PRESETS", {"coco_val_5k_256": (5000, {"resolution": 32})})
+    config = EvaluateConfig(preset="imagenet_val_50k_256", resolution=64, crop="resize").with_preset()
+    assert (config.resolution, config.crop, config.quantize, config.min_side) == (256, "adm", True, 1)
+    monkeypatch.setattr(EvaluateConfig, "with_preset", lambda self: dataclasses.replace(self, resolution=32))
     with caplog.at_level(logging.WARNING):
         evaluate(EvaluateConfig(preset="coco_val_5k_256", count=2, lpips="none", output=str(tmp_path / "out")))
     assert "rows are published of 5000 images, here are 2" in caplog.text
@@ -325,6 +374,8 @@ def test_a_preset_sets_the_convention_and_says_when_the_images_are_others(caplog
 def test_a_mean_of_one_image_has_no_interval_and_pairs_go_by_index():
     assert mean_of([3.0]).mean == 3.0
     assert math.isnan(mean_of([3.0]).low)
+    collapsed = [{"vae": "a", "means": {}, "active_channels": 0}]
+    assert "active channels" in markdown_table(collapsed, None), "nought is a figure"
     a = [{"index": 0, "name": "x", "psnr": 1.0}, {"index": 2, "name": "y", "psnr": 5.0}]
     b = [{"index": 2, "name": "y", "psnr": 4.0}, {"index": 0, "name": "x", "psnr": 1.5}]
     assert differences(a, b)["psnr"].mean == pytest.approx((-0.5 + 1.0) / 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -75,7 +76,7 @@ def test_a_run_arrives_in_one_commit_and_loads_with_diffusers(hub, trained, tmp_
     assert {path.name for path in folder.iterdir()} == FILES | {"reconstructions.png"}
 
     stock = StockAutoencoderKL.from_pretrained(folder)
-    ours = load_vae(trained / "best_model")
+    ours = load_vae(trained / "model")
     assert stock.config.scaling_factor == ours.config.scaling_factor
     weights = ours.state_dict()
     assert stock.state_dict().keys() == weights.keys()
@@ -101,7 +102,28 @@ def test_the_card_tells_no_path_of_this_machine(hub, trained, tmp_path):
     assert str(trained.parent) in own
     assert str(trained.parent) not in card
     assert "Trained on `photographs`" in card
-    assert without_local_paths("a path /in/words and no recipe") == "a path /in/words and no recipe"
+
+
+def test_no_way_to_write_a_path_gets_it_published():
+    recipe = {  # as it is, and as it may be told
+        "source": ("/data", "data"),
+        "unicode": ("/home/jürgen/my fotos", "my fotos"),
+        "names": (["/home/me/secret/a.png", "b.png"], ["a.png", "b.png"]),
+        "apostrophe": ("/home/John's/x", "x"),
+        "folded": ("/home/" + "word " * 30 + "/last", "last"),
+        "prefixed": ("data:/home/me/y", "y"),
+        "windows": ("C:\\home\\me\\z", "z"),
+        "address": ("https://x.org/data/paper", "https://x.org/data/paper"),
+        "hub": ("my/data", "my/data"),
+    }
+    for unicode in (True, False):
+        dumped = yaml.safe_dump({key: value for key, (value, _) in recipe.items()}, allow_unicode=unicode)
+        words = "`/home/me/x/*.png`, https://x.org/data/paper, /in/words"
+        told = without_local_paths(f"## Data\n\n{words}\n\n## Recipe\n\n```yaml\n{dumped}```\n")
+        assert "home" not in told
+        assert "`*.png`, https://x.org/data/paper, /in/words" in told
+        cut = yaml.safe_load(told.split("```yaml\n")[1].split("```")[0])
+        assert cut == {key: value for key, (_, value) in recipe.items()}
 
 
 def test_a_second_push_goes_to_its_branch_and_leaves_the_rest(hub, vae, tmp_path):

@@ -40,9 +40,7 @@ def reconstruct(argv: Sequence[str]) -> None:
 def evaluate(argv: Sequence[str]) -> None:
     from sdvae.evaluation.config import EvaluateConfig
 
-    config = parse_fields(
-        EvaluateConfig, argv, "sdvae evaluate", positional=("vaes", "VAEs; default: the packaged one")
-    )
+    config = parse_fields(EvaluateConfig, argv, "sdvae evaluate", first="vaes")
     from sdvae.evaluation.evaluate import evaluate as run
 
     run(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Sequence, Set
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,37 +24,30 @@ Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
-    """YAML files and dotted overrides to a recipe; later ones win.
-
-    Raises: InputError for an unknown key, with the nearest known one, or for a value of the wrong type.
-    """
+    """YAML files and dotted overrides to a recipe; later ones win. Raises: as `parse_fields`."""
     return parse_fields(TrainConfig, argv, "sdvae train")
 
 
-def parse_fields(
-    config_class: type[Config], argv: Sequence[str], program: str, positional: tuple[str, str] | None = None
-) -> Config:
+def parse_fields(config_class: type[Config], argv: Sequence[str], program: str, first: str | None = None) -> Config:
     """Arguments to a frozen dataclass: an option for each field, `--config FILE` for many.
 
-    Args: positional: the field that takes the arguments without a name, and its help.
+    Args: first: the field that takes what stands before the first option, if anything does.
 
-    Raises: InputError as above.
+    Raises: InputError for an unknown key, with the nearest known one, or for a value of the wrong type.
     """
     parser = ArgumentParser(prog=program, exit_on_error=False)
     parser.add_argument("--config", action="config", help="options in YAML; may be given more than once")
-    if positional is not None:
-        parser.add_argument(positional[0], type=str, nargs="*", default=[], help=positional[1])
-    parser.add_class_arguments(config_class, skip={positional[0]} if positional else set())
+    parser.add_class_arguments(config_class)
+    leading = () if first is None else tuple(takewhile(lambda argument: not argument.startswith("-"), argv))
+    argv = argv[len(leading) :]
     known = set(_keys(config_class))
     for key, origin in _given_keys(argv, known):
         if key not in known and key not in ("config", "print_config", "help"):
             hint = suggest(key, known) or f"see {program} --help"
             raise InputError(f"unknown key {key!r} in {origin}; {hint}")
-    arguments = parse(parser, argv)
-    instance = parser.instantiate(arguments)
-    if positional is not None:
-        setattr(instance, positional[0], tuple(arguments[positional[0]]))
-    return config_class(**{field.name: getattr(instance, field.name) for field in dataclasses.fields(config_class)})
+    instance = parser.instantiate(parse(parser, argv))
+    values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(config_class)}
+    return config_class(**(values | {first: leading} if first and leading else values))
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from sdvae.errors import InputError
 
 SMALLEST_SIDE = 16  # pixels
+SMALLEST_FOR_LPIPS = 32  # pixels: four halvings and wide first kernels in AlexNet and SqueezeNet
 
-# What a published row was measured on: (images, settings). PSNR and SSIM are of 8-bit images, rFID by torch-fidelity's
-# Inception. «PSIM» in Stability's tables is on another scale than LPIPS (1.01 for kl-f8), and compares with no column.
-PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
+# What a published row was measured on: (images, crop). PSNR and rFID compare; «PSIM» in Stability's tables is on
+# another scale than LPIPS (1.01 for kl-f8), and SSIM has as many definitions as papers (windows, ranges, borders).
+PRESETS: dict[str, tuple[int, Literal["resize", "adm"]]] = {
     # COCO 2017 val, 256x256, 5,000 images: the tables of sd-vae-ft-ema and sd-vae-ft-mse (their model cards, 2022)
-    "coco_val_5k_256": (5_000, {"resolution": 256, "crop": "resize", "quantize": True, "fid": True}),
+    "coco_val_5k_256": (5_000, "resize"),
     # ImageNet val, 256x256, 50,000 images, cropped as by ADM (Dhariwal & Nichol 2021): LlamaGen, DC-AE, SiT, …
-    "imagenet_val_50k_256": (50_000, {"resolution": 256, "crop": "adm", "quantize": True, "fid": True}),
+    "imagenet_val_50k_256": (50_000, "adm"),
 }
 
 
@@ -25,7 +26,8 @@ class EvaluateConfig:
     """Several VAEs, the same images, the same preprocessing."""
 
     vaes: tuple[str, ...] = ()
-    """Whatever `sdvae export` takes as SOURCE, each; none: the VAE of this package."""
+    """Whatever `sdvae export` takes as SOURCE, each; none: the VAE of this package. Also what stands before the first
+    option."""
     data: str = "skimage"
     """Images; whatever data.source takes in training."""
     split: str = "train"
@@ -33,8 +35,8 @@ class EvaluateConfig:
     image_column: str | None = None
     """Column of a data set that holds the images; null finds it."""
     preset: Literal["none", "coco_val_5k_256", "imagenet_val_50k_256"] = "none"
-    """A convention of the literature: sets resolution, crop, quantize and fid, and says so when the number of images is
-    another than that of the published rows."""
+    """A convention of the literature, which sets resolution, crop, min_side and quantize, whatever they are given as;
+    says so when the number of images is another than that of the published rows. They have rFID: give fid as well."""
     count: int | None = None
     """The first so many images; null takes all."""
     resolution: int = 256
@@ -68,8 +70,8 @@ class EvaluateConfig:
     fid: bool = False
     """Compute rFID, the Fréchet distance between Inception features of originals and reconstructions."""
     inception: str | None = None
-    """Local file of torch-fidelity's Inception weights (pt_inception-2015-12-05-6726825d.pth); null lets it download
-    them."""
+    """Local file of torch-fidelity's Inception weights (weights-inception-2015-12-05-6726825d.pth); null lets it
+    download them."""
     images: int = 4
     """Of the first images, originals and all reconstructions are drawn side by side; 0 draws nothing."""
     output: str = "evaluation"
@@ -86,10 +88,22 @@ class EvaluateConfig:
                 raise InputError(f"got {key}={getattr(self, key)}; need 0 or more")
         if self.resolution < SMALLEST_SIDE:
             raise InputError(f"got resolution={self.resolution}; need at least {SMALLEST_SIDE}: SSIM's window has 11")
+        if self.seed < 0:
+            raise InputError(f"got seed={self.seed}; need 0 or more")
+        if self.lpips in ("alex", "squeeze") and self.resolution < SMALLEST_FOR_LPIPS:
+            raise InputError(
+                f"got resolution={self.resolution} with lpips={self.lpips}; its trunk needs {SMALLEST_FOR_LPIPS}; "
+                "take lpips=vgg or none"
+            )
+        if self.inception is not None and not self.fid:
+            raise InputError(f"got inception={self.inception} without fid; need fid=true to use it, or leave it out")
         doubled = sorted({vae for vae in self.vaes if self.vaes.count(vae) > 1})
         if doubled:
             raise InputError(f"got {doubled[0]} more than once; need each VAE once")
 
     def with_preset(self) -> EvaluateConfig:
         """The settings of the preset in place of one's own."""
-        return self if self.preset == "none" else dataclasses.replace(self, **PRESETS[self.preset][1])
+        if self.preset == "none":
+            return self
+        crop = PRESETS[self.preset][1]
+        return dataclasses.replace(self, crop=crop, resolution=256, min_side=1, quantize=True)  # no image is left out

@@ -37,6 +37,7 @@ from sdvae.data import (
     open_source,
     sample_seed,
 )
+from sdvae.data.readers import utf8
 from sdvae.device import accelerator_type
 from sdvae.errors import InputError
 from sdvae.evaluation.config import PRESETS, EvaluateConfig
@@ -83,27 +84,25 @@ class Evaluation:
         rows: list[dict[str, Any]] = []
         drawn: list[tuple[int, Tensor]] = []
         seconds: list[tuple[float, float]] = []  # to encode and to decode an image
-        memory: list[int | None] = []  # of the first batch
+        memory: list[int | None] = []  # of one image
         for batch in self._batches(name):
             x = batch["image"].to(device)
-            run = partial(self._reconstruct, vae, x, batch["index"])
-            if memory:
-                y, posterior, times = run()
-            else:
-                run()  # warms up
-                (y, posterior, times), taken = with_peak_memory(run, device)
-                memory.append(taken)
+            if not memory:
+                self._reconstruct(vae, x, batch["index"])  # warms up
+                one = partial(self._reconstruct, vae, x[:1], batch["index"][:1])
+                memory.append(with_peak_memory(one, device)[1])
+            y, posterior, times = self._reconstruct(vae, x, batch["index"])
             seconds.append((times[0] / len(x), times[1] / len(x)))
             health.update(posterior)
             for i, figures in enumerate(image_figures(x, y, posterior, self.perceptual)):
-                rows.append({"index": batch["index"][i], "name": batch["name"][i], **figures})
+                rows.append({"index": batch["index"][i], "name": utf8(batch["name"][i]), **figures})
             if self.fid is not None:
                 if first:
                     self.fid.add(x, real=True)
                 self.fid.add(y, real=False)
             for place, original, reconstruction in zip(batch["index"], x.cpu(), y.cpu(), strict=True):
                 if place < self.config.images:
-                    drawn.append((place, reconstruction))
+                    drawn.append((place, reconstruction.nan_to_num()))
                     if first:
                         self.originals.append((place, original))
         vae.to("cpu")  # type: ignore[arg-type]
@@ -115,6 +114,10 @@ class Evaluation:
             raise InputError(f"none of the {self.count} images of {self.config.data!r} can be read; see the warnings")
         health.sums = torch.stack(gather_object([health.sums])).sum(dim=0)
         seconds, memory = gather_object(seconds), gather_object(memory)
+        if self.fid is not None and len(rows) < 2:
+            raise InputError(
+                f"got {len(rows)} image that can be read; rFID needs two, and more than {FEATURES} to mean something"
+            )
         rfid = None if self.fid is None else self.fid.compute()
         infinite = sum(not math.isfinite(row["psnr"]) for row in rows)
         if infinite:
@@ -173,8 +176,10 @@ class Evaluation:
             noise = [torch.randn(shape, generator=self._generator(place)) for place in places]
             z = posterior.mean + posterior.std * torch.stack(noise).to(z)
         middle = self._now()
-        y = crop_to(vae.decode(z.to(vae.dtype)).sample, x.shape[2], x.shape[3]).float().clamp(-1, 1)
+        y = crop_to(vae.decode(z.to(vae.dtype)).sample, x.shape[2], x.shape[3]).float()
         end = self._now()
+        finite = y.isfinite().all(dim=(1, 2, 3), keepdim=True)
+        y = y.clamp(-1, 1).where(finite, math.nan)  # infinite values must not pass for black and white
         if self.config.quantize:
             y = ((y + 1) * 127.5).round() / 127.5 - 1
         return y, posterior, (middle - start, end - middle)
@@ -203,24 +208,31 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         vaes = {name or PACKAGED: load_vae(name, dtype=dtype) for name in config.vaes or (None,)}
         perceptual = perceptual_if_any(config.lpips, config.lpips_weights, config.lpips_heads)
         fid = ReconstructionFID(config.inception, state.device) if config.fid else None
+    for name, vae in vaes.items():
+        if vae.config.in_channels != vae.config.out_channels:
+            raise InputError(
+                f"{name} takes {vae.config.in_channels} channels and gives {vae.config.out_channels}; need as many, to "
+                "compare them"
+            )
     channels = {vae.config.in_channels for vae in vaes.values()}
     if len(channels) > 1:
         raise InputError(f"the VAEs take images of {sorted(channels)} channels; need one kind; evaluate them apart")
+    if not all(gather_object([perceptual is not None])):  # one process's download may fail: all have it, or none
+        perceptual = None
     if perceptual is not None:
         perceptual.to(state.device)
     bench = Evaluation(config, state, source, perceptual, fid, channels.pop())
-    count = bench.count
-    if config.preset != "none" and count != (published := PRESETS[config.preset][0]):
-        logger.warning("%s: rows are published of %d images, here are %d", config.preset, published, count)
-    if fid is not None and count < 2:
-        raise InputError(f"got {count} image; rFID needs two at least, and more than {FEATURES} to mean something")
-    if fid is not None and count <= FEATURES:
-        logger.warning("rFID of %d images is biased upwards; need more than %d, as many as features", count, FEATURES)
+    Path(config.output).mkdir(parents=True, exist_ok=True)  # or fail now, and not after the last image
     results: list[dict[str, Any]] = []
     for name, vae in vaes.items():
         if config.tiling:
             vae.enable_tiling()
         results.append(bench.measure(name, vae, first=not results))
+    measured = results[0]["images"]
+    if config.preset != "none" and measured != (published := PRESETS[config.preset][0]):
+        logger.warning("%s: rows are published of %d images, here are %d", config.preset, published, measured)
+    if fid is not None and measured <= FEATURES:
+        logger.warning("rFID of %d images is biased upwards; need more than %d, its features", measured, FEATURES)
     if state.is_main_process:
         write(results, bench)
     return results
@@ -230,9 +242,8 @@ def write(results: list[dict[str, Any]], bench: Evaluation) -> None:
     """The four files, each whole or not at all."""
     config = bench.config
     lpips_name = None if bench.perceptual is None else bench.perceptual.name
-    table = markdown_table(results, lpips_name)
+    table = markdown_table(results, lpips_name) + f"\n{_conditions(results[0], config)}\n"
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = [result.pop("drawn") for result in results]
     about = {
         "config": asdict(config),
@@ -240,7 +251,7 @@ def write(results: list[dict[str, Any]], bench: Evaluation) -> None:
         "device": str(bench.state.device),
         "processes": bench.state.num_processes,
         "threads": torch.get_num_threads(),
-        "skipped": dict(bench.bad.items()),
+        "skipped": {utf8(name): reason for name, reason in bench.bad.items()},
         "vaes": [{key: value for key, value in result.items() if key != "per_image"} for result in results],
         "differences": {
             result["vae"]: differences(result["per_image"], results[0]["per_image"]) for result in results[1:]
@@ -249,11 +260,18 @@ def write(results: list[dict[str, Any]], bench: Evaluation) -> None:
     _write_text(folder / "results.json", json.dumps(jsonable(about), indent=1, ensure_ascii=False) + "\n")
     _write_text(folder / "per_image.csv", csv_text(results))
     _write_text(folder / "table.md", table)
+    (folder / "reconstructions.png").unlink(missing_ok=True)
     if bench.originals:
         with replacing(folder / "reconstructions.png") as temporary:
             _picture(results, bench.originals, drawn).save(temporary, format="PNG")
-    print(table, end="")
-    print(f"means over {results[0]['images']} images ± 95 % confidence; wrote {folder}")
+    print(f"{table}wrote {folder}")
+
+
+def _conditions(result: dict[str, Any], config: EvaluateConfig) -> str:
+    """What the table was measured on, in a line."""
+    how = f"{config.resolution} x {config.resolution} pixels, crop «{config.crop}», the posterior's {config.latents}"
+    rounded = ", rounded to 8 bits" if config.quantize else ""
+    return f"Means over {result['images']} images ± 95 % confidence; {how}, {config.precision}{rounded}."
 
 
 def _in_order(pictures: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:

@@ -42,7 +42,7 @@ class ReconstructionFID:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{weights or 'the download'} does not hold Inception's weights: {reason}; need torch-fidelity's "
-                "pt_inception-2015-12-05-6726825d.pth"
+                "weights-inception-2015-12-05-6726825d.pth"
             ) from error
         network.num_features = FEATURES
         self._metric = FrechetInceptionDistance(network, reset_real_features=False).to(device)

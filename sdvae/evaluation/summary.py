@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from scipy.stats import t as student
 
 Rows = Sequence[Mapping[str, Any]]  # one an image, with `index` and `name`
-
-Z_95 = 1.959964  # the normal distribution's 97.5 % quantile
 
 # (key, heading, how it is written, better when: +1 greater, -1 smaller, 0 neither)
 COLUMNS: tuple[tuple[str, str, str, int], ...] = (
@@ -27,7 +26,7 @@ COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("bias", "colour bias R G B", "", 0),
     ("encode_ms", "encode, ms", ".0f", 0),
     ("decode_ms", "decode, ms", ".0f", 0),
-    ("memory_mib", "memory, MiB", ".0f", 0),
+    ("memory_mib", "memory of an image, MiB", ".0f", 0),
 )
 
 
@@ -38,7 +37,7 @@ class Mean:
     Attributes:
         mean: over the images.
         std: between images, with n - 1.
-        low, high: 95 % confidence interval of the mean, mean ± 1.96·std/√n (normal approximation).
+        low, high: 95 % confidence interval of the mean, mean ± t·std/√n with Student's t of n - 1 degrees of freedom.
     """
 
     mean: float
@@ -51,7 +50,7 @@ def mean_of(values: Sequence[float]) -> Mean:
     """Of one image or more. Of a single one std, low and high are NaN."""
     x = torch.tensor(values, dtype=torch.float64)
     mean, std = float(x.mean()), float(x.std()) if len(values) > 1 else math.nan
-    half = Z_95 * std / math.sqrt(len(values))
+    half = float(student.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
     return Mean(mean, std, mean - half, mean + half)
 
 
@@ -86,7 +85,9 @@ def markdown_table(results: Sequence[Mapping[str, Any]], lpips_name: str | None)
         results: each with `vae`, `means` (of `Mean`) and the figures that are one for the whole set.
         lpips_name: of the perceptual distance's column, or None.
     """
-    keys = [column for column in COLUMNS if any(_number(result, column[0], lpips_name) for result in results)]
+    keys = [
+        column for column in COLUMNS if any(_number(result, column[0], lpips_name) is not None for result in results)
+    ]
     titles = [lpips_name if key == "lpips" and lpips_name else title for key, title, _, _ in keys]
     lines = [f"| {' | '.join(['VAE', *titles])} |", "|" + "---|" * (len(keys) + 1)]
     best = {key: _best(results, key, better, lpips_name) for key, _, _, better in keys}
@@ -114,7 +115,7 @@ def csv_text(results: Sequence[Mapping[str, Any]]) -> str:
 def _number(result: Mapping[str, Any], key: str, lpips_name: str | None) -> Any:
     if key == "bias":
         channels = [result["means"][name] for name in result["means"] if name.startswith("bias_")]
-        return " ".join(f"{channel.mean:+.2f}" for channel in channels)
+        return " ".join(f"{channel.mean:+.2f}" for channel in channels) or None
     key = lpips_name or key if key == "lpips" else key
     return result["means"].get(key, result.get(key))
 
@@ -128,7 +129,8 @@ def _written(number: Any, form: str) -> str:
 
 def _best(results: Sequence[Mapping[str, Any]], key: str, better: int, lpips_name: str | None) -> Any:
     numbers = [(_number(result, key, lpips_name), result) for result in results]
-    known = [(n.mean if isinstance(n, Mean) else n, result) for n, result in numbers if n is not None]
-    if not better or len(results) < 2 or not known:
+    if not better or len(results) < 2:
         return None
-    return max(known, key=lambda pair: better * pair[0])[1]
+    known = [(n.mean if isinstance(n, Mean) else n, result) for n, result in numbers if n is not None]
+    known = [(n, result) for n, result in known if math.isfinite(n)]
+    return max(known, key=lambda pair: better * pair[0], default=(None, None))[1]

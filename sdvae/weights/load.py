@@ -41,7 +41,8 @@ def load_vae(
     """Load a VAE, in evaluation mode, on the CPU.
 
     Args:
-        source: a diffusers folder of a VAE or of a whole pipeline (its vae/ is taken); a single file
+        source: a diffusers folder of a VAE, of a whole pipeline (its vae/ is taken) or of a run of the trainer (its
+            model/); a single file
             (.safetensors, .ckpt, .pt, .pth, .bin) in LDM's or diffusers' layout, the VAE alone or a full
             checkpoint; or the id of a repository on the Hugging Face hub. None: the small VAE that comes with this
             package (f8, 4 channels), which needs no download.
@@ -135,7 +136,8 @@ def _model_folder(folder: Path, subfolder: str | None) -> Path:
     if subfolder is not None:
         folder = folder / subfolder
     elif (folder / "model_index.json").is_file() or not (folder / "config.json").is_file():
-        folder = folder / "vae" if (folder / "vae").is_dir() else folder
+        inside = [folder / name for name in ("vae", "model") if (folder / name / "config.json").is_file()]
+        folder = inside[0] if inside else folder
     if not (folder / "config.json").is_file():
         raise InputError(f"there is no config.json in {folder}; need a diffusers folder; check the path or subfolder=")
     return folder
