@@ -884,3 +884,11 @@ def test_every_departure_from_sd_is_a_reason(changes, reason):
     found = targets(**changes)
     for program in ("comfyui", "a1111", "kohya"):
         assert reason in (found[program] or "")
+
+
+def test_a_run_folder_stands_for_its_model(tmp_path):
+    vae = load_vae()
+    save_vae(vae, tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.yaml").write_text("steps: 1\n")
+    found = load_vae(tmp_path / "run")
+    assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in vae.state_dict().items())
