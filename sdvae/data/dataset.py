@@ -23,11 +23,20 @@ from sdvae.data.sources import ImageSource
 from sdvae.errors import InputError
 
 MAX_SUBSTITUTES = 32
+NO_LABEL = -1  # as `datasets` has it in splits without labels
 
 logger = logging.getLogger(__name__)
 
 
-class Sample(TypedDict):
+class _LabelledSample(TypedDict, total=False):
+    label: int  # where the data set has labels: the class, or NO_LABEL
+
+
+class _LabelledBatch(TypedDict, total=False):
+    label: Tensor  # (B,) int64, where the data set has labels: the class, or NO_LABEL
+
+
+class Sample(_LabelledSample):
     """One image for training."""
 
     image: Tensor  # (C, R, R) float32 in [-1, 1]
@@ -37,7 +46,7 @@ class Sample(TypedDict):
     bad: list[tuple[str, str]]  # (name, reason) of the bad images that were met
 
 
-class Batch(TypedDict):
+class Batch(_LabelledBatch):
     """Samples of training, stacked."""
 
     image: Tensor  # (B, C, R, R) float32 in [-1, 1]
@@ -47,7 +56,7 @@ class Batch(TypedDict):
     bad: list[tuple[str, str]]
 
 
-class EvaluationSample(TypedDict):
+class EvaluationSample(_LabelledSample):
     """One image for evaluation; `image` is None and `bad` the reason where the file cannot be used."""
 
     image: Tensor | None  # (C, R, R) float32 in [-1, 1]
@@ -56,7 +65,7 @@ class EvaluationSample(TypedDict):
     bad: str | None
 
 
-class EvaluationBatch(TypedDict):
+class EvaluationBatch(_LabelledBatch):
     """The good images of a batch, stacked, and the bad ones. All may be bad: then `image` has length 0."""
 
     image: Tensor  # (N, C, R, R) float32 in [-1, 1]
@@ -80,6 +89,8 @@ class TrainingImages(Dataset[Sample]):
             twice teaches the decoder to blur.
         cache_mib: keep decoded images in memory, up to so many MiB in each worker, for small data sets. What is in
             stays in, since in a shuffled order no image is likelier to come next than another.
+        labels: (N,) int64, the class of each image, NO_LABEL for none; see `read_labels`.
+        label_dropout: probability of NO_LABEL instead.
     """
 
     def __init__(
@@ -95,6 +106,8 @@ class TrainingImages(Dataset[Sample]):
         background: tuple[int, int, int] = (255, 255, 255),
         min_side: int | None = None,
         cache_mib: float = 0,
+        labels: np.ndarray | None = None,
+        label_dropout: float = 0.0,
     ):
         if len(source) == 0:
             raise InputError("the data set has no images; need at least 1")
@@ -111,6 +124,8 @@ class TrainingImages(Dataset[Sample]):
         self.color_jitter = color_jitter
         self.background = background
         self.min_side = _min_side(min_side, resolution)
+        self.labels = labels
+        self.label_dropout = label_dropout
         self._bad: dict[int, str] = {}  # index -> reason, so that none is decoded twice
         self._cache: dict[int, Image.Image] = {}
         self._cache_bytes_left = int(cache_mib * 2**20)
@@ -121,24 +136,28 @@ class TrainingImages(Dataset[Sample]):
     def __getitem__(self, key: SampleKey) -> Sample:
         """Raises `InputError` where the image and all its substitutes are bad."""
         epoch, index = key
-        image, bad = self._good_image(epoch, index)
+        image, found, bad = self._good_image(epoch, index)
         generator = np.random.default_rng(sample_seed(self.seed, epoch, index, "augment"))
         pixels = to_tensor(random_crop(image, self.resolution, generator, self.crop_scale, self.flip))
-        return Sample(
+        sample = Sample(
             image=color_jitter(pixels, self.color_jitter, generator),
             index=index,
             epoch=epoch,
             noise_seed=sample_seed(self.seed, epoch, index, "posterior"),
             bad=bad,
         )
+        if self.labels is not None:
+            drop = np.random.default_rng(sample_seed(self.seed, epoch, index, "label")).random() < self.label_dropout
+            sample["label"] = NO_LABEL if drop else int(self.labels[found])  # of the substitute, where there is one
+        return sample
 
-    def _good_image(self, epoch: int, index: int) -> tuple[Image.Image, list[tuple[str, str]]]:
-        """The image, or the first good one of its substitutes, and the (name, reason) of all bad ones before it."""
+    def _good_image(self, epoch: int, index: int) -> tuple[Image.Image, int, list[tuple[str, str]]]:
+        """The image, or the first good one of its substitutes; its index; (name, reason) of all bad ones before it."""
         bad: dict[str, str] = {}
         candidate = index
         for attempt in range(1 + MAX_SUBSTITUTES):
             try:
-                return self._decode(candidate), list(bad.items())
+                return self._decode(candidate), candidate, list(bad.items())
             except ImageError as error:
                 bad[self.source.name(candidate)] = str(error)
             candidate = sample_seed(self.seed, epoch, index, f"substitute-{attempt}") % len(self.source)
@@ -176,6 +195,7 @@ class EvaluationImages(Dataset[EvaluationSample]):
         background: RGB in 0..255 below transparent images.
         min_side: images with a shorter side are bad; by default resolution // 2, as in training.
         crop: of an image and R.
+        labels: (N,) int64, the class of each image, NO_LABEL for none; see `read_labels`.
     """
 
     def __init__(
@@ -187,6 +207,7 @@ class EvaluationImages(Dataset[EvaluationSample]):
         background: tuple[int, int, int] = (255, 255, 255),
         min_side: int | None = None,
         crop: Callable[[Image.Image, int], Image.Image] = center_crop,
+        labels: np.ndarray | None = None,
     ):
         self.source = source
         self.resolution = resolution
@@ -194,6 +215,7 @@ class EvaluationImages(Dataset[EvaluationSample]):
         self.background = background
         self.min_side = _min_side(min_side, resolution)
         self.crop = crop
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.source)
@@ -208,7 +230,10 @@ class EvaluationImages(Dataset[EvaluationSample]):
         except ImageError as error:
             return EvaluationSample(image=None, index=index, name=name, bad=str(error))
         pixels = to_tensor(self.crop(image, self.resolution))
-        return EvaluationSample(image=pixels, index=index, name=name, bad=None)
+        sample = EvaluationSample(image=pixels, index=index, name=name, bad=None)
+        if self.labels is not None:
+            sample["label"] = int(self.labels[index])
+        return sample
 
 
 class BadImages:
@@ -243,24 +268,55 @@ class BadImages:
 
 def collate_training(samples: Sequence[Sample]) -> Batch:
     """Stack samples; the bad images of all of them come in one list."""
-    return Batch(
+    batch = Batch(
         image=torch.stack([sample["image"] for sample in samples]),
         index=torch.tensor([sample["index"] for sample in samples]),
         epoch=torch.tensor([sample["epoch"] for sample in samples]),
         noise_seed=torch.tensor([sample["noise_seed"] for sample in samples]),
         bad=[pair for sample in samples for pair in sample["bad"]],
     )
+    if "label" in samples[0]:
+        batch["label"] = torch.tensor([sample["label"] for sample in samples])
+    return batch
 
 
 def collate_evaluation(samples: Sequence[EvaluationSample]) -> EvaluationBatch:
     """Stack the good samples, list the bad ones."""
     images = [sample["image"] for sample in samples if sample["image"] is not None]
-    return EvaluationBatch(
+    batch = EvaluationBatch(
         image=torch.stack(images) if images else torch.empty(0, 0, 0, 0),
         index=[sample["index"] for sample in samples if sample["bad"] is None],
         name=[sample["name"] for sample in samples if sample["bad"] is None],
         bad=[(sample["name"], sample["bad"]) for sample in samples if sample["bad"] is not None],
     )
+    labels = [sample["label"] for sample in samples if "label" in sample]
+    if labels:
+        batch["label"] = torch.tensor(labels)
+    return batch
+
+
+def read_labels(source: ImageSource, column: str, num_classes: int) -> np.ndarray:
+    """(N,) int64: the class of each image of `source`, NO_LABEL where there is none.
+
+    Raises: InputError when there is no such column, or something else than 0 .. num_classes - 1 in it.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if column not in source.features:
+        known = ", ".join(source.features) or "none"
+        raise InputError(f"the images have no column {column!r} of labels; need one of: {known}; set data.label_column")
+    values = source.columns(range(len(source))).column(column)
+    if not pa.types.is_integer(values.type):
+        raise InputError(f"column {column!r} holds {values.type}; need integers, the numbers of the classes")
+    labels = pc.fill_null(values, NO_LABEL).to_numpy().astype(np.int64)
+    low, high = int(labels.min()), int(labels.max())
+    if low < NO_LABEL or high >= num_classes:
+        raise InputError(
+            f"column {column!r} holds {low} .. {high}; need 0 .. {num_classes - 1}, or {NO_LABEL} for none; "
+            f"set model.num_classes={high + 1} if these are the classes"
+        )
+    return labels
 
 
 def training_loader(

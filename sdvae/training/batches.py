@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
@@ -18,6 +19,7 @@ from sdvae.data import (
     split_off,
     training_loader,
 )
+from sdvae.data.dataset import read_labels
 from sdvae.errors import InputError
 from sdvae.training.config import DataConfig, TrainConfig
 
@@ -69,7 +71,16 @@ def training_images(source: ImageSource, config: TrainConfig) -> TrainingImages:
         background=data.background,
         min_side=data.min_side,
         cache_mib=data.cache_mib,
+        labels=labels_of(source, config),
+        label_dropout=data.label_dropout,
     )
+
+
+def labels_of(source: ImageSource, config: TrainConfig) -> np.ndarray | None:
+    """The class of each image, where the recipe conditions on it."""
+    if config.model.num_classes == 0:
+        return None
+    return read_labels(source, config.data.label_column, config.model.num_classes)
 
 
 def evaluation_batches(source: ImageSource, config: TrainConfig, accelerator: Accelerator) -> DataLoader:
@@ -80,6 +91,7 @@ def evaluation_batches(source: ImageSource, config: TrainConfig, accelerator: Ac
         channels=config.model.in_channels,
         background=config.data.background,
         min_side=config.data.min_side,
+        labels=labels_of(source, config),
     )
     share = list(range(accelerator.process_index, len(source), accelerator.num_processes))
     return evaluation_loader(images, share, batch_size=config.batch_size, num_workers=min(2, config.data.num_workers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from torch import nn
 from sdvae.device import accelerator_type
 from sdvae.errors import InputError
 from sdvae.evaluation import Perceptual, load_perceptual
-from sdvae.model import AutoencoderKL
+from sdvae.model import AutoencoderKL, ConditionalAutoencoderKL
 from sdvae.model.fast import speed_up, speed_up_pays
 from sdvae.model.precision import resolve_precision
 from sdvae.training.config import ModelConfig, TrainConfig
@@ -80,7 +81,7 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
         ("resolution", config.data.resolution),
         ("validation_resolution", config.data.evaluation_resolution),
     ):
-        if side % factor:
+        if side % factor and not config.data.pad:
             raise InputError(
                 f"got data.{key}={side}; need a multiple of {factor}, the compression ratio of {tune.source}"
             )
@@ -92,22 +93,24 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
 def build_vae(config: ModelConfig) -> AutoencoderKL:
     """A new VAE; its scaling factor is measured when training ends."""
     levels = len(config.block_out_channels)
-    vae = AutoencoderKL(
-        in_channels=config.in_channels,
-        out_channels=config.in_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
-        act_fn=config.act_fn,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.norm_num_groups,
-        sample_size=config.sample_size,
-        force_upcast=config.force_upcast,
-        use_quant_conv=config.use_quant_conv,
-        use_post_quant_conv=config.use_quant_conv,
-        mid_block_add_attention=config.mid_block_add_attention,
-    )
+    shape: dict[str, Any] = {
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": config.block_out_channels,
+        "layers_per_block": config.layers_per_block,
+        "act_fn": config.act_fn,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.norm_num_groups,
+        "sample_size": config.sample_size,
+        "force_upcast": config.force_upcast,
+        "use_quant_conv": config.use_quant_conv,
+        "use_post_quant_conv": config.use_quant_conv,
+        "mid_block_add_attention": config.mid_block_add_attention,
+    }
+    conditional = config.num_classes > 0
+    vae = ConditionalAutoencoderKL(config.num_classes, **shape) if conditional else AutoencoderKL(**shape)
     if config.initialisation == "pass_through":
         initialise(vae)
     return vae

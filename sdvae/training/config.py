@@ -43,6 +43,9 @@ class ModelConfig:
     """Initial weights: a coarse copy of the input (sdvae/training/initialise.py), or torch's defaults."""
     sample_size: int = 512
     """Side in pixels that pipelines take as the default and that diffusers' own tiling uses."""
+    num_classes: int = 0
+    """Condition encoder and decoder on a class label, 0 .. num_classes - 1, of each image
+    (sdvae/model/conditional.py). 0 is the plain AutoencoderKL."""
 
     @property
     def compression_ratio(self) -> int:
@@ -59,6 +62,8 @@ class ModelConfig:
             raise InputError(f"got model.in_channels={self.in_channels}; need 3 for RGB or 1 for grey images")
         if self.act_fn not in ACTIVATIONS:
             raise InputError(f"got model.act_fn={self.act_fn!r}; need one of {', '.join(ACTIVATIONS)}")
+        if self.num_classes < 0:
+            raise InputError(f"got model.num_classes={self.num_classes}; need 0 for none, or how many there are")
         if self.force_upcast and not self.use_quant_conv:
             raise InputError(
                 "got model.force_upcast=true with model.use_quant_conv=false, which SDXL pipelines cannot run; "
@@ -89,6 +94,13 @@ class DataConfig:
     """Side in pixels of the square training crops."""
     validation_resolution: int | None = None
     """Side in pixels of the centre crops that validate, and that scaling_factor is measured on; null: resolution."""
+    pad: bool = False
+    """Allow a resolution that is no multiple of the compression ratio, as MNIST's 28 is none of 8: the encoder sees
+    the image with its last row and column repeated, and the reconstruction is cropped before the loss."""
+    label_column: str = "label"
+    """Column of class labels, integers; read where model.num_classes asks for them. -1 and null are no label."""
+    label_dropout: float = 0.0
+    """Probability that a training image comes without its label, so that the null label learns too."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """A training crop's side as a fraction of the image's short side, drawn uniformly."""
     flip: float = 0.5
@@ -188,8 +200,10 @@ class EquivarianceConfig:
 class LossConfig:
     """The objective: reconstruction + lpips_weight · LPIPS + kl_weight · KL_sum / (C·H·W) [+ GAN]."""
 
-    reconstruction: Literal["l1", "l2", "charbonnier"] = "l1"
-    """Mean absolute error, mean squared error, or the smooth sqrt(error² + 1e-6), in [-1, 1]."""
+    reconstruction: Literal["l1", "l2", "charbonnier", "bce"] = "l1"
+    """Mean absolute error, mean squared error, or the smooth sqrt(error² + 1e-6), in [-1, 1]; or «bce»: the binary
+    cross-entropy of grey values taken as probabilities, in nats, for which the decoder's output is their logits
+    (sdvae/evaluation/likelihood.py). With kl_weight 1 the objective is then the negative ELBO, divided by C·H·W."""
     learn_logvar: bool = False
     """Learn s, the log-variance of the likelihood, one number: LDM's nll = (reconstruction + LPIPS) / e^s + s."""
     lpips_weight: float = 1.0
@@ -199,6 +213,9 @@ class LossConfig:
     the whole objective is divided by the image's C·H·W."""
     kl_warmup_steps: int = 0
     """Steps over which kl_weight grows linearly from 0."""
+    free_bits: float = 0.0
+    """Nats that each latent channel of an image may carry for nothing: against posterior collapse
+    (Kingma et al. 2016). 0 is off."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """LPIPS's trunk."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -254,7 +271,8 @@ class CheckpointConfig:
     keep_last: int = 2
     """How many checkpoints stay; an old one goes only after the new one is whole."""
     best_metric: str = "psnr"
-    """The validation metric by which best_model/ is chosen: psnr, ssim or lpips_…; LPIPS is better when lower."""
+    """The validation metric by which best_model/ is chosen: psnr, ssim, lpips_… or, with «bce», nelbo; the last two
+    are better when lower."""
     accept_changed_config: bool = False
     """Continue with another recipe than the run was started with, instead of refusing it."""
 
@@ -340,6 +358,7 @@ class TrainConfig:
                 raise InputError(f"got {key}={value}; need a number above 0")
         # of a VAE to be fine-tuned the factor is known only once it is loaded
         factor = self.model.compression_ratio if self.fine_tune.source is None else 1
+        factor = 1 if self.data.pad else factor
         for key in ("resolution", "validation_resolution"):
             side = getattr(self.data, key)
             if side is not None and (side <= 0 or side % factor):
@@ -353,6 +372,7 @@ class TrainConfig:
             "loss.lpips_weight": self.loss.lpips_weight,
             "loss.kl_weight": self.loss.kl_weight,
             "loss.kl_warmup_steps": self.loss.kl_warmup_steps,
+            "loss.free_bits": self.loss.free_bits,
             "optimizer.warmup_steps": self.optimizer.warmup_steps,
             "optimizer.weight_decay": self.optimizer.weight_decay,
             "data.num_workers": self.data.num_workers,
@@ -372,6 +392,7 @@ class TrainConfig:
             "data.flip": self.data.flip,
             "data.color_jitter": self.data.color_jitter,
             "data.max_bad_fraction": self.data.max_bad_fraction,
+            "data.label_dropout": self.data.label_dropout,
             "optimizer.ema_decay": self.optimizer.ema_decay,
         }
         for key, value in fractions.items():
@@ -387,6 +408,8 @@ class TrainConfig:
             raise InputError(
                 f"got loss.equivariance.scales={list(equivariance.scales)}; need factors above 0 and up to 1"
             )
+        self._check_likelihood()
+        self._check_labels()
         if self.fine_tune.freeze_encoder and self.fine_tune.source is None:
             raise InputError("got fine_tune.freeze_encoder=true without fine_tune.source; need a VAE to start from")
         if self.optimizer.warmup_steps > self.steps:
@@ -398,3 +421,29 @@ class TrainConfig:
         low, high = self.data.crop_scale
         if not 0 < low <= high <= 1:
             raise InputError(f"got data.crop_scale=[{low}, {high}]; need 0 < low <= high <= 1")
+
+    def _check_likelihood(self) -> None:
+        loss = self.loss
+        if loss.reconstruction == "bce":
+            if loss.discriminator.weight > 0 or loss.learn_logvar:
+                raise InputError(
+                    "got loss.reconstruction=bce with loss.discriminator or loss.learn_logvar; a Bernoulli likelihood "
+                    "has no variance, and a discriminator would see logits; take l1 or l2"
+                )
+            if self.model.in_channels != 1:
+                raise InputError(
+                    f"got loss.reconstruction=bce with {self.model.in_channels} channels; need grey images"
+                )
+        if self.data.pad and loss.equivariance.weight > 0:
+            raise InputError(
+                "got data.pad=true with loss.equivariance; need a resolution without padding, or the transformed "
+                "image would not lie where the latents' does"
+            )
+
+    def _check_labels(self) -> None:
+        if self.model.num_classes == 0:
+            return
+        if self.fine_tune.source is not None:
+            raise InputError("got model.num_classes with fine_tune.source, which has no labels; need one of the two")
+        if self.compile:
+            raise InputError("got compile=true with model.num_classes; a conditional VAE is not compiled; leave it out")

@@ -6,7 +6,8 @@ through, and sampling from a posterior of variance one drowns what arrives. Here
 - every residual branch ends in zero (Goyal et al. 2017, section 5.1), so each block is its shortcut;
 - resampling convs and shortcuts copy their input, and the convs where the width changes for good (into and out of
   encoder and decoder) mix channels at one pixel, so colours reach the latents and come back at latent resolution;
-- the posterior starts narrow, with log-variance INITIAL_LOGVAR at every element.
+- the posterior starts narrow, with log-variance INITIAL_LOGVAR at every element;
+- labels, where a VAE takes them, do nothing yet.
 
 A little noise breaks the symmetry between channels. The KL term and the data widen the posterior again.
 """
@@ -40,6 +41,11 @@ def initialise(vae: AutoencoderKL) -> None:
                 pass_through(module.conv_shortcut)
         elif isinstance(module, SelfAttention):
             nn.init.zeros_(module.get_parameter("to_out.0.weight"))
+        elif isinstance(module, nn.Embedding):  # of labels: as large as the features, and silent until it is learned
+            nn.init.normal_(module.weight)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("label_proj.weight"):
+            nn.init.zeros_(parameter)
     for conv in (vae.encoder.conv_in, vae.encoder.conv_out, vae.decoder.conv_in, vae.decoder.conv_out):
         mix_channels(conv)
     moments = "encoder.conv_out" if vae.quant_conv is None else "quant_conv"

@@ -31,6 +31,7 @@ from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
 from sdvae.training.batches import (
     evaluation_batches,
+    labels_of,
     open_sources,
     stop_if_too_many_are_bad,
     training_batches,
@@ -120,6 +121,8 @@ class Training:
             self.run.check_ours()
         self.train_source, self.validation_source = open_sources(config.data, config.seed)
         self.measured = first_images(self.train_source, config.scale_images, config.seed)
+        for source in (self.train_source, self.validation_source):
+            labels_of(source, config)  # refuses what does not fit before anything is written
         self.bad_images = BadImages()
         torch.manual_seed(config.seed)  # of the initial weights: the same on every process
         self.vae, self.config = starting_vae(config)
@@ -291,7 +294,9 @@ class Training:
 
     def _measure(self, vae: AutoencoderKL) -> ValidationResult:
         batches = evaluation_batches(self.validation_source, self.config, self.accelerator)
-        return validate(vae, batches, self.accelerator, self.perceptual, self.bad_images, keep=self.config.grid_images)
+        seed = self.config.seed if self.config.loss.reconstruction == "bce" else None
+        keep = self.config.grid_images
+        return validate(vae, batches, self.accelerator, self.perceptual, self.bad_images, keep, bernoulli_seed=seed)
 
     def _roll_back(self) -> None:
         """To before the steps skipped last; they changed nothing but the counters."""
@@ -418,7 +423,8 @@ class Training:
         self.bad_images.add([pair for sample in samples for pair in sample["bad"]])
         batch = torch.stack([sample["image"] for sample in samples]).to(self.accelerator.device)
         seeds = torch.tensor([sample["noise_seed"] for sample in samples])
-        return probe(vae, batch, seeds, self.config, self.perceptual)
+        labels = torch.tensor([sample["label"] for sample in samples]) if images.labels is not None else None
+        return probe(vae, batch, seeds, self.config, self.perceptual, labels)
 
     def _batches(self) -> Generator[Batch, None, None]:
         """This process's micro-batches of the steps to do, their bad images noted. Closing it ends the loader."""
@@ -430,6 +436,7 @@ class Training:
 
     def _check_best_metric(self) -> None:
         known = ["psnr", "ssim"] + ([self.perceptual.name] if self.perceptual is not None else [])
+        known += ["nelbo"] if self.given.loss.reconstruction == "bce" else []
         name = self.given.checkpoint.best_metric
         if name not in known:
             raise InputError(f"got checkpoint.best_metric={name!r}; need one of {', '.join(known)}")
@@ -472,7 +479,7 @@ def digest_of_names(source: ImageSource) -> str:
 
 
 def lower_is_better(metric: str) -> bool:
-    return metric.startswith("lpips")
+    return metric.startswith("lpips") or metric == "nelbo"
 
 
 @contextmanager

@@ -42,6 +42,21 @@ vae = AutoencoderKL.from_pretrained("{place}")
 ```
 """
 
+CONDITIONAL_TEXT = """It is given class labels, 0 to {last}, which diffusers' `AutoencoderKL` does not know:
+
+```python
+from sdvae.model import ConditionalAutoencoderKL
+
+vae = ConditionalAutoencoderKL.from_pretrained("{place}")
+posterior = vae.encode(images, labels=labels).latent_dist
+```
+"""
+
+LOGITS_TEXT = """
+What the decoder gives are logits of each pixel's brightness: `sdvae.evaluation.likelihood.pictures` takes them to
+[-1, 1].
+"""
+
 LDM_TEXT = """
 `{name}` has the same weights in LDM's layout:
 
@@ -98,12 +113,19 @@ def model_card(
     )
     return head + "\n".join(
         [
-            section(LOADING, loading_text("path/to/this/folder")),
+            section(LOADING, _loading_of(config, "path/to/this/folder")),
             section(FIGURES, figures),
             section("Data", f"Trained on `{config.data.source}`{describe_start(config)}.\n"),
             section(RECIPE, f"```yaml\n{to_yaml(config)}```\n"),
         ]
     )
+
+
+def _loading_of(config: TrainConfig, place: str) -> str:
+    """How to load the VAE of a recipe, and what its output means where that is not an image."""
+    classes = config.model.num_classes
+    text = CONDITIONAL_TEXT.format(last=classes - 1, place=place) if classes else loading_text(place)
+    return text + (LOGITS_TEXT if config.loss.reconstruction == "bce" else "")
 
 
 def card_head(

@@ -6,7 +6,8 @@ LDM minimises, for an image x of C·H·W values and its reconstruction x̂ (ldm/
 
 Everything here is that divided by C·H·W, so that the published weights keep their meaning and the values
 do not change with resolution. It is the negative ELBO (Kingma & Welling 2014, eq. 3) with a Laplace
-likelihood, a perceptual term added, and w_kl in the role of beta (Higgins et al. 2017).
+likelihood, a perceptual term added, and w_kl in the role of beta (Higgins et al. 2017). With `reconstruction: bce`,
+no LPIPS and w_kl = 1 it is the negative ELBO itself, of a Bernoulli likelihood, in nats a value.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdvae.evaluation.likelihood import bernoulli_nll, pictures
 from sdvae.evaluation.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
 from sdvae.training.config import EquivarianceConfig, LossConfig, OptimizerConfig
@@ -31,14 +33,17 @@ class LossTerms:
 
     reconstruction: mean absolute, squared or Charbonnier error a value. lpips: LPIPS an image, 0 when it is off.
     kl: nats an image divided by C·H·W. equivariance: reconstruction + lpips_weight · LPIPS of the transformed
-    image. logvar: s, the log-variance of the likelihood, where it is learned.
+    image. logvar: s, the log-variance of the likelihood, where it is learned. priced_kl: the KL that the objective
+    counts, which free bits make larger. nelbo: nats an image at weight 1, where the likelihood is Bernoulli.
     """
 
     reconstruction: Tensor
     lpips: Tensor
     kl: Tensor
-    equivariance: Tensor | None = None
-    logvar: Tensor | None = None
+    equivariance: Tensor | None
+    logvar: Tensor | None
+    priced_kl: Tensor
+    nelbo: Tensor | None
 
     def logged(self, perceptual: Perceptual | None) -> dict[str, Tensor]:
         """The terms under the names they have in logs: LPIPS under its trunk's, and only what is on."""
@@ -49,6 +54,8 @@ class LossTerms:
             named["equivariance"] = self.equivariance
         if self.logvar is not None:
             named["logvar"] = self.logvar
+        if self.nelbo is not None:
+            named["nelbo"] = self.nelbo
         return named
 
     def nll(self, config: LossConfig) -> Tensor:
@@ -62,7 +69,7 @@ class LossTerms:
         return nll if self.logvar is None else nll * torch.exp(-self.logvar) + self.logvar
 
     def total(self, config: LossConfig, kl_weight: float) -> Tensor:
-        return self.nll(config) + kl_weight * self.kl
+        return self.nll(config) + kl_weight * self.priced_kl
 
 
 def loss_terms(
@@ -86,15 +93,35 @@ def loss_terms(
     if transformed is not None:
         other_pixels, other_perceived = compare(*transformed, config.reconstruction, perceptual)
         equivariance = other_pixels + config.lpips_weight * other_perceived
-    kl = posterior.kl().mean() / images[0].numel()
-    return LossTerms(pixels, perceived, kl, equivariance, logvar)
+    values = images[0].numel()
+    kl = posterior.kl().mean() / values
+    priced = free_bits_kl(posterior, config.free_bits).mean() / values if config.free_bits > 0 else kl
+    nelbo = (pixels + kl).detach() * values if config.reconstruction == "bce" else None
+    return LossTerms(pixels, perceived, kl, equivariance, logvar, priced, nelbo)
+
+
+def free_bits_kl(posterior: DiagonalGaussian, nats: float) -> Tensor:
+    """Σ_c max(λ, KL_c) of each image: below λ nats a latent channel costs the same, and has no pull to the prior.
+
+    Kingma et al. 2016, «Improving variational inference with inverse autoregressive flow», equation 15, with each
+    image's own KL in the place of the mini-batch's mean: so the gradient does not depend on how a batch is divided.
+
+    Returns: (B,), nats.
+    """
+    return posterior.kl_map().sum(dim=(2, 3)).clamp(min=nats).sum(dim=1)
 
 
 def compare(images: Tensor, reconstruction: Tensor, kind: str, perceptual: Perceptual | None) -> tuple[Tensor, Tensor]:
-    """Mean pixel error and mean LPIPS (0 when it is off) of a batch, in fp32."""
+    """Mean pixel error and mean LPIPS (0 when it is off) of a batch, in fp32.
+
+    Args: reconstruction: in [-1, 1]; with «bce», logits.
+    """
     images, reconstruction = images.float(), reconstruction.float()
     error = reconstruction - images
-    if kind == "l1":
+    if kind == "bce":
+        pixels = bernoulli_nll(images, reconstruction).mean() / images[0].numel()
+        reconstruction = pictures(reconstruction)
+    elif kind == "l1":
         pixels = error.abs().mean()
     elif kind == "l2":
         pixels = error.square().mean()

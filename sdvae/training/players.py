@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
+from sdvae.model.padding import decode_cropped, encode_padded
 from sdvae.training.config import OptimizerConfig, TrainConfig
 from sdvae.training.discriminator import LeCam, PatchDiscriminator
 from sdvae.training.ema import WeightAverage
@@ -33,15 +34,24 @@ class TrainingForward(nn.Module):
         self.logvar = nn.Parameter(torch.zeros(())) if learn_logvar else None
 
     def forward(
-        self, images: Tensor, generators: list[torch.Generator], transformation: Transformation | None
+        self,
+        images: Tensor,
+        generators: list[torch.Generator],
+        transformation: Transformation | None,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(B, C, H, W) in [-1, 1] -> reconstruction (B, C, H, W), moments (B, 2C_z, h, w), D(t(z)), s."""
-        posterior = self.vae.encode(images).latent_dist
+        """(B, C, H, W) in [-1, 1] -> reconstruction (B, C, H, W), moments (B, 2C_z, h, w), D(t(z)), s.
+
+        Args: labels: (B,) int64, for a conditional VAE.
+        """
+        posterior = encode_padded(self.vae, images, labels)
         z = posterior.sample(generators)
         transformed = None
         if transformation is not None:
-            transformed = self.vae.decode(transformation(z, transformation.latent_size(z))).sample
-        return self.vae.decode(z).sample, posterior.parameters, transformed, self.logvar
+            small = transformation(z, transformation.latent_size(z))
+            given = {} if labels is None else {"labels": labels}
+            transformed = self.vae.decode(small, **given).sample
+        return decode_cropped(self.vae, z, images, labels), posterior.parameters, transformed, self.logvar
 
 
 class Player:

@@ -8,6 +8,7 @@ from torch import Tensor
 from sdvae.errors import InputError
 from sdvae.evaluation import Perceptual, image_metrics
 from sdvae.model import AutoencoderKL
+from sdvae.model.padding import decode_cropped, encode_padded
 from sdvae.training.config import TrainConfig
 from sdvae.training.discriminator import smallest_side
 from sdvae.training.objective import loss_terms, posterior_generators
@@ -89,15 +90,23 @@ def check_recipe(
 
 @torch.no_grad()
 def probe(
-    vae: AutoencoderKL, images: Tensor, noise_seeds: Tensor, config: TrainConfig, perceptual: Perceptual | None
+    vae: AutoencoderKL,
+    images: Tensor,
+    noise_seeds: Tensor,
+    config: TrainConfig,
+    perceptual: Perceptual | None,
+    labels: Tensor | None = None,
 ) -> list[str]:
-    """Findings from one forward pass over training images (B, C, H, W) in [-1, 1]."""
+    """Findings from one forward pass over training images (B, C, H, W) in [-1, 1], with labels (B,) if there are."""
     images = images[:PROBED_IMAGES]
-    output = vae(images, sample_posterior=True, generator=posterior_generators(noise_seeds[:PROBED_IMAGES]))
-    terms = loss_terms(images, output.sample, output.posterior, config.loss, perceptual)
+    labels = None if labels is None else labels[:PROBED_IMAGES]
+    posterior = encode_padded(vae, images, labels)
+    z = posterior.sample(posterior_generators(noise_seeds[:PROBED_IMAGES]))
+    reconstruction = decode_cropped(vae, z, images, labels)
+    terms = loss_terms(images, reconstruction, posterior, config.loss, perceptual)
     findings = []
-    std = float(output.posterior.mean.std())
-    if not torch.isfinite(output.sample).all():
+    std = float(posterior.mean.std())
+    if not torch.isfinite(reconstruction).all():
         findings.append("the first reconstruction is not finite: the weights or the precision are wrong")
     if not SMALLEST_LATENT_STD < std < LARGEST_LATENT_STD:
         what = "exploding" if std > 1 else "collapsing"
@@ -109,7 +118,7 @@ def probe(
             "collapse; loss.kl_weight multiplies nats an image (LDM: 1e-6), as a beta near 1 would not"
         )
     if config.fine_tune.source is not None:
-        rows = image_metrics(images, vae(images).sample, output.posterior, None)
+        rows = image_metrics(images, decode_cropped(vae, posterior.mode(), images, labels), posterior, None)
         psnr = sum(row["psnr"] for row in rows) / len(rows)
         if psnr < RECOGNISABLE_PSNR:
             findings.append(

@@ -95,11 +95,12 @@ def train_step(
         images = batch["image"].to(accelerator.device, non_blocking=True)
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        labels = batch["label"].to(accelerator.device, non_blocking=True) if "label" in batch else None
         last = micro_step == micro_steps - 1
         # DDP sums gradients over processes in the backward pass of the last micro-step only
         with nullcontext() if last else accelerator.no_sync(players.generator.wrapped):
             values, reconstruction = generator_pass(
-                step, players, images, batch["noise_seed"], config, accelerator, perceptual
+                step, players, images, batch["noise_seed"], config, accelerator, perceptual, labels
             )
         if learns and players.discriminator is not None:
             with nullcontext() if last else accelerator.no_sync(players.discriminator.wrapped):
@@ -136,11 +137,12 @@ def generator_pass(
     config: TrainConfig,
     accelerator: Accelerator,
     perceptual: Perceptual | None,
+    labels: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Forward and backward of the VAE. Returns scalars for the log, and the reconstruction, detached."""
     transformation = transformation_at(step, config.seed, config.loss.equivariance)
     reconstruction, moments, transformed, logvar = players.generator.wrapped(
-        images, posterior_generators(noise_seeds), transformation
+        images, posterior_generators(noise_seeds), transformation, labels
     )
     pair = None
     if transformation is not None:
@@ -161,7 +163,7 @@ def generator_pass(
         objective = sum(
             ((end * pull).sum() for end, pull in zip(ends, pulls.at_ends, strict=True)), images.new_zeros(())
         )
-        objective = objective + kl_weight * terms.kl
+        objective = objective + kl_weight * terms.priced_kl
     else:
         objective = loss
     accelerator.backward(objective / config.gradient_accumulation_steps)

@@ -12,10 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from sdvae.data import BadImages
+from sdvae.data import BadImages, sample_seed
 from sdvae.errors import InputError
 from sdvae.evaluation import LatentHealth, LatentMoments, Perceptual, image_metrics
+from sdvae.evaluation.likelihood import bernoulli_nll, pictures
 from sdvae.model import AutoencoderKL
+from sdvae.model.padding import decode_cropped, encode_padded
+from sdvae.training.objective import posterior_generators
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ def validate(
     perceptual: Perceptual | None,
     bad_images: BadImages,
     keep: int,
+    bernoulli_seed: int | None = None,
 ) -> ValidationResult:
     """Reconstruct each process's share of the images from the posterior's mode, and merge the figures.
 
@@ -45,6 +49,8 @@ def validate(
         batches: this process's part: `image` (B, C, R, R), `name`, `index`, the place in the whole set, and `bad`.
         bad_images: takes note of the images that could not be read.
         keep: how many images, from the first on, come back as tensors.
+        bernoulli_seed: given for a VAE whose output is logits: then `nelbo`, `distortion` and `rate` are measured too,
+            in nats an image, with one posterior sample keyed on this seed and the image.
 
     Raises: InputError when no image can be read, or when a figure is not finite.
     """
@@ -53,13 +59,24 @@ def validate(
     kept: list[tuple[int, Tensor, Tensor]] = []
     for batch in readable(batches, bad_images):
         images = batch["image"].to(accelerator.device)
+        labels = batch["label"].to(accelerator.device) if "label" in batch else None
         with accelerator.autocast():
-            output = vae(images)
-        health.update(output.posterior)
-        for i, metrics in enumerate(image_metrics(images, output.sample, output.posterior, perceptual)):
-            rows.append({"index": batch["index"][i], "name": batch["name"][i], **metrics})
+            posterior = encode_padded(vae, images, labels)
+            reconstruction = decode_cropped(vae, posterior.mode(), images, labels)
+        health.update(posterior)
+        figures: list[dict[str, float]] = [{} for _ in images]
+        if bernoulli_seed is not None:
+            reconstruction = pictures(reconstruction)
+            seeds = [sample_seed(bernoulli_seed, 0, index, "validation") for index in batch["index"]]
+            with accelerator.autocast():
+                z = posterior.sample(posterior_generators(torch.tensor(seeds)))
+                distortion = bernoulli_nll(images, decode_cropped(vae, z, images, labels))
+            for row, d, r in zip(figures, distortion.tolist(), posterior.kl().tolist(), strict=True):
+                row |= {"nelbo": d + r, "distortion": d, "rate": r}
+        for i, metrics in enumerate(image_metrics(images, reconstruction, posterior, perceptual)):
+            rows.append({"index": batch["index"][i], "name": batch["name"][i], **figures[i], **metrics})
             if len(kept) < keep:
-                kept.append((batch["index"][i], images[i].float().cpu(), output.sample[i].float().cpu()))
+                kept.append((batch["index"][i], images[i].float().cpu(), reconstruction[i].float().cpu()))
 
     rows = sorted(gather_object(rows), key=lambda row: row["index"])
     kept = sorted(gather_object(kept), key=lambda entry: entry[0])[:keep]
@@ -87,8 +104,9 @@ def measure_latents(
     """Moments of the latents over every process's share of the images."""
     moments = LatentMoments(vae.config.latent_channels)
     for batch in readable(batches, bad_images):
+        labels = batch["label"].to(accelerator.device) if "label" in batch else None
         with accelerator.autocast():
-            moments.update(vae.encode(batch["image"].to(accelerator.device)).latent_dist)
+            moments.update(encode_padded(vae, batch["image"].to(accelerator.device), labels))
     moments.sums = _sum_over_processes(moments.sums, accelerator)
     return moments
 

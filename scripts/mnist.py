@@ -1,0 +1,285 @@
+"""The tutorials' VAEs on MNIST, theirs and ours side by side, and what beta does; docs/vae.md explains the figures.
+
+    python scripts/mnist.py [--output runs/mnist] [--train ylecun/mnist] [--test ylecun/mnist] [--parts table sweep …]
+
+- table: the tutorials' MLP (scripts/mnist_baseline.py) and configs/mnist_vae.yaml and mnist_cvae.yaml, each trained for
+  20 epochs of batch 64 and measured on the whole test set: table.md.
+- digits: each digit drawn from the prior by the conditional VAE, how many of them a classifier of real digits
+  recognises, and how much those of one class differ: digits.png.
+- sweep: the rate and the distortion of short runs with other betas: rate_distortion.png.
+- collapse: a recipe whose posterior collapses, and the same with KL warm-up and with free bits: collapse.png.
+
+All figures go to OUTPUT/figures.json too. The same command again continues what was interrupted and keeps what is done.
+Options of `sdvae train` at the end hold for every run: --steps 1000, --data.num_workers 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from mnist_baseline import BATCH, CLASSES, SIDE, TutorialVAE, load_digits, train_baseline
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sdvae import AutoencoderKL, InputError
+from sdvae.cli import parse_train_config
+from sdvae.evaluation import tile_grid
+from sdvae.evaluation.likelihood import draw_from_prior, elbo, log_likelihood
+from sdvae.model import ConditionalAutoencoderKL
+from sdvae.training.loop import train
+from sdvae.weights.files import replacing
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("table", "digits", "sweep", "collapse")
+BETAS = (0.1, 0.3, 1.0, 3.0, 10.0)
+COLLAPSING = {"loss.kl_weight": 3, "model.initialisation": "torch"}  # no signal arrives before the KL term has acted
+WARM_UP, FREE_NATS = 0.5, 0.5  # of the short run's steps; for a latent channel
+
+
+def trained(recipe: str, output: Path, options: Sequence[str], **changes: object) -> tuple[AutoencoderKL, list[dict]]:
+    """The VAE of a run, begun, continued or found finished; and the lines of its log."""
+    given = [f"--{key}={value}" for key, value in changes.items()]
+    config = parse_train_config(
+        ["--config", str(ROOT / "configs" / f"{recipe}.yaml"), f"--output_dir={output}", *options, *given]
+    )
+    model = train(config)
+    kind = ConditionalAutoencoderKL if config.model.num_classes else AutoencoderKL
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return kind.from_pretrained(model).eval(), lines
+
+
+def baseline(path: Path, images: Tensor, labels: Tensor | None, epochs: int) -> TutorialVAE:
+    """The tutorials' MLP, trained, or read from where it was saved."""
+    vae = TutorialVAE(labels is not None)
+    if path.is_file():
+        vae.load_state_dict(load_file(path))
+        return vae.eval()
+    vae = train_baseline(images, labels, epochs)
+    with replacing(path) as temporary:
+        save_file(vae.state_dict(), temporary)
+    return vae
+
+
+def parts(images: Tensor, labels: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for start in range(0, len(images), size):
+        yield images[start : start + size], None if labels is None else labels[start : start + size]
+
+
+@torch.no_grad()
+def measure(vae: Any, images: Tensor, labels: Tensor | None, weighted: int, samples: int) -> dict[str, float]:
+    """Means in nats an image; log p(x) of the first `weighted` images only, with `samples` each."""
+    generator = torch.Generator().manual_seed(0)
+    terms = [elbo(vae, x, y, generator) for x, y in parts(images, labels, 500)]
+    first = parts(images[:weighted], None if labels is None else labels[:weighted], 500)
+    likelihood = [log_likelihood(vae, x, y, samples=samples, generator=generator) for x, y in first]
+    return {
+        "distortion": float(torch.cat([term.distortion for term in terms]).mean()),
+        "rate": float(torch.cat([term.rate for term in terms]).mean()),
+        "nelbo": float(torch.cat([term.nelbo for term in terms]).mean()),
+        "minus_log_p": -float(torch.cat(likelihood).mean()),
+        "parameters": sum(p.numel() for p in vae.parameters()),
+    }
+
+
+def table(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """All models on the test set, one row each."""
+    x, y = load_digits(arguments.test, "test", arguments.test_images)
+    models: dict[str, tuple[Any, Tensor | None]] = {}
+    train_x, train_y = load_digits(arguments.train, "train")
+    for name, given in (("mlp", None), ("mlp_labels", train_y)):
+        vae = baseline(arguments.output / f"{name}.safetensors", train_x, given, arguments.baseline_epochs)
+        models[name] = (vae, None if given is None else y)
+    del train_x, train_y
+    models["vae"] = (trained("mnist_vae", arguments.output / "vae", arguments.options)[0], None)
+    conditional = trained("mnist_cvae", arguments.output / "cvae", arguments.options)[0]
+    models |= {"cvae": (conditional, y), "cvae_null": (conditional, None)}
+    rows = {
+        name: measure(vae, x, given, arguments.iw_images, arguments.iw_samples) for name, (vae, given) in models.items()
+    }
+    names = {
+        "mlp": "tutorials' MLP",
+        "mlp_labels": "tutorials' MLP, given the label",
+        "vae": "`mnist_vae.yaml`",
+        "cvae": "`mnist_cvae.yaml`, given the label",
+        "cvae_null": "the same model without label",
+    }
+    head = (
+        f"| | parameters | distortion | rate | -ELBO | -log p, {arguments.iw_samples} samples |\n" + 6 * "|---" + "|\n"
+    )
+    lines = [
+        f"| {names[name]} | {row['parameters']:,} | {row['distortion']:.2f} | {row['rate']:.2f} | "
+        f"{row['nelbo']:.2f} | {row['minus_log_p']:.2f} |\n"
+        for name, row in rows.items()
+    ]
+    (arguments.output / "table.md").write_text(head + "".join(lines), encoding="utf-8")
+    print(head + "".join(lines))
+    return rows
+
+
+def new_classifier() -> nn.Sequential:
+    """(B, 1, 28, 28) -> (B, 10) logits."""
+    layers = [nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, CLASSES))
+
+
+def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    classifier = new_classifier()
+    optimizer = torch.optim.Adam(classifier.parameters(), 1e-3)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images)).split(BATCH):
+            loss = F.cross_entropy(classifier(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return classifier.eval()
+
+
+def diversity(images: Tensor, labels: Tensor) -> float:
+    """Euclidean distance of two pictures of one class, brightness in [0, 1]: the mean over pairs, then over classes."""
+    flat = images.flatten(1) / 2
+    return float(torch.stack([torch.pdist(flat[labels == c]).mean() for c in range(CLASSES)]).mean())
+
+
+@torch.no_grad()
+def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
+    hits = [classifier(x).argmax(1) == y for x, y in parts(images, labels, 1000)]
+    return float(torch.cat(hits).float().mean())
+
+
+def digits(arguments: argparse.Namespace) -> dict[str, float]:
+    """Draw, recognise, compare."""
+    vae, _ = trained("mnist_cvae", arguments.output / "cvae", arguments.options)
+    classifier = train_classifier(*load_digits(arguments.train, "train"), epochs=arguments.classifier_epochs)
+    labels = torch.arange(CLASSES).repeat(arguments.drawn)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        drawn = torch.cat([draw_from_prior(vae, len(y), SIDE, y, generator) for y in labels.split(500)])
+    x, y = load_digits(arguments.test, "test", arguments.test_images)
+    found = {
+        "classifier_on_test": accuracy(classifier, x, y),
+        "recognised": accuracy(classifier, drawn, labels),
+        "diversity": diversity(drawn, labels),
+        "diversity_of_test": diversity(x, y),
+    }
+    large = drawn[: 10 * CLASSES].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    rows = [list(row) for row in large.split(CLASSES)]
+    tile_grid(rows, [str(c) for c in range(CLASSES)]).save(arguments.output / "digits.png")
+    print(found)
+    return found
+
+
+def short(arguments: argparse.Namespace, name: str, **changes: object) -> tuple[dict[str, float], list[dict]]:
+    """A short run of the plain VAE: its figures on test images, and its log."""
+    changes = {"steps": arguments.short_steps, "validate_every": arguments.short_steps, **changes}
+    changes |= {"data.validation_count": arguments.iw_images, "checkpoint.every_steps": arguments.short_steps}
+    vae, lines = trained("mnist_vae", arguments.output / name, arguments.options, log_every=10, **changes)
+    x, _ = load_digits(arguments.test, "test", arguments.iw_images)
+    return measure(vae, x, None, 1, 1), lines
+
+
+def sweep(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    found = {f"{beta:g}": short(arguments, f"beta-{beta:g}", **{"loss.kl_weight": beta})[0] for beta in BETAS}
+    draw_rate_distortion(found, arguments.output / "rate_distortion.png", arguments.short_steps)
+    print({beta: {key: round(row[key], 2) for key in ("rate", "distortion", "nelbo")} for beta, row in found.items()})
+    return found
+
+
+def draw_rate_distortion(found: dict[str, dict[str, float]], png: Path, steps: int) -> None:
+    """Distortion over rate, a point a beta; the dashed line has the best ELBO of all."""
+    figure = Figure(figsize=(5.2, 3.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    rates, distortions = ([row[key] for row in found.values()] for key in ("rate", "distortion"))
+    best = min(row["nelbo"] for row in found.values())
+    ends = [0.0, 1.05 * max(rates)]
+    axes.plot(
+        ends, [best - rate for rate in ends], "--", color="grey", linewidth=1, label=f"rate + distortion = {best:.1f}"
+    )
+    axes.plot(rates, distortions, "o-", markersize=5)
+    for beta, rate, distortion in zip(found, rates, distortions, strict=True):
+        axes.annotate(f"β = {beta}", (rate, distortion), xytext=(6, 5), textcoords="offset points", fontsize=9)
+    axes.set(xlabel="rate: KL(q(z|x) || p(z)), nats an image", ylabel="distortion: -log p(x|z), nats an image")
+    axes.set_title(f"{steps} steps each, test digits", fontsize=10)
+    axes.margins(x=0.12, y=0.1)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    figure.savefig(png)
+
+
+def collapse(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    cures: dict[str, dict[str, object]] = {
+        "no cure": {},
+        "KL warm-up": {"loss.kl_warmup_steps": round(WARM_UP * arguments.short_steps)},
+        "free bits": {"loss.free_bits": FREE_NATS},
+    }
+    found, logs = {}, {}
+    for name, cure in cures.items():
+        folder = f"collapse-{name.replace(' ', '-')}"
+        found[name], logs[name] = short(arguments, folder, **COLLAPSING, **cure)
+    draw_collapse(logs, arguments.output / "collapse.png")
+    print({name: {key: round(row[key], 2) for key in ("rate", "distortion", "nelbo")} for name, row in found.items()})
+    return found
+
+
+def draw_collapse(logs: dict[str, list[dict]], png: Path) -> None:
+    """KL of the training batches over the steps."""
+    figure = Figure(figsize=(5.2, 3.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, lines in logs.items():
+        training = [line for line in lines if "train/kl" in line]
+        axes.plot([line["step"] for line in training], [line["train/kl"] * SIDE**2 for line in training], label=name)
+    axes.set(xlabel="step", ylabel="KL, nats an image", title="β = 3, torch's initial weights")
+    axes.set_ylim(bottom=-0.3)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    figure.savefig(png)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/mnist"))
+    parser.add_argument("--train", default="ylecun/mnist", help="whatever data.source takes")
+    parser.add_argument("--test", default="ylecun/mnist")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--baseline_epochs", type=int, default=20)
+    parser.add_argument("--classifier_epochs", type=int, default=3)
+    parser.add_argument("--short_steps", type=int, default=1000, help="of a run of the sweep and of the collapse")
+    parser.add_argument("--test_images", type=int, default=10_000)
+    parser.add_argument("--iw_images", type=int, default=1000, help="test images for log p(x) and the short runs")
+    parser.add_argument("--iw_samples", type=int, default=200, help="K of the importance-weighted estimate")
+    parser.add_argument("--drawn", type=int, default=200, help="digits of each class to be recognised")
+    arguments, options = parser.parse_known_args(argv)
+    sources = [f"--data.source={arguments.train}", f"--data.validation_source={arguments.test}", "--trackers=[]"]
+    arguments.options = [*sources, *options]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    file = arguments.output / "figures.json"
+    figures = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    run: dict[str, Callable[[argparse.Namespace], Any]] = {
+        "table": table,
+        "digits": digits,
+        "sweep": sweep,
+        "collapse": collapse,
+    }
+    for part in arguments.parts:
+        figures[part] = run[part](arguments)
+        file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"mnist: {error}", file=sys.stderr)
+        sys.exit(2)
