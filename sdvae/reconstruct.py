@@ -63,6 +63,13 @@ def read_file(path: Path, channels: int, max_side: int) -> Image.Image:
     return image
 
 
+def check_image_channels(vae: AutoencoderKL, source: str | None) -> None:
+    """Raises: InputError for a VAE whose images are neither grey nor RGB, or go out as others than they came in."""
+    channels = (vae.config.in_channels, vae.config.out_channels)
+    if channels not in ((1, 1), (3, 3)):
+        raise InputError(f"got {source} with {channels} image channels; need 1 (grey) or 3 (RGB) in and out")
+
+
 @torch.inference_mode()
 def reconstruct(vae: AutoencoderKL, image: Image.Image) -> tuple[Image.Image, dict[str, float]]:
     """The picture that comes back from the posterior's mode, of the same size, with its psnr and ssim."""

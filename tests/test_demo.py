@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import socket
 import sys
@@ -273,6 +274,28 @@ def test_a_vae_that_overflows_is_said_and_no_traceback(photographs, tmp_path):
     handlers = demo_page.Handlers([broken], MAX_SIDE, tmp_path)
     with pytest.raises(gr.Error, match="holds NaN"):
         handlers.photograph(str(photographs[0]), None, 0.0, "linear", 0.0, None, [], demo_page.ALL)
+    assert list(tmp_path.iterdir()) == [], "files that gradio is not given would not expire"
+
+
+def test_latents_of_a_page_expire(model, photographs, monkeypatch, browser_page):
+    monkeypatch.setattr(demo_page, "CLEANING_SECONDS", 1)
+    monkeypatch.setattr(demo_page, "KEPT_SECONDS", 2)
+    with serving(model, Model("other", model.vae)) as url:
+        page = browser_page.page
+        page.goto(url)
+        folder = Path(os.environ[demo_page.GRADIO_FOLDER])
+        for photograph in photographs:
+            page.set_input_files("#first input[type=file]", photograph)
+            page.wait_for_selector(f"#status:has-text('{photograph.name}')")
+            page.wait_for_selector(".figures table")
+            assert len(list(folder.rglob(f"{photograph.stem}.safetensors"))) == 2
+            page.click("#first button[aria-label=Clear]")
+            page.wait_for_selector("#status:not(:has-text('png'))")
+        for _ in range(100):
+            if not list(folder.rglob("*.safetensors")):
+                break
+            page.wait_for_timeout(100)
+        assert list(folder.rglob("*.safetensors")) == []
 
 
 def test_two_vaes_stand_side_by_side_and_a_telephone_can_show_them(model, photographs, tmp_path, browser_page):

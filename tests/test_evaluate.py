@@ -329,7 +329,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, photographs,
     monkeypatch.setattr(fid, "NoTrainInceptionV3", lambda *_, **__: Features())
     monkeypatch.setattr(fid, "FEATURES", 8)
     cases = {
-        "takes 3 channels and gives 1": [str(tmp_path / "wide")],
+        "with (3, 1) image channels": [str(tmp_path / "wide")],
         "got seed=-1": ["--seed=-1"],
         "its trunk needs 32": ["--lpips=alex", "--resolution=16"],
         "without fid": ["--inception=x.pth"],
@@ -348,7 +348,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, photographs,
     single = [f"--data={tmp_path / 'single'}", "--resolution=32", "--min_side=1", "--lpips=none", "--fid=true"]
     assert main(["evaluate", *single, f"--output={tmp_path / 'out'}"]) == 2
     assert "rFID needs two" in capsys.readouterr().err
-    assert main(["evaluate", "--count=1", "--lpips=none", f"--output={tmp_path / 'file'}"]) == 1
+    assert main(["evaluate", "--count=1", "--lpips=none", f"--output={tmp_path / 'file'}"]) == 2
     assert "reconstruct" not in capsys.readouterr().err, "before the first image"
 
 

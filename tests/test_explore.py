@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from sdvae.explore import (
     slerp,
     traverse,
 )
-from sdvae.explore.anomaly import DEFECTS
+from sdvae.explore.anomaly import DEFECTS, auroc_of_counts, count_errors
 from sdvae.explore.denoise import BLURS
 from sdvae.explore.experiments import EXPERIMENTS, explore_interpolation
 from sdvae.explore.study import Study
@@ -240,6 +241,18 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order_at_any_scale():
     for bad in (torch.tensor([]), torch.tensor([math.nan])):
         with pytest.raises(InputError, match="need one of each, all finite"):
             auroc(a, bad)
+
+
+def test_auroc_from_counts_is_the_exact_one_to_a_thousandth():
+    for seed, scale in itertools.product(range(5), (1e-6, 1e-3, 0.1)):
+        low, high = scale * torch.randn(2, 20_000, generator=generator(seed)).square()
+        high = (high * (1 + seed)).clamp(max=4)
+        low[:100] = high[:300] = 0.0  # pixels without an error
+        counts = sum(count_errors(part) for part in low.split(7_000)), count_errors(high)
+        assert [int(count.sum()) for count in counts] == [20_000, 20_000]
+        assert auroc_of_counts(*counts) == pytest.approx(auroc(low, high), abs=1e-3)
+    same = count_errors(torch.zeros(7))
+    assert auroc_of_counts(same, same) == 0.5
 
 
 def test_anomaly_scores_equal_loops():
@@ -445,6 +458,77 @@ def test_two_folders_are_told_apart_when_they_differ_and_not_when_they_are_the_s
         assert (found["auroc"]["mse"], found["auroc"]["local"]) == (area, area)
 
 
+def test_a_defect_that_changes_nothing_is_left_out_and_said(tmp_path, capsys):
+    """A patch of a green image covers green with green."""
+    folder = tmp_path / "constant"
+    folder.mkdir()
+    for i, colour in enumerate(
+        ("black", "black", "lime", "black")
+    ):  # lime: a larger error than of black with a scratch
+        Image.new("RGB", (32, 32), colour).save(folder / f"{i}.png")
+    arguments = ["--data", str(folder), "--resolution", "32", "--output", str(tmp_path / "out")]
+    assert main(["explore", "anomaly", *arguments]) == 0
+    found = figures(tmp_path / "out", "anomaly")
+    assert (found["normal"], found["anomalous"]) == (4, 3)
+    assert found["images_unchanged_by_defect"] == {"patch": 1}
+    assert set(found["pixel_auroc"]) == {"scratch", "speckle"}
+    assert found["raised_by_defect"]["mse"] == 1.0, "each against its own image"
+    assert "left out, since the defect changed nothing, images by its kind: patch 1" in capsys.readouterr().out
+
+
+def test_pixels_in_a_defect_are_told_apart_as_by_all_errors_at_once(explored):
+    study = Study(load_vae(dtype=torch.float32), Settings(count=4, resolution=SIZE))
+    inside: dict[str, list[torch.Tensor]] = {kind: [] for kind in DEFECTS}
+    outside = []
+    for i, (_, image) in enumerate(study.measured()):
+        kind = DEFECTS[i % len(DEFECTS)]
+        damaged, where = add_defect(image, kind, generator(sample_seed(0, 0, i, "defect")))
+        errors = (damaged - study.decode(study.encode(damaged[None]).mode())[0]).square().mean(0)
+        inside[kind].append(errors[where])
+        outside.append(errors[~where])
+    for kind, found in figures(explored, "anomaly")["pixel_auroc"].items():
+        assert found == pytest.approx(auroc(torch.cat(outside), torch.cat(inside[kind])), abs=1e-3), kind
+
+
+def test_what_is_wrong_is_said_before_anything_is_computed_and_what_is_done_stays(tmp_path, capsys, monkeypatch):
+    def forbidden(study: Study) -> None:
+        raise AssertionError("it computes")
+
+    first = EXPERIMENTS["interpolate"]
+    monkeypatch.setitem(EXPERIMENTS, "interpolate", forbidden)
+    (tmp_path / "file").write_text("")
+    small = ["--images", "astronaut", "chelsea", "--resolution", "32", "--steps", "3", "--output"]
+    out = str(tmp_path / "out")
+    for message, arguments in {
+        "got 2 images to draw; need 3": ["all", *small, out],
+        "no such folder or file": ["interpolate", *small, out, "--anomalies", str(tmp_path / "missing")],
+        "is a file or below one; need a folder": ["interpolate", *small, str(tmp_path / "file" / "below")],
+    }.items():
+        assert main(["explore", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+    def failing(study: Study) -> None:
+        raise InputError("got nothing; need something")
+
+    monkeypatch.setitem(EXPERIMENTS, "interpolate", first)
+    monkeypatch.setitem(EXPERIMENTS, "traverse", failing)
+    assert main(["explore", "all", *small, out, "--images", "astronaut", "chelsea", "coffee"]) == 2
+    assert capsys.readouterr().err == "sdvae: error: got nothing; need something\n"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"interpolate.png", "interpolate.json"}
+
+
+def test_a_file_name_that_is_no_utf8_can_be_drawn(tmp_path, photographs):
+    folder = tmp_path / "names"
+    folder.mkdir()
+    for i, name in enumerate((b"caf\xe9.png", b"other.png")):
+        (folder / os.fsdecode(name)).write_bytes((photographs / f"0{i}.png").read_bytes())
+    arguments = ["--data", str(folder), "--resolution", "32", "--output", str(tmp_path / "out")]
+    for what in ("pca", "anomaly"):
+        assert main(["explore", what, *arguments]) == 0
+    assert figures(tmp_path / "out", "pca")["images"] == ["caf\\xe9.png", "other.png"]
+
+
 def test_a_grey_vae_with_one_latent_channel_and_files_of_ones_own(photographs, tmp_path):
     torch.manual_seed(0)
     widths = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2}
@@ -488,8 +572,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(photographs, tmp_path, 
         "got sigmas [0.0]; need numbers in (0, 255]": ["denoise", "--sigmas", "0", *out],
         "got seed -1; need": ["prior", "--seed", "-1", *out],
         "holds no images": ["prior", "--data", str(tmp_path / "empty"), *out],
-        "is a file; need a folder": ["prior", "--output", str(tmp_path / "file")],
-        # found at the end of all, when the others have their pictures
+        "is a file or below one; need a folder": ["prior", *_small(tmp_path / "file")],
         "no such folder or file": ["all", *_small(tmp_path / "out"), "--anomalies", str(tmp_path / "missing")],
     }
     for message, arguments in cases.items():
@@ -508,6 +591,15 @@ def test_a_vae_that_overflows_is_refused_and_not_drawn(tmp_path, capsys):
     arguments = ["--vae", str(tmp_path / "huge"), *_small(tmp_path / "out")]
     assert main(["explore", "traverse", *arguments]) == 2
     assert "the VAE decodes to NaN or infinite values" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_vae_that_makes_rgb_of_grey_is_refused(tmp_path, capsys):
+    widths = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2}
+    vae = AutoencoderKL(1, 3, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=1, norm_num_groups=4, **widths)
+    save_vae(vae, tmp_path / "odd")
+    assert main(["explore", "denoise", "--vae", str(tmp_path / "odd"), *_small(tmp_path / "out")]) == 2
+    assert "odd with (1, 3) image channels; need 1 (grey) or 3 (RGB) in and out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
+import itertools
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -24,9 +27,8 @@ from sdvae.evaluation import LatentHealth, image_metrics, load_perceptual, recon
 from sdvae.evaluation.figures import AMPLIFICATION, CAPTION_HEIGHT, GAP
 from sdvae.evaluation.perceptual import perceptual_if_any
 from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.report.gallery import Gallery, webp
 from sdvae.report.latents import HISTOGRAM_BINS, HISTOGRAM_RANGE, LatentMaps
-from sdvae.report.measure import Picture, webp
-from sdvae.report.page import _within_budget
 from sdvae.report.robustness import HALVES, Rounded, deltas, drift
 from sdvae.report.spectra import radial_power
 from sdvae.training.run_folder import to_yaml
@@ -506,12 +508,82 @@ def test_lpips_is_left_out_with_a_word_where_nothing_can_be_downloaded(monkeypat
         perceptual_if_any("vgg", "of_ones_own.pth", "lpips")
 
 
-def test_a_page_of_many_images_keeps_its_size_and_the_worst_and_best(monkeypatch):
-    pictures = [Picture(str(i), b"x" * 50, b"x" * 50, {}) for i in range(100)]
-    monkeypatch.setattr("sdvae.report.page.PICTURE_BYTES", 1000)
-    assert _within_budget(pictures, first=[70, 50, 60]) == [0, 1, 2, 3, 4, 5, 6, 50, 60, 70]
-    monkeypatch.setattr("sdvae.report.page.PICTURE_BYTES", 150)
-    assert _within_budget(pictures, first=[70, 50, 60]) == [50, 60, 70]
+def test_a_page_of_many_images_shows_the_first_and_the_worst_and_best_and_keeps_no_others(monkeypatch):
+    monkeypatch.setattr("sdvae.report.gallery.webp", lambda image: bytes(50))  # a picture has 100 bytes
+    image = torch.zeros(1, 2, 2)
+    for key, budget, count, seed in itertools.product(
+        ("psnr", "lpips"), (0, 150, 1000, 10_000), (1, 2, 5, 6, 7, 40), (0, 1)
+    ):
+        monkeypatch.setattr("sdvae.report.gallery.PICTURE_BYTES", budget)
+        values = np.random.default_rng(seed).integers(0, 20, count).tolist()  # with equal ones
+        gallery = Gallery(key)
+        for place, value in enumerate(values):
+            gallery.add(str(place), image, image, {key: value})
+            assert len(gallery.pictures) <= budget // 100 + 6
+        best_first = sorted(range(count), key=lambda i: -values[i] if key == "psnr" else values[i])
+        some = min(3, (count + 1) // 2)
+        worst = best_first[::-1][:some]
+        best = [i for i in best_first[:some] if i not in worst]
+        assert gallery.extremes() == (worst, best)
+        others = [i for i in range(count) if i not in worst + best]
+        room = max(0, budget // 100 - len(worst + best))
+        assert list(gallery.shown()) == sorted(worst + best + others[:room]), (key, budget, count)
+        assert [picture.name for picture in gallery.shown().values()] == [str(i) for i in gallery.shown()]
+        assert gallery.images == count
+
+
+def test_means_are_over_all_images_and_not_those_shown(folder, tmp_path, monkeypatch, report):
+    monkeypatch.setattr("sdvae.report.gallery.PICTURE_BYTES", 0)
+    output = tmp_path / "small.html"
+    arguments = ["--data", str(folder), "--resolution", str(SIDE), "--lpips", "none", "--output", str(output)]
+    monkeypatch.setattr("sdvae.report.gallery.EXTREMES", 1)
+    assert main(["report", *arguments]) == 0
+    text, whole = (path.read_text(encoding="utf-8") for path in (output, report))
+    assert "2 of 7 images" in text
+    assert sorted(_psnr(text)) == [min(_psnr(whole)), max(_psnr(whole))]
+    for key in ("psnr", "ssim", "kl_nats", "bias_1"):
+        found = [re.findall(f'data-figure="{key}">([^<]*)<', page) for page in (text, whole)]
+        assert found[0] == found[1], key
+
+
+def test_a_file_name_that_is_no_utf8_stands_in_the_page(folder, tmp_path):
+    names = tmp_path / "names"
+    names.mkdir()
+    (names / os.fsdecode(b"caf\xe9.png")).write_bytes((folder / "00.png").read_bytes())
+    (names / os.fsdecode(b"b\xe4d.png")).write_bytes(b"no image")
+    arguments = ["--data", str(names), "--resolution", "32", "--lpips", "none"]
+    assert main(["report", *arguments, "--output", str(tmp_path / "report.html")]) == 0
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'data-name="caf\\xe9.png"' in text
+    assert "b\\xe4d.png" in text
+
+
+def test_a_file_in_place_of_the_folder_is_said_before_the_first_image(folder, tmp_path, capsys, monkeypatch):
+    def forbidden(*args: object) -> None:
+        raise AssertionError("it computes")
+
+    monkeypatch.setattr("sdvae.report.run.measure", forbidden)
+    (tmp_path / "file").write_text("")
+    data = ["--data", str(folder), "--resolution", "32", "--lpips", "none"]
+    for output in (tmp_path / "file" / "r.html", tmp_path / "file" / "below" / "r.html"):
+        assert main(["report", *data, "--output", str(output)]) == 2
+        assert "is a file or below one; need a folder" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert main(["report", *data, "--output", str(tmp_path / "r.html")]) == 2
+    assert "may not be written to" in capsys.readouterr().err
+
+
+def test_a_vae_that_makes_rgb_of_grey_is_refused(folder, tmp_path, capsys):
+    odd = AutoencoderKL(
+        in_channels=1, out_channels=3, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    save_vae(odd, tmp_path / "odd")
+    output = tmp_path / "out" / "report.html"
+    arguments = ["--data", str(folder), "--lpips", "none", "--resolution", "32", "--output", str(output)]
+    assert main(["report", str(tmp_path / "odd"), *arguments]) == 2
+    assert "odd with (1, 3) image channels; need 1 (grey) or 3 (RGB) in and out" in capsys.readouterr().err
+    assert not output.parent.exists()
 
 
 def test_bad_input_leaves_nothing_behind(folder, tmp_path, capsys):
@@ -538,14 +610,20 @@ def test_bad_input_leaves_nothing_behind(folder, tmp_path, capsys):
     for message, arguments in cases.items():
         assert main(["report", "--output", str(output), *arguments]) == 2, message
         assert message in capsys.readouterr().err
-    assert not output.parent.exists()
+    assert list(tmp_path.rglob("*.html")) == []
 
 
-def test_a_report_that_fails_leaves_the_one_before(folder, tmp_path):
+def test_a_report_that_cannot_be_written_leaves_the_one_before(folder, tmp_path, monkeypatch, capsys):
+    def half(path: Path, data: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     output = tmp_path / "report.html"
     output.write_text("before")
-    assert (
-        main(["report", "--data", str(folder), "--resolution", "33", "--lpips", "none", "--output", str(output)]) == 2
-    )
+    monkeypatch.setattr(Path, "write_bytes", half)
+    data = ["--data", str(folder), "--count", "1", "--resolution", "32", "--lpips", "none"]
+    assert main(["report", *data, "--output", str(output)]) == 1
+    assert "No space left" in capsys.readouterr().err
     assert output.read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

@@ -19,6 +19,7 @@ from sdvae.errors import InputError
 from sdvae.evaluation.figures import AMPLIFICATION
 
 KEPT_SECONDS = 3600  # that uploads, pictures and latents of a page outlive their last use
+CLEANING_SECONDS = 600  # between two looks for those
 GRADIO_FOLDER = "GRADIO_TEMP_DIR"
 QUEUE_SIZE = 16  # requests that wait; the next is told that the queue is full
 
@@ -77,8 +78,9 @@ class Handlers:
             return [None, status, *no_files, *self._nothing()]
         with _said_on_page():
             encoded = [encode(model, photograph, other) for model in self.models]
+        shown = self.settings(encoded, *settings)  # before the files: gradio deletes those that it is given, in time
         files = [self._file(model, one, Path(first).stem) for model, one in zip(self.models, encoded, strict=True)]
-        return [encoded, status, *files, *self.settings(encoded, *settings)]
+        return [encoded, status, *files, *shown]
 
     def settings(self, encoded: list[Encoded] | None, *settings: Any) -> list[Any]:
         """Decode again, and show."""
@@ -128,7 +130,9 @@ def _edits(blend: float, path: str, noise: float, seed: float | None, zeroed: li
 def page(handlers: Handlers) -> gr.Blocks:
     """Components and events. One request at a time runs on the models, whoever sent it."""
     models = handlers.models
-    with gr.Blocks(title="sdvae demo", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as blocks:
+    with gr.Blocks(
+        title="sdvae demo", analytics_enabled=False, delete_cache=(CLEANING_SECONDS, KEPT_SECONDS)
+    ) as blocks:
         named = "".join(f"<br><b>{html.escape(model.name)}</b>: {model.summary}" for model in models)
         gr.HTML(f"<h1>What a VAE does to a photograph</h1>{named.removeprefix('<br>')}", padding=True)
         encoded = gr.State(time_to_live=KEPT_SECONDS)

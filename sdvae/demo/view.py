@@ -25,7 +25,7 @@ from sdvae.explore.moves import lerp, slerp
 from sdvae.model import AutoencoderKL, DiagonalGaussian, crop_to, pad_to_multiple
 from sdvae.model.fast import speed_up, speed_up_pays
 from sdvae.model.streaming import map_bytes
-from sdvae.reconstruct import SMALLEST_SIDE
+from sdvae.reconstruct import SMALLEST_SIDE, check_image_channels
 from sdvae.weights import load_vae
 
 SHEET_WIDTH = 768  # pixels, about, of the picture of all channels
@@ -49,9 +49,7 @@ class Model:
         Raises: InputError when it cannot be read, or its images are neither grey nor RGB.
         """
         vae = load_vae(source, dtype=torch.float32)
-        channels = (vae.config.in_channels, vae.config.out_channels)
-        if channels not in ((1, 1), (3, 3)):
-            raise InputError(f"got {source} with {channels} image channels; need 1 (grey) or 3 (RGB) in and out")
+        check_image_channels(vae, source)
         device = torch.device(accelerator_type() or "cpu")
         if device.type == "cpu" and speed_up_pays(vae):
             speed_up(vae)

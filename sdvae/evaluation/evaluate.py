@@ -50,8 +50,9 @@ from sdvae.evaluation.perceptual import Perceptual, perceptual_if_any
 from sdvae.evaluation.summary import csv_text, differences, jsonable, markdown_table, means
 from sdvae.model import AutoencoderKL, DiagonalGaussian, crop_to, pad_to_multiple
 from sdvae.model.precision import DTYPES
+from sdvae.reconstruct import check_image_channels
 from sdvae.weights import load_vae
-from sdvae.weights.files import replacing
+from sdvae.weights.files import make_folder, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -209,11 +210,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         perceptual = perceptual_if_any(config.lpips, config.lpips_weights, config.lpips_heads)
         fid = ReconstructionFID(config.inception, state.device) if config.fid else None
     for name, vae in vaes.items():
-        if vae.config.in_channels != vae.config.out_channels:
-            raise InputError(
-                f"{name} takes {vae.config.in_channels} channels and gives {vae.config.out_channels}; need as many, to "
-                "compare them"
-            )
+        check_image_channels(vae, name)
     channels = {vae.config.in_channels for vae in vaes.values()}
     if len(channels) > 1:
         raise InputError(f"the VAEs take images of {sorted(channels)} channels; need one kind; evaluate them apart")
@@ -222,7 +219,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     if perceptual is not None:
         perceptual.to(state.device)
     bench = Evaluation(config, state, source, perceptual, fid, channels.pop())
-    Path(config.output).mkdir(parents=True, exist_ok=True)  # or fail now, and not after the last image
+    make_folder(Path(config.output))  # or fail now, and not after the last image
     results: list[dict[str, Any]] = []
     for name, vae in vaes.items():
         if config.tiling:

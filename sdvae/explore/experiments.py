@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from matplotlib import colormaps
 from torch import Tensor
 
 from sdvae.data import sample_seed
 from sdvae.evaluation import tile_grid
-from sdvae.explore.anomaly import DEFECTS, add_defect, anomaly_scores, auroc, error_map
+from sdvae.evaluation.metrics import psnr
+from sdvae.explore.anomaly import (
+    DEFECTS,
+    add_defect,
+    anomaly_scores,
+    auroc,
+    auroc_of_counts,
+    count_errors,
+    error_map,
+)
 from sdvae.explore.denoise import BLURS, add_noise, blur
 from sdvae.explore.moves import analogy, angle_between, lerp, mean_analogy, slerp, traverse
 from sdvae.explore.prior import gaussian_kl, neighbour_correlation, sample_moments
-from sdvae.explore.study import Finding, Study, caption, contrast, psnr, rounded
+from sdvae.explore.study import MOST_SHOWN, Finding, Study, caption, contrast, rounded
 
 REACH = 3.0  # standard deviations to each side, of a traversal
 SHOWN_STD = 2.5  # a principal component's colour is full so many standard deviations from the mean
-LARGEST_GRID = 6  # photographs
 SAMPLES = 5  # of each distribution
+NEEDED = {"interpolate": 2, "arithmetic": 3}  # photographs to draw; of the others 1
 SHOWN_ANOMALIES = 6
 WHITE_QUANTILE = 0.998  # of the errors; those above are drawn the same
 
 
 def explore_interpolation(study: Study) -> Finding:
     """Pixels cross-faded, latents on a line, latents on an arc; all between the two reconstructions."""
-    names, images = study.shown(2, needed=2)
+    names, images = study.shown(2, needed=NEEDED["interpolate"])
     a, b = study.encode(images).mode()
     t = torch.linspace(0, 1, study.settings.steps)
     latents = {"linear": lerp(a, b, t), "spherical": slerp(a, b, t)}
@@ -70,7 +81,7 @@ def explore_interpolation(study: Study) -> Finding:
 
 def explore_arithmetic(study: Study) -> Finding:
     """a - b + c in latents, in pixels, and with the channels' means alone."""
-    names, images = study.shown(3, needed=3)
+    names, images = study.shown(3, needed=NEEDED["arithmetic"])
     a, b, c = study.encode(images).mode()
     (*decoded, of_latents, of_means) = study.decode(torch.stack([a, b, c, analogy(a, b, c), mean_analogy(a, b, c)]))
     of_pixels = analogy(*decoded).clamp(-1, 1)
@@ -123,7 +134,7 @@ def explore_traversal(study: Study) -> Finding:
 
 def explore_components(study: Study) -> Finding:
     """Photographs, their first three components as colours, and what the decoder makes of the first few alone."""
-    names, images = study.shown(LARGEST_GRID)
+    names, images = study.shown(MOST_SHOWN)
     components = study.statistics.covariance.principal_components()
     z = study.encode(images).mode()
     channels = z.shape[1]
@@ -226,18 +237,24 @@ def explore_anomalies(study: Study) -> Finding:
     normal: list[dict[str, float]] = []
     strange: list[dict[str, float]] = []
     tiles: list[tuple[str, dict[str, float], list[Tensor]]] = []  # the pictures of the strange ones
-    inside: dict[str, list[Tensor]] = {kind: [] for kind in DEFECTS}  # errors of pixels in a defect of each kind
-    outside: list[Tensor] = []  # and of the others in those images
+    inside = {kind: count_errors(torch.empty(0)) for kind in DEFECTS}  # errors of pixels in a defect of each kind
+    outside = count_errors(torch.empty(0))  # and of the others in those images
+    damaged_ones: list[int] = []  # places of the normal images that have a strange one beside them
+    unchanged: Counter[str] = Counter()  # images in which a defect cannot be seen, by its kind
     for index, (name, image) in enumerate(study.measured()):
         normal.append(_judge(study, image)[0])
         if settings.anomalies is None:
             kind = DEFECTS[index % len(DEFECTS)]
             generator = torch.Generator().manual_seed(sample_seed(settings.seed, 0, index, "defect"))
             damaged, where = add_defect(image, kind, generator)
+            if not where.any():
+                unchanged[kind] += 1
+                continue
+            damaged_ones.append(index)
             scores, reconstruction, errors = _judge(study, damaged)
             strange.append(scores)
-            inside[kind].append(errors[where])
-            outside.append(errors[~where])
+            inside[kind] += count_errors(errors[where])
+            outside += count_errors(errors[~where])
             tiles.append((f"{caption(name)}, {kind}", scores, [image, damaged, reconstruction, errors]))
             tiles = tiles[:SHOWN_ANOMALIES]
     if settings.anomalies is not None:
@@ -259,20 +276,23 @@ def explore_anomalies(study: Study) -> Finding:
     note = "AUROC over images: " + _named(area, ".2f") + "."
     headings = ["image", "reconstruction", "squared error"]
     if settings.anomalies is None:
-        raised = {kind: float((b > a).float().mean()) for kind, (a, b) in columns.items()}
-        around = torch.cat(outside)
-        place = {kind: auroc(around, torch.cat(errors)) for kind, errors in inside.items() if errors}
+        raised = {kind: float((b > a[damaged_ones]).float().mean()) for kind, (a, b) in columns.items()}
+        place = {kind: auroc_of_counts(outside, counts) for kind, counts in inside.items() if counts.any()}
         figures |= {
             "raised_by_defect": {kind: round(value, 4) for kind, value in raised.items()},
             "pixel_auroc": {kind: round(value, 4) for kind, value in place.items()},
+            "images_unchanged_by_defect": dict(unchanged),
         }
         lines += [
             "of the same image with and without a defect, the score is higher with it: " + _named(raised, ".0%"),
             "AUROC of the error over pixels, inside a defect against outside: " + _named(place, ".3f"),
         ]
+        if unchanged:
+            lines.append("left out, since the defect changed nothing, images by its kind: " + _named(unchanged, "d"))
         note += " Over pixels, inside a defect against outside: " + _named(place, ".2f") + "."
         headings = ["photograph", "with a defect", "reconstruction", "squared error"]
-    white = float(torch.cat([tile[-1].flatten() for *_, tile in tiles]).quantile(WHITE_QUANTILE)) or 1.0
+    shown_errors = torch.cat([tile[-1].flatten() for *_, tile in tiles])
+    white = float(np.quantile(shown_errors.numpy(), WHITE_QUANTILE)) or 1.0  # torch's takes 16 million values at most
     picture = tile_grid(
         [[*images, _heat(errors / white)] for *_, (*images, errors) in tiles],
         headings,
@@ -370,5 +390,5 @@ def _numbers(values: Tensor) -> str:
     return ", ".join(f"{value:.2f}" for value in values.tolist())
 
 
-def _named(values: dict[str, float], style: str) -> str:
+def _named(values: Mapping[str, float], style: str) -> str:
     return ", ".join(f"{kind} {value:{style}}" for kind, value in values.items())

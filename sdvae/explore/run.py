@@ -9,30 +9,33 @@ from pathlib import Path
 import torch
 
 from sdvae.errors import InputError
-from sdvae.explore.experiments import EXPERIMENTS
+from sdvae.explore.experiments import EXPERIMENTS, NEEDED
 from sdvae.explore.study import Settings, Study
+from sdvae.reconstruct import check_image_channels
 from sdvae.weights import load_vae
-from sdvae.weights.files import replacing
+from sdvae.weights.files import make_folder, replacing
 
 
 def explore(what: str, settings: Settings, *, vae: str | None, subfolder: str | None, output: Path) -> list[Path]:
-    """Write WHAT.png and WHAT.json into `output`, and print the figures. Nothing is written before all is computed.
+    """Write WHAT.png and WHAT.json into `output` as soon as they are computed, and print the figures.
 
     Args:
-        what: a key of EXPERIMENTS, or "all" for all of them.
+        what: a key of EXPERIMENTS, or "all" for all of them; what one has written stays where a later one fails.
         vae: whatever `load_vae` reads; None takes the VAE of this package.
 
     Raises: InputError for settings that do not fit, or photographs that cannot be read.
     """
     if what != "all" and what not in EXPERIMENTS:
         raise InputError(f"got {what!r} to explore; need one of {', '.join(EXPERIMENTS)}, or all")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file; need a folder; choose another with --output")
-    study = Study(load_vae(vae, subfolder=subfolder, dtype=torch.float32), settings)
     names = list(EXPERIMENTS) if what == "all" else [what]
-    findings = {name: EXPERIMENTS[name](study) for name in names}
+    model = load_vae(vae, subfolder=subfolder, dtype=torch.float32)
+    check_image_channels(model, vae)
+    study = Study(model, settings)
+    study.check(needed=max(NEEDED.get(name, 1) for name in names))
+    make_folder(output)
     written = []
-    for name, finding in findings.items():
+    for name in names:
+        finding = EXPERIMENTS[name](study)
         target = output / f"{name}.png"
         with replacing(target) as temporary:
             finding.picture.save(temporary, format="PNG", optimize=True)
@@ -40,8 +43,8 @@ def explore(what: str, settings: Settings, *, vae: str | None, subfolder: str | 
         record["figures"] = finding.figures
         with replacing(target.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        print(f"wrote {target} and {target.with_suffix('.json').name}")
+        print(f"wrote {target} and {target.with_suffix('.json').name}", flush=True)
         for line in finding.lines:
-            print(f"  {line}")
+            print(f"  {line}", flush=True)
         written += [target, target.with_suffix(".json")]
     return written

@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from sdvae.data import BadImages, EvaluationImages, center_crop, open_source, read_image, to_tensor
 from sdvae.data.images import ImageError
+from sdvae.data.readers import utf8
 from sdvae.device import accelerator_type
 from sdvae.errors import InputError
 from sdvae.evaluation import LatentMoments
-from sdvae.evaluation.metrics import PEAK_PSNR
 from sdvae.explore.pca import LatentCovariance
 from sdvae.explore.prior import LatentSpectrum
 from sdvae.model import AutoencoderKL, DiagonalGaussian
 
 SMALLEST_RESOLUTION = 32  # pixels: the widest blur that denoise tries has a radius of 13, and SD's latents are 4x4
+MOST_SHOWN = 6  # photographs that an experiment draws
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,23 @@ class Study:
         Raises: InputError where there are not even `needed`, or one that was named cannot be read.
         """
         names = self.settings.images[:count]
-        found = [(name, self._named(name)) for name in names] or list(self.measured(most=count))
+        found = [(utf8(name), self._named(name)) for name in names] or list(self.measured(most=count))
         if len(found) < needed:
             raise InputError(
                 f"got {len(found)} image{'s' * (len(found) != 1)} to draw; need {needed}; name more with --images"
             )
         return Photographs([name for name, _ in found], torch.stack([image for _, image in found]))
+
+    def check(self, needed: int) -> None:
+        """Read what the experiments draw, and one of the anomalies, before any of them computes for minutes.
+
+        Args: needed: photographs that one of them cannot do without.
+
+        Raises: InputError as `shown` and `measured` do.
+        """
+        self.shown(MOST_SHOWN, needed)
+        if self.settings.anomalies is not None:
+            next(self.measured(self.settings.anomalies, most=1))
 
     def measured(self, source: str | None = None, most: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, (C, R, R)) of the first readable images.
@@ -149,7 +160,7 @@ class Study:
             if sample["image"] is None:
                 self._bad.add([(sample["name"], str(sample["bad"]))])
                 continue
-            yield sample["name"], sample["image"]
+            yield utf8(sample["name"]), sample["image"]
             good += 1
             if good == most:
                 return
@@ -206,13 +217,6 @@ class Study:
 def caption(name: str) -> str:
     """A name as it stands in a picture: without folder and extension."""
     return Path(name).stem
-
-
-def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """(N, C, H, W) twice in [-1, 1] -> (N,) in dB; an exact copy has PEAK_PSNR and not infinity."""
-    x, y = (images + 1) / 2, (others + 1) / 2
-    value = peak_signal_noise_ratio(y, x, data_range=1.0, dim=(1, 2, 3), reduction="none")
-    return value.clamp(max=PEAK_PSNR)
 
 
 def contrast(images: Tensor) -> Tensor:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import io
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from sdvae.data import BadImages, to_image
+from sdvae.data import BadImages
 from sdvae.errors import InputError
 from sdvae.evaluation import LatentHealth, Perceptual
 from sdvae.evaluation.metrics import image_figures
 from sdvae.model import AutoencoderKL
+from sdvae.report.gallery import Gallery
 from sdvae.report.latents import LatentMaps
 from sdvae.report.spectra import radial_power
 
@@ -25,28 +25,19 @@ SAMPLE_SEED = 0  # of the latents that the histograms count
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One image, with its figures, and itself as it is shown: 8 bits, compressed without loss."""
-
-    name: str
-    original: bytes  # WebP
-    reconstruction: bytes  # WebP
-    figures: dict[str, float]
-    """Those of `image_figures`."""
-
-
-@dataclass(frozen=True)
 class Measured:
     """What one VAE does to some images.
 
     Attributes:
-        pictures: in the order of the data.
+        gallery: the pictures to show.
+        sums: of each of `image_figures`, over the images.
         originals, reconstructions: (N // 2,) mean power at 1, 2, …, N/2 cycles a side; see `radial_power`.
         first: (FIRST, C, R, R) at most, in [-1, 1], on the CPU.
         first_latents: (FIRST, C, h, w) their posteriors' modes, scaled.
     """
 
-    pictures: list[Picture]
+    gallery: Gallery
+    sums: dict[str, float]
     health: LatentHealth
     maps: LatentMaps
     originals: Tensor
@@ -54,9 +45,13 @@ class Measured:
     first: Tensor
     first_latents: Tensor
 
+    @property
+    def images(self) -> int:
+        return self.gallery.images
+
     def mean(self, key: str) -> float:
         """Of one figure over the images."""
-        return sum(picture.figures[key] for picture in self.pictures) / len(self.pictures)
+        return self.sums[key] / self.images
 
 
 @torch.inference_mode()
@@ -75,8 +70,9 @@ def measure(
 
     Raises: InputError when no image can be read, or a reconstruction is not finite.
     """
-    pictures: list[Picture] = []
-    spectra: list[Tensor] = []  # (2, N // 2) each
+    gallery = Gallery("psnr" if perceptual is None else perceptual.name)
+    sums: dict[str, float] = defaultdict(float)
+    spectra = torch.zeros(())  # (2, N // 2) with the first batch
     first: list[Tensor] = []
     first_latents: list[Tensor] = []
     health = LatentHealth(vae.config.latent_channels)
@@ -99,21 +95,17 @@ def measure(
             maps = LatentMaps(shape, vae.config.scaling_factor, vae.config.shift_factor)
         health.update(posterior)
         maps.update(posterior, generator)
-        spectra += torch.stack([radial_power(x), radial_power(y)], dim=1)
+        spectra = spectra + torch.stack([radial_power(x), radial_power(y)]).sum(dim=1)
         for i, figures in enumerate(image_figures(x, y, posterior, perceptual)):
-            pictures.append(Picture(batch["name"][i], webp(to_image(x[i])), webp(to_image(y[i])), figures))
+            gallery.add(batch["name"][i], x[i], y[i], figures)
+            for key, value in figures.items():
+                sums[key] += value
             if len(first) < FIRST:
                 first.append(x[i].cpu())
                 first_latents.append(maps.scaled(posterior.mode()[i]).cpu())
     if maps is None:
         raise InputError(f"none of the {len(bad_images)} images can be read; see the warnings; choose others by --data")
-    originals, reconstructions = torch.stack(spectra).mean(dim=0)
-    return Measured(pictures, health, maps, originals, reconstructions, torch.stack(first), torch.stack(first_latents))
-
-
-def webp(image: Image.Image) -> bytes:
-    """Without loss: artefacts of the VAE are what is looked for, and none may be added. A third below PNG's size."""
-    buffer = io.BytesIO()
-    # measured: quality 100 and method 6 take 60 times as long for 4 % less
-    image.save(buffer, format="WEBP", lossless=True, quality=50, method=3)
-    return buffer.getvalue()
+    originals, reconstructions = spectra / gallery.images
+    return Measured(
+        gallery, sums, health, maps, originals, reconstructions, torch.stack(first), torch.stack(first_latents)
+    )

@@ -23,12 +23,11 @@ from sdvae.evaluation.metrics import PEAK_PSNR
 from sdvae.model import AutoencoderKL
 from sdvae.report import figures
 from sdvae.report.figures import SMALL, WIDE, svg
+from sdvae.report.gallery import Picture, webp
 from sdvae.report.latents import HISTOGRAM_RANGE
-from sdvae.report.measure import Measured, Picture, webp
+from sdvae.report.measure import Measured
 from sdvae.report.robustness import SHOWN_TRIPS, Delta, Drift, computes_natively
 
-EXTREMES = 3  # worst images, and best, that are shown large
-PICTURE_BYTES = 9_000_000  # of all images in the page; base64 makes 12 MB of them
 STRIPS = 2  # images whose round trips are shown
 FACTOR_TOLERANCE = 0.1  # by which the measured 1/std may be off the configured factor without a word
 
@@ -70,7 +69,7 @@ def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[
         versions=_versions(subject.model),
         amplification=AMPLIFICATION,
         **_head(subject, measured),
-        **_reconstructions(subject, measured),
+        **_reconstructions(measured),
         **_latents(subject.model, measured),
         **_drift(measured, drift),
         **_deltas(subject.model, deltas),
@@ -103,33 +102,16 @@ def _head(subject: Subject, measured: Measured) -> dict[str, Any]:
     }
 
 
-def _reconstructions(subject: Subject, measured: Measured) -> dict[str, Any]:
+def _reconstructions(measured: Measured) -> dict[str, Any]:
     """Who is worst and best, and which pictures go into the page."""
-    pictures = measured.pictures
-    key = subject.lpips_name or "psnr"
-    best_first = sorted(range(len(pictures)), key=lambda i: pictures[i].figures[key], reverse=key == "psnr")
-    some = min(EXTREMES, (len(pictures) + 1) // 2)
-    worst = best_first[::-1][:some]
-    best = [i for i in best_first[:some] if i not in worst]
-    shown = _within_budget(pictures, first=[*worst, *best])
+    gallery = measured.gallery
+    worst, best = gallery.extremes()
     return {
-        "ranked_by": "PSNR" if key == "psnr" else key,
+        "ranked_by": "PSNR" if gallery.ranked_by == "psnr" else gallery.ranked_by,
         "worst": worst,
         "best": best,
-        "shown": {i: _shown(pictures[i]) for i in shown},
+        "shown": {place: _shown(picture) for place, picture in gallery.shown().items()},
     }
-
-
-def _within_budget(pictures: Sequence[Picture], first: Sequence[int]) -> list[int]:
-    """Indices, in the order of the data: `first` in any case, others while PICTURE_BYTES last."""
-    chosen: list[int] = []
-    size = 0
-    for i in [*first, *(i for i in range(len(pictures)) if i not in first)]:
-        size += len(pictures[i].original) + len(pictures[i].reconstruction)
-        if size > PICTURE_BYTES and i not in first:
-            break
-        chosen.append(i)
-    return sorted(chosen)
 
 
 def _shown(picture: Picture) -> dict[str, Any]:

@@ -12,19 +12,20 @@ from tqdm import tqdm
 
 from sdvae.cli.parsing import parse_train_config
 from sdvae.data import BadImages, EvaluationImages, ImageSource, evaluation_loader, open_source
+from sdvae.data.readers import utf8
 from sdvae.device import accelerator_type
 from sdvae.errors import InputError
 from sdvae.evaluation.figures import read_curves
 from sdvae.evaluation.perceptual import perceptual_if_any
 from sdvae.model import AutoencoderKL
-from sdvae.reconstruct import SMALLEST_SIDE
+from sdvae.reconstruct import SMALLEST_SIDE, check_image_channels
 from sdvae.report.measure import BATCH_SIZE, measure
 from sdvae.report.page import Subject, render
 from sdvae.report.robustness import deltas, drift
 from sdvae.training.batches import open_sources
 from sdvae.training.run_folder import RunFolder
 from sdvae.weights import load_vae
-from sdvae.weights.files import replacing
+from sdvae.weights.files import make_folder, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +79,10 @@ def write_report(
     photographs = _photographs(run, data, resolution)
     curves = {} if run is None else read_curves(run.metrics)
     model = load_vae(vae if run is None else run.model, subfolder=subfolder, dtype=torch.float32)
+    check_image_channels(model, vae)
     _check_resolution(photographs.resolution, model)
     perceptual = perceptual_if_any(lpips, lpips_weights, lpips_heads)
+    make_folder(output.parent)
 
     device = torch.device(accelerator_type() or "cpu")
     model.to(device)  # type: ignore[arg-type]
@@ -105,10 +108,10 @@ def write_report(
         curves=curves,
         recipe=None if run is None else run.config.read_text(encoding="utf-8"),
     )
-    page = render(subject, measured, drift(model, first), deltas(model, first)).encode()
+    page = utf8(render(subject, measured, drift(model, first), deltas(model, first))).encode()
     with replacing(output) as temporary:
         temporary.write_bytes(page)
-    print(f"wrote {output}: {len(measured.pictures)} images, {len(page) / 1e6:.1f} MB")
+    print(f"wrote {output}: {measured.images} images, {len(page) / 1e6:.1f} MB")
     return output
 
 

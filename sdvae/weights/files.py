@@ -131,6 +131,19 @@ def left_beside(target: Path) -> list[Path]:
     return list(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))
 
 
+def make_folder(folder: Path) -> None:
+    """For what takes long to compute and is written later: what is wrong with the folder shows now.
+
+    Raises: InputError where a file is in the way, or nothing may be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{folder} is a file or below one; need a folder; choose another with --output") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} may not be written to; need a folder that may; choose another with --output")
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A temporary sibling of `target` to write to, which takes its name only when the block ends well.
