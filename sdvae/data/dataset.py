@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdvae.data.images import ImageError, center_crop, color_jitter, random_crop, read_image, to_tensor
 from sdvae.data.order import SampleKey, ShardedBatches, sample_seed
+from sdvae.data.readers import utf8
 from sdvae.data.sources import ImageSource
 from sdvae.errors import InputError
 
@@ -250,7 +251,7 @@ class BadImages:
         for name, reason in bad:
             if name not in self.reasons:
                 self.reasons[name] = reason
-                logger.warning("bad image %s: %s", name, reason)
+                logger.warning("bad image %s: %s", utf8(name), reason)
 
     def items(self) -> list[tuple[str, str]]:
         """The (name, reason) of each, in the order they were met."""
