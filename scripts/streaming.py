@@ -26,28 +26,13 @@ import matplotlib
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdvae import AutoencoderKL, load_vae
+from sdvae import AutoencoderKL, InputError, load_vae
 from sdvae.cli import parse_train_config
 from sdvae.data import open_source, read_image, to_tensor
+from sdvae.evaluation.memory import with_peak_memory
 from sdvae.training.build import build_vae
 
 SIDES = ("whole image", "strips", "diffusers, whole", "diffusers, tiled")
-
-
-def resident_bytes(most: bool = False) -> int:
-    """Of this process, now or at most since `forget_most`."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
-    key = "VmHWM:" if most else "VmRSS:"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def forget_most() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def build(arguments: argparse.Namespace) -> AutoencoderKL:
@@ -81,14 +66,18 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     vae.decode(z[:, :, :8, :8])  # warm-up
     if arguments.measure in ("strips", "diffusers, tiled"):
         vae.enable_tiling()
-    before = resident_bytes()
-    forget_most()
-    start = time.perf_counter()
-    image = vae.decode(z).sample
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    found = {"seconds": seconds, "bytes": resident_bytes(most=True) - before}
+
+    def decode() -> tuple[torch.Tensor, float]:
+        start = time.perf_counter()
+        image = vae.decode(z).sample
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return image, time.perf_counter() - start
+
+    (image, seconds), taken = with_peak_memory(decode, torch.device(device))
+    if taken is None:
+        raise InputError("this system does not tell a process's peak memory; need Linux, or a CUDA device")
+    found = {"seconds": seconds, "bytes": taken}
     reference = folder / f"{arguments.side}-image.safetensors"
     if arguments.measure == SIDES[0]:
         save_file({"image": image.cpu().contiguous()}, reference)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdvae import AutoencoderKL
 from tests.browser import browser_page  # noqa: F401 - a fixture
 
 # Tests run in two processes on two cores, and some compare bits with a process that has one thread.
@@ -55,3 +56,12 @@ def tiny_arguments(source: Path, output: Path, **changes: str) -> list[str]:
     settings = {**TINY, "data.source": str(source), "output_dir": str(output)}
     settings.update({key.replace("__", "."): value for key, value in changes.items()})
     return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def tiny_vae(**changes) -> AutoencoderKL:
+    """Two levels, f2, with the same random weights each time."""
+    torch.manual_seed(0)
+    shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, **changes}
+    levels = len(shape["block_out_channels"])
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    return AutoencoderKL(**kinds, **shape)

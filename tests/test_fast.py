@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sdvae import AutoencoderKL
 from sdvae.model import fast
 from sdvae.model.blocks import Upsample
+from tests.conftest import tiny_vae
 
 TOLERANCE = 1e-5  # Winograd in fp32 has 3e-6
 
@@ -25,13 +26,7 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 def small_vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(96, 96),
-        norm_num_groups=8,
-    ).train()
+    return tiny_vae(block_out_channels=(96, 96), norm_num_groups=8).train()
 
 
 def outputs_and_gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:

@@ -10,12 +10,13 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from sdvae import AutoencoderKL, InputError
+from sdvae import InputError
 from sdvae.evaluation import perceptual as perceptual_module
 from sdvae.evaluation.perceptual import Perceptual, load_perceptual
 from sdvae.model import DiagonalGaussian
 from sdvae.training.config import LossConfig
 from sdvae.training.objective import kl_weight_at, loss_terms, posterior_generators
+from tests.conftest import tiny_vae
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +44,6 @@ def no_network(monkeypatch):
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def tiny_vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-    )
 
 
 @pytest.mark.parametrize("kind", ["l1", "l2"])

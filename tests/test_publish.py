@@ -21,7 +21,7 @@ from sdvae.data import center_crop, open_source, read_image, to_tensor
 from sdvae.evaluation import image_metrics
 from sdvae.publish import hub_card, push_to_hub, with_section, without_local_paths
 from sdvae.training.model_card import base_model
-from tests.conftest import draw_photographs, tiny_arguments
+from tests.conftest import draw_photographs, tiny_arguments, tiny_vae
 from tests.hub import TOKEN, FakeHub
 
 FILES = {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
@@ -56,14 +56,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        scaling_factor=0.5,
-    )
+    return tiny_vae(scaling_factor=0.5)
 
 
 def test_a_run_arrives_in_one_commit_and_loads_with_diffusers(hub, trained, tmp_path, capsys):
