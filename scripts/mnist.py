@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--baseline_epochs", type=int, default=20)
     parser.add_argument("--classifier_epochs", type=int, default=3)
-    parser.add_argument("--short_steps", type=int, default=1000, help="of a run of the sweep and of the collapse")
+    parser.add_argument("--short_steps", type=int, default=500, help="of a run of the sweep and of the collapse")
     parser.add_argument("--test_images", type=int, default=10_000)
     parser.add_argument("--iw_images", type=int, default=1000, help="test images for log p(x) and the short runs")
     parser.add_argument("--iw_samples", type=int, default=200, help="K of the importance-weighted estimate")

@@ -39,17 +39,25 @@ from sdvae.model import ConditionalAutoencoderKL
 from sdvae.model.blocks import ResnetBlock
 from sdvae.model.padding import decode_cropped, encode_padded
 from sdvae.training.build import build_vae
-from sdvae.training.config import LossConfig, ModelConfig, TrainConfig
+from sdvae.training.config import (
+    DataConfig,
+    DiscriminatorConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from sdvae.training.loop import train
 from sdvae.training.objective import free_bits_kl, kl_weight_at, loss_terms, posterior_generators
 from sdvae.training.players import Players
-from sdvae.training.step import generator_pass
+from sdvae.training.step import discriminator_pass, generator_pass, prior_samples, train_step
 from tests.faults import Crash, blank, fault
 
 ROOT = Path(__file__).parents[1]
 SIDE = 18  # pixels: with three levels, padded to 20
 SHAPE = ModelConfig(in_channels=1, block_out_channels=(4, 8, 16), layers_per_block=1, norm_num_groups=4)
 CONDITIONAL = replace(SHAPE, num_classes=10)
+FAST = OptimizerConfig(kind="adamw_fused", learning_rate=3e-3, betas=(0.9, 0.99))
 
 
 @pytest.fixture(scope="module")
@@ -451,6 +459,81 @@ def test_a_posterior_that_collapses_is_named_and_warm_up_or_free_bits_cure_it():
     assert max(nelbo["warm-up"], nelbo["free bits"]) < nelbo["none"] - 3
 
 
+# a discriminator of latents
+
+
+def adversarial(weight: float, **changes: object) -> TrainConfig:
+    discriminator = DiscriminatorConfig(sees="latents", weight=weight, start_step=0, layers=2, width=32, **changes)
+    loss = LossConfig(reconstruction="bce", lpips_weight=0.0, kl_weight=0.0, discriminator=discriminator)
+    return TrainConfig(
+        model=SHAPE, loss=loss, data=DataConfig(resolution=SIDE, pad=True), mixed_precision="no", channels_last=False
+    )
+
+
+def test_the_adversary_pulls_the_encoder_and_learns_from_draws_of_the_prior():
+    """Both players' gradients against autograd on the formulas."""
+    config, accelerator = adversarial(0.3, loss="vanilla"), Accelerator(cpu=True)
+    vae, x, seeds = vae_of(SHAPE).train(), grey(3), torch.tensor([5, 6, 7])
+    players = Players(vae, config, accelerator)
+    network = players.discriminator.network
+    posterior = encode_padded(vae, x)
+    z = posterior.sample(posterior_generators(seeds))
+    nll = bernoulli_nll(x, decode_cropped(vae, z, x)).mean() / SIDE**2
+    want = torch.autograd.grad(nll - 0.3 * network(z).mean(), list(vae.parameters()))
+
+    values, fake = generator_pass(0, players, x, seeds, config, accelerator, None)
+    assert torch.equal(fake, z.detach())
+    torch.testing.assert_close(values["loss"], nll + 0.3 * values["generator"])
+    for parameter, gradient in zip(vae.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-8)
+    assert all(p.grad is None for p in network.parameters())
+
+    real = prior_samples(fake, seeds)
+    want = torch.autograd.grad(
+        0.5 * (F.softplus(-network(real)).mean() + F.softplus(network(fake)).mean()), list(network.parameters())
+    )
+    vae.zero_grad()
+    discriminator_pass(players, real, fake, config, accelerator)
+    for parameter, gradient in zip(network.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-8)
+    assert all(p.grad is None for p in vae.parameters())
+
+
+def test_draws_of_the_prior_are_each_images_own_and_not_its_posteriors_noise():
+    like, seeds = torch.zeros(2000, 4, 3, 3), torch.arange(2000)
+    real = prior_samples(like, seeds)
+    assert torch.equal(prior_samples(like[7:8], seeds[7:8]), real[7:8])
+    noise = DiagonalGaussian(torch.zeros(2000, 8, 3, 3)).sample(posterior_generators(seeds))
+    assert abs(float((real * noise).mean())) < 0.02
+    assert abs(float(real.mean())) < 0.02
+    assert abs(float(real.std()) - 1) < 0.02
+
+
+def test_an_adversary_in_the_kls_place_brings_all_latents_to_the_prior():
+    """Neither has a KL term: what the latents' mean, std and fourth moment are is the adversary's doing."""
+    x = F.interpolate(torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1, size=16, mode="bilinear")
+    far = {}
+    for weight in (0.0, 0.02):
+        config, accelerator = adversarial(weight), Accelerator(cpu=True)
+        config = replace(config, data=replace(config.data, resolution=16), steps=150, optimizer=FAST)
+        players = Players(vae_of(SHAPE).train(), config, accelerator)
+        torch.manual_seed(0)
+        picks = [torch.randint(len(x), (32,)) for _ in range(config.steps)]
+        batches = iter(
+            {"image": x[pick], "noise_seed": pick + 2000 * step, "index": pick} for step, pick in enumerate(picks)
+        )
+        for step in range(config.steps):
+            train_step(step, players, batches, config, accelerator, None)
+        with torch.no_grad():
+            z = encode_padded(players.vae.eval(), x).sample(torch.Generator().manual_seed(0))
+        moments = torch.stack([z.mean(0), z.square().mean(0), z.pow(4).mean(0) / 3])
+        far[weight] = float((moments - torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1, 1)).abs().mean())
+        with torch.no_grad():
+            distortion = float(elbo(players.vae, x).distortion.mean())
+        print(f"weight {weight}: {far[weight]:.2f}, std {float(z.std(0).mean()):.2f}, distortion {distortion:.1f}")
+    assert far[0.02] < 0.3 * far[0.0]
+
+
 # runs
 
 
@@ -488,8 +571,10 @@ def test_a_run_of_each_recipe_reports_the_elbo_of_what_it_saves(recipe, digits, 
             assert picture.width >= 3 * 96, "small digits are drawn large enough for their captions"
 
 
-def test_a_run_with_labels_that_was_killed_continues_to_the_same_bits(digits, tmp_path):
+def test_a_run_with_labels_and_an_adversary_that_was_killed_continues_to_the_same_bits(digits, tmp_path):
     changes = {"data__label_dropout": 0.3, "loss__kl_warmup_steps": 3, "checkpoint__every_steps": 2}
+    adversary = {"sees": "latents", "weight": 0.02, "start_step": 1, "width": 8}
+    changes |= {f"loss__discriminator__{key}": value for key, value in adversary.items()}
     whole = train(parse_train_config(arguments("mnist_cvae", digits, tmp_path / "whole", **changes)))
     recipe = parse_train_config(arguments("mnist_cvae", digits, tmp_path / "cut", **changes))
     with fault("crash", 3), pytest.raises(Crash):

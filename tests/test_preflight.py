@@ -45,7 +45,7 @@ def test_a_sound_recipe_has_no_finding():
         (
             recipe(steps=150),
             {"train_images": 1500},
-            "the discriminator reaches the decoder in step 151, after the last, 150: it never acts",
+            "the discriminator reaches the VAE in step 151, after the last, 150: it never acts",
         ),
         (recipe(steps=180), {"train_images": 2000}, "never reaches 0.5"),
         (

@@ -144,11 +144,14 @@ class PerceptualConfig:
 class DiscriminatorConfig:
     """The second player: a PatchGAN (Isola et al. 2017) that tells reconstructions from images, patch by patch."""
 
+    sees: Literal["images", "latents"] = "images"
+    """«latents»: instead, an MLP that tells posterior samples from draws of the prior, the adversarial autoencoder's
+    (Makhzani et al. 2016); with kl_weight 0 it stands in the KL term's place."""
     weight: float = 0.0
     """Weight of the generator's term; 0 is no discriminator. LDM: 0.5."""
     adaptive: bool = True
-    """Multiply weight by |grad of the reconstruction loss| / |grad of the GAN loss| at the decoder's last layer
-    (Esser et al. 2021, eq. 7)."""
+    """Where it sees images, multiply weight by |grad of the reconstruction loss| / |grad of the GAN loss| at the
+    decoder's last layer (Esser et al. 2021, eq. 7)."""
     start_step: int = 50_000
     """The first step, counted from 0, in which the discriminator learns. LDM's 50001 counts two a batch in some
     versions; here one step is one step of both players."""
@@ -159,12 +162,12 @@ class DiscriminatorConfig:
     loss: Literal["hinge", "vanilla"] = "hinge"
     """Hinge (Lim & Ye 2017) or binary cross-entropy (Goodfellow et al. 2014)."""
     layers: int = 3
-    """Strided layers: 3 see patches of 70x70 pixels."""
+    """Strided layers: 3 see patches of 70x70 pixels. Hidden layers of the MLP."""
     width: int = 64
-    """Channels of the first layer; doubled in each up to eight times as many."""
+    """Channels of the first layer; doubled in each up to eight times as many. Of all hidden layers of the MLP."""
     norm: Literal["group", "none"] = "group"
-    """Group norm looks at one image only, so that gradients do not depend on how a batch is divided; LDM's batch norm
-    would."""
+    """The PatchGAN's. Group norm looks at one image only, so that gradients do not depend on how a batch is divided;
+    LDM's batch norm would."""
     r1_weight: float = 0.0
     """Weight gamma/2 of R1, the squared gradient at real images (Mescheder et al. 2018); 0 is off."""
     lecam_weight: float = 0.0
@@ -425,10 +428,12 @@ class TrainConfig:
     def _check_likelihood(self) -> None:
         loss = self.loss
         if loss.reconstruction == "bce":
-            if loss.discriminator.weight > 0 or loss.learn_logvar:
+            discriminator = loss.discriminator
+            if (discriminator.weight > 0 and discriminator.sees == "images") or loss.learn_logvar:
                 raise InputError(
                     "got loss.reconstruction=bce with loss.discriminator or loss.learn_logvar; a Bernoulli likelihood "
-                    "has no variance, and a discriminator would see logits; take l1 or l2"
+                    "has no variance, and a discriminator would see logits; take l1 or l2, or "
+                    "loss.discriminator.sees=latents"
                 )
             if self.model.in_channels != 1:
                 raise InputError(

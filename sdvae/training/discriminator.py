@@ -2,6 +2,10 @@
 
 A PatchGAN (Isola et al. 2017, «pix2pix», section 3.2.2 and appendix 6.1.2) scores overlapping patches, 70x70 pixels
 with three strided layers, as real or reconstructed. LDM and VQGAN train their decoders against it.
+
+An MLP on latents takes draws of the prior for real and samples of the posterior for fake. Where it can no longer tell
+them apart, q(z) = E_x[q(z|x)] is the prior: what the KL term asks of each image, the adversarial autoencoder asks of
+all together (Makhzani et al. 2016, section 2).
 """
 
 from __future__ import annotations
@@ -49,13 +53,30 @@ class PatchDiscriminator(nn.Module):
         return self.layers(images)
 
 
+class LatentDiscriminator(nn.Module):
+    """All latents of an image -> `layers` of `width` units -> one logit: above zero means «from the prior».
+
+    (B, C_z, h, w) -> (B, 1).
+    """
+
+    def __init__(self, latents: int, layers: int = 3, width: int = 64):
+        super().__init__()
+        blocks: list[nn.Module] = [nn.Flatten()]
+        for before in [latents, *[width] * (layers - 1)]:
+            blocks += [nn.Linear(before, width), nn.LeakyReLU(SLOPE)]
+        self.layers = nn.Sequential(*blocks, nn.Linear(width, 1))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.layers(latents)
+
+
 def smallest_side(layers: int) -> int:
     """Pixels along one side below which no patch has a score: h = H/2^layers - 2 must be 1."""
     return 3 * 2**layers
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """g = -E[D(x̂)], for the hinge and for the vanilla game, as in LDM."""
+    """g = -E[D(x̂)] (or -E[D(z)]), for the hinge and for the vanilla game, as in LDM."""
     return -fake_logits.float().mean()
 
 

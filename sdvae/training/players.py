@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
 from sdvae.model.padding import decode_cropped, encode_padded
-from sdvae.training.config import OptimizerConfig, TrainConfig
-from sdvae.training.discriminator import LeCam, PatchDiscriminator
+from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
+from sdvae.training.discriminator import LatentDiscriminator, LeCam, PatchDiscriminator
 from sdvae.training.ema import WeightAverage
 from sdvae.training.objective import Transformation, learning_rate_at
 
@@ -115,7 +116,7 @@ class Players:
         self.lecam = LeCam()
         settings = config.loss.discriminator
         if settings.weight > 0:
-            network = PatchDiscriminator(vae.config.in_channels, settings.layers, settings.width, settings.norm)
+            network = build_discriminator(vae, settings, config.data.resolution)
             network.to(accelerator.device)
             if config.channels_last:
                 network.to(memory_format=torch.channels_last)
@@ -140,6 +141,14 @@ class Players:
             rates["discriminator_learning_rate"] = rate
             self.discriminator.set_learning_rate(rate)
         return rates
+
+
+def build_discriminator(vae: AutoencoderKL, settings: DiscriminatorConfig, resolution: int) -> nn.Module:
+    """Args: resolution: side in pixels of the training crops."""
+    if settings.sees == "images":
+        return PatchDiscriminator(vae.config.in_channels, settings.layers, settings.width, settings.norm)
+    side = math.ceil(resolution / vae.spatial_compression_ratio)
+    return LatentDiscriminator(vae.config.latent_channels * side**2, settings.layers, settings.width)
 
 
 def freeze_encoder(vae: AutoencoderKL) -> None:

@@ -34,14 +34,14 @@ def check_recipe(
     gan = config.loss.discriminator
     if gan.weight > 0:
         side = smallest_side(gan.layers)
-        if config.data.resolution < side:
+        if gan.sees == "images" and config.data.resolution < side:
             raise InputError(
                 f"got data.resolution={config.data.resolution} with loss.discriminator.layers={gan.layers}; need "
                 f"crops of {side} pixels or more for one patch; take fewer layers"
             )
         if gan.generator_start_step >= config.steps:
             findings.append(
-                f"the discriminator reaches the decoder in step {gan.generator_start_step + 1}, after the last, "
+                f"the discriminator reaches the VAE in step {gan.generator_start_step + 1}, after the last, "
                 f"{config.steps}: it never acts; lower loss.discriminator.start_step"
             )
         elif gan.generator_start_step + gan.ramp_steps >= config.steps:

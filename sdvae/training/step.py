@@ -1,8 +1,8 @@
 """One optimizer step of both players, on the same images.
 
 In each micro-batch the VAE reconstructs once. Its own loss goes back through a discriminator that is frozen, and the
-discriminator's through a reconstruction that is detached, so neither leaves gradients in the other. Then all
-processes agree that every loss and gradient is finite, and both step, or neither does.
+discriminator's through a reconstruction (or latents) that is detached, so neither leaves gradients in the other. Then
+all processes agree that every loss and gradient is finite, and both step, or neither does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sdvae.data.dataset import Batch
@@ -21,6 +22,7 @@ from sdvae.evaluation import Perceptual
 from sdvae.model import DiagonalGaussian
 from sdvae.training.config import TrainConfig
 from sdvae.training.discriminator import (
+    LatentDiscriminator,
     LeCam,
     PatchDiscriminator,
     discriminator_learns_at,
@@ -99,12 +101,15 @@ def train_step(
         last = micro_step == micro_steps - 1
         # DDP sums gradients over processes in the backward pass of the last micro-step only
         with nullcontext() if last else accelerator.no_sync(players.generator.wrapped):
-            values, reconstruction = generator_pass(
+            values, fake = generator_pass(
                 step, players, images, batch["noise_seed"], config, accelerator, perceptual, labels
             )
         if learns and players.discriminator is not None:
             with nullcontext() if last else accelerator.no_sync(players.discriminator.wrapped):
-                more, logits = discriminator_pass(players, images, reconstruction, config, accelerator)
+                real = images
+                if config.loss.discriminator.sees == "latents":
+                    real = prior_samples(fake, batch["noise_seed"])
+                more, logits = discriminator_pass(players, real, fake, config, accelerator)
             values |= more
             logits_seen.append(logits)
         result.values.append(values)
@@ -139,7 +144,8 @@ def generator_pass(
     perceptual: Perceptual | None,
     labels: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Forward and backward of the VAE. Returns scalars for the log, and the reconstruction, detached."""
+    """Forward and backward of the VAE. Returns scalars for the log, and what the discriminator sees, detached: the
+    reconstruction, or the latents."""
     transformation = transformation_at(step, config.seed, config.loss.equivariance)
     reconstruction, moments, transformed, logvar = players.generator.wrapped(
         images, posterior_generators(noise_seeds), transformation, labels
@@ -153,8 +159,15 @@ def generator_pass(
     loss = terms.total(config.loss, kl_weight)
     values = {**terms.logged(perceptual)}
 
+    of_latents = config.loss.discriminator.sees == "latents"
+    fake = posterior.sample(posterior_generators(noise_seeds)) if of_latents else reconstruction
     gan_weight = generator_weight_at(step, config.loss.discriminator)
-    if gan_weight > 0 and players.discriminator is not None:
+    if gan_weight > 0 and players.discriminator is not None and of_latents:
+        with frozen(players.discriminator.network), accelerator.autocast():
+            g = generator_loss(players.discriminator.network(fake))
+        values |= {"generator": g, "gan_weight": g.new_tensor(gan_weight)}
+        objective = loss = loss + gan_weight * g
+    elif gan_weight > 0 and players.discriminator is not None:
         ends = [end for end in (reconstruction, transformed, logvar) if end is not None]
         g, pulls = adversarial_pull(ends, terms, gan_weight, players, config, accelerator)
         values |= {"generator": g, "gan_weight": pulls.weight}
@@ -167,7 +180,12 @@ def generator_pass(
     else:
         objective = loss
     accelerator.backward(objective / config.gradient_accumulation_steps)
-    return {"loss": loss, **values}, reconstruction.detach()
+    return {"loss": loss, **values}, fake.detach()
+
+
+def prior_samples(like: Tensor, noise_seeds: Tensor) -> Tensor:
+    """z ~ N(0, I) in the shape of `like`, (B, C_z, h, w); each image has its own, other than its posterior's noise."""
+    return randn_tensor(like.shape, posterior_generators(~noise_seeds), like.device, like.dtype)
 
 
 @dataclass(frozen=True)
@@ -219,23 +237,25 @@ def adversarial_pull(
 
 
 def discriminator_pass(
-    players: Players, images: Tensor, reconstruction: Tensor, config: TrainConfig, accelerator: Accelerator
+    players: Players, real_inputs: Tensor, fake_inputs: Tensor, config: TrainConfig, accelerator: Accelerator
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Forward and backward of the discriminator. Returns scalars for the log, and the mean logits (real, fake).
 
-    Args: reconstruction: detached, of the same images.
+    Args:
+        real_inputs: images, or draws of the prior.
+        fake_inputs: their reconstructions, or samples of the posterior; detached.
     """
     player = players.discriminator
     assert player is not None
-    assert isinstance(player.network, PatchDiscriminator)
+    assert isinstance(player.network, PatchDiscriminator | LatentDiscriminator)
     settings = config.loss.discriminator
-    real, fake = player.wrapped(torch.cat([images, reconstruction])).chunk(2)
+    real, fake = player.wrapped(torch.cat([real_inputs, fake_inputs])).chunk(2)
     loss = discriminator_loss(real, fake, settings.loss)
     values = {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
     if settings.r1_weight > 0:
         # a squared gradient leaves half precision's range
-        with torch.autocast(images.device.type, enabled=False):
-            inputs = images.float().requires_grad_(True)
+        with torch.autocast(real_inputs.device.type, enabled=False):
+            inputs = real_inputs.float().requires_grad_(True)
             penalty = r1_penalty(player.network.layers(inputs), inputs)  # accelerate put autocast into `forward`
         loss = loss + settings.r1_weight * penalty
         values["r1"] = penalty
