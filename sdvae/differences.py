@@ -7,13 +7,18 @@ from typing import Any
 
 
 def changed_fields(
-    before: Mapping[str, Any], after: Mapping[str, Any], free: frozenset[str] = frozenset()
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    free: frozenset[str] = frozenset(),
+    defaults: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """«loss.kl_weight: 1e-06 -> 1e-05» for each field of two recipes that differs, but for the `free` ones.
 
-    Args: free: dotted names of fields, or of sections, whose change changes nothing that is learned.
+    Args:
+        free: dotted names of fields, or of sections, whose change changes nothing that is learned.
+        defaults: what a field counts as that `before` lacks: an older version wrote it, which knew no other way.
     """
-    flat_before, flat_after = flatten(before), flatten(after)
+    flat_before, flat_after = flatten(defaults or {}) | flatten(before), flatten(after)
     return [
         f"{key}: {flat_before.get(key, 'unset')} -> {flat_after.get(key, 'unset')}"
         for key in sorted(flat_before.keys() | flat_after.keys())

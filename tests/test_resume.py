@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 
 from sdvae import InputError
@@ -16,7 +17,8 @@ from sdvae.data import SampleOrder
 from sdvae.errors import Stopped
 from sdvae.training import loop
 from sdvae.training.checkpoint import checkpoints, read_checkpoint
-from sdvae.training.run_folder import RunFolder
+from sdvae.training.config import LossConfig, TrainConfig
+from sdvae.training.run_folder import RunFolder, plain
 from sdvae.weights import load_vae
 from tests.conftest import draw_photographs, tiny_arguments
 from tests.faults import Crash, blank, fault, run_with_fault
@@ -217,6 +219,18 @@ def test_a_changed_recipe_is_refused_with_the_fields_that_differ(whole, tmp_path
     assert "continuing with a changed recipe: loss.kl_weight" in caplog.text
     checkpoint = read_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[0])
     assert checkpoint.optimizers["generator"]["param_groups"][0]["betas"] == (0.5, 0.99), "and really so"
+
+
+def test_a_field_that_an_older_version_did_not_know_counts_as_its_default(tmp_path):
+    recipe = plain(TrainConfig())
+    del recipe["loss"]["free_bits"], recipe["loss"]["discriminator"]["sees"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "metrics.jsonl").touch()
+    folder = RunFolder(tmp_path)
+    assert folder.find(TrainConfig(), images_per_step=12) is None, "from step 0, as the run that was begun"
+    changed = TrainConfig(loss=LossConfig(free_bits=0.5))
+    with pytest.raises(InputError, match=r"loss\.free_bits: 0\.0 -> 0\.5"):
+        folder.find(changed, images_per_step=12)
 
 
 def test_the_batch_may_be_divided_otherwise_when_a_step_takes_as_many_images(whole, tmp_path):

@@ -127,7 +127,7 @@ class RunFolder:
         gan = config.loss.discriminator
         if before.get("images_per_step") == images_per_step and not (gan.weight > 0 and gan.adaptive):
             free = FREE_FIELDS | BATCH_FIELDS
-        changes = changed_fields(before["config"], plain(config), free)
+        changes = changed_fields(before["config"], plain(config), free, defaults=plain(TrainConfig()))
         if not changes:
             if before.get("images_per_step", images_per_step) != images_per_step:
                 logger.warning(
