@@ -10,6 +10,10 @@ comes. On a GPU our side runs as `mixed_precision: auto` would, in bf16, and so 
 
 Each row alternates the two sides, A B A B …, and gives the median of the pairwise ratios, which a drifting machine
 moves less than the times themselves. «as loaded» is what `from_pretrained` gives: fp32, contiguous layout.
+
+--parts chooses: «passes», encode and decode; «rewrites» (on a CPU), what each of this package's rewrites is worth: the
+model with all of them against the model without that one; «peak», the decoder's share of what matrix products reach
+here; «training». `--dtype bf16` adds rows in which both sides, or ours alone, compute in bf16.
 """
 
 from __future__ import annotations
@@ -27,16 +31,21 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sdvae import AutoencoderKL, speed_up
 from sdvae.cli import parse_train_config
 from sdvae.evaluation import Perceptual, load_perceptual
-from sdvae.model.precision import resolve_precision
+from sdvae.model.fast import FastConv3x3, FastSelfAttention, FastUpsample
+from sdvae.model.precision import DTYPES, resolve_precision
 from sdvae.training.build import build_vae, lay_out
 from sdvae.training.config import TrainConfig
 from sdvae.training.discriminator import PatchDiscriminator
 from sdvae.training.players import Players
 from sdvae.training.step import train_step
+
+PARTS = ("passes", "rewrites", "peak", "training")
+HEAD = "| | {} (s) | {} (s) | speed-up, median | range |\n|---|---|---|---|---|"
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -59,13 +68,73 @@ def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object],
 
 @torch.no_grad()
 def compare_passes(label: str, ours: AutoencoderKL, stock: nn.Module, x: Tensor, repeats: int) -> None:
-    """Rows for encode and decode."""
-    z = stock.encode(x).latent_dist.mode()
-    error = float((ours.encode(x).latent_dist.mode() - z).abs().max() / z.std())
-    assert error < 1e-3, f"the two sides do not compute the same: they differ by {error} std"
+    """Rows for encode and decode, each side in its own dtype."""
+    z = stock.encode(x.to(stock.dtype)).latent_dist.mode()
+    error = float((ours.encode(x.to(ours.dtype)).latent_dist.mode() - z).abs().max() / z.std())
+    rounding = 4e3 * torch.finfo(ours.dtype).eps
+    assert error < rounding, f"the two sides do not compute the same: they differ by {error} std"
     for name, argument in (("encode", x), ("decode", z)):
-        sides = [partial(getattr(model, name), argument) for model in (ours, stock)]
+        sides = [partial(getattr(model, name), argument.to(model.dtype)) for model in (ours, stock)]
         print(compare(f"{name}, {label}", *sides, repeats), flush=True)
+
+
+def undo_classes(*names: type[nn.Module]) -> Callable[[AutoencoderKL], None]:
+    """Give the modules of these classes of sdvae/model/fast.py their ordinary class back."""
+
+    def undo(vae: AutoencoderKL) -> None:
+        for module in vae.modules():
+            if type(module) in names:
+                module.__class__ = type(module).__mro__[1]
+
+    return undo
+
+
+def undo_in_place(vae: AutoencoderKL) -> None:
+    """Hooks that do nothing: what they could have kept is not written over (sdvae/model/blocks.py)."""
+    for module in vae.modules():
+        if isinstance(module, (nn.GroupNorm, nn.Conv2d)):
+            module.register_forward_hook(lambda *_: None)
+
+
+REWRITES: dict[str, Callable[[AutoencoderKL], None]] = {
+    "Winograd convolutions": undo_classes(FastConv3x3),
+    "four-tap upsampling": undo_classes(FastUpsample),
+    "attention's layout kept": undo_classes(FastSelfAttention),
+    "activations and sums in place": undo_in_place,
+}
+
+
+def compare_rewrites(vae: AutoencoderKL, x: Tensor, repeats: int) -> None:
+    """Rows for encode and decode: without one rewrite against with all of them."""
+    whole = copy.deepcopy(vae).to(memory_format=torch.contiguous_format).eval()
+    speed_up(whole)
+    for name, undo in REWRITES.items():
+        without = copy.deepcopy(whole)
+        undo(without)
+        compare_passes(name, whole, without, x, repeats)
+
+
+@torch.no_grad()
+def peak_line(vae: AutoencoderKL, x: Tensor, side: int, repeats: int) -> str:
+    """The decoder's direct FLOPs over its time, beside those of a product of two (side, side) matrices in its dtype."""
+    stock = vae.to_diffusers().eval()
+    z = stock.encode(x).latent_dist.mode()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        stock.decode(z)
+    flops = counter.get_total_flops()
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        speed_up(vae)
+    a, b = torch.randn(2, side, side, dtype=x.dtype, device=x.device)
+    decode, product = partial(vae.decode, z), partial(torch.matmul, a, b)
+    decode(), product()
+    pairs = [(seconds(decode), seconds(product)) for _ in range(repeats)]
+    decoder, gemm = (statistics.median(times) for times in zip(*pairs, strict=True))
+    reached, peak = flops / decoder / 1e9, 2 * side**3 / gemm / 1e9
+    return (
+        f"decoder: {flops / 1e9:.0f} GFLOP of direct convolutions and products in {decoder:.3f} s, {reached:.0f} "
+        f"GFLOP/s; a product of {side}x{side} matrices: {peak:.0f} GFLOP/s; share {reached / peak:.0%}"
+    )
 
 
 def our_step(
@@ -137,14 +206,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--perceptual", default=None, help="local file with the trunk's weights; default: random")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of encode and decode, beside fp32")
+    parser.add_argument("--gemm", type=int, default=2048, help="side of the matrices whose product is the peak")
     arguments = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=resolve_precision("auto", device))
     config = parse_train_config(["--config", arguments.config])
-    net = config.loss.perceptual.net
-    perceptual = load_perceptual(net, arguments.perceptual, "uniform", allow_random=True).to(device)
     vae = build_vae(config.model).to(device)
     images = torch.rand(arguments.batch, vae.config.in_channels, arguments.size, arguments.size, device=device) * 2 - 1
     parameters = sum(p.numel() for p in vae.parameters()) / 1e6
@@ -153,18 +223,52 @@ def main() -> None:
         f"{arguments.config}: {parameters:.2f} M parameters, batch {arguments.batch}, {arguments.size}², fp32, "
         f"{where}, torch {torch.__version__}, diffusers {diffusers.__version__}, {platform.machine()}\n"
     )
-    print("| | ours (s) | diffusers (s) | speed-up, median | range |")
-    print("|---|---|---|---|---|")
+    if "passes" in arguments.parts:
+        print(HEAD.format("ours", "diffusers"))
+        passes(vae, images, DTYPES[arguments.dtype], arguments.repeats)
+    if "rewrites" in arguments.parts and device == "cpu":
+        print("\n" + HEAD.format("with all", "without this one"))
+        compare_rewrites(vae, images, arguments.repeats)
+    if "peak" in arguments.parts:
+        x = images.to(DTYPES[arguments.dtype])
+        print("\n" + peak_line(nn.Module.to(copy.deepcopy(vae), x.dtype).eval(), x, arguments.gemm, arguments.repeats))
+    if "training" in arguments.parts:
+        print("\n" + HEAD.format("ours", "diffusers"))
+        net = config.loss.perceptual.net
+        perceptual = load_perceptual(net, arguments.perceptual, "uniform", allow_random=True).to(device)
+        training(vae, config, accelerator, perceptual, images, arguments.repeats)
+
+
+def passes(vae: AutoencoderKL, images: Tensor, dtype: torch.dtype, repeats: int) -> None:
     for layout in (torch.contiguous_format, torch.channels_last):
         label = "as loaded" if layout is torch.contiguous_format else "channels_last"
         ours, stock = vae.to(memory_format=layout).eval(), vae.to_diffusers().to(memory_format=layout).eval()
         x = images.contiguous(memory_format=layout)
-        compare_passes(label, ours, stock, x, arguments.repeats)
-    if device == "cpu":  # this package's fast kernels against diffusers' class as it is loaded
+        compare_passes(label, ours, stock, x, repeats)
+    if images.device.type == "cpu":  # this package's fast kernels against diffusers' class as it is loaded
         ours = copy.deepcopy(vae).to(memory_format=torch.contiguous_format)
         speed_up(ours)
         stock = vae.to_diffusers().to(memory_format=torch.contiguous_format).eval()
-        compare_passes("speed_up against as loaded", ours, stock, images.contiguous(), arguments.repeats)
+        compare_passes("speed_up against as loaded", ours, stock, images.contiguous(), repeats)
+    if dtype != torch.float32:
+        x = images.contiguous(memory_format=torch.channels_last)
+        ours = copy.deepcopy(vae).eval()
+        nn.Module.to(ours, dtype=dtype, memory_format=torch.channels_last)  # diffusers' own speaks of the dtype
+        same = ours.to_diffusers().to(memory_format=torch.channels_last).eval()
+        name = str(dtype).removeprefix("torch.")
+        compare_passes(f"both in {name}, channels_last", ours, same, x, repeats)
+        stock = vae.to_diffusers().to(memory_format=torch.contiguous_format).eval()
+        compare_passes(f"{name}, channels_last, against as loaded", ours, stock, x, repeats)
+
+
+def training(
+    vae: AutoencoderKL,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    perceptual: Perceptual,
+    images: Tensor,
+    repeats: int,
+) -> None:
     for label, weight in (("L1 + LPIPS + KL", 0.0), ("with the PatchGAN", 0.5)):
         gan = replace(config.loss.discriminator, weight=weight, start_step=0)
         recipe = replace(config, gradient_accumulation_steps=1, loss=replace(config.loss, discriminator=gan))
@@ -174,7 +278,7 @@ def main() -> None:
             our_step(ours, recipe, accelerator, perceptual, images),
             plain_step(stock, recipe, accelerator, perceptual, images),
         )
-        print(compare(f"training step, {label}", *sides, arguments.repeats), flush=True)
+        print(compare(f"training step, {label}", *sides, repeats), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,15 @@ from tests.conftest import tiny_arguments
 from tests.processes import launch, run_script
 
 ROOT = Path(__file__).parents[1]
-LAYOUTS = ("as loaded", "channels_last", "speed_up against as loaded")  # of scripts/benchmark.py
+# of scripts/benchmark.py
+LAYOUTS = ("as loaded", "channels_last", "speed_up against as loaded")
+LAYOUTS += ("both in bfloat16, channels_last", "bfloat16, channels_last, against as loaded")
+REWRITES = (
+    "Winograd convolutions",
+    "four-tap upsampling",
+    "attention's layout kept",
+    "activations and sums in place",
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +97,15 @@ def test_the_pipeline_demo_draws_the_photograph_beside_its_decoding(quickstart_f
 
 
 def test_the_benchmark_prints_a_ratio_for_each_row(script):
-    printed = script("benchmark.py", "--config", "configs/quickstart.yaml", "--size", 32, "--repeats", 1)
-    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
-    names = [row[0].strip() for row in rows[1:]]
-    assert names == [
-        *(f"{what}, {layout}" for layout in LAYOUTS for what in ("encode", "decode")),
+    size = ["--config", "configs/quickstart.yaml", "--size", 32, "--repeats", 1, "--dtype", "bf16", "--gemm", 64]
+    printed = script("benchmark.py", *size)
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ") and "| |" not in line]
+    assert [row[0].strip() for row in rows] == [
+        *(f"{what}, {label}" for label in (*LAYOUTS, *REWRITES) for what in ("encode", "decode")),
         *(f"training step, {losses}" for losses in ("L1 + LPIPS + KL", "with the PatchGAN")),
     ]
-    for row in rows[1:]:
+    assert int(re.search(r"; share (\d+)%", printed)[1]) > 0
+    for row in rows:
         ours, theirs, ratio = (float(cell) for cell in row[1:4])
         assert ours > 0
         assert theirs > 0
