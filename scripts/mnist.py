@@ -41,6 +41,13 @@ from sdvae.weights.files import replacing
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("table", "digits", "sweep", "collapse")
+MODELS = {
+    "mlp": "tutorials' MLP",
+    "mlp_labels": "tutorials' MLP, given the label",
+    "vae": "`mnist_vae.yaml`",
+    "cvae": "`mnist_cvae.yaml`, given the label",
+    "cvae_null": "the same model without label",
+}
 BETAS = (0.1, 0.3, 1.0, 3.0, 10.0)
 COLLAPSING = {"loss.kl_weight": 3, "model.initialisation": "torch"}  # no signal arrives before the KL term has acted
 WARM_UP, FREE_NATS = 0.5, 0.5  # of the short run's steps; for a latent channel
@@ -58,13 +65,15 @@ def trained(recipe: str, output: Path, options: Sequence[str], **changes: object
     return kind.from_pretrained(model).eval(), lines
 
 
-def baseline(path: Path, images: Tensor, labels: Tensor | None, epochs: int) -> TutorialVAE:
+def baseline(conditional: bool, arguments: argparse.Namespace) -> TutorialVAE:
     """The tutorials' MLP, trained, or read from where it was saved."""
-    vae = TutorialVAE(labels is not None)
+    path = arguments.output / ("mlp_labels.safetensors" if conditional else "mlp.safetensors")
     if path.is_file():
+        vae = TutorialVAE(conditional)
         vae.load_state_dict(load_file(path))
         return vae.eval()
-    vae = train_baseline(images, labels, epochs)
+    images, labels = load_digits(arguments.train, "train")
+    vae = train_baseline(images, labels if conditional else None, arguments.baseline_epochs)
     with replacing(path) as temporary:
         save_file(vae.state_dict(), temporary)
     return vae
@@ -103,32 +112,25 @@ def distortion_at_mean(vae: Any, images: Tensor, labels: Tensor | None) -> Tenso
     return bernoulli_nll(images, decode_cropped(vae, z, images, labels))
 
 
+def model_of(name: str, arguments: argparse.Namespace) -> tuple[Any, bool]:
+    """A model of the table, trained or found trained; and whether it is given the label."""
+    if name.startswith("mlp"):
+        return baseline(name == "mlp_labels", arguments), name == "mlp_labels"
+    recipe = name.removesuffix("_null")
+    return trained(f"mnist_{recipe}", arguments.output / recipe, arguments.options)[0], name == "cvae"
+
+
 def table(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """All models on the test set, one row each."""
+    """The chosen models on the test set, one row each."""
     x, y = load_digits(arguments.test, "test", arguments.test_images)
-    models: dict[str, tuple[Any, Tensor | None]] = {}
-    train_x, train_y = load_digits(arguments.train, "train")
-    for name, given in (("mlp", None), ("mlp_labels", train_y)):
-        vae = baseline(arguments.output / f"{name}.safetensors", train_x, given, arguments.baseline_epochs)
-        models[name] = (vae, None if given is None else y)
-    del train_x, train_y
-    models["vae"] = (trained("mnist_vae", arguments.output / "vae", arguments.options)[0], None)
-    conditional = trained("mnist_cvae", arguments.output / "cvae", arguments.options)[0]
-    models |= {"cvae": (conditional, y), "cvae_null": (conditional, None)}
-    rows = {
-        name: measure(vae, x, given, arguments.iw_images, arguments.iw_samples) for name, (vae, given) in models.items()
-    }
-    names = {
-        "mlp": "tutorials' MLP",
-        "mlp_labels": "tutorials' MLP, given the label",
-        "vae": "`mnist_vae.yaml`",
-        "cvae": "`mnist_cvae.yaml`, given the label",
-        "cvae_null": "the same model without label",
-    }
+    rows = {}
+    for name in arguments.models:
+        vae, labelled = model_of(name, arguments)
+        rows[name] = measure(vae, x, y if labelled else None, arguments.iw_images, arguments.iw_samples)
     columns = ["", "parameters", "distortion", "rate", "-ELBO", f"-log p, {arguments.iw_samples} samples", "at z = μ"]
     head = f"| {' | '.join(columns)} |\n{len(columns) * '|---'}|\n"
     lines = [
-        f"| {names[name]} | {row['parameters']:,} | {row['distortion']:.2f} | {row['rate']:.2f} | "
+        f"| {MODELS[name]} | {row['parameters']:,} | {row['distortion']:.2f} | {row['rate']:.2f} | "
         f"{row['nelbo']:.2f} | {row['minus_log_p']:.2f} | {row['at_mean']:.2f} |\n"
         for name, row in rows.items()
     ]
@@ -264,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", default="ylecun/mnist", help="whatever data.source takes")
     parser.add_argument("--test", default="ylecun/mnist")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS), help="rows of the table")
     parser.add_argument("--baseline_epochs", type=int, default=20)
     parser.add_argument("--classifier_epochs", type=int, default=3)
     parser.add_argument("--short_steps", type=int, default=500, help="of a run of the sweep and of the collapse")
