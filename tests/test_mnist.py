@@ -317,6 +317,21 @@ def test_pictures_from_the_prior_have_the_images_size_and_are_the_seeds():
     assert not torch.equal(drawn[0], drawn[2])
 
 
+def test_guidance_moves_the_logits_along_what_the_label_changes():
+    vae, labels = randomised(), torch.tensor([3, 3, 5])
+
+    def drawn(labels: torch.Tensor | None, **guidance: float) -> torch.Tensor:
+        return draw_from_prior(vae, 3, SIDE, labels, torch.Generator().manual_seed(1), **guidance)
+
+    with torch.no_grad():
+        given, none = (2 * torch.atanh(drawn(which).double()) for which in (labels, None))
+        for w in (0.0, 1.0, 2.5):
+            want = pictures(none + w * (given - none))
+            torch.testing.assert_close(drawn(labels, guidance=w).double(), want, atol=1e-5, rtol=1e-4)
+    with pytest.raises(InputError, match="without labels"):
+        drawn(None, guidance=2.0)
+
+
 # labels in the data
 
 
@@ -644,7 +659,8 @@ def test_the_script_fills_its_table_and_draws_its_pictures(script, digits, tmp_p
     assert figures["table"]["mlp"]["parameters"] == 785 * 400 + 401 * 40 + 21 * 400 + 401 * 784
     assert set(figures["sweep"]) == {"0.1", "10"}
     assert set(figures["collapse"]) == {"no cure", "KL warm-up", "free bits"}
-    assert 0 <= figures["digits"]["recognised"] <= 1
+    assert set(figures["digits"]["drawn"]) == {"1", "1.5", "2"}
+    assert all(0 <= row["recognised"] <= 1 and row["diversity"] > 0 for row in figures["digits"]["drawn"].values())
     for name in ("digits", "rate_distortion", "collapse"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert np.asarray(picture.convert("L")).std() > 10, name

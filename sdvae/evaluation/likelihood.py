@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL, DiagonalGaussian, crop_to
 from sdvae.model.padding import decode_cropped, encode_padded
 
@@ -108,14 +109,24 @@ def draw_from_prior(
     side: int,
     labels: Tensor | None = None,
     generator: torch.Generator | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
     """Pictures from z ~ N(0, I), not from any image: (count, C, side, side) in [-1, 1].
 
     Args:
         side: pixels, of the images that the VAE was trained on.
         labels: (count,), of a conditional VAE: what to draw.
+        guidance: w, which exaggerates what the label changes in p(x|z, y)^w p(x|z)^(1 - w), for a VAE trained with
+            data.label_dropout: Ho & Salimans 2022, equation 6, on the decoder's logits. 1 draws from p(x|z, y).
+
+    Raises: InputError for guidance without labels.
     """
+    if guidance != 1 and labels is None:
+        raise InputError(f"got guidance={guidance} without labels; need labels to be guided by, or leave it out")
     size = math.ceil(side / vae.spatial_compression_ratio)
     z = torch.randn(count, vae.config.latent_channels, size, size, generator=generator).to(vae.device, vae.dtype)
     given = {} if labels is None else {"labels": labels}
-    return pictures(crop_to(vae.decode(z, **given).sample, side, side))
+    logits = vae.decode(z, **given).sample
+    if guidance != 1:
+        logits = torch.lerp(vae.decode(z).sample, logits, guidance)
+    return pictures(crop_to(logits, side, side))
