@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdvae import AutoencoderKL, speed_up
 from sdvae.cli import parse_train_config
-from sdvae.evaluation import Perceptual, load_perceptual
+from sdvae.evaluation.perceptual import Perceptual, load_perceptual
 from sdvae.model.fast import FastConv3x3, FastSelfAttention, FastUpsample
 from sdvae.model.precision import DTYPES, resolve_precision
 from sdvae.training.build import build_vae, lay_out

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from sdvae import AutoencoderKL, InputError
 from sdvae.cli import parse_train_config
-from sdvae.evaluation import tile_grid
+from sdvae.evaluation.figures import tile_grid
 from sdvae.evaluation.likelihood import bernoulli_nll, draw_from_prior, elbo, log_likelihood
 from sdvae.model import ConditionalAutoencoderKL
 from sdvae.model.padding import decode_cropped, encode_padded

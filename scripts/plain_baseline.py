@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from sdvae.cli import parse_train_config
-from sdvae.evaluation import image_metrics
+from sdvae.evaluation.metrics import image_metrics
 from sdvae.training.batches import evaluation_batches, open_sources, training_batches
 from sdvae.training.build import build_vae
 

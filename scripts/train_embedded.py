@@ -26,7 +26,9 @@ from sdvae import AutoencoderKL, load_vae, save_vae, train
 from sdvae.cli import parse_train_config
 from sdvae.data import center_crop, open_source, read_image, to_tensor
 from sdvae.errors import InputError, Stopped
-from sdvae.evaluation import Perceptual, image_metrics, load_perceptual, reconstruction_grid
+from sdvae.evaluation.figures import reconstruction_grid
+from sdvae.evaluation.metrics import image_metrics
+from sdvae.evaluation.perceptual import Perceptual, load_perceptual
 from sdvae.training.batches import evaluation_batches, open_sources
 from sdvae.training.config import TrainConfig
 from sdvae.weights.files import replacing

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdvae.data.images import ImageError, read_image, to_image, to_tensor
 from sdvae.errors import InputError
-from sdvae.evaluation import image_metrics
+from sdvae.evaluation.metrics import image_metrics
 from sdvae.model import AutoencoderKL, crop_to, pad_to_multiple
 from sdvae.weights import load_vae
 from sdvae.weights.files import replacing

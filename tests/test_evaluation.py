@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from sdvae.evaluation import LatentMoments, image_metrics, reconstruction_grid, training_curves
-from sdvae.evaluation.figures import AMPLIFICATION, CAPTION_HEIGHT, GAP
+from sdvae.evaluation.figures import AMPLIFICATION, CAPTION_HEIGHT, GAP, reconstruction_grid, training_curves
+from sdvae.evaluation.metrics import LatentMoments, image_metrics
 from sdvae.model import DiagonalGaussian
 
 

@@ -21,8 +21,8 @@ from sdvae import load_vae, save_vae
 from sdvae.cli import main
 from sdvae.data import center_crop, open_source, read_image, sample_seed, to_tensor
 from sdvae.errors import InputError
-from sdvae.evaluation import LatentMoments, tile_grid
-from sdvae.evaluation.figures import CAPTION_HEIGHT, GAP
+from sdvae.evaluation.figures import CAPTION_HEIGHT, GAP, tile_grid
+from sdvae.evaluation.metrics import LatentMoments
 from sdvae.explore import (
     LatentCovariance,
     LatentSpectrum,

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from sdvae.errors import InputError
-from sdvae.evaluation import LatentHealth, LatentMoments, latent_figure
-from sdvae.evaluation.health import BINS
+from sdvae.evaluation.figures import latent_figure
+from sdvae.evaluation.health import BINS, LatentHealth
+from sdvae.evaluation.metrics import LatentMoments
 from sdvae.model import DiagonalGaussian
 
 

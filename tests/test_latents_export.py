@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from sdvae import InputError
 from sdvae.data import sample_seed
-from sdvae.evaluation import LatentMoments
+from sdvae.evaluation.metrics import LatentMoments
 from sdvae.latents import export as export_module
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.encode import encode

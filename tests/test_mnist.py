@@ -33,7 +33,7 @@ from sdvae.data import (
     sample_seed,
 )
 from sdvae.data.dataset import NO_LABEL, read_labels, training_loader
-from sdvae.evaluation import LatentHealth
+from sdvae.evaluation.health import LatentHealth
 from sdvae.evaluation.likelihood import bernoulli_nll, draw_from_prior, elbo, log_likelihood, pictures, probabilities
 from sdvae.model import ConditionalAutoencoderKL
 from sdvae.model.blocks import ResnetBlock

@@ -18,7 +18,7 @@ from sdvae import AutoencoderKL, load_vae, save_vae
 from sdvae import publish as publish_module
 from sdvae.cli import main
 from sdvae.data import center_crop, open_source, read_image, to_tensor
-from sdvae.evaluation import image_metrics
+from sdvae.evaluation.metrics import image_metrics
 from sdvae.publish import hub_card, push_to_hub, with_section, without_local_paths
 from sdvae.training.model_card import base_model
 from tests.conftest import draw_photographs, tiny_arguments, tiny_vae

@@ -23,9 +23,10 @@ from sdvae import load_vae, save_vae
 from sdvae.cli import main, parse_train_config
 from sdvae.data import center_crop, open_source, split_off, to_tensor
 from sdvae.errors import InputError
-from sdvae.evaluation import LatentHealth, image_metrics, load_perceptual, reconstruction_grid
-from sdvae.evaluation.figures import AMPLIFICATION, CAPTION_HEIGHT, GAP
-from sdvae.evaluation.perceptual import perceptual_if_any
+from sdvae.evaluation.figures import AMPLIFICATION, CAPTION_HEIGHT, GAP, reconstruction_grid
+from sdvae.evaluation.health import LatentHealth
+from sdvae.evaluation.metrics import image_metrics
+from sdvae.evaluation.perceptual import load_perceptual, perceptual_if_any
 from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.report.gallery import Gallery, webp
 from sdvae.report.latents import HISTOGRAM_BINS, HISTOGRAM_RANGE, LatentMaps

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from accelerate import Accelerator
 
-from sdvae.evaluation import Perceptual, load_perceptual
+from sdvae.evaluation.perceptual import Perceptual, load_perceptual
 from sdvae.model import DiagonalGaussian
 from sdvae.training import step as step_module
 from sdvae.training.build import build_vae

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from sdvae.data.images import RESAMPLING, ImageError, cover, read_image, to_image, to_tensor
 from sdvae.device import accelerator_type
 from sdvae.errors import InputError
-from sdvae.evaluation import image_metrics
 from sdvae.evaluation.figures import AMPLIFICATION
+from sdvae.evaluation.metrics import image_metrics
 from sdvae.explore.moves import lerp, slerp
 from sdvae.model import AutoencoderKL, DiagonalGaussian, crop_to, pad_to_multiple
 from sdvae.model.fast import speed_up, speed_up_pays

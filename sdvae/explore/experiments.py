@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from torch import Tensor
 
 from sdvae.data import sample_seed
-from sdvae.evaluation import tile_grid
+from sdvae.evaluation.figures import tile_grid
 from sdvae.evaluation.metrics import psnr
 from sdvae.explore.anomaly import (
     DEFECTS,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdvae.errors import InputError
-from sdvae.evaluation import LatentMoments
+from sdvae.evaluation.metrics import LatentMoments
 from sdvae.model import DiagonalGaussian
 
 

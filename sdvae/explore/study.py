@@ -17,7 +17,7 @@ from sdvae.data.images import ImageError
 from sdvae.data.readers import utf8
 from sdvae.device import accelerator_type
 from sdvae.errors import InputError
-from sdvae.evaluation import LatentMoments
+from sdvae.evaluation.metrics import LatentMoments
 from sdvae.explore.pca import LatentCovariance
 from sdvae.explore.prior import LatentSpectrum
 from sdvae.model import AutoencoderKL, DiagonalGaussian

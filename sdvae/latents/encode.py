@@ -29,7 +29,7 @@ from tqdm import tqdm
 from sdvae.data import ImageError, cover, open_source, open_stream, read_image, sample_seed
 from sdvae.data.readers import utf8
 from sdvae.errors import InputError
-from sdvae.evaluation import LatentMoments
+from sdvae.evaluation.metrics import LatentMoments
 from sdvae.latents.buckets import Placement, Size, bucket_sizes, place
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.encoder import Encoded, MomentEncoder, choose_device, choose_precision, encoder_sha256

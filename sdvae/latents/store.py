@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from sdvae.data.readers import utf8
 from sdvae.differences import changed_fields
 from sdvae.errors import InputError
-from sdvae.evaluation import LatentMoments
+from sdvae.evaluation.metrics import LatentMoments
 from sdvae.model.precision import DTYPES
 from sdvae.weights.files import left_beside, read_json, replacing
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdvae.evaluation import LatentMoments
+from sdvae.evaluation.metrics import LatentMoments
 from sdvae.model import DiagonalGaussian
 
 HISTOGRAM_RANGE = (-5.0, 5.0)  # of scaled latents, in std of N(0, 1)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sdvae.data import BadImages
 from sdvae.errors import InputError
-from sdvae.evaluation import LatentHealth, Perceptual
+from sdvae.evaluation.health import LatentHealth
 from sdvae.evaluation.metrics import image_figures
+from sdvae.evaluation.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
 from sdvae.report.gallery import Gallery
 from sdvae.report.latents import LatentMaps

@@ -20,7 +20,7 @@ from torch import nn
 
 from sdvae.device import accelerator_type
 from sdvae.errors import InputError
-from sdvae.evaluation import Perceptual, load_perceptual
+from sdvae.evaluation.perceptual import Perceptual, load_perceptual
 from sdvae.model import AutoencoderKL, ConditionalAutoencoderKL
 from sdvae.model.fast import speed_up, speed_up_pays
 from sdvae.model.precision import resolve_precision

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sdvae.errors import InputError
-from sdvae.evaluation import Perceptual, image_metrics
+from sdvae.evaluation.metrics import image_metrics
+from sdvae.evaluation.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
 from sdvae.model.padding import decode_cropped, encode_padded
 from sdvae.training.config import TrainConfig

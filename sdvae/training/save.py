@@ -6,7 +6,7 @@ import shutil
 
 from PIL import Image
 
-from sdvae.evaluation import latent_figure, reconstruction_grid, training_curves
+from sdvae.evaluation.figures import latent_figure, reconstruction_grid, training_curves
 from sdvae.model import AutoencoderKL
 from sdvae.training.config import TrainConfig
 from sdvae.training.model_card import GRID_NAME, model_card

@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sdvae.data.dataset import Batch
-from sdvae.evaluation import Perceptual
+from sdvae.evaluation.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
 from sdvae.training.config import TrainConfig
 from sdvae.training.discriminator import (

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from sdvae.data import BadImages, sample_seed
 from sdvae.errors import InputError
-from sdvae.evaluation import LatentHealth, LatentMoments, Perceptual, image_metrics
+from sdvae.evaluation.health import LatentHealth
 from sdvae.evaluation.likelihood import bernoulli_nll, pictures
+from sdvae.evaluation.metrics import LatentMoments, image_metrics
+from sdvae.evaluation.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
 from sdvae.model.padding import decode_cropped, encode_padded
 from sdvae.training.objective import posterior_generators
