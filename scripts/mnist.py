@@ -50,8 +50,14 @@ MODELS = {
 }
 GUIDANCE = (1.0, 1.5, 2.0)  # the last is drawn
 BETAS = (0.1, 0.3, 1.0, 3.0, 10.0)
-COLLAPSING = {"loss.kl_weight": 3, "model.initialisation": "torch"}  # no signal arrives before the KL term has acted
-WARM_UP, FREE_NATS = 0.5, 0.5  # of the short run's steps; for a latent channel
+# a narrow net, whose initial weights let no signal of the image through before the KL term has acted
+COLLAPSING = {
+    "loss.kl_weight": 3,
+    "model.initialisation": "torch",
+    "model.block_out_channels": [4, 8, 16],
+    "model.latent_channels": 4,
+}
+WARM_UP, FREE_NATS = 0.75, 0.5  # of the run's steps; for a latent channel
 
 
 def trained(recipe: str, output: Path, options: Sequence[str], **changes: object) -> tuple[AutoencoderKL, list[dict]]:
@@ -195,17 +201,20 @@ def digits(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def short(arguments: argparse.Namespace, name: str, **changes: object) -> tuple[dict[str, float], list[dict]]:
+def short(
+    arguments: argparse.Namespace, name: str, steps: int, **changes: object
+) -> tuple[dict[str, float], list[dict]]:
     """A short run of the plain VAE: its figures on test images, and its log."""
-    changes = {"steps": arguments.short_steps, "validate_every": arguments.short_steps, **changes}
-    changes |= {"data.validation_count": arguments.iw_images, "checkpoint.every_steps": arguments.short_steps}
+    changes |= {"steps": steps, "validate_every": steps, "checkpoint.every_steps": steps}
+    changes |= {"data.validation_count": arguments.iw_images}
     vae, lines = trained("mnist_vae", arguments.output / name, arguments.options, log_every=10, **changes)
     x, _ = load_digits(arguments.test, "test", arguments.iw_images)
     return measure(vae, x, None, 1, 1), lines
 
 
 def sweep(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    found = {f"{beta:g}": short(arguments, f"beta-{beta:g}", **{"loss.kl_weight": beta})[0] for beta in BETAS}
+    steps = arguments.short_steps
+    found = {f"{beta:g}": short(arguments, f"beta-{beta:g}", steps, **{"loss.kl_weight": beta})[0] for beta in BETAS}
     draw_rate_distortion(found, arguments.output / "rate_distortion.png", arguments.short_steps)
     print({beta: {key: round(row[key], 2) for key in ("rate", "distortion", "nelbo")} for beta, row in found.items()})
     return found
@@ -236,13 +245,13 @@ def draw_rate_distortion(found: dict[str, dict[str, float]], png: Path, steps: i
 def collapse(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     cures: dict[str, dict[str, object]] = {
         "no cure": {},
-        "KL warm-up": {"loss.kl_warmup_steps": round(WARM_UP * arguments.short_steps)},
+        "KL warm-up": {"loss.kl_warmup_steps": round(WARM_UP * arguments.collapse_steps)},
         "free bits": {"loss.free_bits": FREE_NATS},
     }
     found, logs = {}, {}
     for name, cure in cures.items():
         folder = f"collapse-{name.replace(' ', '-')}"
-        found[name], logs[name] = short(arguments, folder, **COLLAPSING, **cure)
+        found[name], logs[name] = short(arguments, folder, arguments.collapse_steps, **COLLAPSING, **cure)
     draw_collapse(logs, arguments.output / "collapse.png")
     print({name: {key: round(row[key], 2) for key in ("rate", "distortion", "nelbo")} for name, row in found.items()})
     return found
@@ -272,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS), help="rows of the table")
     parser.add_argument("--baseline_epochs", type=int, default=20)
     parser.add_argument("--classifier_epochs", type=int, default=3)
-    parser.add_argument("--short_steps", type=int, default=500, help="of a run of the sweep and of the collapse")
+    parser.add_argument("--short_steps", type=int, default=500, help="of a run of the sweep")
+    parser.add_argument("--collapse_steps", type=int, default=300, help="of a run of the collapse")
     parser.add_argument("--test_images", type=int, default=10_000)
     parser.add_argument("--iw_images", type=int, default=1000, help="test images for log p(x) and the short runs")
     parser.add_argument("--iw_samples", type=int, default=200, help="K of the importance-weighted estimate")

@@ -645,7 +645,14 @@ def script():
 def test_the_script_fills_its_table_and_draws_its_pictures(script, digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "BETAS", (0.1, 10.0))
     monkeypatch.setattr(script, "train_baseline", lambda x, y, epochs: script.TutorialVAE(y is not None).eval())
-    sizes = ["--short_steps=2", "--test_images=300", "--iw_images=20", "--iw_samples=3", "--drawn=3"]
+    sizes = [
+        "--short_steps=2",
+        "--collapse_steps=2",
+        "--test_images=300",
+        "--iw_images=20",
+        "--iw_samples=3",
+        "--drawn=3",
+    ]
     recipe = ["--steps=2", "--batch_size=4", "--validate_every=2", "--data.num_workers=0", "--optimizer.warmup_steps=0"]
     recipe += ["--scale_images=8", "--grid_images=1", "--data.validation_count=20", "--log_every=1"]
     given = ["--output", str(tmp_path), "--train", str(digits), "--test", str(digits), "--classifier_epochs=1"]
