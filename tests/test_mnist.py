@@ -174,6 +174,8 @@ def test_padding_is_for_the_network_only(config):
     want = bernoulli_nll(x, vae.decode(z).sample[..., :SIDE, :SIDE])
     torch.testing.assert_close(found.distortion, want)
     torch.testing.assert_close(found.nelbo, want + posterior.kl())
+    at_mean = elbo(vae, x, sample_posterior=False)
+    torch.testing.assert_close(at_mean.distortion, bernoulli_nll(x, decoded))
 
 
 class OneLatent:

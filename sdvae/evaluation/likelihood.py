@@ -64,6 +64,7 @@ def elbo(
     images: Tensor,
     labels: Tensor | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
+    sample_posterior: bool = True,
 ) -> Elbo:
     """One sample's estimate of the ELBO of each image (Kingma & Welling 2014, equation 7 with L = 1).
 
@@ -71,9 +72,12 @@ def elbo(
         images: (B, C, H, W) in [-1, 1].
         labels: (B,), of a conditional VAE: then all is given the label, log p(x|y) >= …
         generator: of the posterior's noise; a list has one for each image.
+        sample_posterior: False takes z = μ instead: what tutorials print as the test loss, since their models sample
+            in training only. It bounds nothing.
     """
     posterior = encode_padded(vae, images, labels)
-    logits = decode_cropped(vae, posterior.sample(generator), images, labels)
+    z = posterior.sample(generator) if sample_posterior else posterior.mode()
+    logits = decode_cropped(vae, z, images, labels)
     return Elbo(bernoulli_nll(images, logits), posterior.kl())
 
 
