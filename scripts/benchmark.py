@@ -9,11 +9,13 @@ from the papers: fp32 as loaded, the loss as one sum, the adaptive weight by two
 comes. On a GPU our side runs as `mixed_precision: auto` would, in bf16, and so does the loop, under autocast.
 
 Each row alternates the two sides, A B A B …, and gives the median of the pairwise ratios, which a drifting machine
-moves less than the times themselves. «as loaded» is what `from_pretrained` gives: fp32, contiguous layout.
+moves less than the times themselves.
 
---parts chooses: «passes», encode and decode; «rewrites» (on a CPU), what each of this package's rewrites is worth: the
-model with all of them against the model without that one; «peak», the decoder's share of what matrix products reach
-here; «training». `--dtype bf16` adds rows in which both sides, or ours alone, compute in bf16.
+--parts chooses: «passes», encode and decode, ours after `speed_up` on a CPU, against diffusers' class as
+`from_pretrained` gives it (fp32, contiguous layout) and with channels last; «rewrites» (on a CPU), what each of this
+package's rewrites is worth: the model with all of them against the model without that one; «peak», the decoder's
+share of what matrix products reach here; «training». `--dtype bf16` adds rows in which both sides, or ours alone,
+compute in bf16.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import copy
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -36,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdvae import AutoencoderKL, speed_up
 from sdvae.cli import parse_train_config
 from sdvae.evaluation.perceptual import Perceptual, load_perceptual
-from sdvae.model.fast import FastConv3x3, FastSelfAttention, FastUpsample
+from sdvae.model.fast import FastConv3x3, FastUpsample, is_wide
 from sdvae.model.precision import DTYPES, resolve_precision
 from sdvae.training.build import build_vae, lay_out
 from sdvae.training.config import TrainConfig
@@ -44,6 +46,7 @@ from sdvae.training.discriminator import PatchDiscriminator
 from sdvae.training.players import Players
 from sdvae.training.step import train_step
 
+BOTH = ("encode", "decode")
 PARTS = ("passes", "rewrites", "peak", "training")
 HEAD = "| | {} (s) | {} (s) | speed-up, median | range |\n|---|---|---|---|---|"
 
@@ -67,13 +70,21 @@ def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object],
 
 
 @torch.no_grad()
-def compare_passes(label: str, ours: AutoencoderKL, stock: nn.Module, x: Tensor, repeats: int) -> None:
+def compare_passes(
+    label: str,
+    ours: AutoencoderKL,
+    stock: nn.Module,
+    x: Tensor,
+    repeats: int,
+    passes: Sequence[str] = BOTH,
+) -> None:
     """Rows for encode and decode, each side in its own dtype."""
     z = stock.encode(x.to(stock.dtype)).latent_dist.mode()
     error = float((ours.encode(x.to(ours.dtype)).latent_dist.mode() - z).abs().max() / z.std())
     rounding = 4e3 * torch.finfo(ours.dtype).eps
     assert error < rounding, f"the two sides do not compute the same: they differ by {error} std"
-    for name, argument in (("encode", x), ("decode", z)):
+    for name in passes:
+        argument = x if name == "encode" else z
         sides = [partial(getattr(model, name), argument.to(model.dtype)) for model in (ours, stock)]
         print(compare(f"{name}, {label}", *sides, repeats), flush=True)
 
@@ -96,11 +107,14 @@ def undo_in_place(vae: AutoencoderKL) -> None:
             module.register_forward_hook(lambda *_: None)
 
 
-REWRITES: dict[str, Callable[[AutoencoderKL], None]] = {
-    "Winograd convolutions": undo_classes(FastConv3x3),
-    "four-tap upsampling": undo_classes(FastUpsample),
-    "attention's layout kept": undo_classes(FastSelfAttention),
-    "activations and sums in place": undo_in_place,
+# what `speed_up` does (sdvae/model/fast.py), and blocks.py: how to undo it, and the passes that have it
+Rewrites = dict[str, tuple[Callable[[AutoencoderKL], object], Sequence[str]]]
+IN_PLACE: Rewrites = {"activations and sums in place": (undo_in_place, BOTH)}
+OF_WIDE: Rewrites = {"Winograd convolutions": (undo_classes(FastConv3x3), BOTH), **IN_PLACE}
+OF_NARROW: Rewrites = {
+    "channels_last": (partial(nn.Module.to, memory_format=torch.contiguous_format), BOTH),
+    "four-tap upsampling": (undo_classes(FastUpsample), ("decode",)),
+    **IN_PLACE,
 }
 
 
@@ -108,10 +122,10 @@ def compare_rewrites(vae: AutoencoderKL, x: Tensor, repeats: int) -> None:
     """Rows for encode and decode: without one rewrite against with all of them."""
     whole = copy.deepcopy(vae).to(memory_format=torch.contiguous_format).eval()
     speed_up(whole)
-    for name, undo in REWRITES.items():
+    for name, (undo, passes) in (OF_WIDE if is_wide(vae) else OF_NARROW).items():
         without = copy.deepcopy(whole)
         undo(without)
-        compare_passes(name, whole, without, x, repeats)
+        compare_passes(name, whole, without, x, repeats, passes)
 
 
 @torch.no_grad()
@@ -240,25 +254,20 @@ def main() -> None:
 
 
 def passes(vae: AutoencoderKL, images: Tensor, dtype: torch.dtype, repeats: int) -> None:
-    for layout in (torch.contiguous_format, torch.channels_last):
-        label = "as loaded" if layout is torch.contiguous_format else "channels_last"
-        ours, stock = vae.to(memory_format=layout).eval(), vae.to_diffusers().to(memory_format=layout).eval()
-        x = images.contiguous(memory_format=layout)
-        compare_passes(label, ours, stock, x, repeats)
-    if images.device.type == "cpu":  # this package's fast kernels against diffusers' class as it is loaded
-        ours = copy.deepcopy(vae).to(memory_format=torch.contiguous_format)
+    stock = vae.to_diffusers().to(memory_format=torch.contiguous_format).eval()
+    ours = copy.deepcopy(vae).to(memory_format=torch.contiguous_format).eval()
+    if images.device.type == "cpu":
         speed_up(ours)
-        stock = vae.to_diffusers().to(memory_format=torch.contiguous_format).eval()
-        compare_passes("speed_up against as loaded", ours, stock, images.contiguous(), repeats)
+    compare_passes("against as loaded", ours, stock, images, repeats)
+    compare_passes("against channels_last", ours, stock.to(memory_format=torch.channels_last), images, repeats)
     if dtype != torch.float32:
-        x = images.contiguous(memory_format=torch.channels_last)
         ours = copy.deepcopy(vae).eval()
         nn.Module.to(ours, dtype=dtype, memory_format=torch.channels_last)  # diffusers' own speaks of the dtype
         same = ours.to_diffusers().to(memory_format=torch.channels_last).eval()
         name = str(dtype).removeprefix("torch.")
-        compare_passes(f"both in {name}, channels_last", ours, same, x, repeats)
+        compare_passes(f"both in {name}, channels_last", ours, same, images, repeats)
         stock = vae.to_diffusers().to(memory_format=torch.contiguous_format).eval()
-        compare_passes(f"{name}, channels_last, against as loaded", ours, stock, x, repeats)
+        compare_passes(f"{name}, channels_last, against as loaded", ours, stock, images, repeats)
 
 
 def training(

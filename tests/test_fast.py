@@ -39,7 +39,7 @@ def outputs_and_gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str
 @pytest.mark.parametrize("winograd", [True, False])
 @pytest.mark.parametrize(
     ("channels", "out_channels", "size"),
-    [(96, 104, (2, 33, 35)), (128, 96, (1, 32, 34)), (96, 96, (3, 31, 41)), (64, 32, (2, 65, 64))],
+    [(96, 104, (2, 33, 35)), (128, 96, (1, 172, 171)), (512, 512, (2, 33, 32)), (64, 70, (1, 260, 255))],
 )
 def test_conv_and_its_gradients_equal_float64(channels, out_channels, size, winograd, monkeypatch):
     if not winograd:  # as on a machine without NNPACK
@@ -124,6 +124,43 @@ def test_state_dict_and_copies_stay():
     assert torch.equal(vae.encoder.conv_in.weight, before["encoder.conv_in.weight"])
 
 
+@pytest.mark.parametrize("shape", [(512, 512, 32, 32), (128, 256, 128, 128), (64, 64, 300, 256)])
+def test_winograd_is_for_wide_convs_on_large_maps(shape):
+    channels, out_channels, height, width = shape
+    assert fast.winograd_pays(*shape)
+    assert fast.winograd_pays(out_channels, channels, height, width), "the gradient of x is the same conv turned round"
+    assert not fast.winograd_pays(channels, out_channels, height // 2, width // 2)
+    assert not fast.winograd_pays(channels // 2, out_channels, height, width)
+
+
+def test_a_narrow_vae_takes_channels_last_and_a_wide_one_does_not():
+    narrow, wide = tiny_vae(block_out_channels=(8, 16), norm_num_groups=4), small_vae()
+    for vae, last in ((narrow, True), (wide, False)):
+        fast.speed_up(vae)
+        classes = {type(module) for module in vae.modules()}
+        assert fast.FastUpsample in classes
+        assert (fast.FastConv3x3 in classes) is not last
+        weight = vae.decoder.mid_block.resnets[0].conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) is last
+    with torch.no_grad():
+        moments = narrow.encode(randn(2, 3, 16, 12, seed=1)).latent_dist.parameters
+        for result in (moments, narrow.decode(moments[:, :4]).sample):
+            assert result.is_contiguous(memory_format=torch.channels_last), "kept from end to end"
+
+
+@pytest.mark.parametrize("widths", [(8, 16), (96, 96)])
+def test_the_layers_that_should_take_their_own_path_do(widths, monkeypatch):
+    taken = set()
+    for name in ("_nnpack", "upsample_conv", "weight_gradient"):
+        own = getattr(fast, name)
+        monkeypatch.setattr(fast, name, lambda *args, own=own, name=name: taken.add(name) or own(*args))
+    vae = tiny_vae(block_out_channels=widths, norm_num_groups=4).train()
+    fast.speed_up(vae)
+    vae.decode(randn(1, 4, 96, 96, seed=1)).sample.sum().backward()
+    wanted = {"_nnpack", "weight_gradient"} if widths[0] == 96 else {"upsample_conv"}
+    assert taken == (wanted if fast.has_nnpack() else wanted - {"_nnpack"})
+
+
 def test_autocast_and_other_dtypes_take_the_plain_path():
     torch.manual_seed(0)
     plain = nn.Conv2d(96, 96, 3, padding=1)
@@ -136,15 +173,17 @@ def test_autocast_and_other_dtypes_take_the_plain_path():
     assert torch.equal(layer.double()(x.double()), plain.double()(x.double()))
 
 
+@pytest.mark.parametrize("widths", [(8, 16), (96, 96)])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_inference_equals_float64(mode):
-    vae = small_vae().eval()
-    exact = copy.deepcopy(vae).double()
+def test_inference_equals_float64(mode, widths):
+    vae = tiny_vae(block_out_channels=widths, norm_num_groups=8).eval()
+    exact, plain = copy.deepcopy(vae).double(), copy.deepcopy(vae)
     fast.speed_up(vae)
-    x = randn(2, 3, 64, 48, seed=4)
+    x = randn(2, 3, 184, 176, seed=4)
     with mode():
         moments, wanted = vae.encode(x).latent_dist.parameters, exact.encode(x.double()).latent_dist.parameters
         assert relative_error(moments, wanted) <= TOLERANCE
         z = moments[:, :4]
-        assert relative_error(vae.decode(z).sample, exact.decode(z.double()).sample) <= TOLERANCE
-        assert not torch.equal(moments, small_vae().eval().encode(x).latent_dist.parameters), "took the plain path"
+        image = vae.decode(z).sample
+        assert relative_error(image, exact.decode(z.double()).sample) <= TOLERANCE
+        assert not torch.equal(image, plain.decode(z).sample), "took the plain path"

@@ -23,14 +23,13 @@ from tests.processes import launch, run_script
 
 ROOT = Path(__file__).parents[1]
 # of scripts/benchmark.py
-LAYOUTS = ("as loaded", "channels_last", "speed_up against as loaded")
+LAYOUTS = ("against as loaded", "against channels_last")
 LAYOUTS += ("both in bfloat16, channels_last", "bfloat16, channels_last, against as loaded")
-REWRITES = (
-    "Winograd convolutions",
-    "four-tap upsampling",
-    "attention's layout kept",
-    "activations and sums in place",
-)
+REWRITES = {  # of a narrow VAE
+    "channels_last": ("encode", "decode"),
+    "four-tap upsampling": ("decode",),
+    "activations and sums in place": ("encode", "decode"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +100,8 @@ def test_the_benchmark_prints_a_ratio_for_each_row(script):
     printed = script("benchmark.py", *size)
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ") and "| |" not in line]
     assert [row[0].strip() for row in rows] == [
-        *(f"{what}, {label}" for label in (*LAYOUTS, *REWRITES) for what in ("encode", "decode")),
+        *(f"{what}, {label}" for label in LAYOUTS for what in ("encode", "decode")),
+        *(f"{what}, {label}" for label, passes in REWRITES.items() for what in passes),
         *(f"training step, {losses}" for losses in ("L1 + LPIPS + KL", "with the PatchGAN")),
     ]
     assert int(re.search(r"; share (\d+)%", printed)[1]) > 0

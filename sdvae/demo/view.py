@@ -23,7 +23,7 @@ from sdvae.evaluation.figures import AMPLIFICATION
 from sdvae.evaluation.metrics import image_metrics
 from sdvae.explore.moves import lerp, slerp
 from sdvae.model import AutoencoderKL, DiagonalGaussian, crop_to, pad_to_multiple
-from sdvae.model.fast import speed_up, speed_up_pays
+from sdvae.model.fast import speed_up
 from sdvae.model.streaming import map_bytes
 from sdvae.reconstruct import SMALLEST_SIDE, check_image_channels
 from sdvae.weights import load_vae
@@ -51,7 +51,7 @@ class Model:
         vae = load_vae(source, dtype=torch.float32)
         check_image_channels(vae, source)
         device = torch.device(accelerator_type() or "cpu")
-        if device.type == "cpu" and speed_up_pays(vae):
+        if device.type == "cpu":
             speed_up(vae)
         nn.Module.to(vae, device)  # diffusers' own is typed for dtypes alone
         return cls("packaged VAE" if source is None else source, vae)

@@ -10,9 +10,10 @@ the gradient of x come from NNPACK's F(6x6, 3x3) kernels, which torch carries, a
 F(4x4, 3x3) in matrix products. Relative errors (2-norm) are near 3e-6, a direct convolution's near 1e-6; single
 values are off by up to 2e-5 of the largest.
 
-Nearest x2 and a 3x3 conv see each input pixel through one or two of the three taps a side, so they equal four
-2x2 convs, one for each parity of the output's row and column: 4 products a value instead of 9 (the sub-pixel
-convolution of Shi et al. 2016, section 3.2, with tied weights).
+Where channels are few, the transforms of Winograd cost more than they save. There nearest x2 and the 3x3 conv after it
+are one: a pixel is seen through one or two of the three taps a side, so the two equal four 2x2 convs, one for each
+parity of the output's row and column, with 4 products a value instead of 9 (the sub-pixel convolution of Shi et al.
+2016, section 3.2, with tied weights).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sdvae.model import AutoencoderKL
-from sdvae.model.blocks import SelfAttention, Upsample
+from sdvae.model.blocks import Upsample
 
 TILE = 4  # F(4x4, 3x3): patches of 6x6
 CHUNK_BYTES = 8e6  # transformed patches held at once: a part of the last-level cache
@@ -55,40 +56,35 @@ TAPS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 def speed_up(vae: AutoencoderKL) -> None:
     """Make `vae` faster on a CPU, in place. Weights, state-dict names and, to rounding, the function stay.
 
-    The 3x3 convs of stride 1, the upsamplers and self-attention get a subclass of their own class, so deep copies,
-    DDP and gradient checkpointing work as before. Each takes its own path only for fp32 on a CPU outside autocast,
-    and where `winograd_pays` or `weight_gradient_pays` says so; everything else goes the ordinary way. Give it
-    contiguous images and not channels_last.
+    A wide VAE (`is_wide`: SD's) gets Winograd's convolutions, a narrow one the channels-last layout; either gets
+    four-tap upsampling where a conv is too narrow for Winograd. Layers get a subclass of their own class, so deep
+    copies, DDP and gradient checkpointing work as before. They take their own path only for fp32 on a CPU outside
+    autocast, and where `winograd_pays` or `weight_gradient_pays` says so; everything else goes the ordinary way.
 
-    Measured on AVX2: docs/speed.md. Models of 16 to 128 channels gain next to nothing: see `speed_up_pays`.
-
-    Self-attention returns its result in NCHW order in memory, which fast convs read. As it is, the result has
-    channels last, all layers of the decoder keep that, and each fast conv would have to copy its input.
-
-    The custom gradients are differentiable once.
+    Measured on AVX2: docs/speed.md. The custom gradients are differentiable once.
     """
+    wide = is_wide(vae)
+    if not wide:
+        nn.Module.to(vae, memory_format=torch.channels_last)  # diffusers' own is untyped
     for module in list(vae.modules()):
-        if type(module) is nn.Conv2d and _is_plain_3x3(module):
-            module.__class__ = FastConv3x3
-        elif type(module) is Upsample:
+        if type(module) is Upsample:
             module.__class__ = FastUpsample
-        elif type(module) is SelfAttention:
-            module.__class__ = FastSelfAttention
+        elif wide and type(module) is nn.Conv2d and _is_plain_3x3(module):
+            module.__class__ = FastConv3x3
 
 
-def speed_up_pays(vae: AutoencoderKL) -> bool:
-    """From 64 channels at full resolution on; narrower models gained 2 to 4 %, within the noise."""
+def is_wide(vae: AutoencoderKL) -> bool:
+    """Has it the channels that Winograd needs? From 64 at full resolution on."""
     return vae.config.block_out_channels[0] >= 64
 
 
 def winograd_pays(in_channels: int, out_channels: int, height: int, width: int) -> bool:
-    """Is NNPACK faster than oneDNN for the output and the gradient of x?
+    """Is NNPACK faster than oneDNN's best layout, for the output and the gradient of x?
 
-    Measured on AVX2, one thread, C -> C channels: 1.5 to 2.5 times at 64² and above from 32 channels on, 1.05 to 1.6
-    at 32² from 64 on, 0.5 to 0.7 at 16² at any width.
+    Measured on AVX2, two threads, C -> C channels on S x S pixels: 1.2 to 2.7 times where C·S is 16384 or more (512
+    channels at 32² are even), 0.3 to 1 below 12288, either in between.
     """
-    narrow, area = min(in_channels, out_channels), height * width
-    return has_nnpack() and ((narrow >= 64 and area >= 32**2) or (narrow >= 32 and area >= 64**2))
+    return has_nnpack() and min(in_channels, out_channels) ** 2 * height * width >= 16384**2
 
 
 def weight_gradient_pays(in_channels: int, out_channels: int, height: int, width: int) -> bool:
@@ -115,22 +111,14 @@ class FastConv3x3(nn.Conv2d):
 
 
 class FastUpsample(Upsample):
-    """Nearest x2 and a 3x3 conv as one; a conv wide enough for Winograd takes that instead."""
+    """Nearest x2 and a 3x3 conv as one, where the conv does not take Winograd."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
-        height, width = x.shape[2:]
-        channels = self.conv.in_channels
-        if not _applies(x, self.conv.weight) or weight_gradient_pays(channels, channels, 2 * height, 2 * width):
+        shape = (self.conv.in_channels, self.conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
+        winograd = isinstance(self.conv, FastConv3x3) and (winograd_pays(*shape) or weight_gradient_pays(*shape))
+        if winograd or not _applies(x, self.conv.weight):
             return super().forward(x)
         return upsample_conv(x, self.conv.weight, self.conv.bias)
-
-
-class FastSelfAttention(SelfAttention):
-    """Self-attention that leaves its result in the layout of fast convs."""
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        out = super().forward(x)
-        return out.contiguous() if _applies(x, self.to_q.weight) else out
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -209,7 +197,8 @@ class _Interleave(torch.autograd.Function):
     def forward(ctx: Any, phases: Tensor) -> Tensor:
         ctx.shape = phases.shape
         height, width = phases.shape[2] - 1, phases.shape[3] - 1
-        out = phases.new_empty(phases.shape[0], phases.shape[1] // 4, 2 * height, 2 * width)
+        shape = (phases.shape[0], phases.shape[1] // 4, 2 * height, 2 * width)
+        out = torch.empty(shape, dtype=phases.dtype, device=phases.device, memory_format=_layout(phases))
         for k, phase in enumerate(phases.chunk(4, dim=1)):
             a, b = divmod(k, 2)
             out[:, :, a::2, b::2] = phase[:, :, a : a + height, b : b + width]
@@ -218,7 +207,7 @@ class _Interleave(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        phases = grad.new_zeros(ctx.shape)
+        phases = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=_layout(grad)).zero_()
         height, width = phases.shape[2] - 1, phases.shape[3] - 1
         for k, phase in enumerate(phases.chunk(4, dim=1)):
             a, b = divmod(k, 2)
@@ -234,6 +223,11 @@ def _is_plain_3x3(conv: nn.Conv2d) -> bool:
 def _applies(x: Tensor, weight: Tensor) -> bool:
     plain = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _nnpack(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
