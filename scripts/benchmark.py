@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdvae import AutoencoderKL, speed_up
 from sdvae.cli import parse_train_config
 from sdvae.evaluation.perceptual import Perceptual, load_perceptual
-from sdvae.model.fast import FastConv3x3, FastUpsample, is_wide
+from sdvae.model.fast import FastConv3x3, FastUpsample, takes_winograd
 from sdvae.model.precision import DTYPES, resolve_precision
 from sdvae.training.build import build_vae, lay_out
 from sdvae.training.config import TrainConfig
@@ -61,7 +61,6 @@ def seconds(function: Callable[[], object]) -> float:
 
 def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> str:
     """One row of the table: median seconds of each side, median of theirs/ours pair by pair, and its range."""
-    ours(), theirs()  # warm-up
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
     ratios = sorted(b / a for a, b in pairs)
     a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
@@ -85,7 +84,12 @@ def compare_passes(
     assert error < rounding, f"the two sides do not compute the same: they differ by {error} std"
     for name in passes:
         argument = x if name == "encode" else z
-        sides = [partial(getattr(model, name), argument.to(model.dtype)) for model in (ours, stock)]
+        height, width = argument.shape[2] // 4, argument.shape[3] // 4
+        sides = []
+        for model in (ours, stock):
+            call, typed = getattr(model, name), argument.to(model.dtype)
+            call(typed[:, :, :height, :width])  # warm-up on a corner: at 1024² a pass takes a minute
+            sides.append(partial(call, typed))
         print(compare(f"{name}, {label}", *sides, repeats), flush=True)
 
 
@@ -122,7 +126,7 @@ def compare_rewrites(vae: AutoencoderKL, x: Tensor, repeats: int) -> None:
     """Rows for encode and decode: without one rewrite against with all of them."""
     whole = copy.deepcopy(vae).to(memory_format=torch.contiguous_format).eval()
     speed_up(whole)
-    for name, (undo, passes) in (OF_WIDE if is_wide(vae) else OF_NARROW).items():
+    for name, (undo, passes) in (OF_WIDE if takes_winograd(vae) else OF_NARROW).items():
         without = copy.deepcopy(whole)
         undo(without)
         compare_passes(name, whole, without, x, repeats, passes)
@@ -287,6 +291,8 @@ def training(
             our_step(ours, recipe, accelerator, perceptual, images),
             plain_step(stock, recipe, accelerator, perceptual, images),
         )
+        for step in sides:
+            step()  # warm-up
         print(compare(f"training step, {label}", *sides, repeats), flush=True)
 
 

@@ -17,6 +17,12 @@ from tests.conftest import tiny_vae
 TOLERANCE = 1e-5  # Winograd in fp32 has 3e-6
 
 
+@pytest.fixture(autouse=True)
+def avx2(monkeypatch) -> None:
+    """On a machine with AVX-512, `speed_up` leaves Winograd out; its kernels run there too."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
@@ -146,6 +152,14 @@ def test_a_narrow_vae_takes_channels_last_and_a_wide_one_does_not():
         moments = narrow.encode(randn(2, 3, 16, 12, seed=1)).latent_dist.parameters
         for result in (moments, narrow.decode(moments[:, :4]).sample):
             assert result.is_contiguous(memory_format=torch.channels_last), "kept from end to end"
+
+
+def test_with_avx512_direct_convolutions_take_channels_last(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    vae = small_vae()
+    fast.speed_up(vae)
+    assert fast.FastConv3x3 not in {type(module) for module in vae.modules()}
+    assert vae.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("widths", [(8, 16), (96, 96)])

@@ -30,7 +30,7 @@ from sdvae.errors import InputError
 from sdvae.model.blocks import DownBlock, MidBlock, ResnetBlock, SelfAttention, UpBlock, activated
 from sdvae.model.posterior import at_least_fp32
 
-STRIP_BYTES = 16 * 2**20  # of the wider map of a layer, in a strip; tall strips waste less on the rows between them
+STRIP_BYTES = 64 * 2**20  # of the wider map of a layer, in a strip; tall strips waste less on the rows between them
 STRIPS_A_MAP = 64  # at least, or strips would take more than the maps that they are to save
 STRIPS_AT_ONCE = 6  # of that size, that a layer has in work: read, normalised, activated, computed, and the residual
 FREE_SHARE = 0.7  # of an accelerator's free memory that maps may take where no budget is given
@@ -43,7 +43,7 @@ def plan(
 
     Args:
         shape: (B, C, H, W) of the images.
-        memory_bytes: of the device that computes, above weights, input and output; None: strips of up to 16
+        memory_bytes: of the device that computes, above weights, input and output; None: strips of up to 64
             MiB, and for maps 70 % of what is free on an accelerator.
 
     Raises: InputError when maps, or a strip of one row, do not fit.

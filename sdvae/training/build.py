@@ -22,7 +22,7 @@ from sdvae.device import accelerator_type
 from sdvae.errors import InputError
 from sdvae.evaluation.perceptual import Perceptual, load_perceptual
 from sdvae.model import AutoencoderKL, ConditionalAutoencoderKL
-from sdvae.model.fast import is_wide, speed_up
+from sdvae.model.fast import speed_up, takes_winograd
 from sdvae.model.precision import resolve_precision
 from sdvae.training.config import ModelConfig, TrainConfig
 from sdvae.training.initialise import initialise
@@ -123,7 +123,7 @@ def lay_out(vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator) -
     """
     vae.to(accelerator.device)
     fast = config.fast_convolutions and accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
-    if fast and is_wide(vae):
+    if fast and takes_winograd(vae):
         config = replace(config, channels_last=False)
         speed_up(vae)
     if config.channels_last:
