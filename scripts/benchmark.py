@@ -84,22 +84,22 @@ def compare_passes(
     assert error < rounding, f"the two sides do not compute the same: they differ by {error} std"
     for name in passes:
         argument = x if name == "encode" else z
-        height, width = argument.shape[2] // 4, argument.shape[3] // 4
+        corner = max(1, z.shape[3] // 4) * (argument.shape[3] // z.shape[3])
         sides = []
         for model in (ours, stock):
             call, typed = getattr(model, name), argument.to(model.dtype)
-            call(typed[:, :, :height, :width])  # warm-up on a corner: at 1024² a pass takes a minute
+            call(typed[:, :, :corner, :corner])  # warm-up on a corner: at 1024² a pass takes a minute
             sides.append(partial(call, typed))
         print(compare(f"{name}, {label}", *sides, repeats), flush=True)
 
 
-def undo_classes(*names: type[nn.Module]) -> Callable[[AutoencoderKL], None]:
-    """Give the modules of these classes of sdvae/model/fast.py their ordinary class back."""
+def undo_class(fast: type[nn.Module]) -> Callable[[AutoencoderKL], None]:
+    """Give the modules of this class of sdvae/model/fast.py their ordinary class back."""
 
     def undo(vae: AutoencoderKL) -> None:
         for module in vae.modules():
-            if type(module) in names:
-                module.__class__ = type(module).__mro__[1]
+            if type(module) is fast:
+                module.__class__ = fast.__mro__[1]
 
     return undo
 
@@ -111,13 +111,14 @@ def undo_in_place(vae: AutoencoderKL) -> None:
             module.register_forward_hook(lambda *_: None)
 
 
-# what `speed_up` does (sdvae/model/fast.py), and blocks.py: how to undo it, and the passes that have it
+# what `speed_up` does (sdvae/model/fast.py), and blocks.py: how to undo it, and the passes that have it.
+# Without Winograd, a VAE's upsamplers take four taps.
 Rewrites = dict[str, tuple[Callable[[AutoencoderKL], object], Sequence[str]]]
 IN_PLACE: Rewrites = {"activations and sums in place": (undo_in_place, BOTH)}
-OF_WIDE: Rewrites = {"Winograd convolutions": (undo_classes(FastConv3x3), BOTH), **IN_PLACE}
-OF_NARROW: Rewrites = {
+WITH_WINOGRAD: Rewrites = {"Winograd convolutions": (undo_class(FastConv3x3), BOTH), **IN_PLACE}
+WITHOUT_WINOGRAD: Rewrites = {
     "channels_last": (partial(nn.Module.to, memory_format=torch.contiguous_format), BOTH),
-    "four-tap upsampling": (undo_classes(FastUpsample), ("decode",)),
+    "four-tap upsampling": (undo_class(FastUpsample), ("decode",)),
     **IN_PLACE,
 }
 
@@ -126,7 +127,7 @@ def compare_rewrites(vae: AutoencoderKL, x: Tensor, repeats: int) -> None:
     """Rows for encode and decode: without one rewrite against with all of them."""
     whole = copy.deepcopy(vae).to(memory_format=torch.contiguous_format).eval()
     speed_up(whole)
-    for name, (undo, passes) in (OF_WIDE if takes_winograd(vae) else OF_NARROW).items():
+    for name, (undo, passes) in (WITH_WINOGRAD if takes_winograd(vae) else WITHOUT_WINOGRAD).items():
         without = copy.deepcopy(whole)
         undo(without)
         compare_passes(name, whole, without, x, repeats, passes)
@@ -263,6 +264,8 @@ def passes(vae: AutoencoderKL, images: Tensor, dtype: torch.dtype, repeats: int)
     if images.device.type == "cpu":
         speed_up(ours)
     compare_passes("against as loaded", ours, stock, images, repeats)
+    if images.device.type != "cpu":
+        nn.Module.to(ours, memory_format=torch.channels_last)
     compare_passes("against channels_last", ours, stock.to(memory_format=torch.channels_last), images, repeats)
     if dtype != torch.float32:
         ours = copy.deepcopy(vae).eval()

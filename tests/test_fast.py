@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdvae import AutoencoderKL
+from sdvae.latents.encoder import MomentEncoder
 from sdvae.model import fast
 from sdvae.model.blocks import Upsample
+from sdvae.training.build import lay_out
+from sdvae.training.config import TrainConfig
 from tests.conftest import tiny_vae
 
 TOLERANCE = 1e-5  # Winograd in fp32 has 3e-6
@@ -23,8 +28,13 @@ def avx2(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
+@pytest.fixture
+def winograd_on_small_maps(monkeypatch) -> None:
+    monkeypatch.setattr(fast, "winograd_pays", lambda *shape: fast.has_nnpack() and min(shape[:2]) >= 96)
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
+    return float(((got.double() - want).norm() / want.norm()).detach())
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -93,7 +103,7 @@ def loss_and_gradients(vae: AutoencoderKL) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_vae_and_its_gradients_equal_the_plain_one(checkpointing):
+def test_vae_and_its_gradients_equal_the_plain_one(checkpointing, winograd_on_small_maps):
     vae = small_vae()
     want = loss_and_gradients(copy.deepcopy(vae).double())
     if checkpointing:
@@ -107,7 +117,7 @@ def test_vae_and_its_gradients_equal_the_plain_one(checkpointing):
         assert error <= 5e-5, name
 
 
-def test_frozen_weights_get_no_gradient_and_pass_it_on():
+def test_frozen_weights_get_no_gradient_and_pass_it_on(winograd_on_small_maps):
     vae = small_vae()
     fast.speed_up(vae)
     vae.decoder.requires_grad_(False)
@@ -131,7 +141,8 @@ def test_state_dict_and_copies_stay():
 
 
 @pytest.mark.parametrize("shape", [(512, 512, 32, 32), (128, 256, 128, 128), (64, 64, 300, 256)])
-def test_winograd_is_for_wide_convs_on_large_maps(shape):
+def test_winograd_is_for_wide_convs_on_large_maps(shape, monkeypatch):
+    monkeypatch.setattr(fast, "has_nnpack", lambda: True)
     channels, out_channels, height, width = shape
     assert fast.winograd_pays(*shape)
     assert fast.winograd_pays(out_channels, channels, height, width), "the gradient of x is the same conv turned round"
@@ -139,8 +150,10 @@ def test_winograd_is_for_wide_convs_on_large_maps(shape):
     assert not fast.winograd_pays(channels // 2, out_channels, height, width)
 
 
-def test_a_narrow_vae_takes_channels_last_and_a_wide_one_does_not():
+def test_a_narrow_vae_takes_channels_last_and_a_wide_one_does_not(monkeypatch):
+    monkeypatch.setattr(fast, "has_nnpack", lambda: True)
     narrow, wide = tiny_vae(block_out_channels=(8, 16), norm_num_groups=4), small_vae()
+    nn.Module.to(wide, memory_format=torch.channels_last)
     for vae, last in ((narrow, True), (wide, False)):
         fast.speed_up(vae)
         classes = {type(module) for module in vae.modules()}
@@ -154,8 +167,12 @@ def test_a_narrow_vae_takes_channels_last_and_a_wide_one_does_not():
             assert result.is_contiguous(memory_format=torch.channels_last), "kept from end to end"
 
 
-def test_with_avx512_direct_convolutions_take_channels_last(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+@pytest.mark.parametrize("lacking", ["AVX2", "NNPACK"])
+def test_without_avx2_or_nnpack_direct_convolutions_take_channels_last(lacking, monkeypatch):
+    if lacking == "AVX2":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    else:
+        monkeypatch.setattr(fast, "has_nnpack", lambda: False)
     vae = small_vae()
     fast.speed_up(vae)
     assert fast.FastConv3x3 not in {type(module) for module in vae.modules()}
@@ -171,8 +188,22 @@ def test_the_layers_that_should_take_their_own_path_do(widths, monkeypatch):
     vae = tiny_vae(block_out_channels=widths, norm_num_groups=4).train()
     fast.speed_up(vae)
     vae.decode(randn(1, 4, 96, 96, seed=1)).sample.sum().backward()
-    wanted = {"_nnpack", "weight_gradient"} if widths[0] == 96 else {"upsample_conv"}
-    assert taken == (wanted if fast.has_nnpack() else wanted - {"_nnpack"})
+    winograd = widths[0] == 96 and fast.has_nnpack()
+    assert taken == ({"_nnpack", "weight_gradient"} if winograd else {"upsample_conv"})
+
+
+def test_an_upsampler_too_small_for_winograd_takes_four_taps_where_no_weight_gradient_is_wanted(monkeypatch):
+    calls = []
+    own = fast.upsample_conv
+    monkeypatch.setattr(fast, "upsample_conv", lambda *args: calls.append(1) or own(*args))
+    layer = Upsample(96)
+    layer.__class__, layer.conv.__class__ = fast.FastUpsample, fast.FastConv3x3
+    x = randn(1, 96, 24, 24, seed=1)
+    layer(x)
+    assert not calls, "the weights' gradient takes Winograd"
+    with torch.no_grad():
+        layer(x)
+    assert calls
 
 
 def test_autocast_and_other_dtypes_take_the_plain_path():
@@ -201,3 +232,23 @@ def test_inference_equals_float64(mode, widths):
         image = vae.decode(z).sample
         assert relative_error(image, exact.decode(z.double()).sample) <= TOLERANCE
         assert not torch.equal(image, plain.decode(z).sample), "took the plain path"
+
+
+@pytest.mark.parametrize("widths", [(8, 16), (96, 96)])
+def test_training_and_data_sets_take_the_layers_that_gain(widths, winograd_on_small_maps):
+    """Winograd for a wide VAE in both; for a narrow one channels last, and in training no more than that."""
+    wide = widths[0] == 96 and fast.has_nnpack()
+    vae = tiny_vae(block_out_channels=widths, norm_num_groups=4)
+    config = lay_out(vae, TrainConfig(), Accelerator(cpu=True))
+    assert (fast.FastConv3x3 in {type(module) for module in vae.modules()}) is wide
+    assert config.channels_last is not wide
+    assert (fast.FastUpsample in {type(module) for module in vae.modules()}) is wide
+
+    vae = tiny_vae(block_out_channels=widths, norm_num_groups=4)
+    exact = copy.deepcopy(vae).double()
+    encoder = MomentEncoder(vae, torch.device("cpu"), "fp32", mirror=True)
+    assert (fast.FastConv3x3 in {type(module) for module in encoder._vae.modules()}) is wide
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 48, 3), dtype=np.uint8)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).double() / 127.5 - 1
+    for moments, view in zip(encoder.launch(list(pixels)).moments(), (x, x.flip(3)), strict=True):
+        assert relative_error(moments, exact.encode(view).latent_dist.parameters) <= TOLERANCE

@@ -135,6 +135,7 @@ def test_the_streaming_script_measures_and_draws(tmp_path):
     errors = {row["name"]: row["error"] for row in rows}
     assert errors["whole image"] == 0
     assert errors["strips"] <= 1e-4
+    assert errors["strips after speed_up"] <= 1e-3
     assert all(row["seconds"] > 0 for row in rows)
     streaming.draw(rows, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from sdvae import AutoencoderKL, InputError, load_vae
 from sdvae.data import open_source, read_image, to_tensor
-from sdvae.model import streaming
-from sdvae.model.fast import speed_up
+from sdvae.model import fast, streaming
 
 
 def vae_of(**changes) -> AutoencoderKL:
@@ -129,16 +128,26 @@ def test_in_bf16_strips_are_as_near_to_the_truth_as_the_whole_image(trained, pho
         assert streamed.dtype == torch.bfloat16
 
 
-def test_fast_convolutions_stream_as_well(monkeypatch):
-    vae = vae_of(block_out_channels=(96, 96, 96))
+@pytest.mark.parametrize("widths", [(96, 96, 96), (8, 16, 16)])
+def test_fast_layers_stream_as_well(widths, monkeypatch):
+    vae = vae_of(block_out_channels=widths)
     plain = copy.deepcopy(vae).double()
-    speed_up(vae)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(fast, "winograd_pays", lambda *shape: fast.has_nnpack() and min(shape[:2]) >= 96)
+    taken = []
+    own = fast._nnpack
+    monkeypatch.setattr(fast, "_nnpack", lambda *args: taken.append(1) or own(*args))
+    fast.speed_up(vae)
     x = torch.randn(1, 3, 128, 64, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(streaming, "STRIP_BYTES", 40 * 96 * 64 * 4)
+    monkeypatch.setattr(streaming, "STRIP_BYTES", 40 * widths[0] * 64 * 4)
     monkeypatch.setattr(streaming, "STRIPS_A_MAP", 1)
     vae.enable_tiling()
     with torch.no_grad():
-        assert error(vae.encode(x).latent_dist.parameters, plain.encode(x.double()).latent_dist.parameters) <= 2e-5
+        moments = vae.encode(x).latent_dist.parameters
+        assert error(moments, plain.encode(x.double()).latent_dist.parameters) <= 5e-5
+        z = moments[:, :4]
+        assert error(vae.decode(z).sample, plain.decode(z.double()).sample) <= 5e-5
+    assert bool(taken) is (widths[0] >= 96 and fast.has_nnpack())
 
 
 def test_maps_take_no_more_than_planned(monkeypatch):
@@ -216,6 +225,9 @@ def test_on_an_accelerator_maps_that_do_not_fit_go_to_the_host():
     shape = (1, 3, 512, 512)
     maps = streaming.map_bytes(vae, 1, 512, 512, torch.float32)
     assert streaming.plan(vae, shape, gpu, torch.float32, 4 * maps).store == gpu
+    beside = streaming.plan(vae, shape, gpu, torch.float32, maps + streaming.STRIPS_AT_ONCE * 2**19)
+    assert beside.store == gpu, "with smaller strips they fit"
+    assert maps + streaming.STRIPS_AT_ONCE * beside.strip_bytes <= maps + streaming.STRIPS_AT_ONCE * 2**19
     budget = streaming.plan(vae, shape, gpu, torch.float32, maps // 2)
     assert budget.store == torch.device("cpu")
     assert 0 < 2 * streaming.STRIPS_AT_ONCE * budget.strip_bytes <= maps // 2

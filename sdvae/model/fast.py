@@ -1,4 +1,4 @@
-"""Faster on a CPU in fp32, training and inference: the same function to rounding, with fewer multiplications.
+"""Faster on a CPU in fp32, training and inference: the same function to rounding, in fewer operations.
 
 Winograd's minimal filtering computes an m x m tile of a 3x3 convolution from (m + 2)² products instead of 9 m²
 (Lavin & Gray 2016, «Fast Algorithms for Convolutional Neural Networks», eq. 8):
@@ -10,10 +10,10 @@ the gradient of x come from NNPACK's F(6x6, 3x3) kernels, which torch carries, a
 F(4x4, 3x3) in matrix products. Relative errors (2-norm) are near 3e-6, a direct convolution's near 1e-6; single
 values are off by up to 2e-5 of the largest.
 
-Where channels are few, the transforms of Winograd cost more than they save. There nearest x2 and the 3x3 conv after it
-are one: a pixel is seen through one or two of the three taps a side, so the two equal four 2x2 convs, one for each
-parity of the output's row and column, with 4 products a value instead of 9 (the sub-pixel convolution of Shi et al.
-2016, section 3.2, with tied weights).
+Where channels are few, the transforms of Winograd cost more than they save. There the layout counts, channels last
+being what oneDNN's kernels read fastest, and nearest x2 and the 3x3 conv after it are one: a pixel is seen through one
+or two of the three taps a side, so the two equal four 2x2 convs, one for each parity of the output's row and column,
+with 4 products a value instead of 9 (the sub-pixel convolution of Shi et al. 2016, section 3.2, with tied weights).
 """
 
 from __future__ import annotations
@@ -56,16 +56,17 @@ TAPS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 def speed_up(vae: AutoencoderKL) -> None:
     """Make `vae` faster on a CPU, in place. Weights, state-dict names and, to rounding, the function stay.
 
-    A VAE that `takes_winograd` (SD's does on AVX2) gets Winograd's convolutions, any other the channels-last layout;
-    either gets four-tap upsampling where a conv is too narrow for Winograd. Layers get a subclass of their own class,
-    so deep copies, DDP and gradient checkpointing work as before. They take their own path only for fp32 on a CPU
-    outside autocast, and where `winograd_pays` or `weight_gradient_pays` says so; all else goes the ordinary way.
+    A VAE that `takes_winograd` (SD's does on AVX2) gets Winograd's convolutions, for maps where `winograd_pays` or
+    `weight_gradient_pays`, and any other the channels-last layout, in which its results come back too. Upsamplers that
+    do not take Winograd take four taps; under `enable_tiling` they are as they were. Layers get a subclass of their own
+    class, so deep copies, DDP and gradient checkpointing work as before, and go the ordinary way for other dtypes, on
+    other devices and under autocast.
 
     What it is worth: docs/speed.md. The custom gradients are differentiable once.
     """
     winograd = takes_winograd(vae)
-    if not winograd:
-        nn.Module.to(vae, memory_format=torch.channels_last)  # diffusers' own is untyped
+    layout = torch.contiguous_format if winograd else torch.channels_last
+    nn.Module.to(vae, memory_format=layout)  # diffusers' own is untyped
     for module in list(vae.modules()):
         if type(module) is Upsample:
             module.__class__ = FastUpsample
@@ -74,22 +75,23 @@ def speed_up(vae: AutoencoderKL) -> None:
 
 
 def takes_winograd(vae: AutoencoderKL) -> bool:
-    """Has it the channels that Winograd needs, 64 at full resolution, and does the machine need Winograd?
+    """Has it 64 channels or more at full resolution, and is the machine one where Winograd was measured to pay?
 
-    With AVX-512, direct convolutions are twice as fast and NNPACK's kernels, written for AVX2, are not. There the
-    layout counts: on two such cores diffusers' class, with SD's weights, encodes 256x256 in 0.75 s with channels last
-    and in 2.65 s as loaded.
+    That is AVX2. With AVX-512, direct convolutions are twice as fast and NNPACK's kernels, written for AVX2, are not.
+    The choice knows no size: with images below 128x128, SD's VAE has few maps where Winograd pays.
     """
-    return vae.config.block_out_channels[0] >= 64 and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    wide = vae.config.block_out_channels[0] >= 64
+    return wide and torch.backends.cpu.get_cpu_capability() == "AVX2" and has_nnpack()
 
 
 def winograd_pays(in_channels: int, out_channels: int, height: int, width: int) -> bool:
     """Is NNPACK faster than oneDNN's best layout, for the output and the gradient of x?
 
-    Measured on AVX2, two threads, C -> C channels on S x S pixels: 1.2 to 2.7 times where C·S is 16384 or more (512
-    channels at 32² are even), 0.3 to 1 below 12288, either in between.
+    Measured on AVX2, two threads, C -> C channels on S x S pixels, C from 32 to 512 and S from 32 to 256: 1.2 to 2.7
+    times where C·S is 16384 or more (512 channels at 32² are even), 0.3 to 1 below 12288, either in between.
     """
-    return has_nnpack() and min(in_channels, out_channels) ** 2 * height * width >= 16384**2
+    narrow, area = min(in_channels, out_channels), height * width
+    return has_nnpack() and narrow >= 64 and area >= 32**2 and narrow**2 * area >= 16384**2
 
 
 def weight_gradient_pays(in_channels: int, out_channels: int, height: int, width: int) -> bool:
@@ -116,12 +118,12 @@ class FastConv3x3(nn.Conv2d):
 
 
 class FastUpsample(Upsample):
-    """Nearest x2 and a 3x3 conv as one, where the conv does not take Winograd."""
+    """Nearest x2 and a 3x3 conv as one, where the conv does not take Winograd, forward or in a gradient."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
         shape = (self.conv.in_channels, self.conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
-        winograd = isinstance(self.conv, FastConv3x3) and (winograd_pays(*shape) or weight_gradient_pays(*shape))
-        if winograd or not _applies(x, self.conv.weight):
+        pays = winograd_pays(*shape) or (torch.is_grad_enabled() and weight_gradient_pays(*shape))
+        if (pays and isinstance(self.conv, FastConv3x3)) or not _applies(x, self.conv.weight):
             return super().forward(x)
         return upsample_conv(x, self.conv.weight, self.conv.bias)
 

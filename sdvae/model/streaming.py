@@ -59,6 +59,9 @@ def plan(
         free = memory_bytes
         left = memory_bytes - maps if on_host else memory_bytes
         strip = min(STRIP_BYTES, left // (2 * STRIPS_AT_ONCE))
+        beside = (memory_bytes - maps) // STRIPS_AT_ONCE
+        if max(rows, strip // 4) <= beside:  # smaller strips, if with them the maps stay on the device
+            strip = min(strip, beside)
         if strip < rows:
             least = 2 * STRIPS_AT_ONCE * rows + (maps if on_host else 0)
             raise InputError(

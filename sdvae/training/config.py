@@ -302,8 +302,8 @@ class TrainConfig:
     channels_last: bool = True
     """Keep activations in channels-last memory format; not where fast_convolutions act."""
     fast_convolutions: bool = True
-    """On a CPU in fp32, wide 3x3 convolutions by Winograd's algorithm: the same function to rounding
-    (sdvae/model/fast.py)."""
+    """On a CPU with AVX2, in fp32, from 64 channels on: 3x3 convolutions by Winograd's algorithm, the same function
+    to rounding (sdvae/model/fast.py)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
