@@ -159,6 +159,18 @@ def test_when_a_data_worker_dies_the_run_says_so_and_can_be_continued(whole, tmp
     assert not differences(result(tmp_path / "run"), wanted)
 
 
+def test_an_exception_at_the_worst_moment_does_not_leave_gradients_off(whole, tmp_path, monkeypatch):
+    # torch raises a worker's death wherever the main thread is: in a `no_grad`'s exit, say, before it has undone it
+    def struck(*args, **kwargs):
+        torch._C._set_grad_enabled(False)
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(loop, "train_step", struck)
+    with pytest.raises(OSError, match="the same command continues"):
+        run(whole[0], tmp_path / "run", data__num_workers="0")
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize("method", ["log", "log_images", "start", "finish"])
 def test_a_tracker_that_fails_costs_its_curves_only(whole, tmp_path, monkeypatch, caplog, method):
     source, wanted = whole

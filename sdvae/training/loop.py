@@ -62,6 +62,7 @@ logger = logging.getLogger(__name__)
 DERIVED = ("grad_norm", "discriminator_grad_norm", "gan_weight", "loss")
 
 
+@torch.enable_grad()  # and given back as it was: what is raised inside a no_grad's own exit leaves gradients off
 def train(config: TrainConfig) -> Path:
     """Run a recipe from its first step, or from the last checkpoint in output_dir, to the saved model.
 
