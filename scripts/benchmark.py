@@ -15,7 +15,7 @@ moves less than the times themselves.
 `from_pretrained` gives it (fp32, contiguous layout) and with channels last; «rewrites» (on a CPU), what each of this
 package's rewrites is worth: the model with all of them against the model without that one; «peak», the decoder's
 share of what matrix products reach here; «training». `--dtype bf16` adds rows in which both sides, or ours alone,
-compute in bf16.
+compute in bf16; `--compile`, rows against diffusers' class under torch.compile.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import argparse
 import copy
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,11 +33,13 @@ from functools import partial
 import diffusers
 import torch
 from accelerate import Accelerator
+from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdvae import AutoencoderKL, speed_up
 from sdvae.cli import parse_train_config
+from sdvae.errors import exit_code
 from sdvae.evaluation.perceptual import Perceptual, load_perceptual
 from sdvae.model.fast import FastConv3x3, FastUpsample, takes_winograd
 from sdvae.model.precision import DTYPES, resolve_precision
@@ -76,6 +79,8 @@ def compare_passes(
     x: Tensor,
     repeats: int,
     passes: Sequence[str] = BOTH,
+    *,
+    eager: bool = True,
 ) -> None:
     """Rows for encode and decode, each side in its own dtype."""
     z = stock.encode(x.to(stock.dtype)).latent_dist.mode()
@@ -88,7 +93,10 @@ def compare_passes(
         sides = []
         for model in (ours, stock):
             call, typed = getattr(model, name), argument.to(model.dtype)
-            call(typed[:, :, :corner, :corner])  # warm-up on a corner: at 1024² a pass takes a minute
+            if eager and x.device.type == "cpu":
+                call(typed[:, :, :corner, :corner])  # warm-up on a corner: at 1024² a pass takes a minute
+            else:
+                call(typed)  # kernels are chosen or compiled for this size
             sides.append(partial(call, typed))
         print(compare(f"{name}, {label}", *sides, repeats), flush=True)
 
@@ -221,13 +229,14 @@ def plain_step(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/sd_f8c4.yaml", help="recipe whose model is timed")
-    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--size", type=PositiveInt, default=256, help="side of the images in pixels")
+    parser.add_argument("--batch", type=PositiveInt, default=1)
+    parser.add_argument("--repeats", type=PositiveInt, default=5)
     parser.add_argument("--perceptual", default=None, help="local file with the trunk's weights; default: random")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of encode and decode, beside fp32")
-    parser.add_argument("--gemm", type=int, default=2048, help="side of the matrices whose product is the peak")
+    parser.add_argument("--compile", action="store_true", help="rows against diffusers' class under torch.compile too")
+    parser.add_argument("--gemm", type=PositiveInt, default=2048, help="side of the matrices whose product is the peak")
     arguments = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -244,7 +253,7 @@ def main() -> None:
     )
     if "passes" in arguments.parts:
         print(HEAD.format("ours", "diffusers"))
-        passes(vae, images, DTYPES[arguments.dtype], arguments.repeats)
+        passes(vae, images, DTYPES[arguments.dtype], arguments.repeats, compiled=arguments.compile)
     if "rewrites" in arguments.parts and device == "cpu":
         print("\n" + HEAD.format("with all", "without this one"))
         compare_rewrites(vae, images, arguments.repeats)
@@ -258,7 +267,7 @@ def main() -> None:
         training(vae, config, accelerator, perceptual, images, arguments.repeats)
 
 
-def passes(vae: AutoencoderKL, images: Tensor, dtype: torch.dtype, repeats: int) -> None:
+def passes(vae: AutoencoderKL, images: Tensor, dtype: torch.dtype, repeats: int, *, compiled: bool) -> None:
     stock = vae.to_diffusers().to(memory_format=torch.contiguous_format).eval()
     ours = copy.deepcopy(vae).to(memory_format=torch.contiguous_format).eval()
     if images.device.type == "cpu":
@@ -267,14 +276,26 @@ def passes(vae: AutoencoderKL, images: Tensor, dtype: torch.dtype, repeats: int)
     if images.device.type != "cpu":
         nn.Module.to(ours, memory_format=torch.channels_last)
     compare_passes("against channels_last", ours, stock.to(memory_format=torch.channels_last), images, repeats)
+    if compiled:
+        compare_passes("against channels_last, compiled", ours, compile_parts(stock), images, repeats, eager=False)
     if dtype != torch.float32:
         ours = copy.deepcopy(vae).eval()
         nn.Module.to(ours, dtype=dtype, memory_format=torch.channels_last)  # diffusers' own speaks of the dtype
         same = ours.to_diffusers().to(memory_format=torch.channels_last).eval()
         name = str(dtype).removeprefix("torch.")
         compare_passes(f"both in {name}, channels_last", ours, same, images, repeats)
+        if compiled:
+            label = f"both in {name}, channels_last, against compiled"
+            compare_passes(label, ours, compile_parts(same), images, repeats, eager=False)
         stock = vae.to_diffusers().to(memory_format=torch.contiguous_format).eval()
         compare_passes(f"{name}, channels_last, against as loaded", ours, stock, images, repeats)
+
+
+def compile_parts(vae: nn.Module) -> nn.Module:
+    """torch.compile, in place, of what encode and decode spend their time in."""
+    vae.encoder.compile()
+    vae.decoder.compile()
+    return vae
 
 
 def training(
@@ -300,4 +321,4 @@ def training(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("benchmark", main))

@@ -18,6 +18,7 @@ import io
 import platform
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Features
+from jsonargparse.typing import PositiveInt
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -36,6 +38,7 @@ from torchvision import transforms
 from sdvae import AutoencoderKL, load_vae, save_vae
 from sdvae.cli import parse_train_config
 from sdvae.data import open_source, subset
+from sdvae.errors import exit_code
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.encode import Encoding
 from sdvae.latents.shards import RangeShards
@@ -200,12 +203,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", default=None, help="folder of photographs")
     parser.add_argument("--config", default=None, help="recipe whose model is timed; default: the packaged VAE")
-    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
-    parser.add_argument("--count", type=int, default=192, help="images")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=PositiveInt, default=256, help="side of the images in pixels")
+    parser.add_argument("--count", type=PositiveInt, default=192, help="images")
+    parser.add_argument("--batch", type=PositiveInt, default=8)
     parser.add_argument("--workers", type=int, default=2, help="of either side")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory_rows", type=int, default=None, help="watch the memory over so many rows instead")
+    parser.add_argument("--repeats", type=PositiveInt, default=3)
+    parser.add_argument(
+        "--memory_rows", type=PositiveInt, default=None, help="watch the memory over so many rows instead"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
@@ -218,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("benchmark_encode", main))

@@ -20,12 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, UNet2DModel
+from jsonargparse.typing import PositiveInt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from sdvae import AutoencoderKL, InputError, load_vae
 from sdvae.data import open_source, read_image, to_image
+from sdvae.errors import exit_code
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.dataset import LatentDataset
 from sdvae.latents.encode import encode
@@ -182,15 +184,17 @@ def grid(crops: list[list[Image.Image]], samples: list[list[Image.Image]]) -> Im
     return picture
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/latent_diffusion"))
     parser.add_argument("--vae", help="whatever load_vae takes; by default the VAE inside this package")
-    parser.add_argument("--crops", type=int, default=400, help="of each class")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--widths", type=int, nargs="+", default=[48, 96, 128], help="channels of the UNet's levels")
-    parser.add_argument("--sampling_steps", type=int, default=50)
+    parser.add_argument("--crops", type=PositiveInt, default=400, help="of each class")
+    parser.add_argument("--steps", type=PositiveInt, default=1500)
+    parser.add_argument("--batch_size", type=PositiveInt, default=32)
+    parser.add_argument(
+        "--widths", type=PositiveInt, nargs="+", default=[48, 96, 128], help="channels of the UNet's levels"
+    )
+    parser.add_argument("--sampling_steps", type=PositiveInt, default=50)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
 
@@ -217,12 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pipe.vae = vae.to_diffusers()  # so that the folder loads where sdvae is not installed
     pipe.save_pretrained(arguments.output / "pipeline")
     print(f"{arguments.output / 'samples.png'} and {arguments.output / 'pipeline'}")
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"latent_diffusion: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code("latent_diffusion", main))

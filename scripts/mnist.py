@@ -24,14 +24,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import PositiveInt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mnist_baseline import BATCH, CLASSES, SIDE, TutorialVAE, load_digits, train_baseline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sdvae import AutoencoderKL, InputError
+from sdvae import AutoencoderKL
 from sdvae.cli import parse_train_config
+from sdvae.errors import exit_code
 from sdvae.evaluation.figures import tile_grid
 from sdvae.evaluation.likelihood import draw_from_prior, elbo, log_likelihood
 from sdvae.model import ConditionalAutoencoderKL
@@ -265,21 +267,23 @@ def draw_collapse(logs: dict[str, list[dict]], png: Path) -> None:
     figure.savefig(png)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/mnist"))
     parser.add_argument("--train", default="ylecun/mnist", help="whatever data.source takes")
     parser.add_argument("--test", default="ylecun/mnist")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS), help="rows of the table")
-    parser.add_argument("--baseline_epochs", type=int, default=20)
-    parser.add_argument("--classifier_epochs", type=int, default=3)
-    parser.add_argument("--short_steps", type=int, default=500, help="of a run of the sweep")
-    parser.add_argument("--collapse_steps", type=int, default=300, help="of a run of the collapse")
-    parser.add_argument("--test_images", type=int, default=10_000)
-    parser.add_argument("--iw_images", type=int, default=1000, help="test images for log p(x) and the short runs")
-    parser.add_argument("--iw_samples", type=int, default=200, help="K of the importance-weighted estimate")
-    parser.add_argument("--drawn", type=int, default=200, help="digits of each class to be recognised")
+    parser.add_argument("--baseline_epochs", type=PositiveInt, default=20)
+    parser.add_argument("--classifier_epochs", type=PositiveInt, default=3)
+    parser.add_argument("--short_steps", type=PositiveInt, default=500, help="of a run of the sweep")
+    parser.add_argument("--collapse_steps", type=PositiveInt, default=300, help="of a run of the collapse")
+    parser.add_argument("--test_images", type=PositiveInt, default=10_000)
+    parser.add_argument(
+        "--iw_images", type=PositiveInt, default=1000, help="test images for log p(x) and the short runs"
+    )
+    parser.add_argument("--iw_samples", type=PositiveInt, default=200, help="K of the importance-weighted estimate")
+    parser.add_argument("--drawn", type=PositiveInt, default=200, help="digits of each class to be recognised")
     arguments, options = parser.parse_known_args(argv)
     sources = [f"--data.source={arguments.train}", f"--data.validation_source={arguments.test}", "--trackers=[]"]
     arguments.options = [*sources, *options]
@@ -295,12 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in arguments.parts:
         figures[part] = run[part](arguments)
         file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"mnist: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code("mnist", main))

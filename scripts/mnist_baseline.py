@@ -9,15 +9,18 @@ methods of `sdvae.AutoencoderKL` that sdvae/evaluation/likelihood.py calls: scri
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from sdvae.data import EvaluationImages, evaluation_loader, open_source
 from sdvae.data.dataset import read_labels
+from sdvae.errors import exit_code
 from sdvae.evaluation.likelihood import bernoulli_nll, elbo, probabilities
 from sdvae.model import DiagonalGaussian
 
@@ -93,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", default="ylecun/mnist", help="whatever data.source takes")
     parser.add_argument("--test", default="ylecun/mnist")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=PositiveInt, default=20)
     parser.add_argument("--labels", action="store_true", help="give the digit to encoder and decoder")
     arguments = parser.parse_args()
     images, labels = load_digits(arguments.train, "train")
@@ -103,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("mnist_baseline", main))

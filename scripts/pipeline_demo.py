@@ -10,13 +10,16 @@ noise at all, so the picture that comes out shows what the VAE and its scaling f
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from jsonargparse.typing import PositiveInt
 from PIL import Image
 
 from sdvae import load_vae
 from sdvae.data import center_crop, open_source, read_image
+from sdvae.errors import exit_code
 
 TEXT_WIDTH = 8
 
@@ -45,7 +48,7 @@ def main() -> None:
     parser.add_argument("vae", help="folder or file of the VAE")
     parser.add_argument("output", help="PNG: photograph beside what the pipeline made of it")
     parser.add_argument("--image", help="photograph; by default scikit-image's astronaut")
-    parser.add_argument("--size", type=int, default=256, help="side of the square crop in pixels")
+    parser.add_argument("--size", type=PositiveInt, default=256, help="side of the square crop in pixels")
     arguments = parser.parse_args()
 
     if arguments.image:
@@ -85,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("pipeline_demo", main))

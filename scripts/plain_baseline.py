@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from sdvae.cli import parse_train_config
+from sdvae.errors import exit_code
 from sdvae.evaluation.metrics import image_metrics
 from sdvae.training.batches import evaluation_batches, open_sources, training_batches
 from sdvae.training.build import build_vae
@@ -72,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("plain_baseline", main))

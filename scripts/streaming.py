@@ -25,11 +25,13 @@ from typing import Any
 
 import matplotlib
 import torch
+from jsonargparse.typing import PositiveInt
 from safetensors.torch import load_file, save_file
 
 from sdvae import AutoencoderKL, InputError, load_vae, speed_up
 from sdvae.cli import parse_train_config
 from sdvae.data import open_source, read_image, to_tensor
+from sdvae.errors import exit_code
 from sdvae.evaluation.memory import with_peak_memory
 from sdvae.training.build import build_vae
 
@@ -113,7 +115,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/sd_f8c4.yaml", help="recipe whose model is measured")
     parser.add_argument("--vae", default=None, help="trained VAE to take instead; an empty string: the packaged one")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], help="sides of the image in pixels")
+    parser.add_argument(
+        "--sizes", type=PositiveInt, nargs="+", default=[512, 1024], help="sides of the image in pixels"
+    )
     parser.add_argument("--plot", default=None, help="PNG to draw the figures into")
     parser.add_argument("--skip", nargs="*", default=[], help="«NAME@SIZE» of measurements that would not fit")
     parser.add_argument("--only", nargs="*", choices=SIDES, default=[], help="measurements to make; default: all")
@@ -125,6 +129,12 @@ def main() -> None:
         print(json.dumps(measure(arguments, Path(arguments.folder))))
         return
     vae = build(arguments)
+    f = vae.spatial_compression_ratio
+    for side in arguments.sizes:
+        if side <= 0 or side % f:
+            raise InputError(f"--sizes: got {side}; need positive multiples of {f}")
+    if unknown := set(arguments.skip) - {f"{name}@{side}" for name in SIDES for side in arguments.sizes}:
+        raise InputError(f"--skip: got {', '.join(unknown)}; need NAME@SIZE, a NAME of {', '.join(SIDES)}")
     parameters = sum(p.numel() for p in vae.parameters()) / 1e6
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     print(f"decode, {parameters:.2f} M parameters, fp32, {where}, torch {torch.__version__}, {platform.machine()}\n")
@@ -134,7 +144,7 @@ def main() -> None:
         for side in arguments.sizes:
             z = photograph_latents(vae, side) if arguments.vae is not None else None
             if z is None:
-                f, generator = vae.spatial_compression_ratio, torch.Generator().manual_seed(0)
+                generator = torch.Generator().manual_seed(0)
                 z = torch.randn(1, vae.config.latent_channels, side // f, side // f, generator=generator)
             save_file({"z": z.contiguous()}, Path(folder) / f"{side}.safetensors")
             for name in SIDES:
@@ -156,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("streaming", main))

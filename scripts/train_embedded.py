@@ -25,7 +25,7 @@ from PIL import Image
 from sdvae import AutoencoderKL, load_vae, save_vae, train
 from sdvae.cli import parse_train_config
 from sdvae.data import center_crop, open_source, read_image, to_tensor
-from sdvae.errors import InputError, Stopped
+from sdvae.errors import InputError, exit_code
 from sdvae.evaluation.figures import reconstruction_grid
 from sdvae.evaluation.metrics import image_metrics
 from sdvae.evaluation.perceptual import Perceptual, load_perceptual
@@ -77,7 +77,7 @@ weights computed in fp32.
 """
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("photographs", help="folder to train on")
     parser.add_argument("--validation", help="folder to measure on; default: 200 held out of the first")
@@ -105,7 +105,6 @@ def main() -> int:
         with replacing(EMBEDDED) as folder:
             shutil.copytree(shipped, folder)
         print(f"installed in {EMBEDDED}")
-    return 0
 
 
 def recipe(arguments: argparse.Namespace, name: str, overrides: list[str]) -> TrainConfig:
@@ -172,8 +171,4 @@ def card(
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (InputError, Stopped) as error:
-        print(f"train_embedded: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 2))
+    sys.exit(exit_code("train_embedded", main))

@@ -1,6 +1,9 @@
-"""The one exception that means «your input is wrong», as opposed to «the program is»."""
+"""The exception that means «your input is wrong», as opposed to «the program is», and the exit codes."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 
 
 class InputError(ValueError):
@@ -21,3 +24,31 @@ class Stopped(Exception):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def exit_code(program: str, run: Callable[[], object]) -> int:
+    """Run a program to its end. What stops it is one line on standard error, `program: …`; a fault of ours a traceback.
+
+    Returns: 0 done, 1 a fault of the machine, 2 bad input, 130 and 143 stopped by SIGINT and SIGTERM.
+    """
+    try:
+        run()
+    except InputError as error:
+        print(f"{program}: error: {_innermost(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(f"{program}: {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _innermost(error: InputError) -> str:
+    """The message itself: torch's DataLoader wraps a worker's error in a traceback."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].removeprefix("sdvae.errors.InputError: ").removeprefix("sdvae.data.images.ImageError: ")

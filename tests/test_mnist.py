@@ -658,7 +658,7 @@ def test_the_script_fills_its_table_and_draws_its_pictures(script, digits, tmp_p
     recipe = ["--steps=2", "--batch_size=4", "--validate_every=2", "--data.num_workers=0", "--optimizer.warmup_steps=0"]
     recipe += ["--scale_images=8", "--grid_images=1", "--data.validation_count=20", "--log_every=1"]
     given = ["--output", str(tmp_path), "--train", str(digits), "--test", str(digits), "--classifier_epochs=1"]
-    assert script.main([*given, *sizes, *recipe]) == 0
+    script.main([*given, *sizes, *recipe])
     figures = json.loads((tmp_path / "figures.json").read_text())
     rows = (tmp_path / "table.md").read_text().splitlines()[2:]
     assert len(rows) == len(figures["table"]) == 5

@@ -1,6 +1,5 @@
-"""The command line: one module-level function a command, and one place where bad input becomes an exit code.
+"""The command line: one module-level function a command.
 
-Exit codes: 0 done, 1 a fault of the program or the machine, 2 bad input, 130 and 143 stopped by SIGINT and SIGTERM.
 A command imports what it needs when it runs: `sdvae train --print_config` or a misspelt option does not wait for torch.
 """
 
@@ -12,8 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from sdvae.cli.parsing import parse_train_config, suggest
-from sdvae.cli.registry import COMMANDS
-from sdvae.errors import InputError, Stopped
+from sdvae.cli.registry import COMMANDS, Command
+from sdvae.errors import InputError, exit_code
 
 from sdvae.cli import train, encode, export, look, publish  # isort: skip  # noqa: F401 - they register, in this order
 
@@ -21,36 +20,23 @@ __all__ = ["main", "parse_train_config"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Bad input is one line on standard error and exit code 2."""
+    """Run one command.
+
+    Returns: its exit code, as `exit_code` counts.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
     name, *rest = arguments
     _log_to_stderr()
-    try:
-        if name not in COMMANDS:
-            raise InputError(f"unknown command {name!r}; {suggest(name, COMMANDS) or 'see sdvae --help'}")
-        COMMANDS[name][1](rest)
-    except InputError as error:
-        print(f"sdvae: error: {_innermost(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"sdvae: error: {error}", file=sys.stderr)
-        return 1
-    except Stopped as stopped:
-        print(f"sdvae: {stopped}", file=sys.stderr)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("sdvae: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("sdvae", lambda: _command(name)(rest))
 
 
-def _innermost(error: InputError) -> str:
-    """The message itself: torch's DataLoader wraps a worker's error in a traceback."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].removeprefix("sdvae.errors.InputError: ").removeprefix("sdvae.data.images.ImageError: ")
+def _command(name: str) -> Command:
+    if name not in COMMANDS:
+        raise InputError(f"unknown command {name!r}; {suggest(name, COMMANDS) or 'see sdvae --help'}")
+    return COMMANDS[name][1]
 
 
 def _usage() -> str:

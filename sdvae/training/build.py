@@ -122,9 +122,8 @@ def lay_out(vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator) -
     Returns: the recipe, with channels_last as it is now.
     """
     vae.to(accelerator.device)
-    # four-tap upsampling, what `speed_up` has for the others, gains nothing in a step
     fast = config.fast_convolutions and accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
-    if fast and takes_winograd(vae):
+    if fast and takes_winograd(vae):  # the others would get four-tap upsampling: 1.0 to 1.09 of a step
         config = replace(config, channels_last=False)
         speed_up(vae)
     if config.channels_last:
