@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import sys
 from pathlib import Path
 
@@ -24,13 +23,13 @@ from PIL import Image
 
 from sdvae import AutoencoderKL, load_vae, save_vae, train
 from sdvae.cli import parse_train_config
-from sdvae.data import center_crop, open_source, read_image, to_tensor
+from sdvae.data import BadImages, center_crop, open_source, read_image, to_tensor
 from sdvae.errors import InputError, exit_code
 from sdvae.evaluation.figures import reconstruction_grid
-from sdvae.evaluation.metrics import image_metrics
 from sdvae.evaluation.perceptual import Perceptual, load_perceptual
 from sdvae.training.batches import evaluation_batches, open_sources
 from sdvae.training.config import TrainConfig
+from sdvae.training.validation import validate
 from sdvae.weights.files import replacing
 from sdvae.weights.load import EMBEDDED
 
@@ -119,23 +118,18 @@ def recipe(arguments: argparse.Namespace, name: str, overrides: list[str]) -> Tr
     return parse_train_config([*given, *overrides])
 
 
-@torch.inference_mode()
 def measure(shipped_weights: AutoencoderKL, config: TrainConfig) -> tuple[dict[str, float], Perceptual]:
     """Means over the validation images of the rounded weights, computed in fp32."""
-    vae = shipped_weights.float()
     settings = config.loss.perceptual
     perceptual = load_perceptual(settings.net, settings.weights, settings.heads, settings.allow_random)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    vae.to(accelerator.device)
-    perceptual.to(accelerator.device)
-    rows = []
+    vae = shipped_weights.float().to(accelerator.device)
     _, validation = open_sources(config.data, config.seed)
-    for batch in evaluation_batches(validation, config, accelerator):
-        images = batch["image"].to(accelerator.device)
-        posterior = vae.encode(images).latent_dist
-        rows += image_metrics(images, vae.decode(posterior.mode()).sample, posterior, perceptual)
+    batches = evaluation_batches(validation, config, accelerator)
+    measured = validate(vae, batches, accelerator, perceptual.to(accelerator.device), BadImages(), keep=1)
     vae.half().cpu()
-    return {name: statistics.mean(row[name] for row in rows) for name in rows[0]} | {"images": len(rows)}, perceptual
+    figures = {name: measured.metrics[name] for name in ("psnr", "ssim", "kl", perceptual.name)}
+    return figures | {"images": len(measured.per_image)}, perceptual
 
 
 @torch.inference_mode()
