@@ -3,6 +3,7 @@
     python scripts/streaming.py                                  # SD's 83.65 M parameters at 512² and 1024²
     python scripts/streaming.py --vae "" --sizes 1024 2048       # the packaged VAE
     python scripts/streaming.py --sizes 4096 --only "strips after speed_up"
+    python scripts/streaming.py --sizes 4096 --only strips --memory_bytes 2147483648     # on a GPU
 
 Each measurement runs in a process of its own, one after the other. Memory is the most that was resident (CPU) or
 allocated (CUDA) during the pass, above what was with the weights loaded. The error is the greatest difference to the
@@ -69,7 +70,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if arguments.measure.endswith("speed_up") and device == "cpu":  # Winograd's rounding adds to the error
         speed_up(vae)
     vae.decode(z[:, :, :8, :8])  # warm-up
-    if arguments.measure.startswith("strips") or arguments.measure == "diffusers, tiled":
+    if arguments.measure.startswith("strips"):
+        vae.enable_tiling(memory_bytes=arguments.memory_bytes)
+    elif arguments.measure == "diffusers, tiled":
         vae.enable_tiling()
 
     def decode() -> tuple[torch.Tensor, float]:
@@ -118,6 +121,7 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=PositiveInt, nargs="+", default=[512, 1024], help="sides of the image in pixels"
     )
+    parser.add_argument("--memory_bytes", type=PositiveInt, default=None, help="budget of the strips; default: none")
     parser.add_argument("--plot", default=None, help="PNG to draw the figures into")
     parser.add_argument("--skip", nargs="*", default=[], help="«NAME@SIZE» of measurements that would not fit")
     parser.add_argument("--only", nargs="*", choices=SIDES, default=[], help="measurements to make; default: all")
@@ -155,7 +159,8 @@ def main() -> None:
                     [*command, "--folder", folder], capture_output=True, text=True, env=os.environ, check=False
                 )
                 if finished.returncode != 0:
-                    print(f"| {name} | {side} | failed: {finished.stderr.strip().splitlines()[-1]} | | |", flush=True)
+                    said = [f"exit code {finished.returncode}", *finished.stderr.split("\n")]  # killed, it says nothing
+                    print(f"| {name} | {side} | failed: {[line for line in said if line][-1]} | | |", flush=True)
                     continue
                 row = {"name": name, "side": side, **json.loads(finished.stdout.splitlines()[-1])}
                 rows.append(row)

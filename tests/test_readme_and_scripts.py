@@ -154,7 +154,7 @@ def test_the_streaming_script_measures_and_draws(tmp_path):
     save_file({"z": z.contiguous()}, tmp_path / "256.safetensors")
     rows = []
     for name in streaming.SIDES:
-        arguments = argparse.Namespace(vae="", config=None, side=256, measure=name)
+        arguments = argparse.Namespace(vae="", config=None, side=256, measure=name, memory_bytes=None)
         rows.append({"name": name, "side": 256, **streaming.measure(arguments, tmp_path)})
     errors = {row["name"]: row["error"] for row in rows}
     assert errors["whole image"] == 0
