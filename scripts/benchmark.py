@@ -123,7 +123,11 @@ def undo_in_place(vae: AutoencoderKL) -> None:
 # Without Winograd, a VAE's upsamplers take four taps.
 Rewrites = dict[str, tuple[Callable[[AutoencoderKL], object], Sequence[str]]]
 IN_PLACE: Rewrites = {"activations and sums in place": (undo_in_place, BOTH)}
-WITH_WINOGRAD: Rewrites = {"Winograd convolutions": (undo_class(FastConv3x3), BOTH), **IN_PLACE}
+WITH_WINOGRAD: Rewrites = {
+    "Winograd convolutions": (undo_class(FastConv3x3), BOTH),
+    "batches image by image": (AutoencoderKL.disable_slicing, BOTH),
+    **IN_PLACE,
+}
 WITHOUT_WINOGRAD: Rewrites = {
     "channels_last": (partial(nn.Module.to, memory_format=torch.contiguous_format), BOTH),
     "four-tap upsampling": (undo_class(FastUpsample), ("decode",)),

@@ -159,6 +159,7 @@ def test_a_narrow_vae_takes_channels_last_and_a_wide_one_does_not(monkeypatch):
         classes = {type(module) for module in vae.modules()}
         assert fast.FastUpsample in classes
         assert (fast.FastConv3x3 in classes) is not last
+        assert vae.use_slicing is not last
         weight = vae.decoder.mid_block.resnets[0].conv1.weight
         assert weight.is_contiguous(memory_format=torch.channels_last) is last
     with torch.no_grad():

@@ -166,6 +166,18 @@ def test_slicing_changes_nothing():
     torch.testing.assert_close(sliced, whole, rtol=1e-4, atol=5e-5)
 
 
+def test_slices_are_for_inference_only():
+    vae, _ = pair(config())
+    batches: list[int] = []
+    vae.encoder.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0].shape[0]))
+    vae.enable_slicing()
+    x = torch.rand(3, 3, 32, 32) * 2 - 1
+    vae.encode(x)
+    with torch.no_grad():
+        vae.encode(x)
+    assert batches == [3, 1, 1, 1]
+
+
 def test_to_diffusers_is_the_stock_class_with_equal_independent_weights():
     vae, _ = pair(config(scaling_factor=0.5, shift_factor=0.1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4))
     vae = vae.to(torch.bfloat16)

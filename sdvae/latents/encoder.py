@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sdvae.device import accelerator_type
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
-from sdvae.model.fast import speed_up, takes_winograd
+from sdvae.model.fast import speed_up
 from sdvae.model.precision import DTYPES, resolve_precision
 
 
@@ -89,7 +89,6 @@ def _laid_out(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> A
     nn.Module.to(copied, device, dtype)  # diffusers' own wants to speak of the dtype
     if device.type == "cpu" and dtype == torch.float32:
         speed_up(copied)
-        copied.use_slicing = takes_winograd(copied)  # Winograd's kernels take one image at a time
     else:
         nn.Module.to(copied, memory_format=torch.channels_last)
     return copied

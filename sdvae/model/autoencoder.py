@@ -251,8 +251,8 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
         return Streamed(budget, self.config.norm_num_groups)
 
     def _sliced(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`function` over the whole batch, or image by image when slicing is on (less memory)."""
-        if self.use_slicing and x.shape[0] > 1:
+        """`function` over the whole batch, or image by image, when slicing is on and gradients are off: less memory."""
+        if self.use_slicing and x.shape[0] > 1 and not torch.is_grad_enabled():
             return torch.cat([function(image) for image in x.split(1)])
         return function(x)
 
