@@ -107,8 +107,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes[0].plot(sides, [row["bytes"] / 2**30 for row in mine], "o-", label=name)
         axes[1].plot(sides, [row["seconds"] for row in mine], "o-", label=name)
     for axis, label in zip(axes, ("peak memory above the weights, GiB", "seconds"), strict=True):
-        axis.set(xlabel="side of the image, pixels", ylabel=label, ylim=(0, None))
-        axis.set_xticks(sorted({row["side"] for row in rows}))
+        axis.set(xlabel="side of the image, pixels", ylabel=label, xscale="log", yscale="log")
+        sides = sorted({row["side"] for row in rows})
+        axis.set_xticks(sides, [str(side) for side in sides], minor=False)
+        axis.xaxis.minorticks_off()
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=110)
