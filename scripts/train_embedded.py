@@ -126,7 +126,8 @@ def measure(shipped_weights: AutoencoderKL, config: TrainConfig) -> tuple[dict[s
     vae = shipped_weights.float().to(accelerator.device)
     _, validation = open_sources(config.data, config.seed)
     batches = evaluation_batches(validation, config, accelerator)
-    measured = validate(vae, batches, accelerator, perceptual.to(accelerator.device), BadImages(), keep=1)
+    perceptual.to(accelerator.device)
+    measured = validate(vae, batches, accelerator, perceptual, BadImages(), keep=1, full_precision=True)
     vae.half().cpu()
     figures = {name: measured.metrics[name] for name in ("psnr", "ssim", "kl", perceptual.name)}
     return figures | {"images": len(measured.per_image)}, perceptual

@@ -201,7 +201,7 @@ def measure(vae: AutoencoderKL, data: str, count: int, resolution: int) -> Valid
     accelerator = Accelerator(cpu=accelerator_type() is None)
     copied = copy.deepcopy(vae)
     nn.Module.to(copied, accelerator.device, torch.float32)  # diffusers' own wants to speak of the dtype
-    return validate(copied, loader, accelerator, None, BadImages(), keep=GRID_IMAGES)
+    return validate(copied, loader, accelerator, None, BadImages(), keep=GRID_IMAGES, full_precision=True)
 
 
 def _open(vae: AutoencoderKL | str | Path, subfolder: str | None) -> tuple[AutoencoderKL, Path | None, str | None]:

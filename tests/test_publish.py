@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -152,6 +153,13 @@ def test_figures_and_grid_are_measured_on_data(hub, vae, tmp_path):
     assert "Means over 3 images of `skimage` at 64x64 pixels" in card
     assert load_vae(folder).dtype == torch.float16, "measuring in fp32 changes nothing of what is uploaded"
     assert Image.open(folder / "reconstructions.png").height > 3 * 64
+
+
+def test_figures_are_of_fp32_after_a_training_in_bf16(vae, monkeypatch):
+    wanted = publish_module.measure(vae, "skimage", 2, 64)
+    half = lambda self: torch.autocast("cpu", dtype=torch.bfloat16)  # noqa: E731
+    monkeypatch.setattr(Accelerator, "autocast", half)  # accelerate shares its precision over a process
+    assert publish_module.measure(vae, "skimage", 2, 64).metrics == wanted.metrics
 
 
 def test_what_programs_load_is_written_for_them_and_named(hub, vae, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,8 @@ def validate(
     bad_images: BadImages,
     keep: int,
     bernoulli_seed: int | None = None,
+    *,
+    full_precision: bool = False,
 ) -> ValidationResult:
     """Reconstruct each process's share of the images from the posterior's mode, and merge the figures.
 
@@ -53,16 +56,19 @@ def validate(
         keep: how many images, from the first on, come back as tensors.
         bernoulli_seed: given for a VAE whose output is logits: then `nelbo`, `distortion` and `rate` are measured too,
             in nats an image, with one posterior sample keyed on this seed and the image.
+        full_precision: without the accelerator's autocast, which one that was made for training in this process
+            hands on to all later ones.
 
     Raises: InputError when no image can be read, or when a figure is not finite.
     """
     health = LatentHealth(vae.config.latent_channels)
     rows: list[dict[str, Any]] = []
     kept: list[tuple[int, Tensor, Tensor]] = []
+    autocast = nullcontext if full_precision else accelerator.autocast
     for batch in readable(batches, bad_images):
         images = batch["image"].to(accelerator.device)
         labels = batch["label"].to(accelerator.device) if "label" in batch else None
-        with accelerator.autocast():
+        with autocast():
             posterior = encode_padded(vae, images, labels)
             reconstruction = decode_cropped(vae, posterior.mode(), images, labels)
         health.update(posterior)
@@ -70,7 +76,7 @@ def validate(
         if bernoulli_seed is not None:
             reconstruction = pictures(reconstruction)
             seeds = [sample_seed(bernoulli_seed, 0, index, "validation") for index in batch["index"]]
-            with accelerator.autocast():
+            with autocast():
                 z = posterior.sample(posterior_generators(torch.tensor(seeds)))
                 distortion = bernoulli_nll(images, decode_cropped(vae, z, images, labels))
             for row, d, r in zip(figures, distortion.tolist(), posterior.kl().tolist(), strict=True):
