@@ -57,11 +57,11 @@ def speed_up(vae: AutoencoderKL) -> None:
     """Make `vae` faster on a CPU, in place. Weights, state-dict names and, to rounding, the function stay.
 
     A VAE that `takes_winograd` (SD's does on AVX2) gets Winograd's convolutions, for maps where `winograd_pays` or
-    `weight_gradient_pays`, and slicing: without gradients, a batch goes through image by image, as those kernels do.
-    Any other gets the channels-last layout, in which its results come back too. Upsamplers that do not take Winograd
-    take four taps; under `enable_tiling` they are as they were. Layers get a subclass of their own
-    class, so deep copies, DDP and gradient checkpointing work as before, and go the ordinary way for other dtypes, on
-    other devices and under autocast.
+    `weight_gradient_pays`, and slicing: without gradients, a batch goes through image by image, as those kernels do
+    (`disable_slicing` takes that back). Any other gets the channels-last layout, in which its results come back too.
+    Upsamplers that do not take Winograd take four taps; under `enable_tiling` they are as they were. Layers get a
+    subclass of their own class, so deep copies, DDP and gradient checkpointing work as before, and go the ordinary way
+    for other dtypes, on other devices and under autocast.
 
     What it is worth: docs/speed.md. The custom gradients are differentiable once.
     """
