@@ -9,26 +9,31 @@ from the papers: fp32 as loaded, the loss as one sum, the adaptive weight by two
 comes. On a GPU our side runs as `mixed_precision: auto` would, in bf16, and so does the loop, under autocast.
 
 Each row alternates the two sides, A B A B …, and gives the median of the pairwise ratios, which a drifting machine
-moves less than the times themselves.
+moves less than the times themselves. diffusers' side runs in a process of its own: ours keeps the memory that it frees
+(sdvae/allocator.py), and the other's allocator is to be as glibc has it.
 
 --parts chooses: «passes», encode and decode, ours after `speed_up` on a CPU, against diffusers' class as
 `from_pretrained` gives it (fp32, contiguous layout) and with channels last; «rewrites» (on a CPU), what each of this
-package's rewrites is worth: the model with all of them against the model without that one; «peak», the decoder's
-share of what matrix products reach here; «training». `--dtype bf16` adds rows in which both sides, or ours alone,
-compute in bf16; `--compile`, rows against diffusers' class under torch.compile.
+package's rewrites is worth: the model with all of them against the model without that one, and what it is worth to
+keep freed memory, against a process that does not; «peak», the decoder's share of what matrix products reach here;
+«training». `--dtype bf16` adds rows in which both sides, or ours alone, compute in bf16; `--compile`, rows against
+diffusers' class under torch.compile.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 
 import diffusers
 import torch
@@ -37,7 +42,7 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdvae import AutoencoderKL, speed_up
+from sdvae import AutoencoderKL, keep_freed_memory, speed_up
 from sdvae.cli import parse_train_config
 from sdvae.errors import exit_code
 from sdvae.evaluation.perceptual import Perceptual, load_perceptual
@@ -55,6 +60,7 @@ HEAD = "| | {} (s) | {} (s) | speed-up, median | range |\n|---|---|---|---|---|"
 
 
 def seconds(function: Callable[[], object]) -> float:
+    time.sleep(0.1)  # until the other process's threads are at rest
     start = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -62,43 +68,87 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> str:
+Timer = Callable[[], float]  # seconds of one pass or step
+
+
+def warmed(call: Callable[[], object]) -> Timer:
+    call()
+    return partial(seconds, call)
+
+
+def compare(name: str, ours: Timer, theirs: Timer, repeats: int) -> None:
     """One row of the table: median seconds of each side, median of theirs/ours pair by pair, and its range."""
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
+    pairs = [(ours(), theirs()) for _ in range(repeats)]
     ratios = sorted(b / a for a, b in pairs)
     a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
     spread = f"{ratios[0]:.2f} – {ratios[-1]:.2f}"
-    return f"| {name} | {a:.3f} | {b:.3f} | {statistics.median(ratios):.2f} | {spread} |"
+    print(f"| {name} | {a:.3f} | {b:.3f} | {statistics.median(ratios):.2f} | {spread} |", flush=True)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the `Peer`: a pass of diffusers' class in a dtype, layout and mode, or a training step.
+
+    Attributes:
+        what: «encode», «decode» or «training».
+        ours: this package's class after `speed_up` instead, as it is without the memory that it keeps.
+    """
+
+    what: str
+    ours: bool = False
+    dtype: str = "fp32"
+    channels_last: bool = False
+    compiled: bool = False
+    gan_weight: float = 0.0
+
+
+class Peer:
+    """The other side, in a process that builds the same weights and images from the same arguments."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, __file__, *sys.argv[1:], "--answer"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()  # it is built, and leaves the processor to our side
+
+    def timer(self, request: Request) -> Timer:
+        self._ask(request)  # warms up
+        return partial(self._ask, request)
+
+    def _ask(self, request: Request) -> float:
+        assert self._process.stdin is not None
+        print(json.dumps(asdict(request)), file=self._process.stdin, flush=True)
+        return self._read()
+
+    def _read(self) -> float:
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise OSError(f"the other side ended with exit code {self._process.wait()}")
+        return float(answer)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def answer(build: Callable[[Request], Callable[[], object]]) -> None:
+    """The other end of a `Peer`: a line of seconds for each line that asks."""
+    asked, call = None, None
+    replies, sys.stdout = sys.stdout, sys.stderr  # where libraries print what they download
+    print(0.0, file=replies, flush=True)  # ready
+    for line in sys.stdin:
+        if line != asked:
+            call = None  # its memory first
+            asked, call = line, build(Request(**json.loads(line)))
+        assert call is not None
+        print(seconds(call), file=replies, flush=True)
 
 
 @torch.no_grad()
-def compare_passes(
-    label: str,
-    ours: AutoencoderKL,
-    stock: nn.Module,
-    x: Tensor,
-    repeats: int,
-    passes: Sequence[str] = BOTH,
-    *,
-    eager: bool = True,
-) -> None:
-    """Rows for encode and decode, each side in its own dtype."""
-    z = stock.encode(x.to(stock.dtype)).latent_dist.mode()
-    error = float((ours.encode(x.to(ours.dtype)).latent_dist.mode() - z).abs().max() / z.std())
-    rounding = 4e3 * torch.finfo(ours.dtype).eps
-    assert error < rounding, f"the two sides do not compute the same: they differ by {error} std"
-    for name in passes:
-        argument = x if name == "encode" else z
-        corner = max(1, z.shape[3] // 4) * (argument.shape[3] // z.shape[3])
-        sides = []
-        for model in (ours, stock):
-            call, typed = getattr(model, name), argument.to(model.dtype)
-            if eager and x.device.type == "cpu":
-                call(typed[:, :, :corner, :corner])  # warm-up on a corner: at 1024² a pass takes a minute
-            else:
-                call(typed)  # kernels are chosen or compiled for this size
-            sides.append(partial(call, typed))
-        print(compare(f"{name}, {label}", *sides, repeats), flush=True)
+def one_pass(model: nn.Module, what: str, images: Tensor) -> Callable[[], object]:
+    """encode(images), or decode of their latents, in the model's dtype."""
+    x = images.to(model.dtype)
+    argument = x if what == "encode" else model.encode(x).latent_dist.mode()
+    return torch.no_grad()(partial(getattr(model, what), argument))
 
 
 def undo_class(fast: type[nn.Module]) -> Callable[[AutoencoderKL], None]:
@@ -135,14 +185,29 @@ WITHOUT_WINOGRAD: Rewrites = {
 }
 
 
-def compare_rewrites(vae: AutoencoderKL, x: Tensor, repeats: int) -> None:
+def compare_rewrites(vae: AutoencoderKL, images: Tensor, peer: Peer, repeats: int) -> None:
     """Rows for encode and decode: without one rewrite against with all of them."""
     whole = copy.deepcopy(vae).to(memory_format=torch.contiguous_format).eval()
     speed_up(whole)
     for name, (undo, passes) in (WITH_WINOGRAD if takes_winograd(vae) else WITHOUT_WINOGRAD).items():
         without = copy.deepcopy(whole)
         undo(without)
-        compare_passes(name, whole, without, x, repeats, passes)
+        assert_same(whole, without, images)
+        for what in passes:
+            sides = (warmed(one_pass(model, what, images)) for model in (whole, without))
+            compare(f"{what}, {name}", *sides, repeats)
+    for what in BOTH:
+        sides = warmed(one_pass(whole, what, images)), peer.timer(Request(what, ours=True))
+        compare(f"{what}, freed memory kept", *sides, repeats)
+
+
+@torch.no_grad()
+def assert_same(ours: nn.Module, theirs: nn.Module, images: Tensor) -> None:
+    corner = images[:1, :, :64, :64]
+    wanted = theirs.encode(corner.to(theirs.dtype)).latent_dist.mode()
+    error = float((ours.encode(corner.to(ours.dtype)).latent_dist.mode() - wanted).abs().max() / wanted.std())
+    rounding = 4e3 * torch.finfo(ours.dtype).eps
+    assert error < rounding, f"the two sides do not compute the same: they differ by {error} std"
 
 
 @torch.no_grad()
@@ -240,6 +305,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of encode and decode, beside fp32")
     parser.add_argument("--compile", action="store_true", help="rows against diffusers' class under torch.compile too")
+    parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)  # be the Peer
     parser.add_argument("--gemm", type=PositiveInt, default=2048, help="side of the matrices whose product is the peak")
     arguments = parser.parse_args()
 
@@ -249,79 +315,107 @@ def main() -> None:
     config = parse_train_config(["--config", arguments.config])
     vae = build_vae(config.model).to(device)
     images = torch.rand(arguments.batch, vae.config.in_channels, arguments.size, arguments.size, device=device) * 2 - 1
+
+    @cache
+    def perceptual() -> Perceptual:
+        net = config.loss.perceptual.net
+        return load_perceptual(net, arguments.perceptual, "uniform", allow_random=True).to(device)
+
+    if arguments.answer:
+        answer(lambda request: other_side(request, vae, images, config, accelerator, perceptual))
+        return
     parameters = sum(p.numel() for p in vae.parameters()) / 1e6
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     print(
         f"{arguments.config}: {parameters:.2f} M parameters, batch {arguments.batch}, {arguments.size}², fp32, "
         f"{where}, torch {torch.__version__}, diffusers {diffusers.__version__}, {platform.machine()}\n"
     )
-    if "passes" in arguments.parts:
-        print(HEAD.format("ours", "diffusers"))
-        passes(vae, images, DTYPES[arguments.dtype], arguments.repeats, compiled=arguments.compile)
-    if "rewrites" in arguments.parts and device == "cpu":
-        print("\n" + HEAD.format("with all", "without this one"))
-        compare_rewrites(vae, images, arguments.repeats)
+    repeats = arguments.repeats
+    with closing(Peer()) as peer:
+        if "passes" in arguments.parts:
+            print(HEAD.format("ours", "diffusers"))
+            compare_passes(vae, images, arguments.dtype, peer, repeats, compiled=arguments.compile)
+        if "training" in arguments.parts:
+            print("\n" + HEAD.format("ours", "diffusers"))
+            compare_training(vae, images, config, accelerator, perceptual(), peer, repeats)
+        if "rewrites" in arguments.parts and device == "cpu":
+            print("\n" + HEAD.format("with all", "without this one"))
+            compare_rewrites(vae, images, peer, repeats)
     if "peak" in arguments.parts:
         x = images.to(DTYPES[arguments.dtype])
-        print("\n" + peak_line(nn.Module.to(copy.deepcopy(vae), x.dtype).eval(), x, arguments.gemm, arguments.repeats))
-    if "training" in arguments.parts:
-        print("\n" + HEAD.format("ours", "diffusers"))
-        net = config.loss.perceptual.net
-        perceptual = load_perceptual(net, arguments.perceptual, "uniform", allow_random=True).to(device)
-        training(vae, config, accelerator, perceptual, images, arguments.repeats)
+        print("\n" + peak_line(nn.Module.to(copy.deepcopy(vae), x.dtype).eval(), x, arguments.gemm, repeats))
 
 
-def passes(vae: AutoencoderKL, images: Tensor, dtype: torch.dtype, repeats: int, *, compiled: bool) -> None:
-    stock = vae.to_diffusers().to(memory_format=torch.contiguous_format).eval()
+def compare_passes(vae: AutoencoderKL, images: Tensor, dtype: str, peer: Peer, repeats: int, *, compiled: bool) -> None:
+    """Rows for encode and decode."""
+
+    def rows(label: str, ours: AutoencoderKL, stock: Request) -> None:
+        for what in BOTH:
+            sides = warmed(one_pass(ours, what, images)), peer.timer(replace(stock, what=what))
+            compare(f"{what}, {label}", *sides, repeats)
+
+    stock, last = Request("encode"), Request("encode", channels_last=True)
     ours = copy.deepcopy(vae).to(memory_format=torch.contiguous_format).eval()
     if images.device.type == "cpu":
         speed_up(ours)
-    compare_passes("against as loaded", ours, stock, images, repeats)
+    assert_same(ours, vae.to_diffusers().eval(), images)
+    rows("against as loaded", ours, stock)
     if images.device.type != "cpu":
         nn.Module.to(ours, memory_format=torch.channels_last)
-    compare_passes("against channels_last", ours, stock.to(memory_format=torch.channels_last), images, repeats)
+    rows("against channels_last", ours, last)
     if compiled:
-        compare_passes("against channels_last, compiled", ours, compile_parts(stock), images, repeats, eager=False)
-    if dtype != torch.float32:
+        rows("against channels_last, compiled", ours, replace(last, compiled=True))
+    if dtype != "fp32":
         ours = copy.deepcopy(vae).eval()
-        nn.Module.to(ours, dtype=dtype, memory_format=torch.channels_last)  # diffusers' own speaks of the dtype
-        same = ours.to_diffusers().to(memory_format=torch.channels_last).eval()
-        name = str(dtype).removeprefix("torch.")
-        compare_passes(f"both in {name}, channels_last", ours, same, images, repeats)
+        nn.Module.to(ours, dtype=DTYPES[dtype], memory_format=torch.channels_last)
+        same = replace(last, dtype=dtype)
+        rows(f"both in {dtype}, channels_last", ours, same)
         if compiled:
-            label = f"both in {name}, channels_last, against compiled"
-            compare_passes(label, ours, compile_parts(same), images, repeats, eager=False)
-        stock = vae.to_diffusers().to(memory_format=torch.contiguous_format).eval()
-        compare_passes(f"{name}, channels_last, against as loaded", ours, stock, images, repeats)
+            rows(f"both in {dtype}, channels_last, against compiled", ours, replace(same, compiled=True))
+        rows(f"{dtype}, channels_last, against as loaded", ours, stock)
 
 
-def compile_parts(vae: nn.Module) -> nn.Module:
-    """torch.compile, in place, of what encode and decode spend their time in."""
-    vae.encoder.compile()
-    vae.decoder.compile()
-    return vae
-
-
-def training(
+def compare_training(
     vae: AutoencoderKL,
+    images: Tensor,
     config: TrainConfig,
     accelerator: Accelerator,
     perceptual: Perceptual,
-    images: Tensor,
+    peer: Peer,
     repeats: int,
 ) -> None:
     for label, weight in (("L1 + LPIPS + KL", 0.0), ("with the PatchGAN", 0.5)):
-        gan = replace(config.loss.discriminator, weight=weight, start_step=0)
-        recipe = replace(config, gradient_accumulation_steps=1, loss=replace(config.loss, discriminator=gan))
-        stock = vae.to_diffusers().to(memory_format=torch.contiguous_format)
-        ours = copy.deepcopy(vae).to(memory_format=torch.contiguous_format)
-        sides = (
-            our_step(ours, recipe, accelerator, perceptual, images),
-            plain_step(stock, recipe, accelerator, perceptual, images),
-        )
-        for step in sides:
-            step()  # warm-up
-        print(compare(f"training step, {label}", *sides, repeats), flush=True)
+        ours = our_step(copy.deepcopy(vae), with_gan(config, weight), accelerator, perceptual, images)
+        theirs = peer.timer(Request("training", gan_weight=weight))
+        compare(f"training step, {label}", warmed(ours), theirs, repeats)
+
+
+def other_side(
+    request: Request,
+    vae: AutoencoderKL,
+    images: Tensor,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    perceptual: Callable[[], Perceptual],
+) -> Callable[[], object]:
+    if request.ours:
+        ours = copy.deepcopy(vae).eval()
+        speed_up(ours)
+        keep_freed_memory(False)
+        return one_pass(ours, request.what, images)
+    model, layout = vae.to_diffusers(), torch.channels_last if request.channels_last else torch.contiguous_format
+    nn.Module.to(model, dtype=DTYPES[request.dtype], memory_format=layout)  # diffusers' own speaks of the dtype
+    if request.what == "training":
+        return plain_step(model, with_gan(config, request.gan_weight), accelerator, perceptual(), images)
+    if request.compiled:
+        model.encoder.compile()
+        model.decoder.compile()
+    return one_pass(model.eval(), request.what, images)
+
+
+def with_gan(config: TrainConfig, weight: float) -> TrainConfig:
+    gan = replace(config.loss.discriminator, weight=weight, start_step=0)
+    return replace(config, gradient_accumulation_steps=1, loss=replace(config.loss, discriminator=gan))
 
 
 if __name__ == "__main__":

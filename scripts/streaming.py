@@ -36,7 +36,8 @@ from sdvae.errors import exit_code
 from sdvae.evaluation.memory import with_peak_memory
 from sdvae.training.build import build_vae
 
-SIDES = ("whole image", "strips", "strips after speed_up", "diffusers, whole", "diffusers, tiled")
+SIDES = ("whole image", "whole after speed_up", "strips", "strips after speed_up")
+SIDES += ("diffusers, whole", "diffusers, tiled")
 
 
 def build(arguments: argparse.Namespace) -> AutoencoderKL:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from sdvae.allocator import keep_freed_memory
     from sdvae.errors import InputError
     from sdvae.latents.config import EncodeConfig
     from sdvae.latents.dataset import LatentDataset
@@ -29,6 +30,7 @@ _HOMES = {
     "crop_to": "sdvae.model",
     "encode": "sdvae.latents.encode",
     "export_targets": "sdvae.weights",
+    "keep_freed_memory": "sdvae.allocator",
     "load_vae": "sdvae.weights",
     "pad_to_multiple": "sdvae.model",
     "save_ldm": "sdvae.weights",
@@ -43,6 +45,7 @@ __all__ = [  # noqa: RUF022 - the order of a table of contents
     "pad_to_multiple",
     "crop_to",
     "speed_up",
+    "keep_freed_memory",
     "load_vae",
     "save_vae",
     "save_ldm",

@@ -24,11 +24,12 @@ from tests.processes import launch, run_script
 ROOT = Path(__file__).parents[1]
 # of scripts/benchmark.py
 LAYOUTS = ("against as loaded", "against channels_last")
-LAYOUTS += ("both in bfloat16, channels_last", "bfloat16, channels_last, against as loaded")
+LAYOUTS += ("both in bf16, channels_last", "bf16, channels_last, against as loaded")
 REWRITES = {  # of a narrow VAE
     "channels_last": ("encode", "decode"),
     "four-tap upsampling": ("decode",),
     "activations and sums in place": ("encode", "decode"),
+    "freed memory kept": ("encode", "decode"),
 }
 
 
@@ -125,8 +126,8 @@ def test_the_benchmark_prints_a_ratio_for_each_row(script):
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ") and "| |" not in line]
     assert [row[0].strip() for row in rows] == [
         *(f"{what}, {label}" for label in LAYOUTS for what in ("encode", "decode")),
-        *(f"{what}, {label}" for label, passes in REWRITES.items() for what in passes),
         *(f"training step, {losses}" for losses in ("L1 + LPIPS + KL", "with the PatchGAN")),
+        *(f"{what}, {label}" for label, passes in REWRITES.items() for what in passes),
     ]
     assert int(re.search(r"; share (\d+)%", printed)[1]) > 0
     for row in rows:
@@ -159,7 +160,7 @@ def test_the_streaming_script_measures_and_draws(tmp_path):
     errors = {row["name"]: row["error"] for row in rows}
     assert errors["whole image"] == 0
     assert errors["strips"] <= 1e-4
-    assert errors["strips after speed_up"] <= 1e-3
+    assert max(errors["strips after speed_up"], errors["whole after speed_up"]) <= 1e-3
     assert all(row["seconds"] > 0 for row in rows)
     streaming.draw(rows, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:

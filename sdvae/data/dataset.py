@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sdvae.allocator import keep_freed_memory
 from sdvae.data.images import ImageError, center_crop, color_jitter, random_crop, read_image, to_tensor
 from sdvae.data.order import SampleKey, ShardedBatches, sample_seed
 from sdvae.data.readers import utf8
@@ -336,7 +337,7 @@ def training_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,  # what a worker has cached outlives an iteration
         prefetch_factor=4 if num_workers > 0 else None,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=_start_worker,
     )
 
 
@@ -351,13 +352,13 @@ def evaluation_loader(
         num_workers=num_workers,
         collate_fn=collate_evaluation,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=_start_worker,
     )
 
 
-def _leave_signals_to_parent(worker_id: int) -> None:
-    """Ctrl-C goes to a whole process group; out of the parent's, a worker lives on for it to finish its step."""
-    os.setpgrp()
+def _start_worker(worker_id: int) -> None:
+    os.setpgrp()  # Ctrl-C goes to a process group; out of the parent's, a worker lives on for it to finish its step
+    keep_freed_memory(False)  # images differ in size, and workers are many
 
 
 def _min_side(min_side: int | None, resolution: int) -> int:

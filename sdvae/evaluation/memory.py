@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from sdvae.allocator import give_back
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 
@@ -32,9 +33,7 @@ def with_peak_memory(compute: Callable[[], Result], device: torch.device) -> tup
         return result, torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu" or not os.access(CLEAR, os.W_OK):
         return compute(), None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+    give_back()
     before = _resident("VmRSS")
     CLEAR.write_text("5")  # forgets the peak: proc(5)
     result = compute()

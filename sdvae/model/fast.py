@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sdvae.allocator import keep_freed_memory
 from sdvae.model import AutoencoderKL
 from sdvae.model.blocks import Upsample
 
@@ -61,7 +62,8 @@ def speed_up(vae: AutoencoderKL) -> None:
     (`disable_slicing` takes that back). Any other gets the channels-last layout, in which its results come back too.
     Upsamplers that do not take Winograd take four taps; under `enable_tiling` they are as they were. Layers get a
     subclass of their own class, so deep copies, DDP and gradient checkpointing work as before, and go the ordinary way
-    for other dtypes, on other devices and under autocast.
+    for other dtypes, on other devices and under autocast. And the process keeps the memory it frees
+    (`keep_freed_memory(False)` takes that back).
 
     What it is worth: docs/speed.md. The custom gradients are differentiable once.
     """
@@ -74,6 +76,7 @@ def speed_up(vae: AutoencoderKL) -> None:
             module.__class__ = FastUpsample
         elif winograd and type(module) is nn.Conv2d and _is_plain_3x3(module):
             module.__class__ = FastConv3x3
+    keep_freed_memory()
 
 
 def takes_winograd(vae: AutoencoderKL) -> bool:

@@ -16,8 +16,6 @@ fit, in the host's memory. At 1024² SD's decoder keeps 1 GiB in fp32, where the
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdvae.allocator import give_back
 from sdvae.errors import InputError
 from sdvae.model.blocks import DownBlock, MidBlock, ResnetBlock, SelfAttention, UpBlock, activated
 from sdvae.model.posterior import at_least_fp32
@@ -125,14 +124,6 @@ def has_hooks(vae: nn.Module) -> bool:
         for module in vae.modules()
         if module is not vae
     )
-
-
-def give_back() -> None:
-    """Return freed memory to the system. glibc keeps what lies between blocks in use, and strips leave many gaps."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl has none
-        if trim is not None:
-            trim(0)
 
 
 class Rows:
