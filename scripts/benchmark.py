@@ -6,7 +6,8 @@
 The training rows compare our step (sdvae/training/step.py) with a straightforward loop over diffusers' class that has
 the same losses: L1 + LPIPS + KL, and with them the PatchGAN with LDM's adaptive weight. That loop is what one writes
 from the papers: fp32 as loaded, the loss as one sum, the adaptive weight by two more backward passes, AdamW as it
-comes. On a GPU our side runs as `mixed_precision: auto` would, in bf16, and so does the loop, under autocast.
+comes. Our side has the recipe's `mixed_precision`, or `--mixed_precision`; where that is bf16, there are rows against
+the loop under autocast too.
 
 Each row alternates the two sides, A B A B …, and gives the median of the pairwise ratios, which a drifting machine
 moves less than the times themselves. diffusers' side runs in a process of its own: ours keeps the memory that it frees
@@ -55,6 +56,7 @@ from sdvae.training.players import Players
 from sdvae.training.step import train_step
 
 BOTH = ("encode", "decode")
+PRODUCTS = 10  # in a row, as a pass has its convolutions
 PARTS = ("passes", "rewrites", "peak", "training")
 HEAD = "| | {} (s) | {} (s) | speed-up, median | range |\n|---|---|---|---|---|"
 
@@ -92,6 +94,7 @@ class Request:
     Attributes:
         what: «encode», «decode» or «training».
         ours: this package's class after `speed_up` instead, as it is without the memory that it keeps.
+        autocast: the training loop under autocast to bf16.
     """
 
     what: str
@@ -100,6 +103,7 @@ class Request:
     channels_last: bool = False
     compiled: bool = False
     gan_weight: float = 0.0
+    autocast: bool = False
 
 
 class Peer:
@@ -212,24 +216,29 @@ def assert_same(ours: nn.Module, theirs: nn.Module, images: Tensor) -> None:
 
 @torch.no_grad()
 def peak_line(vae: AutoencoderKL, x: Tensor, side: int, repeats: int) -> str:
-    """The decoder's direct FLOPs over its time, beside those of a product of two (side, side) matrices in its dtype."""
+    """The decoder's direct FLOPs over its time, beside those of products of (side, side) matrices in its dtype."""
     stock = vae.to_diffusers().eval()
     z = stock.encode(x).latent_dist.mode()
     counter = FlopCounterMode(display=False)
     with counter:
         stock.decode(z)
     flops = counter.get_total_flops()
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if x.device.type == "cpu":
         speed_up(vae)
     a, b = torch.randn(2, side, side, dtype=x.dtype, device=x.device)
-    decode, product = partial(vae.decode, z), partial(torch.matmul, a, b)
-    decode(), product()
-    pairs = [(seconds(decode), seconds(product)) for _ in range(repeats)]
+
+    def products() -> None:
+        for _ in range(PRODUCTS):
+            torch.matmul(a, b)
+
+    decode = partial(vae.decode, z)
+    decode(), products()
+    pairs = [(seconds(decode), seconds(products)) for _ in range(repeats)]
     decoder, gemm = (statistics.median(times) for times in zip(*pairs, strict=True))
-    reached, peak = flops / decoder / 1e9, 2 * side**3 / gemm / 1e9
+    reached, peak = flops / decoder / 1e9, PRODUCTS * 2 * side**3 / gemm / 1e9
     return (
         f"decoder: {flops / 1e9:.0f} GFLOP of direct convolutions and products in {decoder:.3f} s, {reached:.0f} "
-        f"GFLOP/s; a product of {side}x{side} matrices: {peak:.0f} GFLOP/s; share {reached / peak:.0%}"
+        f"GFLOP/s; products of {side}x{side} matrices: {peak:.0f} GFLOP/s; share {reached / peak:.0%}"
     )
 
 
@@ -254,10 +263,11 @@ def our_step(
 
 
 def plain_step(
-    vae: nn.Module, config: TrainConfig, accelerator: Accelerator, perceptual: Perceptual, images: Tensor
+    vae: nn.Module, config: TrainConfig, perceptual: Perceptual, images: Tensor, *, autocast: bool
 ) -> Callable[[], None]:
     """The same losses over diffusers' class, as one writes them down."""
     vae.train()
+    half = partial(torch.autocast, images.device.type, dtype=torch.bfloat16, enabled=autocast)
     gan = config.loss.discriminator
     lpips = perceptual.network
     vae_optimizer = torch.optim.AdamW(vae.parameters(), lr=config.optimizer.learning_rate)
@@ -267,13 +277,13 @@ def plain_step(
     values = images[0].numel()
 
     def step() -> None:
-        with accelerator.autocast():
+        with half():
             posterior = vae.encode(images).latent_dist
             reconstruction = vae.decode(posterior.sample()).sample.float()
         nll = (reconstruction - images).abs().mean() + config.loss.lpips_weight * lpips(reconstruction, images).mean()
         loss = nll + config.loss.kl_weight * posterior.kl().mean() / values
         if gan.weight > 0:
-            with accelerator.autocast():
+            with half():
                 g = -discriminator(reconstruction).float().mean()
             last = vae.decoder.conv_out.weight
             (of_nll,) = torch.autograd.grad(nll, last, retain_graph=True)
@@ -285,7 +295,7 @@ def plain_step(
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         vae_optimizer.step()
         if gan.weight > 0:
-            with accelerator.autocast():
+            with half():
                 real, fake = discriminator(images).float(), discriminator(reconstruction.detach()).float()
             optimizer.zero_grad()
             (0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean())).backward()
@@ -304,6 +314,12 @@ def main() -> None:
     parser.add_argument("--perceptual", default=None, help="local file with the trunk's weights; default: random")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of encode and decode, beside fp32")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=("auto", "no", "bf16"),
+        default=None,
+        help="of our training steps; default: the recipe's",
+    )
     parser.add_argument("--compile", action="store_true", help="rows against diffusers' class under torch.compile too")
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)  # be the Peer
     parser.add_argument("--gemm", type=PositiveInt, default=2048, help="side of the matrices whose product is the peak")
@@ -311,8 +327,9 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=resolve_precision("auto", device))
     config = parse_train_config(["--config", arguments.config])
+    precision = resolve_precision(arguments.mixed_precision or config.mixed_precision, device)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
     vae = build_vae(config.model).to(device)
     images = torch.rand(arguments.batch, vae.config.in_channels, arguments.size, arguments.size, device=device) * 2 - 1
 
@@ -322,7 +339,7 @@ def main() -> None:
         return load_perceptual(net, arguments.perceptual, "uniform", allow_random=True).to(device)
 
     if arguments.answer:
-        answer(lambda request: other_side(request, vae, images, config, accelerator, perceptual))
+        answer(lambda request: other_side(request, vae, images, config, perceptual))
         return
     parameters = sum(p.numel() for p in vae.parameters()) / 1e6
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
@@ -368,6 +385,8 @@ def compare_passes(vae: AutoencoderKL, images: Tensor, dtype: str, peer: Peer, r
     if dtype != "fp32":
         ours = copy.deepcopy(vae).eval()
         nn.Module.to(ours, dtype=DTYPES[dtype], memory_format=torch.channels_last)
+        if images.device.type == "cpu":
+            speed_up(ours)
         same = replace(last, dtype=dtype)
         rows(f"both in {dtype}, channels_last", ours, same)
         if compiled:
@@ -386,8 +405,12 @@ def compare_training(
 ) -> None:
     for label, weight in (("L1 + LPIPS + KL", 0.0), ("with the PatchGAN", 0.5)):
         ours = our_step(copy.deepcopy(vae), with_gan(config, weight), accelerator, perceptual, images)
-        theirs = peer.timer(Request("training", gan_weight=weight))
-        compare(f"training step, {label}", warmed(ours), theirs, repeats)
+        ours = warmed(ours)
+        precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+        for autocast in (False,) if precision == "fp32" else (False, True):
+            theirs = peer.timer(Request("training", gan_weight=weight, autocast=autocast))
+            against = precision if autocast else "fp32"
+            compare(f"training step, {label}, {precision} against {against}", ours, theirs, repeats)
 
 
 def other_side(
@@ -395,7 +418,6 @@ def other_side(
     vae: AutoencoderKL,
     images: Tensor,
     config: TrainConfig,
-    accelerator: Accelerator,
     perceptual: Callable[[], Perceptual],
 ) -> Callable[[], object]:
     if request.ours:
@@ -406,7 +428,8 @@ def other_side(
     model, layout = vae.to_diffusers(), torch.channels_last if request.channels_last else torch.contiguous_format
     nn.Module.to(model, dtype=DTYPES[request.dtype], memory_format=layout)  # diffusers' own speaks of the dtype
     if request.what == "training":
-        return plain_step(model, with_gan(config, request.gan_weight), accelerator, perceptual(), images)
+        config = with_gan(config, request.gan_weight)
+        return plain_step(model, config, perceptual(), images, autocast=request.autocast)
     if request.compiled:
         model.encoder.compile()
         model.decoder.compile()

@@ -24,7 +24,7 @@ TOLERANCE = 1e-5  # Winograd in fp32 has 3e-6
 
 @pytest.fixture(autouse=True)
 def avx2(monkeypatch) -> None:
-    """On a machine with AVX-512, `speed_up` leaves Winograd out; its kernels run there too."""
+    """On other machines `speed_up` may leave Winograd out; its kernels run there too."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
@@ -55,7 +55,7 @@ def outputs_and_gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str
 @pytest.mark.parametrize("winograd", [True, False])
 @pytest.mark.parametrize(
     ("channels", "out_channels", "size"),
-    [(96, 104, (2, 33, 35)), (128, 96, (1, 172, 171)), (512, 512, (2, 33, 32)), (64, 70, (1, 260, 255))],
+    [(96, 104, (2, 33, 35)), (136, 128, (1, 131, 129)), (512, 512, (2, 33, 32)), (64, 70, (1, 260, 255))],
 )
 def test_conv_and_its_gradients_equal_float64(channels, out_channels, size, winograd, monkeypatch):
     if not winograd:  # as on a machine without NNPACK
@@ -168,19 +168,52 @@ def test_a_narrow_vae_takes_channels_last_and_a_wide_one_does_not(monkeypatch):
             assert result.is_contiguous(memory_format=torch.channels_last), "kept from end to end"
 
 
-@pytest.mark.parametrize("lacking", ["AVX2", "NNPACK"])
-def test_without_avx2_or_nnpack_direct_convolutions_take_channels_last(lacking, monkeypatch):
-    if lacking == "AVX2":
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    else:
-        monkeypatch.setattr(fast, "has_nnpack", lambda: False)
+ZEN_4 = {"cpu_name": "AMD EPYC", "avx512_bf16": True, "avx_vnni": False}
+
+
+@pytest.mark.parametrize(
+    ("capability", "features", "nnpack", "winograd"),
+    [
+        ("AVX2", {}, True, True),
+        ("AVX2", {}, False, False),
+        ("AVX512", ZEN_4, True, True),
+        ("AVX512", ZEN_4, False, False),
+        ("AVX512", ZEN_4 | {"avx_vnni": True}, True, False),  # Zen 5
+        ("AVX512", ZEN_4 | {"cpu_name": "Intel(R) Xeon(R) Platinum"}, True, False),
+        ("AVX512", {}, True, False),  # a torch that does not tell
+        ("DEFAULT", ZEN_4 | {"avx512_bf16": False}, True, False),
+    ],
+)
+def test_winograd_is_for_machines_that_multiply_256_bits(capability, features, nnpack, winograd, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    monkeypatch.setattr(fast, "has_nnpack", lambda: nnpack)
     vae = small_vae()
     fast.speed_up(vae)
-    assert fast.FastConv3x3 not in {type(module) for module in vae.modules()}
+    assert (fast.FastConv3x3 in {type(module) for module in vae.modules()}) is winograd
+    assert vae.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last) is not winograd
+
+
+def test_a_vae_in_bf16_takes_four_taps_and_channels_last_and_is_as_exact_as_plain_bf16():
+    plain = tiny_vae(block_out_channels=(96, 96), norm_num_groups=8).eval().requires_grad_(False)
+    x = randn(2, 3, 96, 80, seed=4)
+    moments = plain.double().encode(x.double()).latent_dist.parameters
+    image = plain.decode(moments[:, :4]).sample
+    plain.to(torch.bfloat16)
+    vae = copy.deepcopy(plain)
+    fast.speed_up(vae)
+    classes = {type(module) for module in vae.modules()}
+    assert fast.FastConv3x3 not in classes
+    assert fast.FastUpsample in classes
     assert vae.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    z = moments[:, :4].bfloat16()
+    got, by_nine_taps = vae.decode(z).sample, plain.decode(z).sample
+    assert got.dtype == torch.bfloat16
+    assert not torch.equal(got, by_nine_taps), "took the plain path"
+    assert relative_error(got, image) <= 1.5 * relative_error(by_nine_taps, image)
 
 
-@pytest.mark.parametrize("widths", [(8, 16), (96, 96)])
+@pytest.mark.parametrize("widths", [(8, 16), (128, 128)])
 def test_the_layers_that_should_take_their_own_path_do(widths, monkeypatch):
     taken = set()
     for name in ("_nnpack", "upsample_conv", "weight_gradient"):
@@ -189,31 +222,31 @@ def test_the_layers_that_should_take_their_own_path_do(widths, monkeypatch):
     vae = tiny_vae(block_out_channels=widths, norm_num_groups=4).train()
     fast.speed_up(vae)
     vae.decode(randn(1, 4, 96, 96, seed=1)).sample.sum().backward()
-    winograd = widths[0] == 96 and fast.has_nnpack()
+    winograd = widths[0] == 128 and fast.has_nnpack()
     assert taken == ({"_nnpack", "weight_gradient"} if winograd else {"upsample_conv"})
 
 
-def test_an_upsampler_too_small_for_winograd_takes_four_taps_where_no_weight_gradient_is_wanted(monkeypatch):
+@pytest.mark.parametrize("gradients", [True, False])
+def test_an_upsampler_takes_four_taps_where_its_map_is_too_small_for_winograd(gradients, monkeypatch):
+    monkeypatch.setattr(fast, "has_nnpack", lambda: True)
     calls = []
-    own = fast.upsample_conv
-    monkeypatch.setattr(fast, "upsample_conv", lambda *args: calls.append(1) or own(*args))
-    layer = Upsample(96)
+    monkeypatch.setattr(fast, "upsample_conv", lambda *args: calls.append("four taps"))
+    monkeypatch.setattr(Upsample, "forward", lambda *args: calls.append("plain"))
+    layer = Upsample(128)
     layer.__class__, layer.conv.__class__ = fast.FastUpsample, fast.FastConv3x3
-    x = randn(1, 96, 24, 24, seed=1)
-    layer(x)
-    assert not calls, "the weights' gradient takes Winograd"
-    with torch.no_grad():
-        layer(x)
-    assert calls
+    with torch.set_grad_enabled(gradients):
+        layer(randn(1, 128, 63, 64, seed=1))
+        layer(randn(1, 128, 64, 64, seed=1))
+    assert calls == ["four taps", "plain"]
 
 
-def test_autocast_and_other_dtypes_take_the_plain_path():
+def test_autocast_and_other_dtypes_take_the_plain_path(winograd_on_small_maps):
     torch.manual_seed(0)
     plain = nn.Conv2d(96, 96, 3, padding=1)
     layer = copy.deepcopy(plain)
     layer.__class__ = fast.FastConv3x3
     x = randn(1, 96, 32, 32, seed=1)
-    assert type(layer(x).grad_fn).__name__ == "_Conv3x3Backward"
+    assert (type(layer(x).grad_fn).__name__ == "_Conv3x3Backward") is fast.has_nnpack()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(x), plain(x))
     assert torch.equal(layer.double()(x.double()), plain.double()(x.double()))
@@ -237,13 +270,13 @@ def test_inference_equals_float64(mode, widths):
 
 @pytest.mark.parametrize("widths", [(8, 16), (96, 96)])
 def test_training_and_data_sets_take_the_layers_that_gain(widths, winograd_on_small_maps):
-    """Winograd for a wide VAE in both; for a narrow one channels last, and in training no more than that."""
+    """Winograd for a wide VAE, for a narrow one channels last and four taps, in both."""
     wide = widths[0] == 96 and fast.has_nnpack()
     vae = tiny_vae(block_out_channels=widths, norm_num_groups=4)
     config = lay_out(vae, TrainConfig(), Accelerator(cpu=True))
     assert (fast.FastConv3x3 in {type(module) for module in vae.modules()}) is wide
     assert config.channels_last is not wide
-    assert (fast.FastUpsample in {type(module) for module in vae.modules()}) is wide
+    assert fast.FastUpsample in {type(module) for module in vae.modules()}
 
     vae = tiny_vae(block_out_channels=widths, norm_num_groups=4)
     exact = copy.deepcopy(vae).double()

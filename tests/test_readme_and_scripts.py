@@ -126,7 +126,7 @@ def test_the_benchmark_prints_a_ratio_for_each_row(script):
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ") and "| |" not in line]
     assert [row[0].strip() for row in rows] == [
         *(f"{what}, {label}" for label in LAYOUTS for what in ("encode", "decode")),
-        *(f"training step, {losses}" for losses in ("L1 + LPIPS + KL", "with the PatchGAN")),
+        *(f"training step, {losses}, fp32 against fp32" for losses in ("L1 + LPIPS + KL", "with the PatchGAN")),
         *(f"{what}, {label}" for label, passes in REWRITES.items() for what in passes),
     ]
     assert int(re.search(r"; share (\d+)%", printed)[1]) > 0

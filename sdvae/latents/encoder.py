@@ -87,7 +87,7 @@ def _laid_out(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> A
     """A copy, in the memory format and with the kernels that encode fastest."""
     copied = copy.deepcopy(vae)
     nn.Module.to(copied, device, dtype)  # diffusers' own wants to speak of the dtype
-    if device.type == "cpu" and dtype == torch.float32:
+    if device.type == "cpu":
         speed_up(copied)
     else:
         nn.Module.to(copied, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Faster on a CPU in fp32, training and inference: the same function to rounding, in fewer operations.
+"""Faster on a CPU, training and inference: the same function to rounding, in fewer operations.
 
 Winograd's minimal filtering computes an m x m tile of a 3x3 convolution from (m + 2)² products instead of 9 m²
 (Lavin & Gray 2016, «Fast Algorithms for Convolutional Neural Networks», eq. 8):
@@ -10,10 +10,11 @@ the gradient of x come from NNPACK's F(6x6, 3x3) kernels, which torch carries, a
 F(4x4, 3x3) in matrix products. Relative errors (2-norm) are near 3e-6, a direct convolution's near 1e-6; single
 values are off by up to 2e-5 of the largest.
 
-Where channels are few, the transforms of Winograd cost more than they save. There the layout counts, channels last
-being what oneDNN's kernels read fastest, and nearest x2 and the 3x3 conv after it are one: a pixel is seen through one
-or two of the three taps a side, so the two equal four 2x2 convs, one for each parity of the output's row and column,
-with 4 products a value instead of 9 (the sub-pixel convolution of Shi et al. 2016, section 3.2, with tied weights).
+Where channels are few, the transforms of Winograd cost more than they save, and in bf16 their sums of up to 36 values
+of mixed sign would lose what precision there is. There the layout counts, channels last being what oneDNN's kernels
+read fastest, and nearest x2 and the 3x3 conv after it are one: a pixel is seen through one or two of the three taps a
+side, so the two equal four 2x2 convs, one for each parity of the output's row and column, with 4 products a value
+instead of 9 (the sub-pixel convolution of Shi et al. 2016, section 3.2, with tied weights).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from sdvae.allocator import keep_freed_memory
 from sdvae.model import AutoencoderKL
 from sdvae.model.blocks import Upsample
+from sdvae.model.posterior import at_least_fp32
 
 TILE = 4  # F(4x4, 3x3): patches of 6x6
 CHUNK_BYTES = 8e6  # transformed patches held at once: a part of the last-level cache
@@ -57,15 +59,16 @@ TAPS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 def speed_up(vae: AutoencoderKL) -> None:
     """Make `vae` faster on a CPU, in place. Weights, state-dict names and, to rounding, the function stay.
 
-    A VAE that `takes_winograd` (SD's does on AVX2) gets Winograd's convolutions, for maps where `winograd_pays` or
-    `weight_gradient_pays`, and slicing: without gradients, a batch goes through image by image, as those kernels do
-    (`disable_slicing` takes that back). Any other gets the channels-last layout, in which its results come back too.
-    Upsamplers that do not take Winograd take four taps; under `enable_tiling` they are as they were. Layers get a
-    subclass of their own class, so deep copies, DDP and gradient checkpointing work as before, and go the ordinary way
-    for other dtypes, on other devices and under autocast. And the process keeps the memory it frees
+    A VAE that `takes_winograd` (SD's does in fp32, on many machines) gets Winograd's convolutions, for maps where
+    `winograd_pays`, and slicing: without gradients, a batch goes through image by image, as those kernels do
+    (`disable_slicing` takes that back). Any other, and one in bf16, gets the channels-last layout, in which its results
+    come back too. Upsamplers that do not take Winograd take four taps; under `enable_tiling` they are as they were.
+    Layers get a subclass of their own class, so deep copies, DDP and gradient checkpointing work as before, and go the
+    ordinary way for other dtypes, on other devices and under autocast. And the process keeps the memory it frees
     (`keep_freed_memory(False)` takes that back).
 
-    What it is worth: docs/speed.md. The custom gradients are differentiable once.
+    The dtype decides, so it comes first: `vae.to(torch.bfloat16)`, then `speed_up(vae)`. What it is worth:
+    docs/speed.md. The custom gradients are differentiable once.
     """
     winograd = takes_winograd(vae)
     layout = torch.contiguous_format if winograd else torch.channels_last
@@ -80,28 +83,45 @@ def speed_up(vae: AutoencoderKL) -> None:
 
 
 def takes_winograd(vae: AutoencoderKL) -> bool:
-    """Has it 64 channels or more at full resolution, and is the machine one where Winograd was measured to pay?
+    """Is it in fp32, with 64 channels or more at full resolution, and the machine one where Winograd pays?
 
-    That is AVX2. With AVX-512, direct convolutions are twice as fast and NNPACK's kernels, written for AVX2, are not.
     The choice knows no size: with images below 128x128, SD's VAE has few maps where Winograd pays.
     """
     wide = vae.config.block_out_channels[0] >= 64
-    return wide and torch.backends.cpu.get_cpu_capability() == "AVX2" and has_nnpack()
+    return wide and vae.dtype == torch.float32 and has_nnpack() and _multiplies_256_bits()
+
+
+def _multiplies_256_bits() -> bool:
+    """Does the machine multiply 256 bits at a time? Direct convolutions are twice as fast where it has 512, and
+    NNPACK's kernels, written for AVX2, are not.
+
+    Measured are AVX2 and AMD's Zen 4, which does AVX-512 in halves. Zen 5, which does not, has AVX-VNNI too.
+    """
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return True
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    amd = str(features.get("cpu_name", "")).startswith("AMD")
+    return amd and bool(features.get("avx512_bf16")) and not features.get("avx_vnni", True)
 
 
 def winograd_pays(in_channels: int, out_channels: int, height: int, width: int) -> bool:
     """Is NNPACK faster than oneDNN's best layout, for the output and the gradient of x?
 
-    Measured on AVX2, two threads, C -> C channels on S x S pixels, C from 32 to 512 and S from 32 to 256: 1.2 to 2.7
-    times where C·S is 16384 or more (512 channels at 32² are even), 0.3 to 1 below 12288, either in between.
+    Measured on two threads, C -> C channels on S x S pixels, C from 32 to 512 and S from 32 to 256. Where C·S is
+    16384 or more, 1.2 to 2.7 times on AVX2 (512 channels at 32² are even), 1.3 to 2.7 on Zen 4; below 12288, 0.3 to 1
+    and 0.5 to 1.3; either in between.
     """
     narrow, area = min(in_channels, out_channels), height * width
     return has_nnpack() and narrow >= 64 and area >= 32**2 and narrow**2 * area >= 16384**2
 
 
 def weight_gradient_pays(in_channels: int, out_channels: int, height: int, width: int) -> bool:
-    """Is Winograd faster than oneDNN for the gradient of the weights? 1.1 to 2.2 times from 32² and 96 channels on."""
-    return min(in_channels, out_channels) >= 96 and height * width >= 32**2
+    """Is Winograd faster than oneDNN for the gradient of the weights too?
+
+    1.1 to 2.2 times on AVX2 and 1.1 to 2.1 on Zen 4, where it pays for the output and there are 128 channels or more;
+    0.6 with 64.
+    """
+    return min(in_channels, out_channels) >= 128 and winograd_pays(in_channels, out_channels, height, width)
 
 
 def has_nnpack() -> bool:
@@ -113,22 +133,22 @@ class FastConv3x3(nn.Conv2d):
     """A 3x3 conv of stride 1 and padding 1."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, O, H, W)
-        shape = (self.in_channels, self.out_channels, *x.shape[2:])
-        if _applies(x, self.weight):
-            if not torch.is_grad_enabled():
-                return _nnpack(x, self.weight, self.bias) if winograd_pays(*shape) else super().forward(x)
-            if winograd_pays(*shape) or weight_gradient_pays(*shape):
-                return _Conv3x3.apply(x, self.weight, self.bias)
-        return super().forward(x)
+        if not (self.pays(*x.shape[2:]) and _applies(x, self.weight, torch.float32)):
+            return super().forward(x)
+        if torch.is_grad_enabled():
+            return _Conv3x3.apply(x, self.weight, self.bias)
+        return _nnpack(x, self.weight, self.bias)
+
+    def pays(self, height: int, width: int) -> bool:
+        return winograd_pays(self.in_channels, self.out_channels, height, width)
 
 
 class FastUpsample(Upsample):
-    """Nearest x2 and a 3x3 conv as one, where the conv does not take Winograd, forward or in a gradient."""
+    """Nearest x2 and a 3x3 conv as one, where the conv does not take Winograd."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
-        shape = (self.conv.in_channels, self.conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
-        pays = winograd_pays(*shape) or (torch.is_grad_enabled() and weight_gradient_pays(*shape))
-        if (pays and isinstance(self.conv, FastConv3x3)) or not _applies(x, self.conv.weight):
+        winograd = isinstance(self.conv, FastConv3x3) and self.conv.pays(2 * x.shape[2], 2 * x.shape[3])
+        if winograd or not _applies(x, self.conv.weight, torch.float32, torch.bfloat16):
             return super().forward(x)
         return upsample_conv(x, self.conv.weight, self.conv.bias)
 
@@ -137,12 +157,13 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """conv3x3(nearest x2 of x), as a 2x2 conv to 4 · O channels and an interleaving of these.
 
     y[2i + a, 2j + b] = Σ_pq w_ab[p, q] x[i + a - 1 + p, j + b - 1 + q], where w_ab[p, q] sums the taps of w that
-    fall on that pixel.
+    fall on that pixel; in bf16 the sums are rounded once.
 
     Args: x: (B, C, H, W). weight: (O, C, 3, 3). Returns: (B, O, 2H, 2W).
     """
-    taps = TAPS.to(weight)
-    weight = torch.einsum("apk,bql,ockl->abocpq", taps, taps, weight).flatten(0, 2)  # (4·O, C, 2, 2)
+    exact = at_least_fp32(weight)
+    taps = TAPS.to(exact)
+    weight = torch.einsum("apk,bql,ockl->abocpq", taps, taps, exact).flatten(0, 2).to(x.dtype)  # (4·O, C, 2, 2)
     phases = F.conv2d(x, weight, None if bias is None else bias.repeat(4), padding=1)  # (B, 4·O, H + 1, W + 1)
     return _Interleave.apply(phases)
 
@@ -174,9 +195,7 @@ class _Conv3x3(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
-        if winograd_pays(weight.shape[1], weight.shape[0], *x.shape[2:]):
-            return _nnpack(x, weight, bias)
-        return F.conv2d(x, weight, bias, padding=1)
+        return _nnpack(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -186,7 +205,7 @@ class _Conv3x3(torch.autograd.Function):
         grad = grad.contiguous()
         wanted = list(ctx.needs_input_grad)
         found: list[Tensor | None] = [None, None, None]
-        if wanted[0] and winograd_pays(out_channels, channels, *x.shape[2:]):
+        if wanted[0]:
             wanted[0] = False  # the gradient of x is a conv of the same kind, with the kernel turned by 180 degrees
             found[0] = _nnpack(grad, weight.flip(2, 3).transpose(0, 1).contiguous(), None)
         if wanted[1] and weight_gradient_pays(channels, out_channels, *x.shape[2:]):
@@ -232,8 +251,8 @@ def _is_plain_3x3(conv: nn.Conv2d) -> bool:
     return conv.kernel_size == (3, 3) and ones and conv.groups == 1 and conv.padding_mode == "zeros"
 
 
-def _applies(x: Tensor, weight: Tensor) -> bool:
-    plain = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+def _applies(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> bool:
+    plain = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in dtypes
     return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 

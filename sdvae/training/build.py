@@ -125,11 +125,10 @@ def lay_out(vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator) -
     vae.to(accelerator.device)
     if accelerator.device.type == "cpu":
         keep_freed_memory()  # a step takes what the one before has freed
-    fast = config.fast_convolutions and accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
-    if fast and takes_winograd(vae):  # four taps, for the others, would make a step 1.0 to 1.09 times as fast
-        config = replace(config, channels_last=False)
+    if config.fast_convolutions and accelerator.device.type == "cpu" and accelerator.mixed_precision == "no":
         speed_up(vae)
-    if config.channels_last:
+        config = replace(config, channels_last=not takes_winograd(vae))
+    elif config.channels_last:
         nn.Module.to(vae, memory_format=torch.channels_last)  # diffusers' own is untyped
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()

@@ -300,10 +300,10 @@ class TrainConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast dtype over fp32 weights. «auto»: bf16 where the hardware computes in it, else fp32."""
     channels_last: bool = True
-    """Keep activations in channels-last memory format; not where fast_convolutions act."""
+    """Keep activations in channels-last memory format; where fast_convolutions act, these choose the format."""
     fast_convolutions: bool = True
-    """On a CPU with AVX2, in fp32, from 64 channels on: 3x3 convolutions by Winograd's algorithm, the same function
-    to rounding (sdvae/model/fast.py)."""
+    """On a CPU, in fp32: 3x3 convolutions by Winograd's algorithm, for wide models, and upsampling with four taps
+    instead of nine, the same function to rounding (sdvae/model/fast.py)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
