@@ -47,6 +47,7 @@ TINY = {
     "data.validation_count": "3",
     "data.num_workers": "0",
     "loss.lpips_weight": "0",
+    "mixed_precision": "no",  # «auto» is another on another machine
     "trackers": "[]",
 }
 

@@ -126,6 +126,18 @@ def test_stopped_by_sigterm_and_continued_is_uninterrupted(whole, tmp_path, step
     assert not differences(result(tmp_path / "run"), wanted)
 
 
+def test_in_bf16_stopped_and_continued_is_uninterrupted(whole, tmp_path):
+    """With everything on, as a CPU that computes in bf16 trains by itself."""
+    source, in_fp32 = whole
+    run(source, tmp_path / "whole", mixed_precision="bf16")
+    with fault("sigterm", 3), pytest.raises(Stopped):
+        run(source, tmp_path / "run", mixed_precision="bf16")
+    run(source, tmp_path / "run", mixed_precision="bf16")
+    wanted = result(tmp_path / "whole")
+    assert not differences(result(tmp_path / "run"), wanted)
+    assert differences(wanted["weights"], in_fp32["weights"]), "was not computed in bf16"
+
+
 @pytest.mark.parametrize("step", [1, 5])
 def test_crashed_between_checkpoints_and_continued_is_uninterrupted(whole, tmp_path, step):
     source, wanted = whole

@@ -238,6 +238,19 @@ def test_grey_images_train(photographs, tmp_path):
     assert vae.config.in_channels == vae.config.out_channels == 1
 
 
+def test_a_run_has_its_own_precision_whatever_this_process_ran_before(photographs, tmp_path):
+    logs = {}
+    for name, precision in (("first", "no"), ("second", "bf16"), ("third", "no")):
+        run(photographs, tmp_path / name, mixed_precision=precision)
+        logs[name] = deterministic(tmp_path / name)
+    assert logs["third"] == logs["first"]
+    first, second = (
+        next(line["train/loss"] for line in logs[name] if "train/loss" in line) for name in logs if name != "third"
+    )
+    assert first != second
+    assert first == pytest.approx(second, rel=0.1)
+
+
 def test_bf16_autocast_keeps_fp32_weights(photographs, tmp_path):
     arguments = tiny_arguments(photographs, tmp_path / "run", mixed_precision="bf16", steps="2")
     # in a process of its own, since accelerate keeps the precision of a process's first run

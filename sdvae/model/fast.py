@@ -56,7 +56,7 @@ INPUT, KERNEL, OUTPUT = _both_axes(_BT), _both_axes(_G), _both_axes(_AT)  # (36,
 TAPS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 
 
-def speed_up(vae: AutoencoderKL) -> None:
+def speed_up(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> None:
     """Make `vae` faster on a CPU, in place. Weights, state-dict names and, to rounding, the function stay.
 
     A VAE that `takes_winograd` (SD's does in fp32, on many machines) gets Winograd's convolutions, for maps where
@@ -64,13 +64,15 @@ def speed_up(vae: AutoencoderKL) -> None:
     (`disable_slicing` takes that back). Any other, and one in bf16, gets the channels-last layout, in which its results
     come back too. Upsamplers that do not take Winograd take four taps; under `enable_tiling` they are as they were.
     Layers get a subclass of their own class, so deep copies, DDP and gradient checkpointing work as before, and go the
-    ordinary way for other dtypes, on other devices and under autocast. And the process keeps the memory it frees
+    ordinary way for other dtypes and on other devices. And the process keeps the memory it frees
     (`keep_freed_memory(False)` takes that back).
 
-    The dtype decides, so it comes first: `vae.to(torch.bfloat16)`, then `speed_up(vae)`. What it is worth:
-    docs/speed.md. The custom gradients are differentiable once.
+    What it is worth: docs/speed.md. The custom gradients are differentiable once.
+
+    Args:
+        dtype: that it will compute in, under autocast; default: that of its weights, so convert these before.
     """
-    winograd = takes_winograd(vae)
+    winograd = takes_winograd(vae, dtype)
     layout = torch.contiguous_format if winograd else torch.channels_last
     nn.Module.to(vae, memory_format=layout)  # diffusers' own is untyped
     vae.use_slicing = vae.use_slicing or winograd
@@ -82,13 +84,13 @@ def speed_up(vae: AutoencoderKL) -> None:
     keep_freed_memory()
 
 
-def takes_winograd(vae: AutoencoderKL) -> bool:
-    """Is it in fp32, with 64 channels or more at full resolution, and the machine one where Winograd pays?
+def takes_winograd(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> bool:
+    """Does it compute in fp32, with 64 channels or more at full resolution, and the machine one where Winograd pays?
 
     The choice knows no size: with images below 128x128, SD's VAE has few maps where Winograd pays.
     """
     wide = vae.config.block_out_channels[0] >= 64
-    return wide and vae.dtype == torch.float32 and has_nnpack() and _multiplies_256_bits()
+    return wide and (dtype or vae.dtype) == torch.float32 and has_nnpack() and _multiplies_256_bits()
 
 
 def _multiplies_256_bits() -> bool:
@@ -133,7 +135,8 @@ class FastConv3x3(nn.Conv2d):
     """A 3x3 conv of stride 1 and padding 1."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, O, H, W)
-        if not (self.pays(*x.shape[2:]) and _applies(x, self.weight, torch.float32)):
+        exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not (exact and self.pays(*x.shape[2:]) and _plain_cpu(x, self.weight)):
             return super().forward(x)
         if torch.is_grad_enabled():
             return _Conv3x3.apply(x, self.weight, self.bias)
@@ -148,7 +151,7 @@ class FastUpsample(Upsample):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
         winograd = isinstance(self.conv, FastConv3x3) and self.conv.pays(2 * x.shape[2], 2 * x.shape[3])
-        if winograd or not _applies(x, self.conv.weight, torch.float32, torch.bfloat16):
+        if winograd or not _plain_cpu(x, self.conv.weight):
             return super().forward(x)
         return upsample_conv(x, self.conv.weight, self.conv.bias)
 
@@ -157,14 +160,17 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """conv3x3(nearest x2 of x), as a 2x2 conv to 4 · O channels and an interleaving of these.
 
     y[2i + a, 2j + b] = Σ_pq w_ab[p, q] x[i + a - 1 + p, j + b - 1 + q], where w_ab[p, q] sums the taps of w that
-    fall on that pixel; in bf16 the sums are rounded once.
+    fall on that pixel; in half precision the sums are rounded once.
 
     Args: x: (B, C, H, W). weight: (O, C, 3, 3). Returns: (B, O, 2H, 2W).
     """
-    exact = at_least_fp32(weight)
-    taps = TAPS.to(exact)
-    weight = torch.einsum("apk,bql,ockl->abocpq", taps, taps, exact).flatten(0, 2).to(x.dtype)  # (4·O, C, 2, 2)
-    phases = F.conv2d(x, weight, None if bias is None else bias.repeat(4), padding=1)  # (B, 4·O, H + 1, W + 1)
+    with torch.autocast(x.device.type, enabled=False):
+        exact = at_least_fp32(weight)
+        taps = TAPS.to(exact)
+        summed = torch.einsum("apk,bql,ockl->abocpq", taps, taps, exact).flatten(0, 2)  # (4·O, C, 2, 2)
+    phases = F.conv2d(
+        x, summed.to(weight.dtype), None if bias is None else bias.repeat(4), padding=1
+    )  # (B, 4·O, H + 1, W + 1)
     return _Interleave.apply(phases)
 
 
@@ -251,9 +257,8 @@ def _is_plain_3x3(conv: nn.Conv2d) -> bool:
     return conv.kernel_size == (3, 3) and ones and conv.groups == 1 and conv.padding_mode == "zeros"
 
 
-def _applies(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> bool:
-    plain = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in dtypes
-    return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+def _plain_cpu(x: Tensor, weight: Tensor) -> bool:
+    return x.device.type == weight.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _layout(x: Tensor) -> torch.memory_format:

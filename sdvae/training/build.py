@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -44,9 +45,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             )
     # Left to itself, accelerate runs torchrun's N processes as N separate trainings on a machine without a GPU.
     device_type = accelerator_type()
+    precision = resolve_precision(config.mixed_precision, device_type or "cpu")
+    AcceleratorState._reset_state()  # or the process's first Accelerator decides, and another precision is refused
     accelerator = Accelerator(
         cpu=device_type is None,
-        mixed_precision=resolve_precision(config.mixed_precision, device_type or "cpu"),
+        mixed_precision=precision,
         log_with=list(config.trackers) or None,
         project_dir=RunFolder(config.output_dir).root,
         # Ours is the only division by accumulation steps; accelerate's would come on top, from its launcher's option.
@@ -125,9 +128,10 @@ def lay_out(vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator) -
     vae.to(accelerator.device)
     if accelerator.device.type == "cpu":
         keep_freed_memory()  # a step takes what the one before has freed
-    if config.fast_convolutions and accelerator.device.type == "cpu" and accelerator.mixed_precision == "no":
-        speed_up(vae)
-        config = replace(config, channels_last=not takes_winograd(vae))
+    if config.fast_convolutions and accelerator.device.type == "cpu":
+        dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16
+        speed_up(vae, dtype)
+        config = replace(config, channels_last=not takes_winograd(vae, dtype))
     elif config.channels_last:
         nn.Module.to(vae, memory_format=torch.channels_last)  # diffusers' own is untyped
     if config.gradient_checkpointing:

@@ -302,7 +302,7 @@ class TrainConfig:
     channels_last: bool = True
     """Keep activations in channels-last memory format; where fast_convolutions act, these choose the format."""
     fast_convolutions: bool = True
-    """On a CPU, in fp32: 3x3 convolutions by Winograd's algorithm, for wide models, and upsampling with four taps
+    """On a CPU: 3x3 convolutions by Winograd's algorithm, for wide models in fp32, and upsampling with four taps
     instead of nine, the same function to rounding (sdvae/model/fast.py)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from sdvae.evaluation.likelihood import bernoulli_nll, pictures
 from sdvae.evaluation.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
+from sdvae.model.posterior import at_least_fp32
 from sdvae.training.config import EquivarianceConfig, LossConfig, OptimizerConfig
 
 CHARBONNIER_EPS = 1e-3  # Lai et al. 2017, «LapSRN», section 3.3: sqrt(error² + eps²)
@@ -139,11 +140,11 @@ class Transformation:
     quarter_turns: int
 
     def __call__(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, C, H, W) images or latents -> (B, C, *size), filtered against aliasing."""
+        """(B, C, H, W) images or latents -> (B, C, *size), filtered against aliasing, which is computed in fp32."""
         x = torch.rot90(x, self.quarter_turns, dims=(2, 3))
         if x.shape[2:] == size:
             return x
-        return F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+        return F.interpolate(at_least_fp32(x), size=size, mode="bilinear", antialias=True, align_corners=False)
 
     def latent_size(self, latents: Tensor) -> tuple[int, int]:
         """Height and width of the transformed latents; at least one position."""
