@@ -168,9 +168,8 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         exact = at_least_fp32(weight)
         taps = TAPS.to(exact)
         summed = torch.einsum("apk,bql,ockl->abocpq", taps, taps, exact).flatten(0, 2)  # (4·O, C, 2, 2)
-    phases = F.conv2d(
-        x, summed.to(weight.dtype), None if bias is None else bias.repeat(4), padding=1
-    )  # (B, 4·O, H + 1, W + 1)
+    bias = None if bias is None else bias.repeat(4)
+    phases = F.conv2d(x, summed.to(weight.dtype), bias, padding=1)  # (B, 4·O, H + 1, W + 1)
     return _Interleave.apply(phases)
 
 
