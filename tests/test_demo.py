@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import Page
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -405,7 +406,11 @@ def pictures(page: Page, which: int = 0, place: str = ".pair") -> list[Image.Ima
 def wait_for_picture(page: Page, wanted: Image.Image, place: str = ".pair") -> None:
     """Until the slider's right side, or the picture at that place, is this one."""
     for _ in range(100):
-        shown = pictures(page, place=place)[-1]
+        try:
+            shown = pictures(page, place=place)[-1]
+        except PlaywrightError:  # gradio writes an image that comes a second time anew, under a reader's eyes
+            page.wait_for_timeout(100)
+            continue
         if shown.size == wanted.size and levels(shown, wanted) <= 2:
             return
         page.wait_for_timeout(100)
