@@ -403,10 +403,9 @@ def compare_training(
     peer: Peer,
     repeats: int,
 ) -> None:
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     for label, weight in (("L1 + LPIPS + KL", 0.0), ("with the PatchGAN", 0.5)):
-        ours = our_step(copy.deepcopy(vae), with_gan(config, weight), accelerator, perceptual, images)
-        ours = warmed(ours)
-        precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+        ours = warmed(our_step(copy.deepcopy(vae), with_gan(config, weight), accelerator, perceptual, images))
         for autocast in (False,) if precision == "fp32" else (False, True):
             theirs = peer.timer(Request("training", gan_weight=weight, autocast=autocast))
             against = precision if autocast else "fp32"

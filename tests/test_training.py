@@ -253,7 +253,7 @@ def test_a_run_has_its_own_precision_whatever_this_process_ran_before(photograph
 
 def test_bf16_autocast_keeps_fp32_weights(photographs, tmp_path):
     arguments = tiny_arguments(photographs, tmp_path / "run", mixed_precision="bf16", steps="2")
-    # in a process of its own, since accelerate keeps the precision of a process's first run
+    # as a user starts it: the log names the precision
     launched = launch(run_script, [ROOT / "train_sdvae.py", *arguments], tmp_path)
     assert launched.codes == [0], launched.stderr[-3000:]
     assert "cpu in bf16" in launched.stderr
