@@ -45,10 +45,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdvae import AutoencoderKL, keep_freed_memory, speed_up
 from sdvae.cli import parse_train_config
+from sdvae.cpu.kernels import FastConv3x3, FastUpsample, takes_winograd
 from sdvae.errors import exit_code
-from sdvae.evaluation.perceptual import Perceptual, load_perceptual
-from sdvae.model.fast import FastConv3x3, FastUpsample, takes_winograd
-from sdvae.model.precision import DTYPES, resolve_precision
+from sdvae.metrics.perceptual import Perceptual, load_perceptual
+from sdvae.runtime import DTYPES, resolve_precision
 from sdvae.training.build import build_vae, lay_out
 from sdvae.training.config import TrainConfig
 from sdvae.training.discriminator import PatchDiscriminator
@@ -156,7 +156,7 @@ def one_pass(model: nn.Module, what: str, images: Tensor) -> Callable[[], object
 
 
 def undo_class(fast: type[nn.Module]) -> Callable[[AutoencoderKL], None]:
-    """Give the modules of this class of sdvae/model/fast.py their ordinary class back."""
+    """Give the modules of this class of sdvae/cpu/kernels.py their ordinary class back."""
 
     def undo(vae: AutoencoderKL) -> None:
         for module in vae.modules():
@@ -173,7 +173,7 @@ def undo_in_place(vae: AutoencoderKL) -> None:
             module.register_forward_hook(lambda *_: None)
 
 
-# what `speed_up` does (sdvae/model/fast.py), and blocks.py: how to undo it, and the passes that have it.
+# what `speed_up` does (sdvae/cpu/kernels.py), and blocks.py: how to undo it, and the passes that have it.
 # Without Winograd, a VAE's upsamplers take four taps.
 Rewrites = dict[str, tuple[Callable[[AutoencoderKL], object], Sequence[str]]]
 IN_PLACE: Rewrites = {"activations and sums in place": (undo_in_place, BOTH)}

@@ -28,10 +28,10 @@ from torch.nn import functional as F
 from sdvae import AutoencoderKL, InputError, load_vae
 from sdvae.data import open_source, read_image, to_image
 from sdvae.errors import exit_code
+from sdvae.io import replacing
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.dataset import LatentDataset
 from sdvae.latents.encode import encode
-from sdvae.weights.files import replacing
 
 SIDE = 128  # pixels of a crop after resizing
 # Class: photograph, side of its crops, margins that no crop touches, in pixels. `encode` numbers folders in this order.

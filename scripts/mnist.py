@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from sdvae import AutoencoderKL
 from sdvae.cli import parse_train_config
 from sdvae.errors import exit_code
-from sdvae.evaluation.figures import tile_grid
-from sdvae.evaluation.likelihood import draw_from_prior, elbo, log_likelihood
-from sdvae.model import ConditionalAutoencoderKL
+from sdvae.io import replacing
+from sdvae.pictures import tile_grid
 from sdvae.training.loop import train
-from sdvae.weights.files import replacing
+from sdvae.tutorial.conditional import ConditionalAutoencoderKL
+from sdvae.tutorial.likelihood import draw_from_prior, elbo, log_likelihood
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("table", "digits", "sweep", "collapse")

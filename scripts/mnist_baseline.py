@@ -3,7 +3,7 @@
     python scripts/mnist_baseline.py --train ylecun/mnist --test ylecun/mnist [--labels]
 
 Two to three minutes of one CPU core. `--labels` gives the digit to encoder and decoder, one-hot. The model has the
-methods of `sdvae.AutoencoderKL` that sdvae/evaluation/likelihood.py calls: scripts/mnist.py measures both alike.
+methods of `sdvae.AutoencoderKL` that sdvae/tutorial/likelihood.py calls: scripts/mnist.py measures both alike.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from sdvae.data import EvaluationImages, evaluation_loader, open_source
 from sdvae.data.dataset import read_labels
 from sdvae.errors import exit_code
-from sdvae.evaluation.likelihood import bernoulli_nll, elbo, probabilities
 from sdvae.model import DiagonalGaussian
+from sdvae.tutorial.likelihood import bernoulli_nll, elbo, probabilities
 
 SIDE, PIXELS, HIDDEN, LATENTS, CLASSES = 28, 784, 400, 20, 10
 BATCH, LEARNING_RATE = 64, 1e-3

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from sdvae.cli import parse_train_config
 from sdvae.errors import exit_code
-from sdvae.evaluation.metrics import image_metrics
-from sdvae.training.batches import evaluation_batches, open_sources, training_batches
+from sdvae.metrics.image import image_metrics
 from sdvae.training.build import build_vae
+from sdvae.training.data import evaluation_batches, open_sources, training_batches
 
 KL_WEIGHT = 1e-6
 

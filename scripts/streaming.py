@@ -33,7 +33,7 @@ from sdvae import AutoencoderKL, InputError, load_vae, speed_up
 from sdvae.cli import parse_train_config
 from sdvae.data import open_source, read_image, to_tensor
 from sdvae.errors import exit_code
-from sdvae.evaluation.memory import with_peak_memory
+from sdvae.metrics.memory import with_peak_memory
 from sdvae.training.build import build_vae
 
 SIDES = ("whole image", "whole after speed_up", "strips", "strips after speed_up")

@@ -25,12 +25,12 @@ from sdvae import AutoencoderKL, load_vae, save_vae, train
 from sdvae.cli import parse_train_config
 from sdvae.data import BadImages, center_crop, open_source, read_image, to_tensor
 from sdvae.errors import InputError, exit_code
-from sdvae.evaluation.figures import reconstruction_grid
-from sdvae.evaluation.perceptual import Perceptual, load_perceptual
-from sdvae.training.batches import evaluation_batches, open_sources
+from sdvae.io import replacing
+from sdvae.metrics.perceptual import Perceptual, load_perceptual
+from sdvae.pictures import reconstruction_grid
 from sdvae.training.config import TrainConfig
+from sdvae.training.data import evaluation_batches, open_sources
 from sdvae.training.validation import validate
-from sdvae.weights.files import replacing
 from sdvae.weights.load import EMBEDDED
 
 ROOT = Path(__file__).parents[1]

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sdvae.allocator import keep_freed_memory
+    from sdvae.cpu.kernels import speed_up
     from sdvae.errors import InputError
     from sdvae.latents.config import EncodeConfig
     from sdvae.latents.dataset import LatentDataset
     from sdvae.latents.encode import encode
-    from sdvae.model import AutoencoderKL, DiagonalGaussian, crop_to, pad_to_multiple
-    from sdvae.model.fast import speed_up
+    from sdvae.model import AutoencoderKL, DiagonalGaussian
+    from sdvae.roundtrip import crop_to, pad_to_multiple
+    from sdvae.runtime import keep_freed_memory
     from sdvae.training.config import TrainConfig
     from sdvae.training.loop import train
     from sdvae.weights import export_targets, load_vae, save_ldm, save_vae
@@ -27,15 +28,15 @@ _HOMES = {
     "InputError": "sdvae.errors",
     "LatentDataset": "sdvae.latents.dataset",
     "TrainConfig": "sdvae.training.config",
-    "crop_to": "sdvae.model",
+    "crop_to": "sdvae.roundtrip",
     "encode": "sdvae.latents.encode",
     "export_targets": "sdvae.weights",
-    "keep_freed_memory": "sdvae.allocator",
+    "keep_freed_memory": "sdvae.runtime",
     "load_vae": "sdvae.weights",
-    "pad_to_multiple": "sdvae.model",
+    "pad_to_multiple": "sdvae.roundtrip",
     "save_ldm": "sdvae.weights",
     "save_vae": "sdvae.weights",
-    "speed_up": "sdvae.model.fast",
+    "speed_up": "sdvae.cpu.kernels",
     "train": "sdvae.training.loop",
 }
 

@@ -52,3 +52,13 @@ def _innermost(error: InputError) -> str:
     """The message itself: torch's DataLoader wraps a worker's error in a traceback."""
     lines = str(error).strip().splitlines()
     return lines[-1].removeprefix("sdvae.errors.InputError: ").removeprefix("sdvae.data.images.ImageError: ")
+
+
+def first_few(names: list[str], count: int = 3) -> str:
+    """«a, b, c, …»: enough to see what is the matter, in one line."""
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
+
+
+def one_line(error: object) -> str:
+    """The message of an error on a single line."""
+    return " ".join(str(error).split())

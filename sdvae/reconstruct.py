@@ -10,10 +10,11 @@ from PIL import Image
 
 from sdvae.data.images import ImageError, read_image, to_image, to_tensor
 from sdvae.errors import InputError
-from sdvae.evaluation.metrics import image_metrics
-from sdvae.model import AutoencoderKL, crop_to, pad_to_multiple
+from sdvae.io import replacing
+from sdvae.metrics.image import image_metrics
+from sdvae.model import AutoencoderKL
+from sdvae.roundtrip import crop_to, pad_to_multiple
 from sdvae.weights import load_vae
-from sdvae.weights.files import replacing
 
 SMALLEST_SIDE = 16  # pixels: SSIM's window has 11
 

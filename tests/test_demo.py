@@ -24,10 +24,20 @@ from safetensors.torch import load_file
 from sdvae import InputError, crop_to, load_vae, pad_to_multiple
 from sdvae.cli import main
 from sdvae.data import center_crop, open_source, read_image, to_image, to_tensor
-from sdvae.demo import page as demo_page
-from sdvae.demo import view as view_module
-from sdvae.demo.page import running
-from sdvae.demo.view import Edits, Model, draw_channels, edit, encode, open_photograph, save_latents, show, show_latents
+from sdvae.studio.demo import page as demo_page
+from sdvae.studio.demo import view as view_module
+from sdvae.studio.demo.page import running
+from sdvae.studio.demo.view import (
+    Edits,
+    Model,
+    draw_channels,
+    edit,
+    encode,
+    open_photograph,
+    save_latents,
+    show,
+    show_latents,
+)
 
 MAX_SIDE = 96
 SIZE = (61, 51)  # sides that are no multiples of 8
@@ -351,7 +361,7 @@ def test_wrong_options_are_one_line(arguments, message, capsys):
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "sdvae.demo.page")
+    monkeypatch.delitem(sys.modules, "sdvae.studio.demo.page")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo"]) == 2
     assert 'pip install "sdvae[demo]"' in capsys.readouterr().err

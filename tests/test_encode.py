@@ -24,11 +24,11 @@ from PIL import Image
 from sdvae import InputError, load_vae, save_vae
 from sdvae.cli import main
 from sdvae.data import ImageError, ImageStream, center_crop, read_image, to_tensor
-from sdvae.evaluation.metrics import LatentMoments
 from sdvae.latents.dataset import LatentDataset
 from sdvae.latents.encode import Encoding, encode
 from sdvae.latents.store import LatentFolder
 from sdvae.model import DiagonalGaussian
+from sdvae.statistics import LatentMoments
 from tests.latents_tools import (
     content,
     draw,

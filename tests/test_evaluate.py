@@ -25,10 +25,10 @@ from sdvae import load_vae, save_vae
 from sdvae.cli import main
 from sdvae.data import adm_center_crop, open_source, read_image
 from sdvae.data.images import RESAMPLING
-from sdvae.evaluation import fid
 from sdvae.evaluation.config import EvaluateConfig
 from sdvae.evaluation.evaluate import evaluate
-from sdvae.evaluation.summary import COLUMNS, differences, markdown_table, mean_of, means
+from sdvae.metrics import fid
+from sdvae.metrics.table import COLUMNS, differences, markdown_table, mean_of, means
 from sdvae.weights.load import EMBEDDED
 from tests.processes import launch, run_main
 

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from sdvae.evaluation.figures import AMPLIFICATION, CAPTION_HEIGHT, GAP, reconstruction_grid, training_curves
-from sdvae.evaluation.metrics import LatentMoments, image_metrics
+from sdvae.metrics.image import image_metrics
 from sdvae.model import DiagonalGaussian
+from sdvae.pictures import AMPLIFICATION, CAPTION_HEIGHT, GAP, reconstruction_grid, training_curves
+from sdvae.statistics import LatentMoments
 
 
 def smooth_images(count: int, size: int = 48, seed: int = 0, channels: int = 3) -> torch.Tensor:

@@ -19,11 +19,13 @@ from sklearn.decomposition import PCA
 
 from sdvae import load_vae, save_vae
 from sdvae.cli import main
-from sdvae.data import center_crop, open_source, read_image, sample_seed, to_tensor
+from sdvae.data import center_crop, open_source, read_image, to_tensor
 from sdvae.errors import InputError
-from sdvae.evaluation.figures import CAPTION_HEIGHT, GAP, tile_grid
-from sdvae.evaluation.metrics import LatentMoments
-from sdvae.explore import (
+from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.noise import sample_seed
+from sdvae.pictures import CAPTION_HEIGHT, GAP, tile_grid
+from sdvae.statistics import LatentMoments
+from sdvae.studio.explore import (
     LatentCovariance,
     LatentSpectrum,
     Settings,
@@ -41,11 +43,10 @@ from sdvae.explore import (
     slerp,
     traverse,
 )
-from sdvae.explore.anomaly import DEFECTS, auroc_of_counts, count_errors
-from sdvae.explore.denoise import BLURS
-from sdvae.explore.experiments import EXPERIMENTS, explore_interpolation
-from sdvae.explore.study import Study
-from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.studio.explore.anomaly import DEFECTS, auroc_of_counts, count_errors
+from sdvae.studio.explore.denoise import BLURS
+from sdvae.studio.explore.experiments import EXPERIMENTS, explore_interpolation
+from sdvae.studio.explore.study import Study
 
 DOCS = Path(__file__).parents[1] / "docs"
 SIZE = 64  # pixels

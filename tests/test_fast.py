@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdvae import AutoencoderKL
+from sdvae.cpu import kernels as fast
 from sdvae.latents.encoder import MomentEncoder
-from sdvae.model import fast
 from sdvae.model.blocks import Upsample
 from sdvae.training.build import lay_out
 from sdvae.training.config import TrainConfig

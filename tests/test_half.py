@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdvae import AutoencoderKL, InputError, load_vae, save_vae
 from sdvae.cli import main
-from sdvae.weights.half import FP16_MAX, audit, fix
+from sdvae.model.fp16 import FP16_MAX, audit, fix
 
 IMAGES = [torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in range(2)]
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from sdvae.errors import InputError
-from sdvae.evaluation.figures import latent_figure
-from sdvae.evaluation.health import BINS, LatentHealth
-from sdvae.evaluation.metrics import LatentMoments
 from sdvae.model import DiagonalGaussian
+from sdvae.pictures import latent_figure
+from sdvae.statistics import BINS, LatentHealth, LatentMoments
 
 
 def healthy(channels: int = 4, count: int = 8, seed: int = 0) -> torch.Tensor:

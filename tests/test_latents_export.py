@@ -19,16 +19,16 @@ from PIL import Image
 from safetensors import safe_open
 
 from sdvae import InputError
-from sdvae.data import sample_seed
-from sdvae.evaluation.metrics import LatentMoments
-from sdvae.latents import export as export_module
+from sdvae.latents import convert as export_module
 from sdvae.latents.config import EncodeConfig
+from sdvae.latents.convert import _crop_ltrb, export_latents
 from sdvae.latents.encode import encode
-from sdvae.latents.export import _crop_ltrb, export_latents
 from sdvae.latents.rows import LatentRow, table_of, to_bytes, value_columns
 from sdvae.latents.store import LatentFolder
 from sdvae.model import DiagonalGaussian
-from sdvae.model.precision import DTYPES
+from sdvae.noise import sample_seed
+from sdvae.runtime import DTYPES
+from sdvae.statistics import LatentMoments
 
 FORMATS = ("safetensors", "webdataset", "kohya")
 SHAPES = ((4, 8, 8), (4, 6, 10), (4, 10, 6))

@@ -23,21 +23,12 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from sdvae import AutoencoderKL, DiagonalGaussian, InputError, load_vae
 from sdvae.cli import main, parse_train_config
-from sdvae.data import (
-    EvaluationImages,
-    SampleKey,
-    SampleOrder,
-    ShardedBatches,
-    TrainingImages,
-    open_source,
-    sample_seed,
-)
+from sdvae.data import EvaluationImages, SampleKey, SampleOrder, ShardedBatches, TrainingImages, open_source
 from sdvae.data.dataset import NO_LABEL, read_labels, training_loader
-from sdvae.evaluation.health import LatentHealth
-from sdvae.evaluation.likelihood import bernoulli_nll, draw_from_prior, elbo, log_likelihood, pictures, probabilities
-from sdvae.model import ConditionalAutoencoderKL
 from sdvae.model.blocks import ResnetBlock
-from sdvae.model.padding import decode_cropped, encode_padded
+from sdvae.noise import posterior_generators, sample_seed
+from sdvae.roundtrip import decode_output, encode_images
+from sdvae.statistics import LatentHealth
 from sdvae.training.build import build_vae
 from sdvae.training.config import (
     DataConfig,
@@ -48,9 +39,12 @@ from sdvae.training.config import (
     TrainConfig,
 )
 from sdvae.training.loop import train
-from sdvae.training.objective import free_bits_kl, kl_weight_at, loss_terms, posterior_generators
+from sdvae.training.objective import free_bits_kl, kl_weight_at, loss_terms
 from sdvae.training.players import Players
-from sdvae.training.step import discriminator_pass, generator_pass, prior_samples, train_step
+from sdvae.training.step import discriminator_pass, generator_pass, train_step
+from sdvae.tutorial.adversary import prior_samples
+from sdvae.tutorial.conditional import ConditionalAutoencoderKL
+from sdvae.tutorial.likelihood import bernoulli_nll, draw_from_prior, elbo, log_likelihood, pictures, probabilities
 from tests.faults import Crash, blank, fault
 
 ROOT = Path(__file__).parents[1]
@@ -164,10 +158,10 @@ def test_the_objective_with_beta_one_is_the_negative_elbo_of_torchs_distribution
 def test_padding_is_for_the_network_only(config):
     """28 -> 32 at MNIST's size, 18 -> 20 here: the loss sees the image's own pixels, and no others."""
     vae, x = vae_of(config), grey(2)
-    posterior = encode_padded(vae, x)
+    posterior = encode_images(vae, x)
     padded = F.pad(x, (0, 2, 0, 2), mode="replicate")
     assert torch.equal(posterior.parameters, vae.encode(padded).latent_dist.parameters)
-    decoded = decode_cropped(vae, posterior.mode(), x)
+    decoded = decode_output(vae, posterior.mode(), x.shape[2:])
     assert torch.equal(decoded, vae.decode(posterior.mode()).sample[..., :SIDE, :SIDE])
     found = elbo(vae, x, generator=posterior_generators(torch.tensor([1, 2])))
     z = posterior.sample(posterior_generators(torch.tensor([1, 2])))
@@ -467,7 +461,7 @@ def test_a_posterior_that_collapses_is_named_and_warm_up_or_free_bits_cure_it():
             optimizer.step()
         health = LatentHealth(4)
         with torch.no_grad():
-            health.update(encode_padded(vae, x[:200]))
+            health.update(encode_images(vae, x[:200]))
             nelbo[name] = float(elbo(vae, x[:200]).nelbo.mean())
         complaints[name] = " ".join(health.complaints())
     print(nelbo, complaints)
@@ -493,9 +487,9 @@ def test_the_adversary_pulls_the_encoder_and_learns_from_draws_of_the_prior():
     vae, x, seeds = vae_of(SHAPE).train(), grey(3), torch.tensor([5, 6, 7])
     players = Players(vae, config, accelerator)
     network = players.discriminator.network
-    posterior = encode_padded(vae, x)
+    posterior = encode_images(vae, x)
     z = posterior.sample(posterior_generators(seeds))
-    nll = bernoulli_nll(x, decode_cropped(vae, z, x)).mean() / SIDE**2
+    nll = bernoulli_nll(x, decode_output(vae, z, x.shape[2:])).mean() / SIDE**2
     want = torch.autograd.grad(nll - 0.3 * network(z).mean(), list(vae.parameters()))
 
     values, fake = generator_pass(0, players, x, seeds, config, accelerator, None)
@@ -542,7 +536,7 @@ def test_an_adversary_in_the_kls_place_brings_all_latents_to_the_prior():
         for step in range(config.steps):
             train_step(step, players, batches, config, accelerator, None)
         with torch.no_grad():
-            z = encode_padded(players.vae.eval(), x).sample(torch.Generator().manual_seed(0))
+            z = encode_images(players.vae.eval(), x).sample(torch.Generator().manual_seed(0))
         moments = torch.stack([z.mean(0), z.square().mean(0), z.pow(4).mean(0) / 3])
         far[weight] = float((moments - torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1, 1)).abs().mean())
         with torch.no_grad():
@@ -570,7 +564,7 @@ def test_a_run_of_each_recipe_reports_the_elbo_of_what_it_saves(recipe, digits, 
     vae = kind.from_pretrained(tmp_path / "run" / "model").eval()
     assert type(vae) is kind
     config = parse_train_config(arguments(recipe, digits, tmp_path / "run"))
-    from sdvae.training.batches import open_sources
+    from sdvae.training.data import open_sources
 
     _, held_out = open_sources(config.data, config.seed)
     images = EvaluationImages(held_out, SIDE, 1, labels=read_labels(held_out, "label", 10))

@@ -11,11 +11,12 @@ import torchvision
 from safetensors.torch import save_file
 
 from sdvae import InputError
-from sdvae.evaluation import perceptual as perceptual_module
-from sdvae.evaluation.perceptual import Perceptual, load_perceptual
+from sdvae.metrics import perceptual as perceptual_module
+from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.model import DiagonalGaussian
+from sdvae.noise import posterior_generators
 from sdvae.training.config import LossConfig
-from sdvae.training.objective import kl_weight_at, loss_terms, posterior_generators
+from sdvae.training.objective import kl_weight_at, loss_terms
 from tests.conftest import tiny_vae
 
 

@@ -25,12 +25,12 @@ from sdvae.data import (
     collate_evaluation,
     evaluation_loader,
     read_image,
-    sample_seed,
     subset,
     to_tensor,
     training_loader,
 )
 from sdvae.errors import InputError
+from sdvae.noise import sample_seed
 
 
 class Memory:

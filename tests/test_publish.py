@@ -16,11 +16,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from sdvae import AutoencoderKL, load_vae, save_vae
-from sdvae import publish as publish_module
 from sdvae.cli import main
 from sdvae.data import center_crop, open_source, read_image, to_tensor
-from sdvae.evaluation.metrics import image_metrics
-from sdvae.publish import hub_card, push_to_hub, with_section, without_local_paths
+from sdvae.metrics.image import image_metrics
+from sdvae.studio import push as publish_module
+from sdvae.studio.push import hub_card, push_to_hub, with_section, without_local_paths
 from sdvae.training.model_card import base_model
 from tests.conftest import draw_photographs, tiny_arguments, tiny_vae
 from tests.hub import TOKEN, FakeHub

@@ -23,15 +23,14 @@ from sdvae import load_vae, save_vae
 from sdvae.cli import main, parse_train_config
 from sdvae.data import center_crop, open_source, split_off, to_tensor
 from sdvae.errors import InputError
-from sdvae.evaluation.figures import AMPLIFICATION, CAPTION_HEIGHT, GAP, reconstruction_grid
-from sdvae.evaluation.health import LatentHealth
-from sdvae.evaluation.metrics import image_metrics
-from sdvae.evaluation.perceptual import load_perceptual, perceptual_if_any
+from sdvae.metrics.image import image_metrics
+from sdvae.metrics.perceptual import load_perceptual, perceptual_if_any
 from sdvae.model import AutoencoderKL, DiagonalGaussian
-from sdvae.report.gallery import Gallery, webp
-from sdvae.report.latents import HISTOGRAM_BINS, HISTOGRAM_RANGE, LatentMaps
-from sdvae.report.robustness import HALVES, Rounded, deltas, drift
-from sdvae.report.spectra import radial_power
+from sdvae.pictures import AMPLIFICATION, CAPTION_HEIGHT, GAP, reconstruction_grid
+from sdvae.statistics import HISTOGRAM_BINS, HISTOGRAM_RANGE, LatentHealth, LatentMaps
+from sdvae.studio.report.gallery import Gallery, webp
+from sdvae.studio.report.robustness import HALVES, Rounded, deltas, drift
+from sdvae.studio.report.spectra import radial_power
 from sdvae.training.run_folder import to_yaml
 from tests.conftest import draw_photographs, tiny_arguments
 
@@ -508,7 +507,7 @@ def test_lpips_is_left_out_with_a_word_where_nothing_can_be_downloaded(monkeypat
     def no_network(net: str, weights: str | None, heads: str) -> None:
         raise InputError("no ImageNet weights: the download failed; give a local file")
 
-    monkeypatch.setattr("sdvae.evaluation.perceptual.load_perceptual", no_network)
+    monkeypatch.setattr("sdvae.metrics.perceptual.load_perceptual", no_network)
     assert perceptual_if_any("vgg", None, "lpips") is None
     assert "LPIPS is left out: no ImageNet weights" in caplog.text
     with pytest.raises(InputError):
@@ -516,12 +515,12 @@ def test_lpips_is_left_out_with_a_word_where_nothing_can_be_downloaded(monkeypat
 
 
 def test_a_page_of_many_images_shows_the_first_and_the_worst_and_best_and_keeps_no_others(monkeypatch):
-    monkeypatch.setattr("sdvae.report.gallery.webp", lambda image: bytes(50))  # a picture has 100 bytes
+    monkeypatch.setattr("sdvae.studio.report.gallery.webp", lambda image: bytes(50))  # a picture has 100 bytes
     image = torch.zeros(1, 2, 2)
     for key, budget, count, seed in itertools.product(
         ("psnr", "lpips"), (0, 150, 1000, 10_000), (1, 2, 5, 6, 7, 40), (0, 1)
     ):
-        monkeypatch.setattr("sdvae.report.gallery.PICTURE_BYTES", budget)
+        monkeypatch.setattr("sdvae.studio.report.gallery.PICTURE_BYTES", budget)
         values = np.random.default_rng(seed).integers(0, 20, count).tolist()  # with equal ones
         gallery = Gallery(key)
         for place, value in enumerate(values):
@@ -540,10 +539,10 @@ def test_a_page_of_many_images_shows_the_first_and_the_worst_and_best_and_keeps_
 
 
 def test_means_are_over_all_images_and_not_those_shown(folder, tmp_path, monkeypatch, report):
-    monkeypatch.setattr("sdvae.report.gallery.PICTURE_BYTES", 0)
+    monkeypatch.setattr("sdvae.studio.report.gallery.PICTURE_BYTES", 0)
     output = tmp_path / "small.html"
     arguments = ["--data", str(folder), "--resolution", str(SIDE), "--lpips", "none", "--output", str(output)]
-    monkeypatch.setattr("sdvae.report.gallery.EXTREMES", 1)
+    monkeypatch.setattr("sdvae.studio.report.gallery.EXTREMES", 1)
     assert main(["report", *arguments]) == 0
     text, whole = (path.read_text(encoding="utf-8") for path in (output, report))
     assert "2 of 7 images" in text
@@ -569,7 +568,7 @@ def test_a_file_in_place_of_the_folder_is_said_before_the_first_image(folder, tm
     def forbidden(*args: object) -> None:
         raise AssertionError("it computes")
 
-    monkeypatch.setattr("sdvae.report.run.measure", forbidden)
+    monkeypatch.setattr("sdvae.studio.report.run.measure", forbidden)
     (tmp_path / "file").write_text("")
     data = ["--data", str(folder), "--resolution", "32", "--lpips", "none"]
     for output in (tmp_path / "file" / "r.html", tmp_path / "file" / "below" / "r.html"):

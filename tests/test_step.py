@@ -11,8 +11,9 @@ import torch
 import torchvision
 from accelerate import Accelerator
 
-from sdvae.evaluation.perceptual import Perceptual, load_perceptual
+from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.model import DiagonalGaussian
+from sdvae.noise import posterior_generators
 from sdvae.training import step as step_module
 from sdvae.training.build import build_vae
 from sdvae.training.config import (
@@ -23,12 +24,7 @@ from sdvae.training.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from sdvae.training.objective import (
-    learning_rate_at,
-    loss_terms,
-    posterior_generators,
-    transformation_at,
-)
+from sdvae.training.objective import learning_rate_at, loss_terms, transformation_at
 from sdvae.training.players import Player, Players, freeze_encoder, frozen
 from sdvae.training.step import discriminator_pass, generator_pass, train_step
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sdvae import AutoencoderKL, InputError, load_vae
+from sdvae.cpu import kernels as fast
 from sdvae.data import open_source, read_image, to_tensor
-from sdvae.model import fast, streaming
+from sdvae.model import tiling as streaming
 
 
 def vae_of(**changes) -> AutoencoderKL:

@@ -17,7 +17,7 @@ from PIL import Image
 from sdvae import InputError
 from sdvae.cli import main, parse_train_config
 from sdvae.data import center_crop, open_source, read_image, to_tensor
-from sdvae.model.precision import resolve_precision
+from sdvae.runtime import resolve_precision
 from sdvae.training.build import build_vae
 from sdvae.training.ema import WeightAverage, ema_decay_at
 from sdvae.training.loop import train
@@ -160,7 +160,7 @@ def test_the_saved_model_is_the_stock_class_with_its_measured_factor(finished):
     held_out = [line for line in lines if "validation/psnr" in line][-1]
 
     # by hand: the same seven training images, and the std of the latents over all of them
-    from sdvae.training.batches import open_sources
+    from sdvae.training.data import open_sources
 
     config = parse_train_config(tiny_arguments(source, output))
     train_source, validation_source = open_sources(config.data, config.seed)

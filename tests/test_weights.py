@@ -21,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import sdvae.weights.files
 import sdvae.weights.load
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
@@ -780,7 +779,7 @@ def test_failed_swap_puts_the_old_folder_back(vae, tmp_path, monkeypatch):
             raise PermissionError("busy")
         real(source, target)
 
-    monkeypatch.setattr(sdvae.weights.files.os, "replace", second_fails)
+    monkeypatch.setattr("os.replace", "replace", second_fails)
     with pytest.raises(PermissionError, match="busy"):
         save_vae(random_vae(settings((32, 64)), seed=1), tmp_path / "vae")
     assert_same_weights(load_vae(tmp_path / "vae"), vae)

@@ -26,7 +26,7 @@ def convert(argv: Sequence[str]) -> None:
     parser.add_argument("target", type=str, help="a new or empty folder")
     parser.add_argument("--to", choices=["safetensors", "webdataset", "kohya"], required=True)
     arguments = parse(parser, argv)
-    from sdvae.latents.export import export_latents
+    from sdvae.latents.convert import export_latents
 
     written = export_latents(arguments.folder, arguments.target, arguments.to)
     print(f"wrote {written[0]}" if len(written) == 1 else f"wrote {len(written)} files to {arguments.target}")

@@ -31,7 +31,7 @@ def export(argv: Sequence[str]) -> None:
     )
     arguments = parse(parser, argv)
 
-    from sdvae.model.precision import DTYPES
+    from sdvae.runtime import DTYPES
     from sdvae.weights import export_targets, load_vae, save_ldm, save_vae
 
     dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
@@ -70,7 +70,7 @@ def fp16(argv: Sequence[str]) -> None:
     arguments = parse(parser, argv)
     if (arguments.action == "fix") != (arguments.target is not None):
         raise InputError(f"got fp16 {arguments.action} with target {arguments.target}; need one for fix and none else")
-    from sdvae.half import audit_vae, fix_vae
+    from sdvae.fp16 import audit_vae, fix_vae
 
     images = (arguments.images, arguments.count, arguments.resolution)
     if arguments.action == "audit":

@@ -73,8 +73,8 @@ def explore(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of samples, defects and noise")
     parser.add_argument("--output", type=str, default="explorations", help="folder for WHAT.png and WHAT.json")
     arguments = parse(parser, argv)
-    from sdvae.explore import Settings
-    from sdvae.explore import explore as run
+    from sdvae.studio.explore import Settings
+    from sdvae.studio.explore import explore as run
 
     settings = Settings(
         data=arguments.data,
@@ -102,7 +102,7 @@ def demo(argv: Sequence[str]) -> None:
     parser.add_argument("--max_megabytes", type=float, default=20.0, help="of an uploaded file")
     arguments = parse(parser, argv)
     try:
-        from sdvae.demo.page import serve
+        from sdvae.studio.demo.page import serve
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
@@ -156,7 +156,7 @@ def report(argv: Sequence[str]) -> None:
         "--lpips_heads", choices=["lpips", "uniform"], default="lpips", help="«uniform» counts all features the same"
     )
     arguments = parse(parser, argv)
-    from sdvae.report import write_report
+    from sdvae.studio.report import write_report
 
     write_report(
         arguments.vae,

@@ -27,7 +27,7 @@ def push(argv: Sequence[str]) -> None:
     parser.add_argument("--resolution", type=int, default=256, help="pixels a side of the square that is cropped")
     parser.add_argument("--dry_run", type=str, default=None, help="a new folder: write it there, and upload nothing")
     arguments = parse(parser, argv)
-    from sdvae.publish import push_to_hub
+    from sdvae.studio.push import push_to_hub
 
     done = push_to_hub(
         arguments.vae,

@@ -25,7 +25,7 @@ from sdvae.data.images import (
     to_image,
     to_tensor,
 )
-from sdvae.data.order import SampleKey, SampleOrder, ShardedBatches, sample_seed
+from sdvae.data.order import SampleKey, SampleOrder, ShardedBatches
 from sdvae.data.sources import (
     SKIMAGE_PHOTOGRAPHS,
     ImageSource,
@@ -63,7 +63,6 @@ __all__ = [
     "open_stream",
     "random_crop",
     "read_image",
-    "sample_seed",
     "split_off",
     "subset",
     "to_image",

@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sdvae.allocator import keep_freed_memory
 from sdvae.data.images import ImageError, center_crop, color_jitter, random_crop, read_image, to_tensor
-from sdvae.data.order import SampleKey, ShardedBatches, sample_seed
-from sdvae.data.readers import utf8
+from sdvae.data.order import SampleKey, ShardedBatches
 from sdvae.data.sources import ImageSource
 from sdvae.errors import InputError
+from sdvae.io import utf8
+from sdvae.noise import sample_seed
+from sdvae.runtime import keep_freed_memory
 
 MAX_SUBSTITUTES = 32
 NO_LABEL = -1  # as `datasets` has it in splits without labels

@@ -7,7 +7,6 @@ be continued from a position without any saved random state, with another number
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,16 +23,6 @@ class SampleKey(NamedTuple):
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs of a key
-
-
-def sample_seed(seed: int, epoch: int, index: int, purpose: str) -> int:
-    """A 63-bit seed for one purpose ("augment", "posterior", …) of one sample; the same on any machine.
-
-    63 bits, since `torch.Generator.manual_seed` and int64 tensors hold them.
-    """
-    # crc32, because Python's own hash of a string differs from process to process
-    sequence = np.random.SeedSequence([seed, epoch, index, zlib.crc32(purpose.encode())])
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class SampleOrder:

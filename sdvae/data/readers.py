@@ -14,6 +14,7 @@ import numpy as np
 
 from sdvae.data.images import ImageError, read_file
 from sdvae.errors import InputError
+from sdvae.io import utf8
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,11 +30,6 @@ IMAGE_EXTENSIONS = frozenset(
 
 
 logger = logging.getLogger(__name__)
-
-
-def utf8(name: str) -> str:
-    """A file's name may hold bytes that are no UTF-8; JSON, Parquet and labels take none."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class ImageSource(Protocol):

@@ -35,24 +35,22 @@ from sdvae.data import (
     center_crop,
     evaluation_loader,
     open_source,
-    sample_seed,
 )
-from sdvae.data.readers import utf8
-from sdvae.device import accelerator_type
 from sdvae.errors import InputError
 from sdvae.evaluation.config import PRESETS, EvaluateConfig
-from sdvae.evaluation.fid import FEATURES, ReconstructionFID
-from sdvae.evaluation.figures import tile_grid
-from sdvae.evaluation.health import LatentHealth
-from sdvae.evaluation.memory import with_peak_memory
-from sdvae.evaluation.metrics import image_figures
-from sdvae.evaluation.perceptual import Perceptual, perceptual_if_any
-from sdvae.evaluation.summary import csv_text, differences, jsonable, markdown_table, means
-from sdvae.model import AutoencoderKL, DiagonalGaussian, crop_to, pad_to_multiple
-from sdvae.model.precision import DTYPES
-from sdvae.reconstruct import check_image_channels
+from sdvae.io import make_folder, replacing, utf8
+from sdvae.metrics.fid import FEATURES, ReconstructionFID
+from sdvae.metrics.image import image_figures
+from sdvae.metrics.memory import with_peak_memory
+from sdvae.metrics.perceptual import Perceptual, perceptual_if_any
+from sdvae.metrics.table import csv_text, differences, jsonable, markdown_table, means
+from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.noise import sample_seed
+from sdvae.pictures import tile_grid
+from sdvae.roundtrip import check_image_channels, crop_to, pad_to_multiple
+from sdvae.runtime import DTYPES, accelerator_type
+from sdvae.statistics import LatentHealth
 from sdvae.weights import load_vae
-from sdvae.weights.files import make_folder, replacing
 
 logger = logging.getLogger(__name__)
 

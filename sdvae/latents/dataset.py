@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from sdvae.data import SampleKey, sample_seed
+from sdvae.data import SampleKey
 from sdvae.errors import InputError
 from sdvae.latents.rows import from_bytes, is_value
 from sdvae.latents.scaling import LatentScaling, channel_scaling, identity_scaling, scaling_of
 from sdvae.latents.store import LatentFolder
 from sdvae.model import DiagonalGaussian
+from sdvae.noise import sample_seed
 
 WINDOW = 64  # row groups, of 1 MiB or one row each, that are mixed with each other and kept in memory
 NUMBERS = ("index", "mirrored", "original_size", "crop_top_left", "target_size")

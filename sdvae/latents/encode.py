@@ -26,10 +26,9 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from sdvae.data import ImageError, cover, open_source, open_stream, read_image, sample_seed
-from sdvae.data.readers import utf8
+from sdvae.data import ImageError, cover, open_source, open_stream, read_image
 from sdvae.errors import InputError
-from sdvae.evaluation.metrics import LatentMoments
+from sdvae.io import utf8
 from sdvae.latents.buckets import Placement, Size, bucket_sizes, place
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.encoder import Encoded, MomentEncoder, choose_device, choose_precision, encoder_sha256
@@ -37,7 +36,9 @@ from sdvae.latents.rows import LatentRow, posterior_values, row_bytes, table_of,
 from sdvae.latents.shards import RangeShards, Row, Shards, StreamShards, raise_if_passing, rows_per_shard
 from sdvae.latents.store import LatentFolder
 from sdvae.model import AutoencoderKL, DiagonalGaussian
-from sdvae.model.precision import DTYPES
+from sdvae.noise import sample_seed
+from sdvae.runtime import DTYPES
+from sdvae.statistics import LatentMoments
 from sdvae.weights import load_vae
 
 logger = logging.getLogger(__name__)

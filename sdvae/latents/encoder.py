@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdvae.device import accelerator_type
+from sdvae.cpu.kernels import speed_up
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
-from sdvae.model.fast import speed_up
-from sdvae.model.precision import DTYPES, resolve_precision
+from sdvae.runtime import DTYPES, accelerator_type, resolve_precision
 
 
 @dataclass

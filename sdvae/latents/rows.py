@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sdvae.data.readers import utf8
+from sdvae.io import utf8
 from sdvae.latents.buckets import Size
 from sdvae.latents.config import EncodeConfig
 from sdvae.model import DiagonalGaussian
-from sdvae.model.precision import DTYPES
+from sdvae.runtime import DTYPES
 
 if TYPE_CHECKING:
     import pyarrow as pa

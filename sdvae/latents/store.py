@@ -27,12 +27,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
-from sdvae.data.readers import utf8
-from sdvae.differences import changed_fields
 from sdvae.errors import InputError
-from sdvae.evaluation.metrics import LatentMoments
-from sdvae.model.precision import DTYPES
-from sdvae.weights.files import left_beside, read_json, replacing
+from sdvae.io import changed_fields, left_beside, read_json, replacing, sha256_of, utf8
+from sdvae.runtime import DTYPES
+from sdvae.statistics import LatentMoments
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -365,18 +363,6 @@ def statistics_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "latents_mean": moments.channel_mean.tolist(),
         "latents_std": moments.channel_std.tolist(),
     }
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    for block in iter(lambda: file.read(2**20), b""):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def card(manifest: Mapping[str, Any]) -> str:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from sdvae.data import ImageError
 from sdvae.errors import InputError
+from sdvae.io import sha256_of
 from sdvae.latents.rows import from_bytes, value_columns
 from sdvae.latents.shards import Row, raise_if_passing
-from sdvae.latents.store import LatentFolder, sha256_of, statistics_of
+from sdvae.latents.store import LatentFolder, statistics_of
 
 if TYPE_CHECKING:
     from sdvae.latents.encode import Encoding

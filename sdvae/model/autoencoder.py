@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from sdvae.errors import InputError
 from sdvae.model.blocks import DownBlock, MidBlock, UpBlock, activated, checkpointed, conv3x3, group_norm
 from sdvae.model.posterior import DiagonalGaussian
-from sdvae.model.streaming import Streamed, has_hooks, plan
+from sdvae.model.tiling import Streamed, has_hooks, plan
 
 # diffusers' block names -> does the level have self-attention? (LDM's f16 and f32 models have.)
 DOWN_BLOCK_TYPES = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
+LIKELIHOODS = ("gaussian", "bernoulli")
 UP_BLOCK_TYPES = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 
 
@@ -210,7 +211,7 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
     def enable_tiling(self, use_tiling: bool = True, *, memory_bytes: int | None = None) -> None:
         """Encode and decode images of any size in bounded memory; the switch that diffusers' pipelines know.
 
-        Unlike diffusers' tiles, the result is that of the whole image (see `sdvae.model.streaming`). It acts where
+        Unlike diffusers' tiles, the result is that of the whole image (see `sdvae.model.tiling`). It acts where
         gradients are off and no layer has hooks, which would see strips: offloading layer by layer, say.
 
         Args:
@@ -225,6 +226,26 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
     def spatial_compression_ratio(self) -> int:
         """Pixels of the image along one side of a latent element: 8 for Stable Diffusion."""
         return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @property
+    def likelihood(self) -> str:
+        """What the decoder gives: «gaussian», images, or «bernoulli», the logits of their values.
+
+        It is the key `_likelihood` of config.json, which diffusers' class keeps and does not read. `sdvae.roundtrip`
+        turns both into images.
+        """
+        return self.config.get("_likelihood", "gaussian")
+
+    def set_likelihood(self, likelihood: str) -> None:
+        """Say what the decoder gives; «gaussian» or «bernoulli». `save_pretrained` writes it into config.json.
+
+        Raises:
+            InputError: for another word.
+        """
+        if likelihood not in LIKELIHOODS:
+            raise InputError(f"got likelihood {likelihood!r}; need one of {', '.join(LIKELIHOODS)}")
+        if likelihood != self.likelihood:
+            self.register_to_config(_likelihood=likelihood)
 
     def _moments(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 2·latent_channels, H/f, W/f)
         if self._streams:

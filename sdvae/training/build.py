@@ -19,17 +19,16 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from sdvae.allocator import keep_freed_memory
-from sdvae.device import accelerator_type
+from sdvae.cpu.kernels import speed_up, takes_winograd
 from sdvae.errors import InputError
-from sdvae.evaluation.perceptual import Perceptual, load_perceptual
-from sdvae.model import AutoencoderKL, ConditionalAutoencoderKL
-from sdvae.model.fast import speed_up, takes_winograd
-from sdvae.model.precision import resolve_precision
+from sdvae.metrics.perceptual import Perceptual, load_perceptual
+from sdvae.model import AutoencoderKL
+from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
 from sdvae.training.config import ModelConfig, TrainConfig
 from sdvae.training.initialise import initialise
 from sdvae.training.players import freeze_encoder
 from sdvae.training.run_folder import RunFolder
+from sdvae.tutorial.conditional import ConditionalAutoencoderKL
 from sdvae.weights import load_vae
 
 logger = logging.getLogger(__name__)
@@ -77,8 +76,11 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
     Raises: InputError when the VAE to be fine-tuned cannot be read, or does not fit the recipe.
     """
     tune = config.fine_tune
+    likelihood = "bernoulli" if config.loss.reconstruction == "bce" else "gaussian"
     if tune.source is None:
-        return build_vae(config.model).train(), config
+        vae = build_vae(config.model).train()
+        vae.set_likelihood(likelihood)
+        return vae, config
     vae = load_vae(tune.source, subfolder=tune.subfolder, config=tune.config, dtype=torch.float32)
     factor = vae.spatial_compression_ratio
     for key, side in (
@@ -91,6 +93,7 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
             )
     if tune.freeze_encoder:
         freeze_encoder(vae)
+    vae.set_likelihood(likelihood)
     return vae.train(), replace(config, model=_model_section(vae))
 
 

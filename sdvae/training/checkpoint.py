@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdvae.errors import InputError
-from sdvae.weights.files import replacing
+from sdvae.io import replacing
 
 FORMAT = 1
 STATE = "state.json"

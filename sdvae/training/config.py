@@ -45,7 +45,7 @@ class ModelConfig:
     """Side in pixels that pipelines take as the default and that diffusers' own tiling uses."""
     num_classes: int = 0
     """Condition encoder and decoder on a class label, 0 .. num_classes - 1, of each image
-    (sdvae/model/conditional.py). 0 is the plain AutoencoderKL."""
+    (sdvae/tutorial/conditional.py). 0 is the plain AutoencoderKL."""
 
     @property
     def compression_ratio(self) -> int:
@@ -206,7 +206,7 @@ class LossConfig:
     reconstruction: Literal["l1", "l2", "charbonnier", "bce"] = "l1"
     """Mean absolute error, mean squared error, or the smooth sqrt(error² + 1e-6), in [-1, 1]; or «bce»: the binary
     cross-entropy of grey values taken as probabilities, in nats, for which the decoder's output is their logits
-    (sdvae/evaluation/likelihood.py). With kl_weight 1 the objective is then the negative ELBO, divided by C·H·W."""
+    (sdvae/tutorial/likelihood.py). With kl_weight 1 the objective is then the negative ELBO, divided by C·H·W."""
     learn_logvar: bool = False
     """Learn s, the log-variance of the likelihood, one number: LDM's nll = (reconstruction + LPIPS) / e^s + s."""
     lpips_weight: float = 1.0
@@ -303,7 +303,7 @@ class TrainConfig:
     """Keep activations in channels-last memory format; where fast_convolutions act, these choose the format."""
     fast_convolutions: bool = True
     """On a CPU: 3x3 convolutions by Winograd's algorithm, for wide models in fp32, and upsampling with four taps
-    instead of nine, the same function to rounding (sdvae/model/fast.py)."""
+    instead of nine, the same function to rounding (sdvae/cpu/kernels.py)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False

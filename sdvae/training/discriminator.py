@@ -53,23 +53,6 @@ class PatchDiscriminator(nn.Module):
         return self.layers(images)
 
 
-class LatentDiscriminator(nn.Module):
-    """All latents of an image -> `layers` of `width` units -> one logit: above zero means «from the prior».
-
-    (B, C_z, h, w) -> (B, 1).
-    """
-
-    def __init__(self, latents: int, layers: int = 3, width: int = 64):
-        super().__init__()
-        blocks: list[nn.Module] = [nn.Flatten()]
-        for before in [latents, *[width] * (layers - 1)]:
-            blocks += [nn.Linear(before, width), nn.LeakyReLU(SLOPE)]
-        self.layers = nn.Sequential(*blocks, nn.Linear(width, 1))
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.layers(latents)
-
-
 def smallest_side(layers: int) -> int:
     """Pixels along one side below which no patch has a score: h = H/2^layers - 2 must be 1."""
     return 3 * 2**layers

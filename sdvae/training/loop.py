@@ -26,17 +26,9 @@ from tqdm.auto import tqdm
 
 from sdvae.data import BadImages, ImageSource, SampleOrder, subset
 from sdvae.data.dataset import Batch
-from sdvae.differences import flatten
 from sdvae.errors import InputError
+from sdvae.io import flatten
 from sdvae.model import AutoencoderKL
-from sdvae.training.batches import (
-    evaluation_batches,
-    labels_of,
-    open_sources,
-    stop_if_too_many_are_bad,
-    training_batches,
-    training_images,
-)
 from sdvae.training.build import build_accelerator, build_perceptual, lay_out, starting_vae
 from sdvae.training.checkpoint import (
     Checkpoint,
@@ -46,6 +38,14 @@ from sdvae.training.checkpoint import (
     write_checkpoint,
 )
 from sdvae.training.config import TrainConfig
+from sdvae.training.data import (
+    evaluation_batches,
+    labels_of,
+    open_sources,
+    stop_if_too_many_are_bad,
+    training_batches,
+    training_images,
+)
 from sdvae.training.meter import Meter
 from sdvae.training.players import Players
 from sdvae.training.preflight import check_recipe, probe

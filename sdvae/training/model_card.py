@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sdvae
-from sdvae.evaluation.figures import AMPLIFICATION
+from sdvae.io import HUB_ID
 from sdvae.model import AutoencoderKL
+from sdvae.pictures import AMPLIFICATION
 from sdvae.training.config import TrainConfig
 from sdvae.training.run_folder import to_yaml
 from sdvae.training.validation import ValidationResult
 from sdvae.weights import export_targets
-from sdvae.weights.load import HUB_ID
 
 GRID_NAME = "reconstructions.png"
 LDM_NAME = "vae.safetensors"
@@ -53,7 +53,7 @@ posterior = vae.encode(images, labels=labels).latent_dist
 """
 
 LOGITS_TEXT = """
-What the decoder gives are logits of each pixel's brightness: `sdvae.evaluation.likelihood.pictures` takes them to
+What the decoder gives are logits of each pixel's brightness: `sdvae.tutorial.likelihood.pictures` takes them to
 [-1, 1].
 """
 

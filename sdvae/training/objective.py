@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdvae.evaluation.likelihood import bernoulli_nll, pictures
-from sdvae.evaluation.perceptual import Perceptual
+from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
 from sdvae.model.posterior import at_least_fp32
 from sdvae.training.config import EquivarianceConfig, LossConfig, OptimizerConfig
+from sdvae.tutorial.likelihood import bernoulli_nll, pictures
 
 CHARBONNIER_EPS = 1e-3  # Lai et al. 2017, «LapSRN», section 3.3: sqrt(error² + eps²)
 
@@ -185,11 +185,3 @@ def learning_rate_at(step: int, peak: float, config: OptimizerConfig, steps: int
         return peak
     done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return peak * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def posterior_generators(noise_seeds: Tensor) -> list[torch.Generator]:
-    """One CPU generator for each image, so that its posterior noise does not depend on its batch.
-
-    Args: noise_seeds: (B,) int64.
-    """
-    return [torch.Generator().manual_seed(seed) for seed in noise_seeds.tolist()]

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
-from sdvae.model.padding import decode_cropped, encode_padded
+from sdvae.roundtrip import decode_output, encode_images
 from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
-from sdvae.training.discriminator import LatentDiscriminator, LeCam, PatchDiscriminator
+from sdvae.training.discriminator import LeCam, PatchDiscriminator
 from sdvae.training.ema import WeightAverage
 from sdvae.training.objective import Transformation, learning_rate_at
+from sdvae.tutorial.adversary import LatentDiscriminator
 
 FROZEN_PARTS = ("encoder.", "quant_conv.")  # all that latents depend on
 
@@ -45,14 +46,14 @@ class TrainingForward(nn.Module):
 
         Args: labels: (B,) int64, for a conditional VAE.
         """
-        posterior = encode_padded(self.vae, images, labels)
+        posterior = encode_images(self.vae, images, labels)
         z = posterior.sample(generators)
         transformed = None
         if transformation is not None:
             small = transformation(z, transformation.latent_size(z))
             given = {} if labels is None else {"labels": labels}
             transformed = self.vae.decode(small, **given).sample
-        return decode_cropped(self.vae, z, images, labels), posterior.parameters, transformed, self.logvar
+        return decode_output(self.vae, z, images.shape[2:], labels), posterior.parameters, transformed, self.logvar
 
 
 class Player:

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from sdvae.errors import InputError
-from sdvae.evaluation.metrics import image_metrics
-from sdvae.evaluation.perceptual import Perceptual
+from sdvae.metrics.image import image_metrics
+from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
-from sdvae.model.padding import decode_cropped, encode_padded
+from sdvae.noise import posterior_generators
+from sdvae.roundtrip import decode_images, decode_output, encode_images
 from sdvae.training.config import TrainConfig
 from sdvae.training.discriminator import smallest_side
-from sdvae.training.objective import loss_terms, posterior_generators
+from sdvae.training.objective import loss_terms
 
 LARGE = 20e6  # parameters; a VAE as large as SD's has 84 million
 LARGE_LEARNING_RATE = 1e-3  # LDM: 4.5e-6 for each image of a step, 1.1e-4 at its batch of 24
@@ -101,9 +102,9 @@ def probe(
     """Findings from one forward pass over training images (B, C, H, W) in [-1, 1], with labels (B,) if there are."""
     images = images[:PROBED_IMAGES]
     labels = None if labels is None else labels[:PROBED_IMAGES]
-    posterior = encode_padded(vae, images, labels)
+    posterior = encode_images(vae, images, labels)
     z = posterior.sample(posterior_generators(noise_seeds[:PROBED_IMAGES]))
-    reconstruction = decode_cropped(vae, z, images, labels)
+    reconstruction = decode_output(vae, z, images.shape[2:], labels)
     terms = loss_terms(images, reconstruction, posterior, config.loss, perceptual)
     findings = []
     std = float(posterior.mean.std())
@@ -119,7 +120,7 @@ def probe(
             "collapse; loss.kl_weight multiplies nats an image (LDM: 1e-6), as a beta near 1 would not"
         )
     if config.fine_tune.source is not None:
-        rows = image_metrics(images, decode_cropped(vae, posterior.mode(), images, labels), posterior, None)
+        rows = image_metrics(images, decode_images(vae, posterior.mode(), images.shape[2:], labels), posterior, None)
         psnr = sum(row["psnr"] for row in rows) / len(rows)
         if psnr < RECOGNISABLE_PSNR:
             findings.append(

@@ -15,11 +15,10 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from sdvae.differences import changed_fields
 from sdvae.errors import InputError
+from sdvae.io import changed_fields, left_beside, replacing
 from sdvae.training.checkpoint import newest_whole
 from sdvae.training.config import TrainConfig
-from sdvae.weights.files import left_beside, replacing
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,14 @@ import shutil
 
 from PIL import Image
 
-from sdvae.evaluation.figures import latent_figure, reconstruction_grid, training_curves
+from sdvae.io import replacing
 from sdvae.model import AutoencoderKL
+from sdvae.pictures import latent_figure, reconstruction_grid, training_curves
 from sdvae.training.config import TrainConfig
 from sdvae.training.model_card import GRID_NAME, model_card
 from sdvae.training.run_folder import RunFolder
 from sdvae.training.validation import ValidationResult
-from sdvae.weights.files import check_tensors, replacing
+from sdvae.weights.files import check_tensors
 
 SMALLEST_TILE = 96  # pixels: room for a caption
 

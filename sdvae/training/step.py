@@ -14,15 +14,14 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sdvae.data.dataset import Batch
-from sdvae.evaluation.perceptual import Perceptual
+from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
+from sdvae.noise import posterior_generators
 from sdvae.training.config import TrainConfig
 from sdvae.training.discriminator import (
-    LatentDiscriminator,
     LeCam,
     PatchDiscriminator,
     discriminator_learns_at,
@@ -31,14 +30,9 @@ from sdvae.training.discriminator import (
     generator_weight_at,
     r1_penalty,
 )
-from sdvae.training.objective import (
-    LossTerms,
-    kl_weight_at,
-    loss_terms,
-    posterior_generators,
-    transformation_at,
-)
+from sdvae.training.objective import LossTerms, kl_weight_at, loss_terms, transformation_at
 from sdvae.training.players import Players, frozen
+from sdvae.tutorial.adversary import LatentDiscriminator, prior_samples
 
 ADAPTIVE_EPS = 1e-4  # LDM, ldm/modules/losses/contperceptual.py, calculate_adaptive_weight, in its units
 ADAPTIVE_MAX = 1e4
@@ -181,11 +175,6 @@ def generator_pass(
         objective = loss
     accelerator.backward(objective / config.gradient_accumulation_steps)
     return {"loss": loss, **values}, fake.detach()
-
-
-def prior_samples(like: Tensor, noise_seeds: Tensor) -> Tensor:
-    """z ~ N(0, I) in the shape of `like`, (B, C_z, h, w); each image has its own, other than its posterior's noise."""
-    return randn_tensor(like.shape, posterior_generators(~noise_seeds), like.device, like.dtype)
 
 
 @dataclass(frozen=True)

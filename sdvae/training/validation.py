@@ -13,15 +13,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from sdvae.data import BadImages, sample_seed
+from sdvae.data import BadImages
 from sdvae.errors import InputError
-from sdvae.evaluation.health import LatentHealth
-from sdvae.evaluation.likelihood import bernoulli_nll, pictures
-from sdvae.evaluation.metrics import LatentMoments, image_metrics
-from sdvae.evaluation.perceptual import Perceptual
+from sdvae.metrics.image import image_metrics
+from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
-from sdvae.model.padding import decode_cropped, encode_padded
-from sdvae.training.objective import posterior_generators
+from sdvae.noise import posterior_generators, sample_seed
+from sdvae.roundtrip import decode_images, decode_output, encode_images
+from sdvae.statistics import LatentHealth, LatentMoments
+from sdvae.tutorial.likelihood import bernoulli_nll
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,15 @@ def validate(
         images = batch["image"].to(accelerator.device)
         labels = batch["label"].to(accelerator.device) if "label" in batch else None
         with autocast():
-            posterior = encode_padded(vae, images, labels)
-            reconstruction = decode_cropped(vae, posterior.mode(), images, labels)
+            posterior = encode_images(vae, images, labels)
+            reconstruction = decode_images(vae, posterior.mode(), images.shape[2:], labels)
         health.update(posterior)
         figures: list[dict[str, float]] = [{} for _ in images]
         if bernoulli_seed is not None:
-            reconstruction = pictures(reconstruction)
             seeds = [sample_seed(bernoulli_seed, 0, index, "validation") for index in batch["index"]]
             with autocast():
                 z = posterior.sample(posterior_generators(torch.tensor(seeds)))
-                distortion = bernoulli_nll(images, decode_cropped(vae, z, images, labels))
+                distortion = bernoulli_nll(images, decode_output(vae, z, images.shape[2:], labels))
             for row, d, r in zip(figures, distortion.tolist(), posterior.kl().tolist(), strict=True):
                 row |= {"nelbo": d + r, "distortion": d, "rate": r}
         for i, metrics in enumerate(image_metrics(images, reconstruction, posterior, perceptual)):
@@ -114,7 +113,7 @@ def measure_latents(
     for batch in readable(batches, bad_images):
         labels = batch["label"].to(accelerator.device) if "label" in batch else None
         with accelerator.autocast():
-            moments.update(encode_padded(vae, batch["image"].to(accelerator.device), labels))
+            moments.update(encode_images(vae, batch["image"].to(accelerator.device), labels))
     moments.sums = _sum_over_processes(moments.sums, accelerator)
     return moments
 

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from sdvae.errors import InputError
+from sdvae.io import read_json
 from sdvae.model import AutoencoderKL
-from sdvae.weights.files import read_json
+from sdvae.model.autoencoder import LIKELIHOODS
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ SAMPLE_SIZE = 512
 
 
 def checked_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The keys that `AutoencoderKL` takes, with lists as tuples; keys that begin with "_" are notes and left out.
+    """The keys that `AutoencoderKL` takes, with lists as tuples; of the keys that begin with "_", which are notes,
+    only `_likelihood` is kept.
 
     Raises: InputError for another class's config, an unknown key, a value of the wrong kind.
     """
@@ -39,6 +41,11 @@ def checked_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
         raise InputError(f"{origin} is for {class_name}; need an AutoencoderKL; point at the VAE's folder")
     known: dict[str, Any] = {}
     for key, value in config.items():
+        if key == "_likelihood":
+            if value not in LIKELIHOODS:
+                raise InputError(f"{origin} has {key} = {value!r}; need one of {', '.join(LIKELIHOODS)}; correct it")
+            known[key] = value
+            continue
         if key.startswith("_"):
             continue
         if key not in CONFIG_KEYS:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import glob
-import json
-import os
 import pickle
-import shutil
-import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sdvae.errors import InputError
-from sdvae.weights.names import first_few
+from sdvae.errors import InputError, first_few, one_line
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -43,7 +35,7 @@ def read_weights(path: Path, pick: Callable[[list[str]], dict[str, str]]) -> dic
             with safe_open(path, framework="pt", device="cpu") as file:
                 return {name: file.get_tensor(key) for key, name in pick(list(file.keys())).items()}
         except SafetensorError as error:
-            raise InputError(f"{path} is damaged or truncated ({_one_line(error)}); get a whole copy") from error
+            raise InputError(f"{path} is damaged or truncated ({one_line(error)}); get a whole copy") from error
     return _read_pickle(path, pick)
 
 
@@ -89,19 +81,6 @@ def _check_head(path: Path) -> None:
         raise InputError(f"{path} is a web page, not the weights; use the site's direct download link")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises: InputError when the file is missing or holds something else."""
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; need a JSON object; check the path")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise InputError(f"{path} is not JSON ({_one_line(error)}); get a whole copy") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}; need a JSON object")
-    return content
-
-
 def check_tensors(weights: Mapping[str, Tensor], origin: str) -> None:
     """Refuse weights that are not floating or not finite.
 
@@ -124,78 +103,3 @@ def check_tensors(weights: Mapping[str, Tensor], origin: str) -> None:
             f"{origin} has NaN or infinite values in {len(broken)} of {len(weights)} tensors ({first_few(broken)}); "
             "need finite weights; take an earlier checkpoint or a wider dtype"
         )
-
-
-def left_beside(target: Path) -> list[Path]:
-    """What processes that were killed while `replacing` a target left beside it."""
-    return list(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))
-
-
-def make_folder(folder: Path) -> None:
-    """For what takes long to compute and is written later: what is wrong with the folder shows now.
-
-    Raises: InputError where a file is in the way, or nothing may be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"{folder} is a file or below one; need a folder; choose another with --output") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} may not be written to; need a folder that may; choose another with --output")
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A temporary sibling of `target` to write to, which takes its name only when the block ends well.
-
-    Works for a file and for a folder. An existing target stays whole until the new one is on disk.
-
-    Raises: OSError when the disk does not take it; safetensors and torch have errors of their own for that.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        _flush(temporary)
-        if temporary.is_dir() and target.is_dir():  # os.replace only takes an empty folder's place
-            retired = target.with_name(f".{target.name}.old-{uuid.uuid4().hex}")
-            os.replace(target, retired)
-            try:
-                os.replace(temporary, target)
-            except OSError:
-                os.replace(retired, target)
-                raise
-            shutil.rmtree(retired)
-        else:
-            os.replace(temporary, target)
-        _sync(target.parent)
-    except (SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
-        raise OSError(f"{target} cannot be written: {_one_line(error)}") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    for inner in path.rglob("*") if path.is_dir() else ():
-        _sync(inner)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the disk has it: a rename that survives a power cut must not name an empty file."""
-    if os.name == "nt" and path.is_dir():  # Windows can not open a folder
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from functools import partial, reduce
 from pathlib import Path
@@ -14,11 +13,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, first_few
+from sdvae.io import HUB_ID, read_json
 from sdvae.model import AutoencoderKL
 from sdvae.weights.config import checked_config, infer_config, read_config
-from sdvae.weights.files import WEIGHT_SUFFIXES, check_tensors, read_json, read_weights
-from sdvae.weights.names import first_few, from_ldm, is_diffusers_layout, linear_attention, modern_names
+from sdvae.weights.files import WEIGHT_SUFFIXES, check_tensors, read_weights
+from sdvae.weights.names import from_ldm, is_diffusers_layout, linear_attention, modern_names
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 LEFT_ASIDE = ("loss.", "model_ema.", "global_step")
 STEM = "diffusion_pytorch_model"  # diffusers' name of the weights' file
 EMBEDDED = Path(__file__).parents[1] / "pretrained" / "small_f8c4"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_vae(
@@ -77,8 +76,10 @@ def load_vae(
 def _build(
     settings: Mapping[str, Any], weights: dict[str, Tensor], origin: str, dtype: torch.dtype | None
 ) -> AutoencoderKL:
+    shape = {key: value for key, value in settings.items() if not key.startswith("_")}
     with torch.device("meta"):  # only shapes: no memory, no random initialisation
-        vae = AutoencoderKL(**settings)
+        vae = AutoencoderKL(**shape)
+    vae.set_likelihood(settings.get("_likelihood", "gaussian"))
     _check_fit(vae.state_dict(), weights, origin)
     check_tensors(weights, origin)
     widest = reduce(torch.promote_types, {weight.dtype for weight in weights.values()})

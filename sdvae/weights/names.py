@@ -13,7 +13,7 @@ from itertools import product
 
 from torch import Tensor
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, first_few
 
 # diffusers, LDM. {level} counts as diffusers does, {mirrored} = levels - 1 - level.
 _RESNETS = [
@@ -170,8 +170,3 @@ def _rename(key: str, table: list[tuple[re.Pattern[str], str]], levels: int) -> 
                 numbers["mirrored"] = levels - 1 - numbers["level"]
             return f"{template.format(**numbers)}.{kind}"
     return None
-
-
-def first_few(names: list[str], count: int = 3) -> str:
-    """«a, b, c, …»: enough to see what is the matter, in one line."""
-    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, first_few
+from sdvae.io import read_json, replacing
 from sdvae.model import AutoencoderKL
-from sdvae.weights.files import check_tensors, read_json, replacing
+from sdvae.weights.files import check_tensors
 from sdvae.weights.load import STEM
-from sdvae.weights.names import first_few, to_ldm
+from sdvae.weights.names import to_ldm
 
 
 def save_ldm(vae: AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None = None) -> None:

@@ -1,0 +1,280 @@
+"""Faster on a CPU, training and inference: the same function to rounding, in fewer operations.
+
+Winograd's minimal filtering computes an m x m tile of a 3x3 convolution from (m + 2)² products instead of 9 m²
+(Lavin & Gray 2016, «Fast Algorithms for Convolutional Neural Networks», eq. 8):
+
+    Y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ x B)] A
+
+and the gradient of w is that formula's adjoint, summed over tiles: Gᵀ [(A dY Aᵀ) ⊙ (Bᵀ x B)] G. Here the output and
+the gradient of x come from NNPACK's F(6x6, 3x3) kernels, which torch carries, and the gradient of w from
+F(4x4, 3x3) in matrix products. Relative errors (2-norm) are near 3e-6, a direct convolution's near 1e-6; single
+values are off by up to 2e-5 of the largest.
+
+Where channels are few, the transforms of Winograd cost more than they save, and in bf16 their sums of up to 36 values
+of mixed sign would lose what precision there is. There the layout counts, channels last being what oneDNN's kernels
+read fastest, and nearest x2 and the 3x3 conv after it are one: a pixel is seen through one or two of the three taps a
+side, so the two equal four 2x2 convs, one for each parity of the output's row and column, with 4 products a value
+instead of 9 (the sub-pixel convolution of Shi et al. 2016, section 3.2, with tied weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sdvae.model import AutoencoderKL
+from sdvae.model.blocks import Upsample
+from sdvae.model.posterior import at_least_fp32
+from sdvae.runtime import keep_freed_memory
+
+TILE = 4  # F(4x4, 3x3): patches of 6x6
+CHUNK_BYTES = 8e6  # transformed patches held at once: a part of the last-level cache
+
+# Lavin & Gray 2016, section 4.2 (interpolation points 0, ±1, ±2, ∞)
+_BT = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0]]
+_BT += [[0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
+_G = [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6]]
+_G += [[1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
+_AT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+
+
+def _both_axes(one_axis: Sequence[Sequence[float]]) -> Tensor:
+    """The transform of a flattened patch: M x Mᵀ as (M ⊗ M) vec(x)."""
+    matrix = torch.tensor(one_axis, dtype=torch.float64)
+    return torch.kron(matrix, matrix).float()
+
+
+INPUT, KERNEL, OUTPUT = _both_axes(_BT), _both_axes(_G), _both_axes(_AT)  # (36, 36), (36, 9), (16, 36)
+
+# Which of the taps 0, 1, 2 of a side fall on the earlier and on the later of two pixels, by parity of the output:
+# TAPS[parity, pixel, tap]
+TAPS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+
+
+def speed_up(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> None:
+    """Make `vae` faster on a CPU, in place. Weights, state-dict names and, to rounding, the function stay.
+
+    A VAE that `takes_winograd` (SD's does in fp32, on many machines) gets Winograd's convolutions, for maps where
+    `winograd_pays`, and slicing: without gradients, a batch goes through image by image, as those kernels do
+    (`disable_slicing` takes that back). Any other, and one in bf16, gets the channels-last layout, in which its results
+    come back too. Upsamplers that do not take Winograd take four taps; under `enable_tiling` they are as they were.
+    Layers get a subclass of their own class, so deep copies, DDP and gradient checkpointing work as before, and go the
+    ordinary way for other dtypes and on other devices. And the process keeps the memory it frees
+    (`keep_freed_memory(False)` takes that back).
+
+    What it is worth: docs/speed.md. The custom gradients are differentiable once.
+
+    Args:
+        dtype: that it will compute in, under autocast; default: that of its weights, so convert these before.
+    """
+    winograd = takes_winograd(vae, dtype)
+    layout = torch.contiguous_format if winograd else torch.channels_last
+    nn.Module.to(vae, memory_format=layout)  # diffusers' own is untyped
+    vae.use_slicing = vae.use_slicing or winograd
+    for module in list(vae.modules()):
+        if type(module) is Upsample:
+            module.__class__ = FastUpsample
+        elif winograd and type(module) is nn.Conv2d and _is_plain_3x3(module):
+            module.__class__ = FastConv3x3
+    keep_freed_memory()
+
+
+def takes_winograd(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> bool:
+    """Does it compute in fp32, with 64 channels or more at full resolution, and the machine one where Winograd pays?
+
+    The choice knows no size: with images below 128x128, SD's VAE has few maps where Winograd pays.
+    """
+    wide = vae.config.block_out_channels[0] >= 64
+    return wide and (dtype or vae.dtype) == torch.float32 and has_nnpack() and _multiplies_256_bits()
+
+
+def _multiplies_256_bits() -> bool:
+    """Does the machine multiply 256 bits at a time? Direct convolutions are twice as fast where it has 512, and
+    NNPACK's kernels, written for AVX2, are not.
+
+    Measured are AVX2 and AMD's Zen 4, which does AVX-512 in halves. Zen 5, which does not, has AVX-VNNI too.
+    """
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return True
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    amd = str(features.get("cpu_name", "")).startswith("AMD")
+    return amd and bool(features.get("avx512_bf16")) and not features.get("avx_vnni", True)
+
+
+def winograd_pays(in_channels: int, out_channels: int, height: int, width: int) -> bool:
+    """Is NNPACK faster than oneDNN's best layout, for the output and the gradient of x?
+
+    Measured on two threads, C -> C channels on S x S pixels, C from 32 to 512 and S from 32 to 256. Where C·S is
+    16384 or more, 1.2 to 2.7 times on AVX2 (512 channels at 32² are even), 1.3 to 2.7 on Zen 4; below 12288, 0.3 to 1
+    and 0.5 to 1.3; either in between.
+    """
+    narrow, area = min(in_channels, out_channels), height * width
+    return has_nnpack() and narrow >= 64 and area >= 32**2 and narrow**2 * area >= 16384**2
+
+
+def weight_gradient_pays(in_channels: int, out_channels: int, height: int, width: int) -> bool:
+    """Is Winograd faster than oneDNN for the gradient of the weights too?
+
+    1.1 to 2.2 times on AVX2 and 1.1 to 2.1 on Zen 4, where it pays for the output and there are 128 channels or more;
+    0.6 with 64.
+    """
+    return min(in_channels, out_channels) >= 128 and winograd_pays(in_channels, out_channels, height, width)
+
+
+def has_nnpack() -> bool:
+    """Does this torch carry NNPACK, and does it run on this machine? (Its kernels need this call before the first.)"""
+    return hasattr(torch, "_nnpack_available") and torch._nnpack_available()
+
+
+class FastConv3x3(nn.Conv2d):
+    """A 3x3 conv of stride 1 and padding 1."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, O, H, W)
+        exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not (exact and self.pays(*x.shape[2:]) and _plain_cpu(x, self.weight)):
+            return super().forward(x)
+        if torch.is_grad_enabled():
+            return _Conv3x3.apply(x, self.weight, self.bias)
+        return _nnpack(x, self.weight, self.bias)
+
+    def pays(self, height: int, width: int) -> bool:
+        return winograd_pays(self.in_channels, self.out_channels, height, width)
+
+
+class FastUpsample(Upsample):
+    """Nearest x2 and a 3x3 conv as one, where the conv does not take Winograd."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
+        winograd = isinstance(self.conv, FastConv3x3) and self.conv.pays(2 * x.shape[2], 2 * x.shape[3])
+        if winograd or not _plain_cpu(x, self.conv.weight):
+            return super().forward(x)
+        return upsample_conv(x, self.conv.weight, self.conv.bias)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """conv3x3(nearest x2 of x), as a 2x2 conv to 4 · O channels and an interleaving of these.
+
+    y[2i + a, 2j + b] = Σ_pq w_ab[p, q] x[i + a - 1 + p, j + b - 1 + q], where w_ab[p, q] sums the taps of w that
+    fall on that pixel; in half precision the sums are rounded once.
+
+    Args: x: (B, C, H, W). weight: (O, C, 3, 3). Returns: (B, O, 2H, 2W).
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        exact = at_least_fp32(weight)
+        taps = TAPS.to(exact)
+        summed = torch.einsum("apk,bql,ockl->abocpq", taps, taps, exact).flatten(0, 2)  # (4·O, C, 2, 2)
+    bias = None if bias is None else bias.repeat(4)
+    phases = F.conv2d(x, summed.to(weight.dtype), bias, padding=1)  # (B, 4·O, H + 1, W + 1)
+    return _Interleave.apply(phases)
+
+
+def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of a 3x3 conv's weights in F(4x4, 3x3): Σ_tiles Gᵀ [(A dY Aᵀ) ⊙ (Bᵀ x B)] G.
+
+    Args: x: (B, C, H, W). grad: (B, O, H, W), of the output. Returns: (O, C, 3, 3).
+    """
+    batch, channels, height, width = x.shape
+    rows, columns = -(-height // TILE), -(-width // TILE)
+    below, right = rows * TILE - height, columns * TILE - width
+    x = F.pad(x, (1, right + 1, 1, below + 1))
+    grad = F.pad(grad, (0, right, 0, below)) if below or right else grad
+    bytes_a_row = INPUT.shape[0] * channels * batch * columns * x.element_size()
+    chunk = max(1, int(CHUNK_BYTES / bytes_a_row))
+    products = x.new_zeros(INPUT.shape[0], grad.shape[1], channels)
+    for top in range(0, rows, chunk):
+        bottom = min(top + chunk, rows)
+        v = (INPUT.to(x) @ _patches(x, TILE + 2, top, bottom, columns)).unflatten(1, (channels, -1))  # (36, C, T)
+        m = (OUTPUT.T.to(x) @ _patches(grad, TILE, top, bottom, columns)).unflatten(1, (grad.shape[1], -1))
+        products.baddbmm_(m, v.transpose(1, 2))  # (36, O, C)
+    weight = KERNEL.T.to(x) @ products.flatten(1)  # (9, O·C)
+    return weight.view(3, 3, grad.shape[1], channels).permute(2, 3, 0, 1).contiguous()
+
+
+class _Conv3x3(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        return _nnpack(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        out_channels, channels = weight.shape[:2]
+        grad = grad.contiguous()
+        wanted = list(ctx.needs_input_grad)
+        found: list[Tensor | None] = [None, None, None]
+        if wanted[0]:
+            wanted[0] = False  # the gradient of x is a conv of the same kind, with the kernel turned by 180 degrees
+            found[0] = _nnpack(grad, weight.flip(2, 3).transpose(0, 1).contiguous(), None)
+        if wanted[1] and weight_gradient_pays(channels, out_channels, *x.shape[2:]):
+            wanted[1] = False
+            found[1] = weight_gradient(x, grad)
+        if wanted[2] and not wanted[1]:
+            wanted[2] = False
+            found[2] = grad.sum(dim=(0, 2, 3))
+        if any(wanted):
+            geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, …, groups
+            rest = torch.ops.aten.convolution_backward(grad, x, weight, [out_channels], *geometry, wanted)
+            found = [new if new is not None else old for old, new in zip(found, rest, strict=True)]
+        return tuple(found)
+
+
+class _Interleave(torch.autograd.Function):
+    """(B, 4·O, H + 1, W + 1) -> (B, O, 2H, 2W): y[2i + a, 2j + b] = phase_ab[i + a, j + b]."""
+
+    @staticmethod
+    def forward(ctx: Any, phases: Tensor) -> Tensor:
+        ctx.shape = phases.shape
+        height, width = phases.shape[2] - 1, phases.shape[3] - 1
+        shape = (phases.shape[0], phases.shape[1] // 4, 2 * height, 2 * width)
+        out = torch.empty(shape, dtype=phases.dtype, device=phases.device, memory_format=_layout(phases))
+        for k, phase in enumerate(phases.chunk(4, dim=1)):
+            a, b = divmod(k, 2)
+            out[:, :, a::2, b::2] = phase[:, :, a : a + height, b : b + width]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        phases = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=_layout(grad)).zero_()
+        height, width = phases.shape[2] - 1, phases.shape[3] - 1
+        for k, phase in enumerate(phases.chunk(4, dim=1)):
+            a, b = divmod(k, 2)
+            phase[:, :, a : a + height, b : b + width] = grad[:, :, a::2, b::2]
+        return phases
+
+
+def _is_plain_3x3(conv: nn.Conv2d) -> bool:
+    ones = conv.stride == conv.padding == conv.dilation == (1, 1)
+    return conv.kernel_size == (3, 3) and ones and conv.groups == 1 and conv.padding_mode == "zeros"
+
+
+def _plain_cpu(x: Tensor, weight: Tensor) -> bool:
+    return x.device.type == weight.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _nnpack(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Image by image: NNPACK's path for batches is slower than a direct conv."""
+    images = [torch._nnpack_spatial_convolution(image, weight, bias, [1, 1]) for image in x.split(1)]
+    return images[0] if len(images) == 1 else torch.cat(images)
+
+
+def _patches(x: Tensor, side: int, top: int, bottom: int, columns: int) -> Tensor:
+    """(B, C, H, W) -> (side², C · B · T): the patches, TILE apart, of rows [top, bottom) of tiles."""
+    batch, channels = x.shape[:2]
+    image, channel, row, column = x.stride()
+    shape = (side, side, channels, batch, bottom - top, columns)
+    strides = (row, column, channel, image, TILE * row, TILE * column)
+    return x.as_strided(shape, strides, x.storage_offset() + top * TILE * row).reshape(side * side, -1)

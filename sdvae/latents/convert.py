@@ -1,0 +1,385 @@
+"""`sdvae convert`: a finished latent data set in the formats of other trainers. The values stay what the VAE gave,
+unscaled."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from sdvae.errors import InputError, first_few
+from sdvae.io import replacing, sha256_of
+from sdvae.latents.rows import OUR_COLUMNS, is_value
+from sdvae.latents.store import LatentFolder
+from sdvae.model import DiagonalGaussian
+from sdvae.noise import sample_seed
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
+
+SIZE_COLUMNS = ("original_size", "crop_top_left", "target_size")
+FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a VAE's config
+CAPTION_COLUMNS = ("caption", "text", "txt")  # the first that is there becomes KEY.txt
+LABEL_COLUMNS = ("label", "cls")  # … and KEY.cls
+KEY_DIGITS = 15  # the rows of a stream's part p are numbered from p · 2³² on
+SCALING_FACTORS = {"sd": 0.18215, "sdxl": 0.13025}  # sd-scripts' own; its train_network.py, library/sdxl_model_util.py
+LONGEST_NAME = 230  # bytes between two slashes; file systems take 255, and kohya's ending has up to 24
+
+Shape = tuple[int, int, int]  # C, h, w
+
+
+def export_latents(
+    folder: str | Path, target: str | Path, to: Literal["safetensors", "webdataset", "kohya"]
+) -> list[Path]:
+    """Write the rows of a folder that `sdvae encode` wrote in another format, with one shard at most in memory.
+
+    Args:
+        folder: of a finished data set.
+        target: a new or empty folder, which is written beside and renamed.
+        to: one of
+            - «safetensors»: a file for each shard and latent shape, with the stored tensors (N, C, h, w) under their
+              columns' names, `index` (N,) int64, `original_size`, `crop_top_left` and `target_size` (N, 2) int32, and
+              carried integers (N,) int64. What is no tensor (names, captions, numbers that some row has not) is in
+              the .jsonl of the same name, a line a row. stats.json has the statistics and the VAE's factors.
+            - «webdataset»: a .tar for each shard. Each row has KEY.mean.npy and so on (fp32 where bf16 is stored) and
+              KEY.json with all else; KEY.txt where there are captions, KEY.cls where every row has a label.
+            - «kohya»: what kohya-ss/sd-scripts' --cache_latents_to_disk would have written, to be copied over the
+              folder of the images. sd-scripts chooses sizes of its own and does not compare them: encode with
+              --buckets none, and train with that resolution and no buckets.
+
+    Returns: the files; for kohya, which has one an image, the target folder alone.
+
+    Raises:
+        InputError: for a data set that is not finished or damaged, a target that is not empty, or what kohya cannot
+            take: other than 4 channels at 1/8 of the size, names that are no paths below the target, two images whose
+            names differ in the extension only. Nothing is written then.
+        OSError: when the disk does not take it. Nothing is left then.
+    """
+    if to not in _WRITERS:
+        raise InputError(f"got format {to!r}; need one of {', '.join(_WRITERS)}")
+    source = _Source(folder)
+    target = Path(target).expanduser().resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"got {target}, which holds something; need a new or empty folder; choose another")
+    source.check()
+    if to == "kohya":
+        _check_kohya(source)
+    with replacing(target) as temporary, tqdm(total=source.num_rows, unit=" rows", disable=None) as bar:
+        temporary.mkdir()
+        _WRITERS[to](source, temporary, bar)
+    return [target] if to == "kohya" else sorted(target.iterdir())
+
+
+class _Source:
+    """The shards of a finished data set that have rows.
+
+    Raises: InputError where there is none.
+    """
+
+    def __init__(self, root: str | Path):
+        folder = LatentFolder(root)
+        folder.open(finished=True)
+        self.root = folder.root
+        self.dtype = folder.dtype
+        self.statistics: dict[str, Any] = folder.manifest["statistics"]
+        self.vae: dict[str, Any] = folder.manifest["vae_config"]
+        self.has_buckets = len(folder.manifest["fingerprint"]["images"]["sizes"]) > 1
+        self.num_rows: int = folder.manifest["rows"]
+        entries = [(folder.shard_path(i), entry) for i, entry in enumerate(folder.manifest["shards"]) if entry["rows"]]
+        self._sha256 = {path: entry["sha256"] for path, entry in entries}
+
+    def check(self) -> None:
+        """Raises: InputError when a file is not what was written."""
+        for path, sha256 in self._sha256.items():
+            if not path.is_file() or sha256_of(path) != sha256:
+                raise InputError(f"{path} is missing or damaged; run `sdvae encode` as before, with --repair true")
+
+    @property
+    def shards(self) -> dict[str, Path]:
+        """File by stem; numbered without gaps, which patterns such as {00000..00018} need."""
+        count = len(self._sha256)
+        return {f"train-{number:05d}-of-{count:05d}": path for number, path in enumerate(self._sha256)}
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        import pyarrow.parquet as pq
+
+        return pq.read_schema(next(iter(self._sha256)))
+
+    @cached_property
+    def values(self) -> list[str]:
+        """The columns of latents."""
+        return [name for name in self.schema.names if is_value(name)]
+
+    @cached_property
+    def carried(self) -> list[str]:
+        return [name for name in self.schema.names if name not in (*OUR_COLUMNS, *self.values)]
+
+    def whole_integers(self) -> list[str]:
+        """The carried columns that int64 holds, with a number in every row of every shard."""
+        import pyarrow as pa
+
+        types = {name: self.schema.field(name).type for name in self.carried}
+        names = [name for name, kind in types.items() if pa.types.is_integer(kind) and kind != pa.uint64()]
+        for path in self.shards.values() if names else ():
+            names = [name for name in names if self.column(path, name).null_count == 0]
+        return names
+
+    def column(self, path: Path, name: str) -> pa.ChunkedArray:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path) as file:
+            return file.read([name]).column(name)
+
+    def rows(self, path: Path) -> Iterator[dict[str, Any]]:
+        """In their order, with the latents as tensors (C, h, w) in the stored dtype; a row group at a time."""
+        import pyarrow.parquet as pq
+
+        values = self.values
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                for row in file.read_row_group(group).to_pylist():
+                    shape = tuple(row.pop("shape"))
+                    for name in values:
+                        row[name] = torch.frombuffer(bytearray(row[name]), dtype=self.dtype).reshape(shape)
+                    yield row
+
+
+# ---- safetensors ----
+
+
+@dataclass
+class _Stack:
+    """Rows of one latent shape: tensors to be filled, and what is no tensor as JSON."""
+
+    tensors: dict[str, Tensor]
+    lines: list[str] = field(default_factory=list)
+
+    def append(self, row: dict[str, Any]) -> None:
+        for name, tensor in self.tensors.items():
+            value = row[name]
+            tensor[len(self.lines)] = value if isinstance(value, Tensor) else torch.tensor(value)
+        rest = {name: value for name, value in row.items() if name not in self.tensors}
+        self.lines.append(_json({"index": row["index"], **rest}) + "\n")
+
+
+def _write_safetensors(source: _Source, target: Path, bar: tqdm) -> None:
+    integers = ["index", *source.whole_integers()]
+    for stem, path in source.shards.items():
+        counts: Counter[Shape] = Counter(tuple(shape) for shape in source.column(path, "shape").to_pylist())
+        stacks = {
+            shape: _Stack(
+                {name: torch.empty(count, *shape, dtype=source.dtype) for name in source.values}
+                | {name: torch.empty(count, 2, dtype=torch.int32) for name in SIZE_COLUMNS}
+                | {name: torch.empty(count, dtype=torch.int64) for name in integers}
+            )
+            for shape, count in counts.items()
+        }
+        for row in source.rows(path):
+            stacks[tuple(row[source.values[0]].shape)].append(row)
+            bar.update()
+        for shape, stack in stacks.items():
+            name = f"{stem}-{'x'.join(map(str, shape))}"
+            save_file(stack.tensors, target / f"{name}.safetensors", metadata={"format": "pt"})
+            (target / f"{name}.jsonl").write_text("".join(stack.lines), encoding="utf-8", newline="\n")
+    stats = {"statistics": source.statistics, "vae": {name: source.vae.get(name) for name in FACTORS}}
+    (target / "stats.json").write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
+
+
+# ---- webdataset ----
+
+
+def _write_webdataset(source: _Source, target: Path, bar: tqdm) -> None:
+    """Members of a row stand together and are the same for every row, as `datasets` asks."""
+    import pyarrow as pa
+
+    texts = [name for name in source.carried if source.schema.field(name).type in (pa.string(), pa.large_string())]
+    caption = next((name for name in CAPTION_COLUMNS if name in texts), None)
+    integers = source.whole_integers()
+    label = next((name for name in LABEL_COLUMNS if name in integers), None)
+    for stem, path in source.shards.items():
+        with tarfile.open(target / f"{stem}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row in source.rows(path):
+                key = f"{row['index']:0{KEY_DIGITS}d}"  # names may hold anything, dots and slashes among it
+                for name in source.values:
+                    _add(tar, f"{key}.{name}.npy", _npy(row.pop(name)))
+                _add(tar, f"{key}.json", _json(row).encode())
+                if caption is not None:
+                    _add(tar, f"{key}.txt", (row[caption] or "").encode())
+                if label is not None:
+                    _add(tar, f"{key}.cls", str(row[label]).encode())
+                bar.update()
+
+
+def _npy(values: Tensor) -> bytes:
+    file = io.BytesIO()
+    np.save(file, (values.float() if values.dtype == torch.bfloat16 else values).numpy())
+    return file.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # of no time and no user, so that the same rows make the same file
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+# ---- kohya ----
+
+
+def _check_kohya(source: _Source) -> None:
+    channels, compression = source.vae["latent_channels"], 2 ** (len(source.vae["block_out_channels"]) - 1)
+    if (channels, compression) != (4, 8):
+        raise InputError(
+            f"got {channels} latent channels at 1/{compression} of the image's size; need SD's and SDXL's 4 at 1/8; "
+            "choose another format"
+        )
+    unsafe: list[str] = []
+    digests = []
+    for path in source.shards.values():
+        names = source.column(path, "name").to_pylist()
+        unsafe += [name for name in names if not _is_below(name)][: 4 - len(unsafe)]
+        digests.append(np.fromiter(map(_digest, names), dtype=np.uint64))
+    if unsafe:
+        raise InputError(
+            f"got images named {first_few([repr(name) for name in unsafe])}; need relative paths without .. or "
+            f"backslashes, of at most {LONGEST_NAME} bytes a part, to write files by; choose another format"
+        )
+    found, counts = np.unique(np.concatenate(digests), return_counts=True)
+    same = _same_stem(source, set(found[counts > 1].tolist()))
+    if same:
+        raise InputError(
+            f"got several images of one name but for the extension ({first_few([repr(name) for name in same], 4)}); "
+            "need names of their own, as the cache's files have them; rename these and encode again"
+        )
+
+
+def _write_kohya(source: _Source, target: Path, bar: tqdm) -> None:
+    """As SdSdxlLatentsCachingStrategy of sd-scripts (library/strategy_sd.py, strategy_base.py) names and fills them."""
+    factor = source.vae.get("scaling_factor")
+    model = next((name for name, its in SCALING_FACTORS.items() if math.isclose(factor or 0, its, rel_tol=1e-3)), None)
+    if model is None:
+        logger.warning(
+            "sd-scripts multiplies latents by %s, whatever the VAE; this one's scaling_factor is %s; named as SD's",
+            " or ".join(f"{its} ({name})" for name, its in SCALING_FACTORS.items()),
+            factor,
+        )
+    if source.has_buckets:
+        logger.warning("sd-scripts' buckets are not those of these latents, and it does not compare sizes")
+    ending = f"_{model or 'sd'}.npz"
+    suffixes = [name.removeprefix("mean") for name in source.values if name.startswith("mean")]
+    suffixes = suffixes or [name.removeprefix("sample") for name in source.values]
+    for path in source.shards.values():
+        for row in source.rows(path):
+            height, width = row["original_size"]
+            file = target / f"{_stem(row['name'])}_{width:04d}x{height:04d}{ending}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            arrays: dict[str, Any] = {
+                "latents_flipped" if suffix else "latents": _one_sample(row, suffix).numpy() for suffix in suffixes
+            }
+            with file.open("xb") as opened:  # and fail where upper and lower case are the same
+                np.savez(
+                    opened,
+                    original_size=np.array((width, height)),
+                    crop_ltrb=np.array(_crop_ltrb(row["original_size"], row["target_size"])),
+                    **arrays,
+                )
+            bar.update()
+
+
+def _one_sample(row: Mapping[str, Any], suffix: str) -> Tensor:
+    """(C, h, w) fp32: the stored one, or one that follows from the row's index alone."""
+    if f"sample{suffix}" in row:
+        return row[f"sample{suffix}"].float()
+    moments = torch.cat([row[f"mean{suffix}"], row[f"logvar{suffix}"]])[None].float()
+    generator = torch.Generator().manual_seed(sample_seed(0, 0, row["index"], f"kohya{suffix}"))
+    return DiagonalGaussian(moments).sample(generator)[0]
+
+
+def _crop_ltrb(original_size: Sequence[int], target_size: Sequence[int]) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom as sd-scripts has them (BucketManager.get_crop_ltrb), from (height, width) pairs.
+
+    That is where the whole image would lie if it were shrunk into the target, not what is cut off: a wide image in a
+    square gets a top and no left. sd-scripts computes a flipped image's left as target width - right, which is wrong
+    of any other box.
+    """
+    height, width = target_size
+    aspect = original_size[1] / original_size[0]
+    is_narrower = width / height > aspect
+    inner_width, inner_height = (height * aspect, height) if is_narrower else (width, width / aspect)
+    left, top = (width - inner_width) // 2, (height - inner_height) // 2
+    return left, top, left + inner_width, top + inner_height
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _is_below(name: str) -> bool:
+    """The name is the path of a file below whatever folder, in its only spelling, on any system."""
+    parts = name.split("/")
+    return (
+        not any(part in ("", ".", "..") or len(part.encode()) > LONGEST_NAME for part in parts)
+        and not any(character in name for character in "\\\0")
+        and not PureWindowsPath(name).drive
+    )
+
+
+def _digest(name: str) -> int:
+    """64 bits stand for a stem, so that a hundred million names fit in memory."""
+    return int.from_bytes(hashlib.blake2b(_stem(name).encode(), digest_size=8).digest(), "little")
+
+
+def _same_stem(source: _Source, suspects: set[int]) -> list[str]:
+    """Names among those of some digests whose stem another one has too; the first few, together."""
+    names: dict[str, list[str]] = {}
+    for path in source.shards.values() if suspects else ():
+        for name in source.column(path, "name").to_pylist():
+            if _digest(name) in suspects:
+                names.setdefault(_stem(name), []).append(name)
+    return [name for group in names.values() if len(group) > 1 for name in group]
+
+
+# ---- all ----
+
+
+_WRITERS: dict[str, Callable[[_Source, Path, tqdm], None]] = {
+    "safetensors": _write_safetensors,
+    "webdataset": _write_webdataset,
+    "kohya": _write_kohya,
+}
+
+
+def _json(row: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(row), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no bytes (here base64), no NaN or infinity (null) and no dates (their text)."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else str(value)

@@ -1,0 +1,1 @@
+"""What is measured of reconstructions: one figure an image, LPIPS, rFID, memory, tables."""

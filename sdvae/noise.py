@@ -1,0 +1,27 @@
+"""Random numbers keyed on a seed and a sample, so that no result depends on batches, workers or processes."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def sample_seed(seed: int, epoch: int, index: int, purpose: str) -> int:
+    """A 63-bit seed for one purpose ("augment", "posterior", …) of one sample; the same on any machine.
+
+    63 bits, since `torch.Generator.manual_seed` and int64 tensors hold them.
+    """
+    # crc32, because Python's own hash of a string differs from process to process
+    sequence = np.random.SeedSequence([seed, epoch, index, zlib.crc32(purpose.encode())])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def posterior_generators(noise_seeds: Tensor) -> list[torch.Generator]:
+    """One CPU generator for each image, so that its posterior noise does not depend on its batch.
+
+    Args: noise_seeds: (B,) int64.
+    """
+    return [torch.Generator().manual_seed(seed) for seed in noise_seeds.tolist()]

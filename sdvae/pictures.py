@@ -1,0 +1,214 @@
+"""Pictures: grids of images, training curves, the state of the latents."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from sdvae.errors import InputError
+from sdvae.model.posterior import LOGVAR_RANGE
+from sdvae.statistics import BINS, DEAD_KL, LatentHealth
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+AMPLIFICATION = 4  # of the difference column
+GAP = 4  # pixels between tiles
+CAPTION_HEIGHT = 28  # pixels, at least
+LABEL_WIDTH = 120  # pixels, at most, left of a row
+
+
+def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Image.Image:
+    """One row an image: original | reconstruction | amplified absolute difference.
+
+    Args: images, reconstructions: (N, C, H, W) in [-1, 1], values outside are clamped; C = 1 is drawn grey,
+        of more than three channels the first three are drawn.
+    """
+    x, y = (_as_drawn(batch) for batch in (images, reconstructions))
+    difference = 2 * AMPLIFICATION * (x - y).abs() - 1  # what is above 1 is white
+    rows = list(zip(images, reconstructions, difference, strict=True))
+    return tile_grid(rows, ["original", "reconstruction", f"{AMPLIFICATION} x |difference|"])
+
+
+def tile_grid(
+    tiles: Sequence[Sequence[Tensor | None]],
+    columns: Sequence[str],
+    *,
+    rows: Sequence[str] = (),
+    captions: Sequence[Sequence[str]] = (),
+    note: str = "",
+) -> Image.Image:
+    """Pictures of one size in rows and columns, with words around them.
+
+    Args:
+        tiles: one list a row of (C, H, W) float in [-1, 1], drawn as by `reconstruction_grid`; None leaves the
+            place empty.
+        columns: words above each column.
+        rows: words left of each row.
+        captions: words below each tile, in the shape of `tiles`.
+        note: words below all of it.
+    """
+    height, width = next(tile.shape[-2:] for row in tiles for tile in row if tile is not None)
+    size = min(16, max(8, width // 10))
+    font = ImageFont.load_default(size=size)
+    line = round(1.25 * size)
+
+    def wrapped(texts: Sequence[str], room: float) -> tuple[list[str], int]:
+        """The texts with line breaks, and the pixels that the longest takes."""
+        broken = [_wrap(text, font, room) for text in texts]
+        return broken, line * max((text.count("\n") + 1 for text in broken if text), default=0)
+
+    left = 0
+    labels: list[str] = []
+    if rows:
+        labels, _ = wrapped(rows, LABEL_WIDTH)
+        left = 2 * GAP + math.ceil(max(font.getlength(part) for label in labels for part in label.split("\n")))
+    headings, above = wrapped(columns, width + GAP)
+    above = max(CAPTION_HEIGHT, above + 2 * GAP)
+    below = [wrapped(row, width + GAP) for row in captions] or [([], 0)] * len(tiles)
+    inside = len(columns) * (width + GAP) - GAP
+    remark, last = wrapped([note], left + inside - 2 * GAP)
+
+    bottom = above + sum(height + GAP + room for _, room in below) - GAP
+    grid = Image.new("RGB", (left + inside, bottom + (last + 3 * GAP if last else 0)), "white")
+    draw = ImageDraw.Draw(grid)
+
+    def write(text: str, x: float, y: float, align: Literal["left", "center"], anchor: str) -> None:
+        draw.multiline_text((x, y), text, fill="black", font=font, anchor=anchor, align=align, spacing=line - size)
+
+    for column, heading in enumerate(headings):
+        write(heading, left + column * (width + GAP) + width / 2, above / 2, "center", "mm")
+    top = above
+    for i, (row, (texts, room)) in enumerate(zip(tiles, below, strict=True)):
+        if labels:
+            write(labels[i], GAP, top + height / 2, "left", "lm")
+        for column, tile in enumerate(row):
+            x = left + column * (width + GAP)
+            if tile is not None:
+                grid.paste(Image.fromarray(_to_uint8(_as_drawn(tile[None]))[0]), (x, top))
+            if texts:
+                write(texts[column], x + width / 2, top + height + room / 2, "center", "mm")
+        top += height + GAP + room
+    if last:
+        write(remark[0], GAP, bottom + 2 * GAP + last / 2, "left", "lm")
+    return grid
+
+
+def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, room: float) -> str:
+    """Line breaks at spaces where a line would be wider than `room` pixels; inside a word that alone is wider."""
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(longer) <= room:
+            lines[-1] = longer
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > room:
+                lines.append("")
+            lines[-1] += letter
+    return "\n".join(lines)
+
+
+def _as_drawn(images: Tensor) -> Tensor:
+    images = (images.detach().float().cpu().clamp(-1, 1) + 1) / 2
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+
+
+def _to_uint8(images: Tensor) -> np.ndarray:
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def training_curves(metrics_file: Path, png: Path) -> None:
+    """Draw metrics.jsonl: everything about training, and every validation metric but those of single channels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves = read_curves(metrics_file)
+    columns = 4
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (name, (steps, values)) in enumerate(curves.items()):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        draw_curve(axes, name, steps, values)
+        axes.set_title(name, fontsize=10)
+    figure.savefig(png, dpi=110)
+
+
+def read_curves(metrics_file: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """{name: (steps, values)} of what `training_curves` draws; a last line that is being written is left out.
+
+    Raises: InputError when the file holds something else.
+    """
+    lines = metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{metrics_file}: line {number} is no line of metrics; need the trainer's own") from error
+        for name, value in record.items():
+            wanted = name.startswith(("train/", "validation/")) and "/channel_kl" not in name
+            if wanted and isinstance(value, (int, float)):
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
+    return series
+
+
+def draw_curve(axes: Axes, name: str, steps: Sequence[int], values: Sequence[float]) -> None:
+    """One curve over steps; losses that span decades on a logarithmic scale."""
+    log_scale = {"train/loss", "train/reconstruction", "train/grad_norm", "train/kl"}
+    axes.plot(steps, values, linewidth=1.4, marker="o" if len(steps) < 12 else None, markersize=3)
+    if name in log_scale and min(values) > 0:
+        axes.set_yscale("log")
+    axes.set_xlabel("step", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+
+
+def latent_figure(health: LatentHealth) -> Image.Image:
+    """Histogram of the log-variance | KL of each channel | mean ± std of each channel; complaints above."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    complaints = health.complaints()
+    channels = np.arange(len(health.channel_kl))
+    figure = Figure(figsize=(12, 3.2 + 0.2 * max(1, len(complaints))), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    title = "\n".join(complaints) or "no complaint"
+    figure.suptitle(title, fontsize=9, color="firebrick" if complaints else "black", x=0.01, ha="left", wrap=True)
+
+    left, middle, right = figure.subplots(1, 3)
+    edges = np.linspace(*LOGVAR_RANGE, BINS + 1)
+    counts = health.logvar_histogram.numpy()
+    left.set(yscale="log", ylim=(0.5, 2 * max(1, counts.max())))  # from below one element, so that one is seen
+    left.bar(edges[:-1], counts, width=1.0, align="edge", color=["firebrick"] + ["C0"] * (BINS - 1))  # red: the clamp
+    left.set(xlim=(edges[0] - 1, edges[-1] + 1), xlabel="log-variance of the posterior, nats", ylabel="elements")
+    middle.bar(channels, health.channel_kl.numpy())
+    middle.axhline(DEAD_KL, color="firebrick", linewidth=1.0, linestyle="--")  # below it a channel carries nothing
+    middle.set(xlabel="channel", ylabel="KL, nats an element")
+    right.errorbar(channels, health.channel_mean.numpy(), yerr=health.channel_std.numpy(), fmt="o", capsize=4)
+    right.set(xlabel="channel", ylabel="latents, mean ± std")
+    for axes in (middle, right):
+        axes.set_xlim(-0.6, len(channels) - 0.4)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for axes in (left, middle, right):
+        axes.set_axisbelow(True)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=8)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -1,0 +1,427 @@
+"""Statistics of latents over many images: sums of posteriors, in float64, that can be merged.
+
+`LatentMoments`     mean and variance of each channel; the scaling factor
+`LatentHealth`      the same, with KL and log-variances, and the names of what can go wrong
+`LatentCovariance`  which channels vary together; principal components
+`LatentMaps`        where in the image the latents vary
+
+Each takes posteriors with `update`. Two that were fed different images are joined with `merge`, which is how
+processes put their parts together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdvae.errors import InputError
+from sdvae.model import DiagonalGaussian
+from sdvae.model.posterior import LOGVAR_RANGE
+
+ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, «Importance weighted autoencoders», section 5: active units
+DEAD_KL = 0.01  # nats; what a mean of 0.14 costs, or a std of 0.9: next to nothing about the image
+BLACK_HOLE_LOGVAR = LOGVAR_RANGE[0] + 0.5  # half a nat above the clamp; SD-1's other elements sit at -23 to -13
+EXPLODED_STD = 50.0  # several times any in use: SD-1 has 1/0.18215 = 5.5, SDXL 1/0.13025 = 7.7, SD3 1/1.5305 = 0.65
+PRIOR_LIKE_KL = 1.0  # nats; a constant posterior that costs more than this was not pulled there by the KL term
+ROUNDING = 1e-12  # of E[x²] - E[x]² relative to E[x²] in float64, with room for the sums' own
+NAMED_CHANNELS = 8  # at most, in one complaint
+
+BINS = round(LOGVAR_RANGE[1] - LOGVAR_RANGE[0])  # of the histogram, one nat each
+KL, LOGVAR, DEAD, BLACK_HOLES, HISTOGRAM = range(4, 9)  # rows of the sums, after the four of LatentMoments
+HISTOGRAM_RANGE = (-5.0, 5.0)  # of scaled latents, in standard deviations of N(0, 1)
+HISTOGRAM_BINS = 100
+
+
+class Sums:
+    """Statistics that add up: the tensors named in `ADDS` are sums over images."""
+
+    ADDS: tuple[str, ...] = ("sums",)
+
+    def merge(self, other: Any) -> None:
+        """Add what `other`, of the same kind and shape, has seen."""
+        for name in self.ADDS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class LatentMoments(Sums):
+    """Mean and variance of the latents over images and positions, channel by channel, in float64.
+
+    A latent element is N(mean, var) with its own mean and var, so over all elements, by the law of total
+    variance, Var[z] = Var[mean] + E[var]: exact, with no sample drawn.
+
+    Attributes:
+        sums: (4, C) float64 on the CPU: count, Σ mean, Σ mean², Σ var.
+    """
+
+    def __init__(self, channels: int):
+        self.sums = torch.zeros(4, channels, dtype=torch.float64)
+
+    def update(self, posterior: DiagonalGaussian) -> None:
+        mean = posterior.mean.detach().cpu().double()  # in this order: MPS has no float64
+        var = posterior.logvar.detach().cpu().double().exp()
+        count = torch.full((mean.shape[1],), mean.numel() / mean.shape[1], dtype=torch.float64)
+        over = (0, 2, 3)
+        self.sums += torch.stack([count, mean.sum(over), mean.square().sum(over), var.sum(over)])
+
+    @property
+    def channel_mean(self) -> Tensor:
+        """(C,) float64."""
+        return self.sums[1] / self.sums[0]
+
+    @property
+    def channel_std(self) -> Tensor:
+        """(C,) float64: standard deviation of sampled latents."""
+        return (self.sums[2:].sum(0) / self.sums[0] - self.channel_mean.square()).clamp(min=0).sqrt()
+
+    @property
+    def mean(self) -> float:
+        return float(self.sums[1].sum() / self.sums[0].sum())
+
+    @property
+    def std(self) -> float:
+        """Over all channels together: 1/std is LDM's scaling factor (appendix G)."""
+        return float((self.sums[2:].sum() / self.sums[0].sum() - self.mean**2).clamp(min=0).sqrt())
+
+    def factors(self, with_shift: bool) -> tuple[float, float | None]:
+        """scaling_factor = 1/std, and the mean as shift_factor, or None.
+
+        Raises: InputError when there is no std: no image was read, or the latents are all the same.
+        """
+        if not 0 < self.std < math.inf:
+            raise InputError(
+                f"the latents' std is {self.std}, so they have no scaling factor; need images that can be read"
+            )
+        return 1.0 / self.std, self.mean if with_shift else None
+
+    @property
+    def active_channels(self) -> int:
+        """Channels whose posterior mean varies over images and positions: Var[mean] > 0.01."""
+        variance = self.sums[2] / self.sums[0] - self.channel_mean.square()
+        return int((variance > ACTIVE_VARIANCE).sum())
+
+
+class LatentHealth(Sums):
+    """Sums over the elements of posteriors, one for each (image, channel, position), in float64.
+
+    An element is dead when its KL is below DEAD_KL: it is the prior, whatever the image. It is a black hole when
+    its log-variance lies at the lower clamp, where it gets no gradient; SD-1's VAE has some in every image.
+
+    Args:
+        channels: C of the latents.
+
+    Attributes:
+        sums: (8 + BINS, C) float64 on the CPU: LatentMoments' four, Σ KL, Σ log-variance, dead elements, black
+            holes, histogram of the log-variance.
+    """
+
+    def __init__(self, channels: int):
+        self.sums = torch.zeros(HISTOGRAM + BINS, channels, dtype=torch.float64)
+
+    def update(self, posterior: DiagonalGaussian) -> None:
+        """Add a batch. Elements that are not finite make their channel's sums so; the histogram leaves them out.
+
+        Raises: InputError when the posterior has another number of channels.
+        """
+        channels = self.sums.shape[1]
+        if posterior.mean.shape[1] != channels:
+            got = posterior.mean.shape[1]
+            raise InputError(f"got a posterior of {got} channels; need {channels}, or LatentHealth(channels={got})")
+        posterior = DiagonalGaussian(posterior.parameters.detach().cpu().double())  # in this order: MPS has no float64
+        self.moments.update(posterior)
+        kl, logvar = posterior.kl_map(), posterior.logvar
+        summed = (kl, logvar, kl < DEAD_KL, logvar <= BLACK_HOLE_LOGVAR)  # (B, C, h, w) each
+        self.sums[KL:HISTOGRAM] += torch.stack([terms.double().sum(dim=(0, 2, 3)) for terms in summed])
+        self.sums[HISTOGRAM:] += torch.stack([torch.histc(c, BINS, *LOGVAR_RANGE) for c in logvar.unbind(1)], dim=1)
+
+    @property
+    def moments(self) -> LatentMoments:
+        """The first four rows: a view, so that what is added to its sums is added to these."""
+        moments = LatentMoments(self.sums.shape[1])
+        moments.sums = self.sums[:KL]
+        return moments
+
+    @property
+    def channel_mean(self) -> Tensor:
+        """(C,) float64."""
+        return self.moments.channel_mean
+
+    @property
+    def channel_std(self) -> Tensor:
+        """(C,) float64: standard deviation of sampled latents."""
+        return self.moments.channel_std
+
+    @property
+    def channel_kl(self) -> Tensor:
+        """(C,) float64: nats an element."""
+        return self.sums[KL] / self.sums[0]
+
+    @property
+    def logvar_histogram(self) -> Tensor:
+        """(BINS,) int64: elements of all channels with log-variance in [-30, -29), …, [18, 19), [19, 20]."""
+        return self.sums[HISTOGRAM:].sum(dim=1).long()
+
+    @property
+    def logvar_mean(self) -> float:
+        return self._mean_of(LOGVAR)
+
+    @property
+    def logvar_min(self) -> float:
+        """Rounded down to a nat: the lower edge of the lowest bin that is not empty, since a minimum does not add."""
+        filled = self.logvar_histogram.nonzero()
+        return LOGVAR_RANGE[0] + int(filled[0]) if len(filled) else float("nan")
+
+    @property
+    def dead_fraction(self) -> float:
+        return self._mean_of(DEAD)
+
+    @property
+    def black_hole_fraction(self) -> float:
+        return self._mean_of(BLACK_HOLES)
+
+    @property
+    def collapsed(self) -> Tensor:
+        """(C,) bool: channels without use: the mean hardly varies and drowns in its noise, or all elements are dead.
+
+        Inactive (Burda et al. 2016) alone would not do: that measures against the prior's variance of one, and
+        calls a channel collapsed which is small but precise.
+        """
+        mean_variance, noise_variance = self._variances()
+        hidden = (mean_variance <= ACTIVE_VARIANCE) & (mean_variance < noise_variance)
+        return hidden | (self.sums[DEAD] == self.sums[0])
+
+    @property
+    def vanished(self) -> Tensor:
+        """(C,) bool: channels that vary more than their noise, but by too little to count as active."""
+        mean_variance, noise_variance = self._variances()
+        return (mean_variance <= ACTIVE_VARIANCE) & (mean_variance >= noise_variance) & ~self.collapsed
+
+    @property
+    def exploded(self) -> Tensor:
+        """(C,) bool: channels many times wider than those of any VAE in use."""
+        return self.channel_std > EXPLODED_STD
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars for logs; the KL is in nats a latent element.
+
+        Raises: InputError when there was no update.
+        """
+        self._need_elements()
+        values = {
+            "active_channels": self.moments.active_channels,
+            "latent_std": self.moments.std,
+            "dead_fraction": self.dead_fraction,
+            "black_hole_fraction": self.black_hole_fraction,
+            "logvar_mean": self.logvar_mean,
+            "logvar_min": self.logvar_min,
+            "kl_per_element": self._mean_of(KL),
+        }
+        return values | {f"channel_kl_{c}": kl for c, kl in enumerate(self.channel_kl.tolist())}
+
+    def complaints(self) -> list[str]:
+        """What is wrong, one line each: its name, how much of it, and the remedy. Empty when all is well.
+
+        Raises: InputError when there was no update.
+        """
+        self._need_elements()
+        broken = ~self.sums.isfinite().all(dim=0)
+        if broken.any():
+            return [f"latents not finite: {_named(broken)}; lower optimizer.learning_rate, or train in fp32"]
+        found = []
+        std, collapsed, vanished, exploded = self.channel_std, self.collapsed, self.vanished, self.exploded
+        if collapsed.any():
+            name = "posterior collapse" if collapsed.all() else "partial collapse"
+            kl = float(self.channel_kl[collapsed].min())
+            if kl < PRIOR_LIKE_KL:
+                remedy = "lower loss.kl_weight"
+            else:  # the mean is a constant, but a costly one
+                remedy = "check that the images differ, or lower optimizer.learning_rate"
+            verb = "does" if collapsed.sum() == 1 else "do"
+            found.append(f"{name}: {_named(collapsed)} {verb} not depend on the image, KL ≥ {kl:.2g} nats; {remedy}")
+        if vanished.any():
+            largest = float(std[vanished].max())
+            found.append(f"latents vanish: std {largest:.2g} or less in {_named(vanished)}; raise loss.kl_weight")
+        if exploded.any():
+            largest = float(std[exploded].max())
+            found.append(
+                f"latents explode: std up to {largest:.3g} in {_named(exploded)}; "
+                "raise loss.kl_weight or lower optimizer.learning_rate"
+            )
+        if self.black_hole_fraction > 0:  # one is enough to name: the clamp passes no gradient that could free it
+            found.append(
+                f"black holes: {100 * self.black_hole_fraction:.2g} % of elements have log-variance at the clamp "
+                f"of {LOGVAR_RANGE[0]:.0f}; raise loss.kl_weight"
+            )
+        return found
+
+    def _variances(self) -> tuple[Tensor, Tensor]:
+        """Var[mean] and E[var], (C,) each: of the signal over images and positions, and of the noise on it."""
+        count, mean, square, noise = self.sums[:KL]
+        signal = square / count - (mean / count).square()
+        resolved = signal > ROUNDING * square / count
+        return signal.where(resolved, 0.0), noise / count
+
+    def _mean_of(self, row: int) -> float:
+        return float(self.sums[row].sum() / self.sums[0].sum())
+
+    def _need_elements(self) -> None:
+        if not self.sums[0].any():
+            raise InputError("got no posterior; need at least one image: call update() first")
+
+
+@dataclass(frozen=True)
+class PrincipalComponents:
+    """Directions of the latents at one position, by falling variance.
+
+    Attributes:
+        mean: (C,). axes: (C, C), one unit vector a row, the sign such that its largest number is positive.
+        variance: (C,), along each. All float64.
+    """
+
+    mean: Tensor
+    axes: Tensor
+    variance: Tensor
+
+    @property
+    def explained(self) -> Tensor:
+        """(C,): the share of the variance that is each one's."""
+        return self.variance / self.variance.sum()
+
+    def coefficients(self, z: Tensor) -> Tensor:
+        """axes · (z - mean): (N, C, h, w) -> (N, C, h, w), along each axis."""
+        return torch.einsum("kc,nchw->nkhw", self.axes.to(z), z - self.mean.to(z)[:, None, None])
+
+    def keep(self, z: Tensor, count: int) -> Tensor:
+        """The latents with all components but the first `count` at their mean: (N, C, h, w) -> the same."""
+        kept = self.coefficients(z)[:, :count]
+        return torch.einsum("kc,nkhw->nchw", self.axes[:count].to(z), kept) + self.mean.to(z)[:, None, None]
+
+
+class LatentCovariance(Sums):
+    """Mean and covariance of the posterior's mean over images and positions, between channels, in float64.
+
+    Attributes:
+        sums: (C + 1, C) float64 on the CPU: Σ z zᵀ, and Σ z below.
+        count: of positions.
+    """
+
+    ADDS = ("sums", "count")
+
+    def __init__(self, channels: int):
+        self.sums = torch.zeros(channels + 1, channels, dtype=torch.float64)
+        self.count = 0
+
+    def update(self, posterior: DiagonalGaussian) -> None:
+        z = posterior.mean.detach().cpu().double()  # (B, C, h, w)
+        z = z.transpose(0, 1).flatten(1)  # (C, positions)
+        self.sums += torch.cat([z @ z.T, z.sum(dim=1)[None]])
+        self.count += z.shape[1]
+
+    @property
+    def mean(self) -> Tensor:
+        """(C,) float64."""
+        return self.sums[-1] / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """(C, C) float64: E[z zᵀ] - E[z] E[z]ᵀ."""
+        return self.sums[:-1] / self.count - torch.outer(self.mean, self.mean)
+
+    def principal_components(self) -> PrincipalComponents:
+        """The eigenvectors of the covariance (Pearson 1901; Bishop 2006, section 12.1). Exact: C is small.
+
+        Raises: InputError when nothing varies.
+        """
+        if not self.count or not float(self.covariance.trace()) > 0:
+            raise InputError("got latents that do not vary; need photographs; take other --data")
+        variance, axes = torch.linalg.eigh(self.covariance)  # rising; eigenvectors in columns
+        variance, axes = variance.flip(0).clamp(min=0), axes.flip(1).T
+        largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
+        return PrincipalComponents(self.mean, axes * largest.sign(), variance)
+
+
+class LatentMaps(Sums):
+    """Sums over images of posteriors of one size, by position, in float64.
+
+    Args:
+        shape: (C, h, w) of the latents.
+        scaling_factor, shift_factor: of the VAE's configuration: (z - shift) · scaling is what a diffusion model sees.
+
+    Attributes:
+        images: how many.
+        histogram: (C, HISTOGRAM_BINS) int64, of scaled samples.
+        outside: (C,) int64, samples beyond HISTOGRAM_RANGE.
+    """
+
+    ADDS = ("images", "histogram", "outside", "_kl", "_sums")
+
+    def __init__(self, shape: tuple[int, int, int], scaling_factor: float, shift_factor: float | None):
+        channels, height, width = shape
+        self.scaling_factor = scaling_factor
+        self.shift_factor = shift_factor or 0.0
+        self.images = 0
+        self.histogram = torch.zeros(channels, HISTOGRAM_BINS, dtype=torch.int64)
+        self.outside = torch.zeros(channels, dtype=torch.int64)
+        self._kl = torch.zeros(height, width, dtype=torch.float64)
+        self._sums = torch.zeros(3, channels, height, width, dtype=torch.float64)  # Σ mean, Σ mean², Σ var
+        self._covariance = LatentCovariance(channels)
+
+    def merge(self, other: LatentMaps) -> None:
+        super().merge(other)
+        self._covariance.merge(other._covariance)
+
+    def update(self, posterior: DiagonalGaussian, generator: torch.Generator) -> None:
+        """Add a batch. Args: generator: of the samples that the histogram counts."""
+        posterior = DiagonalGaussian(posterior.parameters.detach().cpu().double())
+        mean, var = posterior.mean, posterior.var
+        self.images += len(mean)
+        self._kl += posterior.kl_map().sum(dim=(0, 1))
+        self._sums += torch.stack([mean.sum(0), mean.square().sum(0), var.sum(0)])
+        self._covariance.update(posterior)
+        scaled = self.scaled(posterior.sample(generator)).transpose(0, 1).flatten(1)  # (C, B·h·w)
+        self.histogram += torch.stack([torch.histc(c, HISTOGRAM_BINS, *HISTOGRAM_RANGE).long() for c in scaled])
+        low, high = HISTOGRAM_RANGE
+        self.outside += ((scaled < low) | (scaled > high)).sum(dim=1)
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """Latents as a diffusion model sees them."""
+        return (z - self.shift_factor) * self.scaling_factor
+
+    def kl(self) -> Tensor:
+        """(h, w): nats at each position, summed over channels; the mean over images."""
+        return self._kl / self.images
+
+    def std(self, moments: LatentMoments) -> Tensor:
+        """(h, w): standard deviation of scaled latents at each position, over images and channels.
+
+        About the mean of each channel, which is that of all positions, so that a place that is always brighter
+        than the rest counts as one that varies.
+
+        Args: moments: over the same images.
+        """
+        mean, square, var = self._sums / self.images  # (C, h, w) each
+        centre = moments.channel_mean[:, None, None]
+        variance = (square - 2 * centre * mean + centre.square() + var).mean(dim=0)
+        return self.scaling_factor * variance.clamp(min=0).sqrt()
+
+    def covariance(self, moments: LatentMoments) -> Tensor:
+        """(C, C): of unscaled latents over images and positions; its diagonal is the square of their channel_std.
+
+        By the law of total covariance, Cov[mean] + diag(E[var]): an element's noise is its own.
+        """
+        return self._covariance.covariance + torch.diag(moments.sums[3] / moments.sums[0])
+
+    def correlation(self, moments: LatentMoments) -> Tensor:
+        """(C, C) in [-1, 1]; NaN along a channel that does not vary."""
+        std = moments.channel_std
+        return self.covariance(moments) / (std[:, None] * std)
+
+
+def _named(mask: Tensor) -> str:
+    """(C,) bool -> «3 of 16 channels (0, 4, 7)», counted from 0."""
+    channels = mask.nonzero().flatten().tolist()
+    listed = ", ".join(str(c) for c in channels[:NAMED_CHANNELS]) + (", …" if len(channels) > NAMED_CHANNELS else "")
+    return f"{len(channels)} of {len(mask)} channels ({listed})"

@@ -1,0 +1,326 @@
+"""The page of `sdvae demo`, in gradio: components, the events between them, and the server."""
+
+from __future__ import annotations
+
+import html
+import ipaddress
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from sdvae.errors import InputError
+from sdvae.pictures import AMPLIFICATION
+from sdvae.studio.demo.view import Edits, Encoded, Model, encode, open_photograph, save_latents, show, show_latents
+
+KEPT_SECONDS = 3600  # that uploads, pictures and latents of a page outlive their last use
+CLEANING_SECONDS = 600  # between two looks for those
+GRADIO_FOLDER = "GRADIO_TEMP_DIR"
+QUEUE_SIZE = 16  # requests that wait; the next is told that the queue is full
+
+CSS = """
+.gradio-container { max-width: 1500px !important; }
+#status { padding-bottom: 0 !important; } #status p { margin: 0; }
+#status .error { color: #b91c1c; font-weight: 600; } .dark #status .error { color: #fca5a5; }
+.picture { padding-top: 30px !important; overflow: visible !important; }  /* label and buttons above, not on it */
+.picture .icon-button-wrapper { top: -29px !important; }
+.picture img { width: 100%; height: auto; }
+.figures table { width: 100%; max-width: 32em; border-collapse: collapse; }
+.figures table, .figures tbody, .figures tr { border: none !important; }
+.figures th, .figures td {
+  border: none !important; border-bottom: 1px solid var(--border-color-primary) !important; padding: 4px 8px !important;
+}
+.figures th { text-align: left; font-weight: 500; width: 7em; }
+@media (max-width: 760px) {  /* what became of the photograph before the settings that edit it */
+  #left { display: contents; } #photograph { order: 1; } #results { order: 2; } #settings { order: 3; }
+}
+"""
+
+ALL = -1  # channels are shown
+
+
+class Handlers:
+    """What the page's events call; a method returns its components' new values, in the order of `page`.
+
+    Args:
+        models: one or two.
+        max_side: pixels, to which larger photographs are shrunk.
+        folder: for the files of latents that can be downloaded.
+    """
+
+    def __init__(self, models: Sequence[Model], max_side: int, folder: Path):
+        self.models = models
+        self.max_side = max_side
+        self.folder = folder
+
+    def photograph(self, first: str | None, second: str | None, *settings: Any) -> list[Any]:
+        """Encode, and show. What is wrong with a file becomes the status; nothing else of it is on the page then."""
+        words, errors = [], []
+        images = []
+        for path in (first, second):
+            image = None
+            if path is not None:
+                try:
+                    image, word = open_photograph(path, self.max_side)
+                    words.append(word)
+                except InputError as error:
+                    errors.append(str(error))
+            images.append(image)
+        photograph, other = images
+        status = _status(words, errors)
+        if first is None or photograph is None:
+            no_files = [gr.DownloadButton(value=None, interactive=False)] * len(self.models)
+            return [None, status, *no_files, *self._nothing()]
+        with _said_on_page():
+            encoded = [encode(model, photograph, other) for model in self.models]
+        shown = self.settings(encoded, *settings)  # before the files: gradio deletes those that it is given, in time
+        files = [self._file(model, one, Path(first).stem) for model, one in zip(self.models, encoded, strict=True)]
+        return [encoded, status, *files, *shown]
+
+    def settings(self, encoded: list[Encoded] | None, *settings: Any) -> list[Any]:
+        """Decode again, and show."""
+        if encoded is None:
+            return self._nothing()
+        edits = _edits(*settings[:-1])
+        shown: list[Any] = []
+        for model, one, latents in zip(self.models, encoded, self.channel(encoded, *settings), strict=True):
+            with _said_on_page():
+                view = show(model, one, edits)
+            shown += [(view.original, view.reconstruction), view.difference, latents, _table(view.figures)]
+        return shown
+
+    def channel(self, encoded: list[Encoded] | None, *settings: Any) -> list[Any]:
+        """Draw the latents again, which takes no decoding."""
+        if encoded is None:
+            return [None] * len(self.models)
+        *edited, channel = settings
+        edits, wanted = _edits(*edited), None if channel == ALL else channel
+        with _said_on_page():
+            return [show_latents(model, one, edits, wanted) for model, one in zip(self.models, encoded, strict=True)]
+
+    def _nothing(self) -> list[Any]:
+        return [None, None, None, ""] * len(self.models)
+
+    def _file(self, model: Model, encoded: Encoded, stem: str) -> gr.DownloadButton:
+        folder = Path(tempfile.mkdtemp(dir=self.folder))  # of its own, so that two photographs may have one name
+        path = folder / f"{stem}.safetensors"
+        save_latents(model, encoded, path)
+        return gr.DownloadButton(value=path, interactive=True)
+
+
+@contextmanager
+def _said_on_page() -> Iterator[None]:
+    """Latents that overflow, or have no arc between them, in the page's corner."""
+    try:
+        yield
+    except InputError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
+def _edits(blend: float, path: str, noise: float, seed: float | None, zeroed: list[int]) -> Edits:
+    """From the page's settings but the last. A field for a number that was emptied is None."""
+    return Edits(blend, path == "spherical", noise, int(seed or 0), tuple(zeroed))
+
+
+def page(handlers: Handlers) -> gr.Blocks:
+    """Components and events. One request at a time runs on the models, whoever sent it."""
+    models = handlers.models
+    with gr.Blocks(
+        title="sdvae demo", analytics_enabled=False, delete_cache=(CLEANING_SECONDS, KEPT_SECONDS)
+    ) as blocks:
+        named = "".join(f"<br><b>{html.escape(model.name)}</b>: {model.summary}" for model in models)
+        gr.HTML(f"<h1>What a VAE does to a photograph</h1>{named.removeprefix('<br>')}", padding=True)
+        encoded = gr.State(time_to_live=KEPT_SECONDS)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300, elem_id="left"):
+                with gr.Column(elem_id="photograph"):
+                    first = gr.File(label="Photograph", file_types=["image"], height=140, elem_id="first")
+                    status = gr.HTML(_status(["Drop a photograph above."], []), elem_id="status", padding=True)
+                with gr.Column(elem_id="settings"):
+                    second, settings = _settings(max(model.vae.config.latent_channels for model in models))
+            with gr.Column(scale=3, elem_id="results"), gr.Row():
+                shown, files = [], []
+                for model in models:
+                    with gr.Column(min_width=340):
+                        components, file = _results(model, alone=len(models) == 1)
+                        shown += components
+                        files.append(file)
+
+        *edited, channel = settings
+        pairs = shown[::4]
+        model_use: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
+        gr.on(
+            [first.change, second.change],
+            handlers.photograph,
+            [first, second, *settings],
+            [encoded, status, *files, *shown],
+            show_progress_on=pairs,
+            trigger_mode="always_last",
+            **model_use,
+        )
+        gr.on(
+            [component.change for component in edited],  # and not .input, which a slider's reset button does not fire
+            handlers.settings,
+            [encoded, *settings],
+            shown,
+            show_progress="minimal",
+            show_progress_on=pairs,
+            trigger_mode="always_last",
+            **model_use,
+        )
+        drawn = shown[2::4]
+
+        def draw(*values: Any) -> Any:
+            pictures = handlers.channel(*values)
+            return pictures if len(drawn) > 1 else pictures[0]  # gradio takes a single output as it is
+
+        gr.on([channel.change], draw, [encoded, *settings], drawn, show_progress="hidden", **model_use)
+    return blocks.queue(max_size=QUEUE_SIZE)
+
+
+def _settings(channels: int) -> tuple[gr.File, list[Any]]:
+    """The second photograph, and the settings in the order that `Handlers.settings` takes them."""
+    gr.HTML("<h3>Edit the latents before they are decoded</h3>", padding=True)
+    noise = gr.Slider(
+        0, 3, 0, step=0.05, label="Noise", elem_id="noise", info="in standard deviations of the latents of photographs"
+    )
+    seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0, maximum=2**31 - 1)
+    names = [(str(channel), channel) for channel in range(channels)]
+    zeroed = gr.CheckboxGroup(names, value=[], label="Channels set to zero", elem_id="zeroed")
+    channel = gr.Dropdown([("all", ALL), *names], value=ALL, label="Channel to show", elem_id="channel")
+    second = gr.File(label="Second photograph", file_types=["image"], height=140, elem_id="second")
+    blend = gr.Slider(0, 1, 0, step=0.05, label="Towards the second photograph", elem_id="blend")
+    path = gr.Radio(["linear", "spherical"], value="linear", label="Along", show_label=True, elem_id="path")
+    return second, [blend, path, noise, seed, zeroed, channel]
+
+
+def _results(model: Model, *, alone: bool) -> tuple[list[gr.components.Component], gr.DownloadButton]:
+    buttons: Any = ["download", "fullscreen"]
+    title = "original | reconstruction" if alone else f"{model.name}: original | reconstruction"
+    pair = gr.ImageSlider(
+        label=title,
+        format="png",
+        interactive=False,
+        max_height=640,
+        elem_classes=["picture", "pair"],
+        buttons=buttons,
+    )
+    with gr.Row():
+        difference, latents = (
+            gr.Image(
+                label=label,
+                format="png",
+                interactive=False,
+                buttons=buttons,
+                min_width=220,
+                elem_classes=["picture", name],
+            )
+            for label, name in (
+                (f"{AMPLIFICATION} x |difference|", "difference"),
+                ("latents, channel by channel", "channels"),
+            )
+        )
+    figures = gr.HTML(elem_classes="figures")
+    file = gr.DownloadButton("Download the latents (.safetensors)", size="md", interactive=False)
+    return [pair, difference, latents, figures], file
+
+
+def _status(words: Sequence[str], errors: Sequence[str]) -> str:
+    lines = [f'<p class="error" role="alert">{html.escape(error)}</p>' for error in errors]
+    return "".join([*lines, *(f"<p>{html.escape(word)}</p>" for word in words)])
+
+
+def _table(figures: dict[str, str]) -> str:
+    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{value}</td></tr>" for name, value in figures.items())
+    return f"<table>{rows}</table>"
+
+
+@contextmanager
+def running(
+    models: Sequence[Model], *, host: str, port: int, max_side: int, max_megabytes: float
+) -> Iterator[gr.Blocks]:
+    """The page on a server in a thread; what was uploaded is gone when the block ends.
+
+    Raises: InputError when there is nothing to listen on at that host and port.
+    """
+    with _gradio_folder() as folder:
+        blocks = page(Handlers(models, max_side, folder))
+        try:
+            blocks.launch(
+                server_name=host,
+                server_port=port,
+                max_file_size=int(max_megabytes * 2**20),
+                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+                css=CSS,
+                prevent_thread_lock=True,
+                share=False,
+                quiet=True,
+                footer_links=[],
+                run_history=False,  # it would keep pictures in the browser
+                enable_monitoring=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+            )
+        except OSError as error:
+            raise InputError(
+                f"got --host {host} --port {port}, where no server can listen: the port is in use, or the host "
+                "is not this machine's; need a free port; choose another with --port"
+            ) from error
+        try:
+            yield blocks
+        finally:
+            blocks.close(verbose=False)
+
+
+@contextmanager
+def _gradio_folder() -> Iterator[Path]:
+    """Where gradio keeps uploads and pictures, which it looks up in the environment at every request."""
+    before = os.environ.get(GRADIO_FOLDER)
+    with tempfile.TemporaryDirectory(prefix="sdvae-demo-", ignore_cleanup_errors=True) as folder:
+        os.environ[GRADIO_FOLDER] = folder
+        try:
+            yield Path(folder)
+        finally:
+            if before is None:
+                del os.environ[GRADIO_FOLDER]
+            else:
+                os.environ[GRADIO_FOLDER] = before
+
+
+def serve(vae: str | None, compare: str | None, *, host: str, port: int, max_side: int, max_megabytes: float) -> None:
+    """Serve the page until Ctrl-C.
+
+    Raises: InputError for a VAE that cannot be read, or an option out of its range.
+    """
+    if not 0 < port < 2**16 or max_side < 64 or not 0 < max_megabytes <= 1024:
+        raise InputError(
+            f"got port {port}, max_side {max_side}, max_megabytes {max_megabytes}; need a port from 1 to 65535, "
+            "at least 64 pixels and up to 1024 megabytes"
+        )
+    models = [Model.load(vae), *([] if compare is None else [Model.load(compare)])]
+    with running(models, host=host, port=port, max_side=max_side, max_megabytes=max_megabytes) as blocks:
+        if not _is_loopback(host):
+            print(f"listening on {host}: whoever can reach this machine can use the page; there is no password")
+        print(f"open {blocks.local_url} in a browser; Ctrl-C ends it", flush=True)
+        with suppress(KeyboardInterrupt):
+            wait(blocks)
+    print("\nended")
+
+
+def wait(blocks: gr.Blocks) -> None:
+    """Until the server ends, or Ctrl-C."""
+    while blocks.is_running:
+        time.sleep(0.2)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name
+        return False

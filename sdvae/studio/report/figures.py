@@ -1,0 +1,161 @@
+"""The report's plots: SVG of a phone's width, since what can be read there can be read everywhere.
+
+No text from outside is drawn: matplotlib would take a dollar sign in a file's name for a formula.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
+from torch import Tensor
+
+from sdvae.model.posterior import LOGVAR_RANGE
+from sdvae.statistics import BINS, HISTOGRAM_BINS, HISTOGRAM_RANGE, LatentHealth
+from sdvae.studio.report.robustness import Drift
+
+INK, MUTED, BLUE, RED = "#1b1f24", "#8b949e", "#2563b0", "#c2410c"
+STYLE: Any = {
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 1.5,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "svg.hashsalt": "sdvae",  # the same figures, the same file
+}
+WIDE = (4.8, 3.0)  # inches
+SMALL = (2.5, 1.9)
+LATENT_LIMIT = 3.0  # scaled latents beyond ±3 have the outermost colours
+NAMED_CELLS = 8  # channels, up to which the correlations are written into their matrix
+
+
+def svg(draw: Callable[[Axes], None], size: tuple[float, float] = WIDE) -> bytes:
+    """The file of one pair of axes, `size` inches wide and high."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="compressed")
+        FigureCanvasSVG(figure)
+        draw(figure.add_subplot())
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def latent_picture(z: Tensor) -> Image.Image:
+    """(h, w) scaled latents of one channel, one pixel each, blue below and red above zero."""
+    colours = matplotlib.colormaps["RdBu_r"]((z.numpy() / LATENT_LIMIT + 1) / 2, bytes=True)  # (h, w, 4)
+    return Image.fromarray(np.ascontiguousarray(colours[..., :3]))
+
+
+def histogram(axes: Axes, counts: Tensor, total: int) -> None:
+    """Density of scaled latents of one channel, over N(0, 1).
+
+    Args: counts: (HISTOGRAM_BINS,). total: with those outside the range.
+    """
+    edges = np.linspace(*HISTOGRAM_RANGE, HISTOGRAM_BINS + 1)
+    width = edges[1] - edges[0]
+    axes.stairs(counts.numpy() / (total * width), edges, fill=True, color=BLUE, alpha=0.55)
+    axes.plot(edges, np.exp(-np.square(edges) / 2) / np.sqrt(2 * np.pi), color=INK, linewidth=1.2)
+    axes.set(xlim=HISTOGRAM_RANGE, ylim=(0, None), yticks=[])
+    axes.spines["left"].set_visible(False)
+
+
+def correlation(axes: Axes, matrix: Tensor) -> None:
+    """(C, C) in [-1, 1]."""
+    values = matrix.numpy()
+    axes.grid(False)
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
+    axes.figure.colorbar(image, ax=axes, shrink=0.85)
+    axes.set(xlabel="channel", ylabel="channel")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if len(values) <= NAMED_CELLS:
+        for (row, column), value in np.ndenumerate(values):
+            colour = "white" if abs(value) > 0.6 else INK
+            axes.text(
+                column, row, f"{value:.2f}".replace("-", "−"), ha="center", va="center", color=colour, fontsize=8.5
+            )
+
+
+def position_map(axes: Axes, values: Tensor) -> None:
+    """(h, w), with its scale beside it."""
+    axes.grid(False)
+    image = axes.imshow(values.numpy(), cmap="viridis")
+    axes.figure.colorbar(image, ax=axes, shrink=0.85)
+    axes.set(xlabel="column", ylabel="row")
+
+
+def log_variances(axes: Axes, health: LatentHealth) -> None:
+    """Elements a nat; the lowest bin, where the clamp is, in red."""
+    edges = np.linspace(*LOGVAR_RANGE, BINS + 1)
+    counts = health.logvar_histogram.numpy()
+    axes.set(yscale="log", ylim=(0.5, 2 * max(1, counts.max())))  # from below one element, so that one is seen
+    axes.bar(edges[:-1], counts, width=1.0, align="edge", color=[RED] + [BLUE] * (BINS - 1))
+    axes.set(xlim=(edges[0] - 1, edges[-1] + 1), xlabel="log-variance of the posterior, nats", ylabel="elements")
+
+
+def drift_curves(axes: Axes, drift: Drift) -> None:
+    """Mean PSNR after each round trip, and each image's."""
+    trips = np.arange(1, len(drift.to_original) + 1)
+    for values, colour, label in (
+        (drift.to_previous, BLUE, "to the trip before"),
+        (drift.to_original, RED, "to the original"),
+    ):
+        axes.plot(trips, values.numpy(), color=colour, alpha=0.25, linewidth=0.9)
+        axes.plot(trips, values.mean(dim=1).numpy(), color=colour, marker="o", markersize=3.5, label=label)
+    axes.set(xlabel="round trips", ylabel="PSNR, dB", xticks=trips)
+    axes.legend()
+
+
+def power(axes: Axes, side: int, originals: Tensor, reconstructions: Tensor, factor: int) -> None:
+    """Both spectra, log-log.
+
+    Args:
+        side: of the images, in pixels.
+        originals, reconstructions: (side // 2,), as from `radial_power`.
+        factor: pixels along one side of a latent element; the dashed line is the highest frequency that the
+            latents' own grid can hold.
+    """
+    axes.loglog(_frequencies(side), originals.numpy(), color=INK, label="originals")
+    axes.loglog(_frequencies(side), reconstructions.numpy(), color=RED, label="reconstructions")
+    axes.axvline(1 / (2 * factor), color=MUTED, linewidth=1, linestyle="--")
+    axes.set(xlabel="cycles a pixel", ylabel="power")
+    _plain_ticks(axes.xaxis)
+    axes.legend(loc="lower left")
+
+
+def power_ratio(axes: Axes, side: int, originals: Tensor, reconstructions: Tensor, factor: int) -> None:
+    """Reconstructions' power by originals'; arguments as for `power`."""
+    axes.loglog(_frequencies(side), (reconstructions / originals).numpy(), color=RED)
+    axes.axhline(1, color=INK, linewidth=1)
+    axes.axvline(1 / (2 * factor), color=MUTED, linewidth=1, linestyle="--")
+    axes.set(xlabel="cycles a pixel", ylabel="reconstructions / originals")
+    _plain_ticks(axes.xaxis)
+    _plain_ticks(axes.yaxis)
+
+
+def _frequencies(side: int) -> np.ndarray:
+    return np.arange(1, side // 2 + 1) / side
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10, … without powers: a logarithmic axis of a decade or two."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,214 @@
+"""The measurements as one HTML file that needs nothing else: no network, no other file, no framework."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import diffusers
+import jinja2
+import torch
+from matplotlib.axes import Axes
+from PIL import Image
+
+import sdvae
+from sdvae.data import to_image
+from sdvae.metrics.image import PEAK_PSNR
+from sdvae.model import AutoencoderKL
+from sdvae.pictures import AMPLIFICATION, draw_curve
+from sdvae.statistics import HISTOGRAM_RANGE
+from sdvae.studio.report import figures
+from sdvae.studio.report.figures import SMALL, WIDE, svg
+from sdvae.studio.report.gallery import Picture, webp
+from sdvae.studio.report.measure import Measured
+from sdvae.studio.report.robustness import SHOWN_TRIPS, Delta, Drift, computes_natively
+
+STRIPS = 2  # images whose round trips are shown
+FACTOR_TOLERANCE = 0.1  # by which the measured 1/std may be off the configured factor without a word
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the report is about.
+
+    Attributes:
+        lpips_name: of the perceptual distance among the figures, or None.
+        bad_images: (name, reason) of those that could not be read.
+        curves: of `read_curves`; empty where there is no run.
+        recipe: the run's config.yaml, or None.
+    """
+
+    name: str
+    model: AutoencoderKL
+    data: str
+    resolution: int
+    lpips_name: str | None
+    bad_images: Sequence[tuple[str, str]]
+    curves: dict[str, tuple[list[int], list[float]]]
+    recipe: str | None
+
+
+def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[Delta]) -> str:
+    """The page. Names from outside are escaped wherever they stand: the template's autoescape is on."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sdvae.studio.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["signed"] = lambda number: f"{number:+.2f}".replace("-", "−")
+    return environment.get_template("template.html.j2").render(
+        subject=subject,
+        measured=measured,
+        versions=_versions(subject.model),
+        amplification=AMPLIFICATION,
+        **_head(subject, measured),
+        **_reconstructions(measured),
+        **_latents(subject.model, measured),
+        **_drift(measured, drift),
+        **_deltas(subject.model, deltas),
+        spectra=_spectra(subject, measured),
+        curves={name: _plot(partial(_curve, name, *series), SMALL) for name, series in subject.curves.items()},
+    )
+
+
+def _versions(model: AutoencoderKL) -> str:
+    device = model.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or device.type
+    return (
+        f"sdvae {sdvae.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
+        f"Python {platform.python_version()}, on {device.type} ({kind})"
+    )
+
+
+def _head(subject: Subject, measured: Measured) -> dict[str, Any]:
+    config, moments = subject.model.config, measured.health.moments
+    channels = config.in_channels
+    names = ("red", "green", "blue") if channels == 3 else ("grey",) * channels
+    measured_factor = 1 / moments.std if moments.std > 0 else None
+    return {
+        "date": datetime.datetime.now().astimezone(),
+        "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
+        "latent_shape": tuple(measured.first_latents.shape[1:]),
+        "bias": {name: measured.mean(f"bias_{channel}") for channel, name in enumerate(names)},
+        "measured_factor": measured_factor,
+        "factor_is_off": measured_factor is None or abs(measured_factor / config.scaling_factor - 1) > FACTOR_TOLERANCE,
+    }
+
+
+def _reconstructions(measured: Measured) -> dict[str, Any]:
+    """Who is worst and best, and which pictures go into the page."""
+    gallery = measured.gallery
+    worst, best = gallery.extremes()
+    return {
+        "ranked_by": "PSNR" if gallery.ranked_by == "psnr" else gallery.ranked_by,
+        "worst": worst,
+        "best": best,
+        "shown": {place: _shown(picture) for place, picture in gallery.shown().items()},
+    }
+
+
+def _shown(picture: Picture) -> dict[str, Any]:
+    return {
+        "name": picture.name,
+        "figures": picture.figures,
+        "original": _uri(picture.original, "webp"),
+        "reconstruction": _uri(picture.reconstruction, "webp"),
+    }
+
+
+def _latents(model: AutoencoderKL, measured: Measured) -> dict[str, Any]:
+    health, maps = measured.health, measured.maps
+    moments = health.moments
+    elements = int(moments.sums[0, 0])
+    kl, mean, std = (values.tolist() for values in (health.channel_kl, moments.channel_mean, moments.channel_std))
+    factor, shift = maps.scaling_factor, maps.shift_factor
+    channels = [
+        {
+            "kl": kl[c],
+            "mean": mean[c],
+            "std": std[c],
+            "scaled_mean": (mean[c] - shift) * factor,
+            "scaled_std": std[c] * factor,
+            "outside": int(maps.outside[c]) / elements,
+            "histogram": _plot(partial(figures.histogram, counts=maps.histogram[c], total=elements), SMALL),
+        }
+        for c in range(model.config.latent_channels)
+    ]
+    return {
+        "complaints": health.complaints(),
+        "latent_rows": [
+            {
+                "image": _image_uri(to_image(image)),
+                "channels": [_image_uri(figures.latent_picture(channel)) for channel in z],
+            }
+            for image, z in zip(measured.first, measured.first_latents, strict=True)
+        ],
+        "latent_limit": figures.LATENT_LIMIT,
+        "histogram_limit": HISTOGRAM_RANGE[1],
+        "channels": channels,
+        "correlation": _plot(partial(figures.correlation, matrix=maps.correlation(moments))),
+        "covariance": maps.covariance(moments).tolist(),
+        "kl_map": _plot(partial(figures.position_map, values=maps.kl())),
+        "std_map": _plot(partial(figures.position_map, values=maps.std(moments))),
+        "log_variances": _plot(partial(figures.log_variances, health=health)),
+    }
+
+
+def _drift(measured: Measured, drift: Drift) -> dict[str, Any]:
+    to_original, to_previous = (values.mean(dim=1).tolist() for values in (drift.to_original, drift.to_previous))
+    return {
+        "drift_plot": _plot(partial(figures.drift_curves, drift=drift)),
+        "trips": list(zip(range(1, len(to_original) + 1), to_original, to_previous, strict=True)),
+        "drift_images": len(measured.first),
+        "strips": [
+            [("original", _image_uri(to_image(measured.first[i])), None)]
+            + [
+                (f"×{n}", _image_uri(to_image(drift.shown[n][i])), float(drift.to_original[n - 1, i]))
+                for n in SHOWN_TRIPS
+            ]
+            for i in range(min(STRIPS, len(measured.first)))
+        ],
+    }
+
+
+def _deltas(model: AutoencoderKL, deltas: Sequence[Delta]) -> dict[str, Any]:
+    return {"deltas": deltas, "native": computes_natively(model.device), "peak_psnr": PEAK_PSNR}
+
+
+def _spectra(subject: Subject, measured: Measured) -> dict[str, Any]:
+    factor = subject.model.spatial_compression_ratio
+    arguments: dict[str, Any] = {
+        "side": subject.resolution,
+        "originals": measured.originals,
+        "reconstructions": measured.reconstructions,
+        "factor": factor,
+    }
+    return {
+        "power": _plot(partial(figures.power, **arguments)),
+        "ratio": _plot(partial(figures.power_ratio, **arguments)),
+        "edge": 1 / (2 * factor),
+        "factor": factor,
+    }
+
+
+def _curve(name: str, steps: list[int], values: list[float], axes: Axes) -> None:
+    draw_curve(axes, name, steps, values)
+
+
+def _plot(draw: Any, size: tuple[float, float] = WIDE) -> str:
+    return _uri(svg(draw, size), "svg+xml")
+
+
+def _image_uri(image: Image.Image) -> str:
+    return _uri(webp(image), "webp")
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
