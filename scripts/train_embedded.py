@@ -31,7 +31,7 @@ from sdvae.pictures import reconstruction_grid
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import evaluation_batches, open_sources
 from sdvae.training.validation import validate
-from sdvae.weights.load import EMBEDDED
+from sdvae.weights.load import PACKAGED_VAE
 
 ROOT = Path(__file__).parents[1]
 MIN_PSNR = 23.0  # dB on held-out photographs at 256x256: below, it is not worth looking at
@@ -101,9 +101,9 @@ def main() -> None:
             raise InputError(
                 f"got {figures['psnr']:.2f} dB in {size} bytes; need {MIN_PSNR} dB in {MAX_BYTES}; train longer"
             )
-        with replacing(EMBEDDED) as folder:
+        with replacing(PACKAGED_VAE) as folder:
             shutil.copytree(shipped, folder)
-        print(f"installed in {EMBEDDED}")
+        print(f"installed in {PACKAGED_VAE}")
 
 
 def recipe(arguments: argparse.Namespace, name: str, overrides: list[str]) -> TrainConfig:

@@ -543,6 +543,11 @@ def test_the_measured_factors_go_into_the_vaes_config(vae, photos, tmp_path, cap
     exported = load_vae(tmp_path / "exported")
     assert exported.config.scaling_factor == statistics["scaling_factor"]
     assert exported.config.shift_factor is None, "a VAE without a shift stays without"
+    arguments[2] = str(tmp_path / "half")
+    assert main([*arguments, "--dtype=fp16"]) == 0
+    half = load_vae(tmp_path / "half", dtype="file")
+    assert half.dtype == torch.float16
+    assert half.config.scaling_factor == statistics["scaling_factor"]
     save_vae(load_vae(), tmp_path / "packaged")  # it has other widths
     arguments[1:3] = [str(tmp_path / "packaged"), str(tmp_path / "none")]
     assert main(arguments) == 2

@@ -29,7 +29,7 @@ from sdvae.evaluation.config import EvaluateConfig
 from sdvae.evaluation.evaluate import evaluate
 from sdvae.metrics import fid
 from sdvae.metrics.table import COLUMNS, differences, markdown_table, mean_of, means
-from sdvae.weights.load import EMBEDDED
+from sdvae.weights.load import PACKAGED_VAE
 from tests.processes import launch, run_main
 
 COUNT, SIDE = 5, 64
@@ -51,7 +51,7 @@ def evaluated(other, tmp_path_factory) -> Path:
     """The packaged VAE and the dark one, on COUNT photographs."""
     output = tmp_path_factory.mktemp("evaluated") / "out"
     arguments = ["--data=skimage", f"--resolution={SIDE}", f"--count={COUNT}", "--batch_size=2", "--lpips=none"]
-    assert main(["evaluate", str(EMBEDDED), str(other), *arguments, f"--output={output}"]) == 0
+    assert main(["evaluate", str(PACKAGED_VAE), str(other), *arguments, f"--output={output}"]) == 0
     return output
 
 
@@ -76,7 +76,7 @@ def rows_of(folder: Path, vae: Path) -> list[dict[str, str]]:
 def test_the_figures_of_each_image_are_those_of_diffusers_reconstructions(evaluated, other):
     pixels = originals()
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
-    for folder in (EMBEDDED, other):
+    for folder in (PACKAGED_VAE, other):
         stock = StockAutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
         with torch.no_grad():
             posterior = stock.encode(x).latent_dist
@@ -100,8 +100,8 @@ def test_the_figures_of_each_image_are_those_of_diffusers_reconstructions(evalua
 
 def test_means_intervals_and_paired_differences_are_in_the_json(evaluated, other):
     results = json.loads((evaluated / "results.json").read_text())
-    psnr = {name: np.array([float(row["psnr"]) for row in rows_of(evaluated, name)]) for name in (EMBEDDED, other)}
-    for result, name in zip(results["vaes"], (EMBEDDED, other), strict=True):
+    psnr = {name: np.array([float(row["psnr"]) for row in rows_of(evaluated, name)]) for name in (PACKAGED_VAE, other)}
+    for result, name in zip(results["vaes"], (PACKAGED_VAE, other), strict=True):
         assert result["vae"] == str(name)
         assert result["images"] == COUNT
         half = 2.776445 * psnr[name].std(ddof=1) / math.sqrt(COUNT)  # Student's t, 4 degrees of freedom
@@ -110,7 +110,7 @@ def test_means_intervals_and_paired_differences_are_in_the_json(evaluated, other
         assert result["means"]["psnr"] == pytest.approx(wanted)
         assert result["encode_ms"] > 0
         assert result["memory_mib"] is None or result["memory_mib"] > 0
-    apart = psnr[other] - psnr[EMBEDDED]
+    apart = psnr[other] - psnr[PACKAGED_VAE]
     assert apart.mean() < -0.1, "a VAE that is too dark is worse"
     difference = results["differences"][str(other)]["psnr"]
     assert difference["mean"] == pytest.approx(apart.mean())
@@ -137,7 +137,7 @@ def test_the_table_marks_the_best_and_the_picture_shows_every_vae(evaluated, oth
 def test_two_processes_give_the_same_figures_of_each_image(evaluated, other, tmp_path):
     output = tmp_path / "two"
     arguments = ["--data=skimage", f"--resolution={SIDE}", f"--count={COUNT}", "--batch_size=2", "--lpips=none"]
-    command = ["evaluate", EMBEDDED, other, *arguments, "--num_workers=0", f"--output={output}"]
+    command = ["evaluate", PACKAGED_VAE, other, *arguments, "--num_workers=0", f"--output={output}"]
     done = launch(run_main, command, tmp_path, world_size=2)
     assert done.codes == [0, 0], done.stderr[-3000:]
     assert json.loads((output / "results.json").read_text())["processes"] == 2
@@ -167,7 +167,7 @@ def test_what_overflows_is_counted_has_no_rfid_and_is_never_the_best(overflow, t
         else:
             vae.decoder.conv_out.weight *= 6e4 / vae.decoder.conv_out.weight.abs().max()
     save_vae(vae, tmp_path / "wide")
-    arguments = [str(tmp_path / "wide"), str(EMBEDDED), "--precision=fp16", "--resolution=32", "--count=2"]
+    arguments = [str(tmp_path / "wide"), str(PACKAGED_VAE), "--precision=fp16", "--resolution=32", "--count=2"]
     with caplog.at_level(logging.WARNING):
         assert main(["evaluate", *arguments, "--lpips=none", f"--output={tmp_path / 'out'}"]) == 0
     assert "of 2 reconstructions are not finite in fp16" in caplog.text
@@ -236,7 +236,15 @@ def test_rfid_of_two_processes_is_that_of_one(other, tmp_path, batch_size):
     found = []
     for world_size in (1, 2):
         output = tmp_path / f"{world_size}"
-        arguments = [EMBEDDED, other, "--data=skimage", "--resolution=32", "--count=3", "--lpips=none", "--fid=true"]
+        arguments = [
+            PACKAGED_VAE,
+            other,
+            "--data=skimage",
+            "--resolution=32",
+            "--count=3",
+            "--lpips=none",
+            "--fid=true",
+        ]
         arguments += [f"--batch_size={batch_size}", "--images=0", "--num_workers=0", f"--output={output}"]
         done = launch(evaluate_with_features, arguments, tmp_path, world_size=world_size)
         assert done.codes == [0] * world_size, done.stderr[-3000:]
@@ -337,7 +345,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, photographs,
         "need at least 16": ["--resolution=8"],
         "got batch_size=0": ["--batch_size=0"],
         "unknown key 'resolutoin'": ["--resolutoin=8"],
-        "need one kind": [str(EMBEDDED), str(tmp_path / "grey"), "--data=skimage", "--lpips=none"],
+        "need one kind": [str(PACKAGED_VAE), str(tmp_path / "grey"), "--data=skimage", "--lpips=none"],
         "none of the 10 images": [f"--data={photographs}", "--resolution=256", "--lpips=none"],
         "no such": ["--data=./nowhere"],
     }

@@ -51,7 +51,7 @@ def latents(crops) -> Path:
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:
-    return load_vae().float()
+    return load_vae()
 
 
 @pytest.fixture

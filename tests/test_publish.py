@@ -151,7 +151,9 @@ def test_figures_and_grid_are_measured_on_data(hub, vae, tmp_path):
     for name in ("psnr", "ssim"):
         assert f"| {name} | {sum(row[name] for row in rows) / 3:#.4g} |" in card
     assert "Means over 3 images of `skimage` at 64x64 pixels" in card
-    assert load_vae(folder).dtype == torch.float16, "measuring in fp32 changes nothing of what is uploaded"
+    assert load_vae(folder, dtype="file").dtype == torch.float16, (
+        "measuring in fp32 changes nothing of what is uploaded"
+    )
     assert Image.open(folder / "reconstructions.png").height > 3 * 64
 
 

@@ -184,7 +184,7 @@ def test_the_packaged_vaes_training_runs_as_one_command_and_ships_only_what_is_g
     printed = script("train_embedded.py", photographs, "--output", tmp_path / "out", *changes, *small, random_trunk)
     figures = json.loads(printed[printed.index("{") :])
     shipped = tmp_path / "out" / "shipped"
-    assert load_vae(shipped).dtype == torch.float16
+    assert load_vae(shipped, dtype="file").dtype == torch.float16
     assert figures["images"] == 3
     card = (shipped / "README.md").read_text()
     assert f"| psnr | {figures['psnr']:#.4g} |" in card

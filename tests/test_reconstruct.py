@@ -14,7 +14,7 @@ from PIL import Image
 from sdvae import load_vae, save_vae
 from sdvae.cli import main
 from sdvae.data import center_crop, open_source, read_image
-from sdvae.weights.load import EMBEDDED
+from sdvae.weights.load import PACKAGED_VAE
 
 
 @pytest.fixture
@@ -28,19 +28,20 @@ def photo(tmp_path) -> Path:
 
 
 def test_the_packaged_vae_is_small_and_its_card_gives_its_figures():
-    assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) <= 8_000_000
+    assert sum(path.stat().st_size for path in PACKAGED_VAE.iterdir()) <= 8_000_000
     vae = load_vae()
     assert vae.config.latent_channels == 4
     assert vae.spatial_compression_ratio == 8
-    assert vae.dtype == torch.float16
-    card = (EMBEDDED / "README.md").read_text()
+    assert vae.dtype == torch.float32
+    assert load_vae(dtype="file").dtype == torch.float16
+    card = (PACKAGED_VAE / "README.md").read_text()
     psnr = float(re.search(r"\| psnr \| ([\d.]+) \|", card)[1])
     assert psnr >= 23
     assert f"{vae.config.scaling_factor:.5f}" in card
 
 
 def test_the_packaged_vae_is_diffusers_own_and_its_factor_is_the_latents():
-    stock = StockAutoencoderKL.from_pretrained(EMBEDDED, torch_dtype=torch.float32)
+    stock = StockAutoencoderKL.from_pretrained(PACKAGED_VAE, torch_dtype=torch.float32)
     source = open_source("skimage")
     pictures = [center_crop(read_image(source.read(i)), 256) for i in range(len(source))]
     x = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1 for picture in pictures])

@@ -7,7 +7,10 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdvae.weights.load
+from sdvae.cli import main
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
 from sdvae.weights import export_targets, from_ldm, load_vae, save_ldm, save_vae, to_ldm
@@ -261,6 +265,87 @@ def test_training_checkpoint_loads_without_loss_and_ema(vae, suffix, wrapped, tm
     assert_same_weights(load_vae(tmp_path / f"last{suffix}"), vae)
 
 
+WRAPPED = {
+    "ddp": lambda key: f"module.{key}",
+    "compiled": lambda key: f"_orig_mod.{key}",
+    "compiled_in_ddp": lambda key: f"module._orig_mod.{key}",
+    "ddp_compiled": lambda key: f"_orig_mod.module.{key}",
+    "parts_compiled": lambda key: key.replace("encoder.", "encoder._orig_mod.").replace(".conv.", "._orig_mod.conv."),
+    "blocks_compiled": lambda key: re.sub(r"((up|down)_blocks\.\d+|up\.\d+)\.", r"\1._orig_mod.", key),
+    "of_a_pipeline": lambda key: f"module.vae._orig_mod.{key}",
+    "of_a_checkpoint": lambda key: f"_orig_mod.first_stage_model.{key}",
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_file_of_a_model_that_was_compiled_or_in_ddp_loads(vae, wrapper, layout, suffix, tmp_path):
+    weights = vae.state_dict() if layout == "diffusers" else to_ldm(vae.state_dict())
+    content = contiguous({WRAPPED[wrapper](key): weight for key, weight in weights.items()})
+    assert content.keys() != weights.keys()
+    write = save_file if suffix == ".safetensors" else torch.save
+    write(content, tmp_path / f"vae{suffix}")
+    assert_same_weights(load_vae(tmp_path / f"vae{suffix}"), vae)
+
+
+def test_state_dict_of_a_compiled_model_loads(tmp_path):
+    vae = random_vae(settings((32, 64)))
+    vae.decoder = torch.compile(vae.decoder)
+    torch.save(torch.compile(vae).state_dict(), tmp_path / "vae.pt")
+    assert_same_weights(load_vae(tmp_path / "vae.pt"), random_vae(settings((32, 64))))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_folder_of_a_compiled_model_loads(vae, sharded, tmp_path):
+    vae.save_pretrained(tmp_path)
+    (tmp_path / f"{STEM}.safetensors").unlink()
+    weights = contiguous(
+        {f"decoder._orig_mod.{k[8:]}" if k[:8] == "decoder." else k: w for k, w in vae.state_dict().items()}
+    )
+    if sharded:
+        save_file(weights, tmp_path / f"{STEM}-00001-of-00001.safetensors")
+        index = {"weight_map": dict.fromkeys(weights, f"{STEM}-00001-of-00001.safetensors")}
+        (tmp_path / f"{STEM}.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        save_file(weights, tmp_path / f"{STEM}.safetensors")
+    assert_same_weights(load_vae(tmp_path), vae)
+
+
+def test_weight_with_and_without_a_wrapper_is_refused(vae, tmp_path):
+    weights = dict(vae.state_dict())
+    weights["module.encoder.conv_in.bias"] = torch.zeros(32)
+    torch.save(weights, tmp_path / "vae.pt")
+    assert "2 keys for encoder.conv_in.bias" in refusal(tmp_path / "vae.pt")
+
+
+@pytest.mark.parametrize("name", ["state_dict", "model", "module", "vae", "ema", "model_ema"])
+def test_state_dict_within_a_checkpoint_loads(vae, name, tmp_path):
+    weights = {f"module.{key}": weight for key, weight in vae.state_dict().items()}
+    other = {"opt": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "step": 7}
+    torch.save({name: weights, **other}, tmp_path / "checkpoint.pt")
+    assert_same_weights(load_vae(tmp_path / "checkpoint.pt"), vae)
+
+
+def test_checkpoint_with_two_state_dicts_is_refused(vae, tmp_path):
+    weights = dict(vae.state_dict())
+    torch.save({"model": weights, "ema": weights}, tmp_path / "checkpoint.pt")
+    assert "holds weights under model, ema; need one" in refusal(tmp_path / "checkpoint.pt")
+    torch.save({"model": weights, "ema": {"decay": 0.999}}, tmp_path / "checkpoint.pt")
+    assert_same_weights(load_vae(tmp_path / "checkpoint.pt"), vae)
+
+
+@pytest.mark.parametrize("name", ["vae.sft", "VAE.SAFETENSORS", "vae.PT", "Vae.Ckpt"])
+def test_endings_of_single_files(vae, name, tmp_path):
+    weights = contiguous(to_ldm(vae.state_dict()))
+    if name.lower().endswith(("sft", "safetensors")):
+        save_file(weights, tmp_path / name)
+    else:
+        torch.save(weights, tmp_path / name)
+    assert_same_weights(load_vae(tmp_path / name), vae)
+    assert "there is no file" in refusal(tmp_path / "no" / name)
+
+
 def test_old_pickle_format_loads(vae, tmp_path):
     torch.save(to_ldm(vae.state_dict()), tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     assert_same_weights(load_vae(tmp_path / "old.ckpt"), vae)
@@ -329,13 +414,11 @@ def test_sharded_folder_loads(vae, tmp_path):
     assert_same_weights(load_vae(tmp_path), vae)
 
 
-def test_lone_variant_loads_and_keeps_its_dtype(vae, tmp_path):
+def test_lone_variant_loads(vae, tmp_path):
     half = random_vae(settings((32, 64))).half()
     half.save_pretrained(tmp_path, variant="fp16")
     assert (tmp_path / f"{STEM}.fp16.safetensors").is_file()
-    back = load_vae(tmp_path)
-    assert back.dtype == torch.float16
-    assert_same_weights(back, half)
+    assert_same_weights(load_vae(tmp_path, dtype="file"), half)
 
 
 def test_plain_weights_are_preferred_to_a_variant(vae, tmp_path):
@@ -430,15 +513,74 @@ def test_odd_width_asks_for_the_number_of_groups(tmp_path):
     assert back.config["norm_num_groups"] == 8
 
 
-def test_files_own_dtype_is_kept_and_mixed_dtypes_widen(vae, tmp_path):
-    save_ldm(vae, tmp_path / "half.safetensors", dtype=torch.bfloat16)
-    assert {p.dtype for p in load_vae(tmp_path / "half.safetensors").parameters()} == {torch.bfloat16}
-    assert load_vae(tmp_path / "half.safetensors", dtype=torch.float32).dtype == torch.float32
+@pytest.fixture
+def fp16_file(vae, tmp_path) -> Path:
+    save_ldm(vae, tmp_path / "half.safetensors", dtype=torch.float16)
+    return tmp_path / "half.safetensors"
 
+
+def test_fp16_weights_load_in_fp32_and_encode_on_a_cpu(vae, fp16_file):
+    back = load_vae(fp16_file)
+    assert_same_weights(back, {key: weight.half().float() for key, weight in vae.state_dict().items()})
+    with torch.no_grad():
+        z = back.encode(torch.zeros(1, 3, 16, 16)).latent_dist.mode()
+        assert back.decode(z).sample.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "want"),
+    [
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        ("fp32", torch.float32),
+        ("fp16", torch.float16),
+        ("bf16", torch.bfloat16),
+        ("file", torch.float16),
+    ],
+)
+def test_weights_come_in_the_dtype_that_is_asked_for(fp16_file, dtype, want):
+    assert {p.dtype for p in load_vae(fp16_file, dtype=dtype).parameters()} == {want}
+
+
+@pytest.mark.parametrize("target", ["folder", "vae.safetensors"])
+def test_export_keeps_the_dtype_of_the_source(fp16_file, target, tmp_path):
+    assert main(["export", str(fp16_file), str(tmp_path / target)]) == 0
+    assert_same_weights(load_vae(tmp_path / target, dtype="file"), load_vae(fp16_file, dtype="fp16"))
+    assert main(["export", str(fp16_file), str(tmp_path / target), "--dtype=fp32"]) == 0
+    assert load_vae(tmp_path / target, dtype="file").dtype == torch.float32
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
+def test_converted_weights_are_not_held_twice(tmp_path):
+    source = AutoencoderKL(**settings((64, 128, 256, 256)))
+    weights = {key: weight.half() for key, weight in source.state_dict().items()}
+    torch.save(weights, tmp_path / "vae.pt", _use_new_zipfile_serialization=False)  # which is read as a whole
+    program = """if True:
+        import re, sys
+        from pathlib import Path
+        from sdvae.weights import load_vae
+        peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        load_vae()  # the first call imports what it needs
+        before = peak()
+        load_vae(sys.argv[1])
+        print(peak() - before)
+    """
+    used = int(subprocess.check_output([sys.executable, "-c", program, tmp_path / "vae.pt"]))
+    in_fp32 = 4 * sum(weight.numel() for weight in weights.values())
+    assert 0.7 < used / in_fp32 < 1.1, "beside a whole copy in fp16 it was 1.3"
+
+
+@pytest.mark.parametrize("dtype", ["half", "float16", torch.int8, None, 16])
+def test_another_dtype_is_refused(fp16_file, dtype):
+    assert "need one of fp32, fp16, bf16, file" in refusal(fp16_file, dtype=dtype)
+
+
+def test_a_file_of_several_dtypes_counts_as_the_widest(vae, tmp_path):
+    save_ldm(vae, tmp_path / "half.safetensors", dtype=torch.bfloat16)
     mixed = load_file(tmp_path / "half.safetensors")
     mixed["encoder.conv_in.bias"] = mixed["encoder.conv_in.bias"].half()
     save_file(mixed, tmp_path / "mixed.safetensors")
-    back = load_vae(tmp_path / "mixed.safetensors")
+    back = load_vae(tmp_path / "mixed.safetensors", dtype="file")
     assert {p.dtype for p in back.parameters()} == {torch.float32}
     assert torch.equal(back.state_dict()["encoder.conv_in.bias"], mixed["encoder.conv_in.bias"].float())
 
@@ -779,7 +921,7 @@ def test_failed_swap_puts_the_old_folder_back(vae, tmp_path, monkeypatch):
             raise PermissionError("busy")
         real(source, target)
 
-    monkeypatch.setattr("os.replace", "replace", second_fails)
+    monkeypatch.setattr("os.replace", second_fails)
     with pytest.raises(PermissionError, match="busy"):
         save_vae(random_vae(settings((32, 64)), seed=1), tmp_path / "vae")
     assert_same_weights(load_vae(tmp_path / "vae"), vae)
@@ -887,6 +1029,7 @@ def test_every_departure_from_sd_is_a_reason(changes, reason):
 
 def test_a_run_folder_stands_for_its_model(tmp_path):
     vae = load_vae()
+    assert vae.dtype == torch.float32
     save_vae(vae, tmp_path / "run" / "model")
     (tmp_path / "run" / "config.yaml").write_text("steps: 1\n")
     found = load_vae(tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -21,7 +22,9 @@ def export(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--subfolder", type=str, default=None, help="folder inside SOURCE that holds the VAE")
     parser.add_argument("--config", type=str, default=None, help="config.json for a SOURCE that is a single file")
-    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default=None, help="default: as in SOURCE")
+    parser.add_argument(
+        "--dtype", choices=["file", "fp32", "fp16", "bf16"], default="file", help="of the weights; file: as in SOURCE"
+    )
     parser.add_argument(
         "--latents",
         type=str,
@@ -31,18 +34,17 @@ def export(argv: Sequence[str]) -> None:
     )
     arguments = parse(parser, argv)
 
-    from sdvae.runtime import DTYPES
     from sdvae.weights import export_targets, load_vae, save_ldm, save_vae
 
-    dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
     if arguments.target.endswith((".ckpt", ".pt", ".pth", ".bin")):
         raise InputError(f"got target {arguments.target}; need FILE.safetensors or a folder: pickles are not written")
-    vae = load_vae(arguments.source, subfolder=arguments.subfolder, config=arguments.config, dtype=dtype)
+    source = partial(load_vae, arguments.source, subfolder=arguments.subfolder, config=arguments.config)
+    vae = source(dtype=arguments.dtype)
     if arguments.latents is not None:
         from sdvae.latents.encoder import encoder_sha256
         from sdvae.latents.store import LatentFolder
 
-        factors = LatentFolder(arguments.latents).factors(vae.config, encoder_sha256(vae))
+        factors = LatentFolder(arguments.latents).factors(vae.config, encoder_sha256(source(dtype="file")))
         vae.register_to_config(**factors)
         print(", ".join(f"{key} {value}" for key, value in factors.items()))
     if arguments.target.endswith(".safetensors"):

@@ -75,7 +75,8 @@ class Encoding:
 
     def __init__(self, config: EncodeConfig):
         self.config = config
-        vae = load_vae(config.vae, subfolder=config.subfolder, config=config.vae_config)
+        # in the file's dtype, of which the fingerprint is made
+        vae = load_vae(config.vae, subfolder=config.subfolder, config=config.vae_config, dtype="file")
         self.sizes = bucket_sizes(config, vae.spatial_compression_ratio)
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)

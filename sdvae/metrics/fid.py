@@ -11,7 +11,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
 from sdvae.errors import InputError
 from sdvae.metrics.perceptual import short_timeout
-from sdvae.weights.files import read_weights
+from sdvae.weights.read import read_weights
 
 FEATURES = 2048  # of Inception's last pooling; with fewer images than that their covariance has no full rank
 

@@ -21,7 +21,7 @@ import torchvision
 from torch import Tensor, nn
 
 from sdvae.errors import InputError
-from sdvae.weights.files import read_weights
+from sdvae.weights.read import read_weights
 
 logger = logging.getLogger(__name__)
 

@@ -211,7 +211,7 @@ def _open(vae: AutoencoderKL | str | Path, subfolder: str | None) -> tuple[Autoe
     run = RunFolder(path)
     if run.config.is_file() and run.model.is_dir():
         path = run.model
-    model = load_vae(path, subfolder=subfolder)
+    model = load_vae(path, subfolder=subfolder, dtype="file")  # uploaded as it is
     folder = path / (subfolder or "")
     return model, folder if (folder / "config.json").is_file() else None, base_model(str(vae))
 

@@ -13,7 +13,7 @@ from sdvae.training.config import TrainConfig
 from sdvae.training.model_card import GRID_NAME, model_card
 from sdvae.training.run_folder import RunFolder
 from sdvae.training.validation import ValidationResult
-from sdvae.weights.files import check_tensors
+from sdvae.weights.read import check_tensors
 
 SMALLEST_TILE = 96  # pixels: room for a caption
 

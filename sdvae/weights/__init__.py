@@ -1,4 +1,4 @@
-"""Weight files: diffusers folders and LDM single files, in and out. Knows only `sdvae.model`."""
+"""Reading and writing VAEs: diffusers folders, and single files in LDM's or diffusers' layout."""
 
 from sdvae.weights.load import load_vae
 from sdvae.weights.names import from_ldm, to_ldm

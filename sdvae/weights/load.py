@@ -1,33 +1,34 @@
-"""`load_vae`: any published form of a Stable-Diffusion VAE -> `AutoencoderKL`, or one clear refusal."""
+"""Load a Stable-Diffusion VAE from any form in which one is published, or refuse it in one clear line."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
-from sdvae.errors import InputError, first_few
+from sdvae.errors import InputError, first_few, one_line
 from sdvae.io import HUB_ID, read_json
 from sdvae.model import AutoencoderKL
+from sdvae.runtime import DTYPES
 from sdvae.weights.config import checked_config, infer_config, read_config
-from sdvae.weights.files import WEIGHT_SUFFIXES, check_tensors, read_weights
-from sdvae.weights.names import from_ldm, is_diffusers_layout, linear_attention, modern_names
+from sdvae.weights.names import from_ldm, is_diffusers_layout, linear_attention, modern_names, unwrapped_name
+from sdvae.weights.read import WEIGHT_DTYPES, WEIGHT_SUFFIXES, check_tensors, is_weight_file, read_weights
 
 log = logging.getLogger(__name__)
 
-PREFIXES = ("first_stage_model.", "vae.", "")  # full SD checkpoints; some repacked ones; VAE files
+PREFIXES = ("first_stage_model.", "vae.", "")  # full SD checkpoints; some repacked ones; files of a VAE alone
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-# What LDM's training leaves beside the VAE: discriminator, LPIPS and logvar; the EMA copy; the step.
-LEFT_ASIDE = ("loss.", "model_ema.", "global_step")
+# What LDM's training stores beside the VAE: discriminator, LPIPS and logvar; the EMA copy; the step.
+NO_WEIGHTS = ("loss.", "model_ema.", "global_step")
 STEM = "diffusion_pytorch_model"  # diffusers' name of the weights' file
-EMBEDDED = Path(__file__).parents[1] / "pretrained" / "small_f8c4"
+PACKAGED_VAE = Path(__file__).parents[1] / "pretrained" / "small_f8c4"
 
 
 def load_vae(
@@ -35,32 +36,41 @@ def load_vae(
     *,
     subfolder: str | None = None,
     config: Mapping[str, Any] | str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["fp32", "fp16", "bf16", "file"] = "fp32",
 ) -> AutoencoderKL:
     """Load a VAE, in evaluation mode, on the CPU.
 
     Args:
-        source: a diffusers folder of a VAE, of a whole pipeline (its vae/ is taken) or of a run of the trainer (its
-            model/); a single file
-            (.safetensors, .ckpt, .pt, .pth, .bin) in LDM's or diffusers' layout, the VAE alone or a full
-            checkpoint; or the id of a repository on the Hugging Face hub. None: the small VAE that comes with this
-            package (f8, 4 channels), which needs no download.
+        source: one of
+            - a diffusers folder of a VAE, of a whole pipeline (its vae/ is taken) or of a training run (its model/);
+            - a single file (.safetensors, .sft, .ckpt, .pt, .pth, .bin) in LDM's or diffusers' layout: the VAE
+              alone or a full checkpoint, also of a model that was compiled or wrapped for DDP;
+            - the id of a repository on the Hugging Face hub;
+            - None: the small VAE that comes with this package (f8, 4 channels), which needs no download.
         subfolder: where in the folder or repository the VAE lies.
         config: keys that win over config.json or over what is inferred from a single file's shapes; a dict or
             the path of a config.json. Shapes can not tell SDXL's factor (0.13025) from SD's, nor SD3's from
             Flux's, nor the number of groups when a width is no multiple of 32.
-        dtype: of the weights; by default the file's own, the widest if it has several.
+        dtype: of the weights: a torch.dtype, or its short name, or "file" for the file's own, the widest if it has
+            several. Half precision halves the memory, but many operations lack it on a CPU.
 
-    Raises: InputError when the source is missing, damaged, holds code, or its weights are not exactly those of
-        its configuration, all of them floating and finite. Nothing is loaded in part.
+    Returns:
+        The model.
+
+    Raises:
+        InputError: when the source is missing, damaged, holds code, or its weights are not exactly those of its
+            configuration, all of them floating and finite in `dtype`. Nothing is loaded in part.
     """
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype != "file" and wanted not in WEIGHT_DTYPES:
+        raise InputError(f"got dtype={dtype!r}; need one of {', '.join(DTYPES)}, file, or their torch.dtype")
     given = read_config(config)
-    path = EMBEDDED if source is None else Path(source).expanduser()
-    if not path.exists() and path.suffix not in WEIGHT_SUFFIXES:
+    path = PACKAGED_VAE if source is None else Path(source).expanduser()
+    if not path.exists() and not is_weight_file(path):
         path = _download(str(source), subfolder)
     if path.is_dir():
         folder = _model_folder(path, subfolder)
-        # before the weights: a folder of another class is refused for that, and not for its keys
+        # read before the weights, so that another class's folder is refused for its class and not for its keys
         settings = {**checked_config(read_json(folder / "config.json"), str(folder / "config.json")), **given}
         weights = _read_folder(folder)
         origin = str(folder)
@@ -70,7 +80,7 @@ def load_vae(
         origin = str(path)
         weights = _standard_names(read_weights(path, partial(_pick_vae, origin=origin)), origin)
         settings = infer_config(weights, given, origin)
-    return _build(settings, weights, origin, dtype)
+    return _build(settings, weights, origin, wanted)
 
 
 def _build(
@@ -83,8 +93,9 @@ def _build(
     _check_fit(vae.state_dict(), weights, origin)
     check_tensors(weights, origin)
     widest = reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
-    weights = {key: weight.to(dtype or widest).contiguous() for key, weight in weights.items()}
-    if dtype is not None:
+    for key in weights:  # one at a time: each is freed before the next is converted
+        weights[key] = weights[key].to(dtype or widest).contiguous()
+    if dtype not in (None, widest):
         check_tensors(weights, f"{origin} as {dtype}")  # float16 ends at 65504
     vae.load_state_dict(weights, assign=True)
     return vae.eval()
@@ -111,25 +122,31 @@ def _check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], or
 
 
 def _pick_vae(keys: list[str], origin: str) -> dict[str, str]:
-    """{key in the file: its name without prefix} of the VAE's part of a checkpoint."""
+    """The VAE's part of a checkpoint: {key in the file: its name without prefix and wrappers}."""
+    names = _unwrapped(keys)
     prefix = next(
-        (p for p in PREFIXES if any(key.startswith(tuple(p + part for part in VAE_PARTS)) for key in keys)), None
+        (p for p in PREFIXES if any(name.startswith(tuple(p + part for part in VAE_PARTS)) for name in names.values())),
+        None,
     )
     if prefix is None:
         raise InputError(
             f"{origin} has no VAE among its {len(keys)} keys ({first_few(sorted(keys))}); "
             "need encoder.* and decoder.*, alone or after first_stage_model. or vae."
         )
-    names = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
-    if any(name.startswith("model_ema.") for name in names.values()):
-        log.info("%s: the trained weights are taken; those under model_ema. are left aside", origin)
-    return {key: name for key, name in names.items() if not name.startswith(LEFT_ASIDE)}
+    picked = {key: name.removeprefix(prefix) for key, name in names.items() if name.startswith(prefix)}
+    if any(name.startswith("model_ema.") for name in picked.values()):
+        log.info("%s: took the trained weights, and not their moving average under model_ema.", origin)
+    return {key: name for key, name in picked.items() if not name.startswith(NO_WEIGHTS)}
+
+
+def _unwrapped(keys: Iterable[str]) -> dict[str, str]:
+    return {key: unwrapped_name(key) for key in keys}
 
 
 def _standard_names(weights: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
     try:
         return linear_attention(modern_names(weights)) if is_diffusers_layout(list(weights)) else from_ldm(weights)
-    except InputError as error:  # which knows the keys and not the file
+    except InputError as error:  # its message lacks the file's name
         raise InputError(f"{origin}: {error}") from error
 
 
@@ -145,7 +162,7 @@ def _model_folder(folder: Path, subfolder: str | None) -> Path:
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """All weights of a diffusers folder: safetensors before .bin, the plain files before a variant's."""
+    """All weights of a diffusers folder: safetensors if there are any, else .bin; a variant only if it is alone."""
     for suffix in (".safetensors", ".bin"):
         singles = {path.name: path for path in folder.glob(f"{STEM}*{suffix}") if "-of-" not in path.name}
         indices = {path.name: path for path in folder.glob(f"{STEM}*{suffix}.index*.json")}
@@ -159,7 +176,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
                 f"{folder} has several variants ({names}); need one; give the file and its config= instead"
             )
         if found:
-            weights = _read_shards(found[0]) if found[0].suffix == ".json" else read_weights(found[0], _pick_all)
+            weights = _read_shards(found[0]) if found[0].suffix == ".json" else read_weights(found[0], _unwrapped)
             return _standard_names(weights, str(folder))
     raise InputError(f"there are no weights in {folder}; need {STEM}.safetensors or {STEM}.bin; get a whole copy")
 
@@ -172,8 +189,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for name in sorted({str(name) for name in weight_map.values()}):
         if Path(name).name != name:
             raise InputError(f"{index} points outside its folder ({name!r}); need plain file names; get a clean copy")
-        listed = sorted(key for key, file in weight_map.items() if file == name)
-        shard = read_weights(index.parent / name, _pick_all)
+        listed = sorted(unwrapped_name(key) for key, file in weight_map.items() if file == name)
+        shard = read_weights(index.parent / name, _unwrapped)
         if listed != sorted(shard):
             odd = sorted(set(listed) ^ set(shard))
             raise InputError(f"{name} and {index} disagree on {len(odd)} keys ({first_few(odd)}); get a whole copy")
@@ -181,19 +198,15 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _pick_all(keys: list[str]) -> dict[str, str]:
-    return {key: key for key in keys}
-
-
 def _download(repo: str, subfolder: str | None) -> Path:
-    """The folder of the repository's snapshot with config and weights: safetensors if there are any, else .bin."""
+    """Download config and weights from the hub: safetensors if there are any, else .bin. Returns the folder."""
     if not HUB_ID.fullmatch(repo):
         raise InputError(
             f"there is no file or folder {repo}, and it is no hub id (owner/name); check the path "
             f"(single files end in {', '.join(WEIGHT_SUFFIXES)})"
         )
     places = [f"{subfolder.strip('/')}/"] if subfolder else ["", "vae/"]
-    # the plain name before its variants, so that no second copy of the weights is downloaded
+    # the plain name is tried before its variants, so that only one copy of the weights is downloaded
     forms = [f"{STEM}.safetensors", f"{STEM}*.safetensors", f"{STEM}.bin", f"{STEM}*.bin"]
     for form in forms:
         shards = [f"{STEM}-*{Path(form).suffix}", f"{STEM}{Path(form).suffix}.index.json"]
@@ -201,9 +214,9 @@ def _download(repo: str, subfolder: str | None) -> Path:
         try:
             snapshot = Path(snapshot_download(repo, allow_patterns=patterns))
         except (OSError, HfHubHTTPError, HFValidationError) as error:
-            reason = " ".join(str(error).split())
             raise InputError(
-                f"there is no file or folder {repo}, and the hub gave {type(error).__name__} ({reason[:200]}); "
+                f"there is no file or folder {repo}, and the hub gave {type(error).__name__} "
+                f"({one_line(error)[:200]}); "
                 "check the name, the network and your access"
             ) from error
         if any(list((snapshot / place).glob(f"{STEM}*{Path(form).suffix}")) for place in places):

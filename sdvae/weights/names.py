@@ -1,8 +1,8 @@
 """The names of the same weights in diffusers' and in LDM's state dict: one table, read in both directions.
 
 LDM (CompVis, Stability, ComfyUI, A1111, Flux's ae.safetensors) numbers the decoder's levels from the image
-inwards, diffusers from the latents outwards, and stores attention projections as 1x1 convs where diffusers
-has linear layers. All else is renaming.
+inwards, diffusers numbers them from the latents outwards. LDM stores attention projections as 1x1 convolutions,
+diffusers as linear layers. Everything else is renaming.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ _LEGACY_ATTENTION = {
     "proj_attn": ("to_out.0", "proj_out"),
 }
 _LEGACY_KEY = re.compile(rf"(.*)\.({'|'.join(_LEGACY_ATTENTION)})\.(weight|bias)")
+_WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod)\.")
 _PROJECTION_WEIGHT = re.compile(r"(.*\.attentions\.\d+)\.(to_q|to_k|to_v|to_out\.0)\.weight")
 _DIFFUSERS_ONLY = re.compile(r"(encoder|decoder)\.(down_blocks|up_blocks|mid_block|conv_norm_out)\..*")
 
@@ -83,14 +84,20 @@ _FROM_LDM = [(_pattern(ldm), diffusers) for diffusers, ldm in TABLE]
 
 
 def is_diffusers_layout(keys: list[str]) -> bool:
-    """Are these keys of a VAE (without prefix) named as diffusers does, rather than as LDM does?"""
+    """Are these keys of a VAE, without prefix, diffusers' names? (Otherwise they are LDM's.)"""
     return any(_DIFFUSERS_ONLY.fullmatch(key) for key in keys)
 
 
-def modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The dict with attention layers named as today in its own layout, diffusers' or LDM's.
+def unwrapped_name(key: str) -> str:
+    """The key without the parts that DDP («module.») and torch.compile («_orig_mod.») insert, wherever they stand."""
+    return _WRAPPER.sub("", key)
 
-    Raises: InputError when a weight stands there under its old and its new name.
+
+def modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename attention layers that have an old name to today's name in the same layout, diffusers' or LDM's.
+
+    Raises:
+        InputError: when a weight is there under its old and its new name.
     """
     column = 0 if is_diffusers_layout(list(weights)) else 1
     renamed: dict[str, Tensor] = {}
@@ -104,7 +111,7 @@ def modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def linear_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers-named weights with attention projections (C, C, 1, 1) or (C, C, 1) reshaped to (C, C)."""
+    """Reshape attention projections of (C, C, 1, 1) or (C, C, 1) to (C, C); the names are diffusers'."""
     return {
         key: weight.reshape(weight.shape[:2])
         if _PROJECTION_WEIGHT.fullmatch(key) and weight.ndim > 2 and weight.shape[2:].numel() == 1
@@ -114,11 +121,16 @@ def linear_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' state dict -> LDM's, unprefixed; attention projections (C, C) become convs (C, C, 1, 1).
+    """Convert diffusers' state dict to LDM's, without prefix; attention projections (C, C) become (C, C, 1, 1).
 
-    The tensors are those of the input or views of them.
+    Args:
+        weights: by diffusers' names.
 
-    Raises: InputError naming the keys that a VAE does not have.
+    Returns:
+        By LDM's names, the tensors of the input or views of them.
+
+    Raises:
+        InputError: naming the keys that a VAE does not have.
     """
     renamed = _renamed(weights, _FROM_DIFFUSERS, _levels(weights, r"decoder\.up_blocks\.(\d+)\..*"), "diffusers")
     return {
@@ -128,11 +140,16 @@ def to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """LDM's state dict, unprefixed -> diffusers'. The inverse of `to_ldm`; also takes 2-D attention weights.
+    """Convert LDM's state dict, without prefix, to diffusers': the inverse of `to_ldm`.
 
-    The tensors are those of the input or views of them.
+    Args:
+        weights: by LDM's names; attention projections may also be (C, C).
 
-    Raises: InputError naming the keys that a VAE does not have.
+    Returns:
+        By diffusers' names, the tensors of the input or views of them.
+
+    Raises:
+        InputError: naming the keys that a VAE does not have.
     """
     weights = modern_names(weights)
     renamed = _renamed(weights, _FROM_LDM, _levels(weights, r"decoder\.up\.(\d+)\..*"), "LDM")

@@ -1,4 +1,4 @@
-"""Write a VAE: diffusers folder, or the single file in LDM's layout that the UIs load."""
+"""Write a VAE: a diffusers folder, or a single file in LDM's layout, which the UIs load."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from safetensors.torch import save_file
 from sdvae.errors import InputError, first_few
 from sdvae.io import read_json, replacing
 from sdvae.model import AutoencoderKL
-from sdvae.weights.files import check_tensors
 from sdvae.weights.load import STEM
 from sdvae.weights.names import to_ldm
+from sdvae.weights.read import check_tensors
 
 
 def save_ldm(vae: AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the weights as one unprefixed .safetensors file in LDM's layout, for ComfyUI, A1111 and kohya.
 
-    The file carries no configuration: UIs take the scaling factor from the diffusion model. `export_targets`
-    says which of them can load this VAE. Written beside and renamed, so `path` is never half-written.
+    The file holds no configuration: the UIs take the scaling factor from the diffusion model. `export_targets` says
+    which of them can load this VAE. `path` is never half-written.
 
     Args:
+        vae: the model; it stays as it is.
+        path: of the file, which is replaced if it exists.
         dtype: of the weights in the file; by default the model's own.
 
-    Raises: InputError when the path is a folder or does not end in .safetensors, or when a weight is not
-        finite, which may happen by rounding to float16.
+    Raises:
+        InputError: when the path is a folder or does not end in .safetensors, or when a weight is not finite, in
+            `dtype` if that is given: float16 ends at 65504.
+        OSError: when the file cannot be written.
     """
     path = Path(path).expanduser()
     if path.suffix != ".safetensors" or path.is_dir():
@@ -42,12 +46,16 @@ def save_ldm(vae: AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None 
 
 
 def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
-    """Write a diffusers folder (config.json, diffusion_pytorch_model.safetensors) that either class loads.
+    """Write a diffusers folder (config.json, diffusion_pytorch_model.safetensors), which diffusers' class loads too.
 
-    A VAE's folder that is already there is replaced only when the new one is whole; its other files (a model
-    card, say) are kept.
+    Args:
+        vae: the model, whose weights are written in its own dtype.
+        folder: a new or empty folder, or that of a VAE. This is replaced when the new one is complete; its other files
+            (such as a model card) are kept.
 
-    Raises: InputError when `folder` exists and is not a VAE's folder, or when a weight is not finite.
+    Raises:
+        InputError: when `folder` holds something other than a VAE, or when a weight is not finite.
+        OSError: when the folder cannot be written.
     """
     folder = Path(folder).expanduser().resolve()
     kept = _other_files(folder)
@@ -59,7 +67,11 @@ def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
 
 
 def _other_files(folder: Path) -> list[Path]:
-    """Files of an existing VAE folder that are not the VAE. Refuses what is not such a folder: it is replaced."""
+    """The files of an existing VAE folder that are not part of the VAE.
+
+    Raises:
+        InputError: when it is not a VAE's folder, since it would be replaced.
+    """
     if not folder.exists():
         return []
     if not folder.is_dir():
@@ -77,10 +89,16 @@ def _other_files(folder: Path) -> list[Path]:
 
 
 def export_targets(vae: AutoencoderKL) -> dict[str, str | None]:
-    """Which program loads this VAE: None if it does, else the reason why not.
+    """Say which programs load this VAE.
 
-    "diffusers" takes the folder of `save_vae`, "comfyui", "a1111" and "kohya" the file of `save_ldm`; these
+    "diffusers" loads the folder of `save_vae`; "comfyui", "a1111" and "kohya" load the file of `save_ldm`. These three
     build a network of fixed shape (ComfyUI comfy/sd.py, A1111 modules/sd_vae.py, kohya library/model_util.py).
+
+    Args:
+        vae: the model, of which only the configuration counts.
+
+    Returns:
+        For each program None if it loads the VAE, else the reason why not.
     """
     config: Any = vae.config
     widths = tuple(config.block_out_channels)
