@@ -1,4 +1,4 @@
-"""The exception that means «your input is wrong», as opposed to «the program is», and the exit codes."""
+"""The exception for bad input, exit codes, and messages on one line."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from collections.abc import Callable
 class InputError(ValueError):
     """Bad input from the user: a file, an option, a tensor of the wrong shape.
 
-    The message is one line that says what was got, what is needed, and how to fix it.
-    The command line prints it without a traceback and exits with status 2.
+    The message is one line that says what was got, what is needed and how to fix it. The command line prints it
+    without a traceback and exits with status 2.
     """
 
 
 class Stopped(Exception):
-    """The run was told to stop and did so in good order; nothing is lost.
+    """The run was told to stop and has stopped in good order; nothing is lost.
+
+    Args:
+        message: one line for the user.
+        signal_number: of the signal that stopped the run.
 
     Attributes:
-        exit_code: 128 + the signal's number, as shells count: 130 for SIGINT, 143 for SIGTERM.
+        exit_code: 128 + the signal's number, as shells do: 130 for SIGINT, 143 for SIGTERM.
     """
 
     def __init__(self, message: str, signal_number: int):
@@ -27,16 +31,21 @@ class Stopped(Exception):
 
 
 def exit_code(program: str, run: Callable[[], object]) -> int:
-    """Run a program to its end. What stops it is one line on standard error, `program: …`; a fault of ours a traceback.
+    """Run a program. Whatever stops it is printed on standard error as one line, except bugs, which keep a traceback.
 
-    Returns: 0 done, 1 a fault of the machine, 2 bad input, 130 and 143 stopped by SIGINT and SIGTERM.
+    Args:
+        program: its name, which begins the line.
+        run: the program.
+
+    Returns:
+        0 when done, 1 for a fault of the machine, 2 for bad input, 130 and 143 when stopped by SIGINT and SIGTERM.
     """
     try:
         run()
     except InputError as error:
-        print(f"{program}: error: {_innermost(error)}", file=sys.stderr)
+        print(f"{program}: error: {_without_worker_traceback(error)}", file=sys.stderr)
         return 2
-    except OSError as error:  # a full disk, a folder that may not be written
+    except OSError as error:  # such as a full disk, or a folder that may not be written to
         print(f"{program}: error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
@@ -48,17 +57,24 @@ def exit_code(program: str, run: Callable[[], object]) -> int:
     return 0
 
 
-def _innermost(error: InputError) -> str:
-    """The message itself: torch's DataLoader wraps a worker's error in a traceback."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].removeprefix("sdvae.errors.InputError: ").removeprefix("sdvae.data.images.ImageError: ")
+def _without_worker_traceback(error: InputError) -> str:
+    """The message alone, if the error was raised in a worker of a DataLoader.
+
+    From a worker, torch passes on only the exception's class and the text of its traceback
+    (torch._utils.ExceptionWrapper), and raises that class with that text. So the message must be taken from the text,
+    whose last line is «module.Class: message».
+    """
+    text = str(error)
+    if not text.startswith("Caught "):
+        return text
+    return text.splitlines()[-1].partition(": ")[2]
 
 
 def first_few(names: list[str], count: int = 3) -> str:
-    """«a, b, c, …»: enough to see what is the matter, in one line."""
+    """Join some names to «a, b, c, …», so that a message with many of them stays one line."""
     return ", ".join(names[:count]) + (", …" if len(names) > count else "")
 
 
 def one_line(error: object) -> str:
-    """The message of an error on a single line."""
-    return " ".join(str(error).split())
+    """The message of an error on a single line, or the name of its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

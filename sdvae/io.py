@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, read with a clear refusal, compared and named."""
+"""Files and folders: writing them completely or not at all, reading and comparing them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from safetensors import SafetensorError
 
 from sdvae.errors import InputError, one_line
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # «owner/name» on the Hugging Face hub
 
 
 def left_beside(target: Path) -> list[Path]:
-    """What processes that were killed while `replacing` a target left beside it."""
+    """Temporary files beside a target, left by processes that were killed while `replacing` it."""
     return list(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))
 
 
 def make_folder(folder: Path) -> None:
-    """For what takes long to compute and is written later: what is wrong with the folder shows now.
+    """Make a folder for results before a long computation, so that a fault of the folder shows at once.
 
-    Raises: InputError where a file is in the way, or nothing may be written.
+    Raises:
+        InputError: when a file is in the way, or the folder may not be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,18 +42,24 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary sibling of `target` to write to, which takes its name only when the block ends well.
+    """Replace a file or a folder by a new one that is complete, or not at all.
 
-    Works for a file and for a folder. An existing target stays whole until the new one is on disk.
+    Args:
+        target: what to replace; need not exist. It stays until the new one is on disk.
 
-    Raises: OSError when the disk does not take it; safetensors and torch have errors of their own for that.
+    Yields:
+        A temporary path beside it, for the block to write a file or folder to. It is renamed to `target` when the
+        block ends without an exception, and removed otherwise.
+
+    Raises:
+        OSError: when writing fails, also where safetensors or torch raise another exception for that.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
     try:
         yield temporary
         _flush(temporary)
-        if temporary.is_dir() and target.is_dir():  # os.replace only takes an empty folder's place
+        if temporary.is_dir() and target.is_dir():  # os.replace cannot replace a folder that holds something
             retired = target.with_name(f".{target.name}.old-{uuid.uuid4().hex}")
             os.replace(target, retired)
             try:
@@ -82,8 +89,8 @@ def _flush(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until the disk has it: a rename that survives a power cut must not name an empty file."""
-    if os.name == "nt" and path.is_dir():  # Windows can not open a folder
+    """Wait until the content is on disk. Else a power cut might keep the new name and lose the content."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -93,7 +100,11 @@ def _sync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises: InputError when the file is missing or holds something else."""
+    """Read a JSON object.
+
+    Raises:
+        InputError: when the file is missing or holds something else.
+    """
     if not path.is_file():
         raise InputError(f"there is no file {path}; need a JSON object; check the path")
     try:
@@ -106,19 +117,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    for block in iter(lambda: file.read(2**20), b""):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def utf8(name: str) -> str:
-    """A file's name may hold bytes that are no UTF-8; JSON, Parquet and labels take none."""
+    """A file's name for JSON, Parquet and labels: bytes in it that are not UTF-8 become escapes such as \\xff."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -128,11 +136,16 @@ def changed_fields(
     free: frozenset[str] = frozenset(),
     defaults: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """«loss.kl_weight: 1e-06 -> 1e-05» for each field of two recipes that differs, but for the `free` ones.
+    """Compare two recipes.
 
     Args:
-        free: dotted names of fields, or of sections, whose change changes nothing that is learned.
-        defaults: what a field counts as that `before` lacks: an older version wrote it, which knew no other way.
+        before: sections and fields; sections may be nested.
+        after: the same.
+        free: dotted names of fields, or names of sections, that may differ.
+        defaults: values of fields that `before` lacks because an older version wrote it, when they had no choice.
+
+    Returns:
+        A line such as «loss.kl_weight: 1e-06 -> 1e-05» for each field that differs, except the free ones.
     """
     flat_before, flat_after = flatten(defaults or {}) | flatten(before), flatten(after)
     return [
@@ -145,7 +158,7 @@ def changed_fields(
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections to dotted keys."""
+    """Nested sections as one dict with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, Mapping):

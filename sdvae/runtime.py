@@ -1,4 +1,4 @@
-"""What this process runs on: the device, the dtype of the forward pass, and what becomes of freed memory."""
+"""The device and precision that this process computes with, and whether it keeps the memory that it frees."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RETURN = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 64 
 
 
 def accelerator_type() -> str | None:
-    """«cuda», «mps», …; None for the CPU: where there is nothing else, or accelerate is told so."""
+    """The kind of accelerator: «cuda», «mps», … None where there is none, or ACCELERATE_USE_CPU is set."""
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
         return None
     device = torch.accelerator.current_accelerator()
@@ -33,11 +33,17 @@ def accelerator_type() -> str | None:
 
 
 def resolve_precision(requested: str, device_type: str) -> str:
-    """ "auto", "no", "bf16" or "fp16" -> what accelerate's `mixed_precision` gets for this device.
+    """Choose accelerate's `mixed_precision`. Weights, optimizer and EMA stay in fp32 in every case.
 
-    Weights, optimizer and EMA stay in fp32 in every case.
+    Args:
+        requested: "auto" (bf16 where the hardware computes in it), "no" (fp32), "bf16" or "fp16".
+        device_type: such as "cpu" or "cuda".
 
-    Raises: InputError for fp16 on a CPU.
+    Returns:
+        "no", "bf16" or "fp16".
+
+    Raises:
+        InputError: for fp16 on a CPU.
     """
     native = _computes_in_bf16(device_type)
     if requested == "auto":
@@ -60,11 +66,14 @@ def _computes_in_bf16(device_type: str) -> bool:
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Let this process keep the memory that it frees, as torch does on a GPU; or, with False, no longer.
+    """Let this process keep the memory that it frees, as torch does on a GPU. This saves time on a CPU.
 
-    It then holds what its largest computation took, and somewhat more where sizes vary. False also gives back what
-    is free. Results do not change. For glibc, that is Linux mostly; without effect elsewhere, and where the
-    environment has one of glibc's own variables for it (MALLOC_TRIM_THRESHOLD_, …), which decides then.
+    The process then holds as much as its largest computation took, or somewhat more where sizes vary. Results do not
+    change. It works with glibc, that is on most Linux systems, and has no effect elsewhere, nor where one of
+    glibc's own environment variables for this is set (MALLOC_TRIM_THRESHOLD_, …).
+
+    Args:
+        keep: False undoes it, and returns memory that is free now to the system.
     """
     libc = _glibc()
     if libc is None or any(name in os.environ for name in VARIABLES):
@@ -76,7 +85,7 @@ def keep_freed_memory(keep: bool = True) -> None:
 
 
 def give_back() -> None:
-    """Return what is free now to the system, the gaps between blocks in use too, which glibc keeps by itself."""
+    """Return all free memory to the system, with the gaps between blocks in use, which glibc would keep."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

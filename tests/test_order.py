@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import pickle
 from collections import Counter
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ from sdvae.data import (
     to_tensor,
     training_loader,
 )
-from sdvae.errors import InputError
+from sdvae.errors import InputError, exit_code
 from sdvae.noise import sample_seed
 
 
@@ -254,6 +255,31 @@ def test_substitutes_differ_from_epoch_to_epoch():
     images = images_of(bad_at(40, {0}), flip=0.0, color_jitter=0.0, crop_scale=(1.0, 1.0))
     sums = {round(images[SampleKey(epoch, 0)]["image"].sum().item(), 2) for epoch in range(12)}
     assert len(sums) > 6
+
+
+@pytest.mark.parametrize("error_class", [InputError, ImageError])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_input_in_a_worker_is_the_same_one_line(error_class, num_workers, capsys):
+    class Refused(Memory):
+        def read(self, index: int) -> bytes:
+            raise error_class("got this: need that; do so")
+
+    class Images(EvaluationImages):
+        def __getitem__(self, index: int):
+            self.source.read(index)
+
+    images = Images(Refused([b"", b""]), 16)
+    loader = evaluation_loader(images, [0, 1], batch_size=2, num_workers=num_workers)
+    assert exit_code("program", lambda: next(iter(loader))) == 2
+    assert capsys.readouterr().err == "program: error: got this: need that; do so\n"
+
+
+def test_workers_start_where_there_are_no_process_groups(monkeypatch):
+    monkeypatch.delattr(os, "setpgrp")  # as on Windows
+    images = images_of(good(2))
+    batches = ShardedBatches(SampleOrder(2, 5), 2, num_batches=1)
+    (batch,) = training_loader(images, batches, num_workers=1)
+    assert len(batch["image"]) == 2
 
 
 def test_bad_image_is_read_once():

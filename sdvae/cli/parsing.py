@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, one_line
 from sdvae.training.config import TrainConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # each field's docstring is its help text
@@ -54,7 +54,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args(list(argv))
     except ArgumentError as error:
-        raise InputError(f"{' '.join(str(error).split())} (see {parser.prog} --help)") from error
+        raise InputError(f"{one_line(error)} (see {parser.prog} --help)") from error
 
 
 def _keys(config_class: type, prefix: str = "") -> Iterator[str]:
@@ -92,7 +92,7 @@ def _yaml_keys(path: Path, known: Set[str]) -> Iterator[str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} is not YAML: {one_line(error)}") from error
     if content is None:
         return
     if not isinstance(content, dict):

@@ -358,8 +358,11 @@ def evaluation_loader(
 
 
 def _start_worker(worker_id: int) -> None:
-    os.setpgrp()  # Ctrl-C goes to a process group; out of the parent's, a worker lives on for it to finish its step
-    keep_freed_memory(False)  # images differ in size, and workers are many
+    # Ctrl-C is sent to the whole process group. A worker in a group of its own survives it, so that the main process
+    # can finish its step and save. Windows has no such groups.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    keep_freed_memory(False)  # there are many workers, and images differ in size
 
 
 def _min_side(min_side: int | None, resolution: int) -> int:

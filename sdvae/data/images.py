@@ -30,7 +30,7 @@ from PIL import Image
 from PIL.Image import Resampling, Transpose
 from torch import Tensor
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, one_line
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM"),
@@ -100,7 +100,7 @@ def read_image(
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins let anything escape from a damaged file, and each of it is the file's
-        raise ImageError(f"damaged {kind} file: {_one_line(error)}") from error
+        raise ImageError(f"damaged {kind} file: {one_line(error)}") from error
     if orientation in _UNDO_ORIENTATION:
         image = image.transpose(_UNDO_ORIENTATION[orientation])
     image.info = {}  # or a later reader of the EXIF within would turn the image once more
@@ -259,7 +259,7 @@ def _open(data: bytes) -> Image.Image:
         except MemoryError:
             raise
         except Exception as error:
-            failure = failure or f"damaged {kind} file: {_one_line(error)}"
+            failure = failure or f"damaged {kind} file: {one_line(error)}"
     raise ImageError(failure or f"not an image of a known format: starts with {data[:12]!r}")
 
 
@@ -331,7 +331,3 @@ def _deep_grey_to_bytes(image: Image.Image) -> Image.Image:
         alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
         return Image.merge("LA", (deep, Image.fromarray(alpha)))
     return deep
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdvae.data.readers import IMAGE_EXTENSIONS, Files, ImageSource, ImageStream, Rows, Subset, Tars
-from sdvae.errors import InputError
+from sdvae.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -262,8 +262,7 @@ def _refusing(spec: str, split: str) -> Iterator[None]:
         yield
     # Its ways to say «not found», «no such split», «not readable», «offline» are many; each is about this input.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"data set {spec!r}, split {split!r} cannot be opened; {reason}") from error
+        raise InputError(f"data set {spec!r}, split {split!r} cannot be opened; {one_line(error)}") from error
 
 
 def _open_saved(folder: Path, split: str, image_column: str | None) -> ImageSource:
@@ -272,9 +271,8 @@ def _open_saved(folder: Path, split: str, image_column: str | None) -> ImageSour
     try:
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, LookupError) as error:  # ArrowInvalid is a ValueError; no rows are an IndexError
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"data set {str(folder)!r} cannot be opened; need what save_to_disk wrote, with rows; {reason}"
+            f"data set {str(folder)!r} cannot be opened; need what save_to_disk wrote, with rows; {one_line(error)}"
         ) from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:

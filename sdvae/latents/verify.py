@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdvae.data import ImageError
-from sdvae.errors import InputError
+from sdvae.errors import InputError, one_line
 from sdvae.io import sha256_of
 from sdvae.latents.rows import from_bytes, value_columns
 from sdvae.latents.shards import Row, raise_if_passing
@@ -96,7 +96,7 @@ def shard_fault(folder: LatentFolder, shard: int, columns: list[str]) -> str | N
                         if not from_bytes(row[name], folder.dtype, row["shape"]).isfinite().all():
                             return f"has values that are not finite in {name} of row {row['index']}"
     except (pa.ArrowException, OSError, RuntimeError, ValueError) as error:  # the last two: bytes that fit no shape
-        return f"cannot be read ({' '.join(str(error).split())})"
+        return f"cannot be read ({one_line(error)})"
     return None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, one_line
 from sdvae.metrics.perceptual import short_timeout
 from sdvae.weights.read import read_weights
 
@@ -39,7 +39,7 @@ class ReconstructionFID:
                 "leave out --fid"
             ) from error
         except RuntimeError as error:  # load_state_dict's
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise InputError(
                 f"{weights or 'the download'} does not hold Inception's weights: {reason}; need torch-fidelity's "
                 "weights-inception-2015-12-05-6726825d.pth"

@@ -20,7 +20,7 @@ from torch import nn
 
 import sdvae
 from sdvae.data import BadImages, EvaluationImages, evaluation_loader, open_source
-from sdvae.errors import InputError
+from sdvae.errors import InputError, one_line
 from sdvae.io import HUB_ID, replacing
 from sdvae.model import AutoencoderKL
 from sdvae.runtime import accelerator_type
@@ -128,7 +128,7 @@ def hub_card(
         try:
             card = ModelCard(readme.read_text(encoding="utf-8"))
         except (ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{readme} has a head that is not YAML ({_one_line(error)}); mend it") from error
+            raise InputError(f"{readme} has a head that is not YAML ({one_line(error)[:300]}); mend it") from error
     else:
         name = repo_id.split("/")[1]
         head = card_head(vae, title(name, vae.spatial_compression_ratio, vae.config.latent_channels), base_model=base)
@@ -251,7 +251,7 @@ def _refusals(repo_id: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = _one_line(error.server_message or error)
+        said = one_line(error.server_message or error)[:300]
         if status == 401:
             raise InputError(f"got a token that the hub does not know (401); {WANT_TOKEN}") from error
         if status == 403:
@@ -267,13 +267,9 @@ def _refusals(repo_id: str) -> Iterator[None]:
             raise InputError(f"the hub refuses {repo_id} ({status}: {said}); change that") from error
         raise ConnectionError(f"the hub failed ({status}: {said}); try again later") from error
     except ValueError as error:  # the hub's check of the card's head, or of the repository's name
-        raise InputError(f"the hub refuses this card or name: {_one_line(error)}") from error
+        raise InputError(f"the hub refuses this card or name: {one_line(error)[:300]}") from error
     except (HTTPError, OSError, RuntimeError) as error:  # hf_xet, which uploads large files, raises the last
         raise ConnectionError(
-            f"the hub cannot be reached, or the upload broke off ({type(error).__name__}: {_one_line(error)}); "
+            f"the hub cannot be reached, or the upload broke off ({type(error).__name__}: {one_line(error)[:300]}); "
             "check the network, then try again"
         ) from error
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]

@@ -11,7 +11,6 @@ model before the whole checkpoint has been read and found to fit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,8 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdvae.errors import InputError
-from sdvae.io import replacing
+from sdvae.errors import InputError, one_line
+from sdvae.io import replacing, sha256_of
 
 FORMAT = 1
 STATE = "state.json"
@@ -85,7 +84,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                     path, weights_only=True, map_location="cpu"
                 )
         except Exception as error:  # safetensors' and pickle's, whatever damaged or hostile bytes lead to
-            reason = " ".join(str(error).split())[:120]
+            reason = one_line(error)[:120]
             raise InputError(f"{path} does not hold plain tensors ({type(error).__name__}: {reason})") from error
     return Checkpoint(weights, optimizers, state)
 
@@ -134,8 +133,4 @@ def _entries(root: Path) -> list[Path]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

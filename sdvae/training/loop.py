@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from sdvae.data import BadImages, ImageSource, SampleOrder, subset
 from sdvae.data.dataset import Batch
-from sdvae.errors import InputError
+from sdvae.errors import InputError, one_line
 from sdvae.io import flatten
 from sdvae.model import AutoencoderKL
 from sdvae.training.build import build_accelerator, build_perceptual, lay_out, starting_vae
@@ -84,9 +84,8 @@ def train(config: TrainConfig) -> Path:
     except RuntimeError as error:  # raised wherever the main thread happens to be
         if "DataLoader worker" not in str(error):
             raise
-        reason = " ".join(str(error).split())
         remedy = "the same command continues; lower data.num_workers if memory ran out"
-        raise OSError(f"{reason}; {remedy}") from error
+        raise OSError(f"{one_line(error)}; {remedy}") from error
 
 
 @dataclass

@@ -10,6 +10,8 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from sdvae.errors import one_line
+
 logger = logging.getLogger(__name__)
 
 
@@ -55,4 +57,4 @@ class Trackers:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {one_line(error)}"
