@@ -1,4 +1,4 @@
-"""What the README shows and what scripts/ holds, run for real at a small size."""
+"""What scripts/ holds, run for real at a small size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdvae import EncodeConfig, LatentDataset, encode, load_vae, save_vae
+from sdvae import load_vae, save_vae
 from sdvae.cli import parse_train_config
 from sdvae.training.build import build_vae
 from tests.conftest import tiny_arguments
@@ -78,35 +78,6 @@ def test_a_script_answers_bad_input_in_one_line(tmp_path, line, said):
     assert finished.codes == [2], finished.stderr[-2000:]
     assert said in finished.stderr.splitlines()[-1]
     assert "Traceback" not in finished.stderr
-
-
-def test_the_readmes_python_runs(quickstart_folder, tmp_path):
-    vae = str(quickstart_folder / "model")
-    encode(EncodeConfig(source="skimage", output=str(tmp_path / "latents"), vae=vae, resolution=64, mirror=True))
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
-    names: dict = {}
-    for block in blocks:
-        block = block.replace("runs/quickstart", str(quickstart_folder))
-        exec(block.replace('"latents"', f'"{tmp_path / "latents"}"', 1), names)
-    assert names["reconstruction"].shape == names["x"].shape
-    assert (quickstart_folder / "vae.safetensors").is_file()
-    assert names["image"].shape == (1, 3, 72, 72), "65 x 71 pixels, padded"
-    assert names["images"].shape == (8, 3, 64, 64)
-    assert names["mean"].shape == (4, 8, 8)
-    assert np.array_equal(
-        names["mean"], LatentDataset(tmp_path / "latents", sample=False, mirror=0, scaling="none")[0]["latents"]
-    )
-
-
-def test_every_file_and_option_the_readme_names_exists():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"(?:configs|scripts)/[\w.]+\.(?:yaml|py)", text):
-        assert (ROOT / path).is_file(), path
-    for key in set(re.findall(r"--((?:loss|data|optimizer|model|fine_tune|checkpoint)\.[\w.]+)", text)):
-        node: object = parse_train_config([])
-        for part in key.split("."):
-            node = getattr(node, part)
 
 
 def test_the_pipeline_demo_draws_the_photograph_beside_its_decoding(quickstart_folder, tmp_path, script):
