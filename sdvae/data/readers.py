@@ -259,7 +259,7 @@ class Tars:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
 
 
-class Rows:
+class TableImages:
     """One column of a `datasets.Dataset`: images that it is told not to decode, or raw bytes."""
 
     def __init__(self, dataset: Dataset, column: str):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdvae.data.readers import IMAGE_EXTENSIONS, Files, ImageSource, ImageStream, Rows, Subset, Tars
+from sdvae.data.readers import IMAGE_EXTENSIONS, Files, ImageSource, ImageStream, Subset, TableImages, Tars
 from sdvae.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ def _open_rows(spec: str, dataset: Dataset, image_column: str | None) -> ImageSo
     image_column = _image_column(spec, dataset.features, image_column)
     if isinstance(dataset.features[image_column], datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    return Rows(dataset, image_column)
+    return TableImages(dataset, image_column)
 
 
 def _image_column(spec: str, features: Features, image_column: str | None) -> str:
