@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ from sdvae.cli import parse_train_config
 from sdvae.data import open_source, subset
 from sdvae.errors import exit_code
 from sdvae.latents.config import EncodeConfig
-from sdvae.latents.encode import Encoding
+from sdvae.latents.pipeline import Pipeline
 from sdvae.latents.shards import RangeShards
+from sdvae.latents.task import EncodeTask
 from sdvae.training.build import build_vae
 
 
@@ -79,10 +81,10 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
     count = min(arguments.count, len(source))
     paths = [Path(arguments.images) / source.name(index) for index in range(count)]
     files = Files(paths, arguments.size)
-    encoding = prepared(arguments, scratch / "ours", str(scratch / "vae"))
-    stock = vae.to_diffusers().eval().to(encoding.device)
-    rows = encoding.shards.rows(0)
-    pixels = [encoding.decode(row).pixels for row in (next(rows) for _ in range(arguments.batch))]
+    task = prepared(arguments, scratch / "ours", str(scratch / "vae"))
+    stock = vae.to_diffusers().eval().to(task.device)
+    images = task.shards.images(0)
+    pixels = [task.decode(image).pixels for image in islice(images, arguments.batch)]
     whole = count // arguments.batch * arguments.batch
 
     def ours() -> float:
@@ -90,13 +92,13 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
         once = prepared(arguments, scratch / "ours", str(scratch / "vae"))
         once.begin()
         start = time.perf_counter()
-        once.run()
+        Pipeline(once).run()
         return count / (time.perf_counter() - start)
 
     def bare() -> float:  # right after `ours`, whose memory it finds
         start = time.perf_counter()
         for _ in range(whole // arguments.batch):
-            encoding.encoder.launch(pixels).moments()
+            task.encoder.launch(pixels).moments()
         return whole / (time.perf_counter() - start)
 
     def plain() -> float:
@@ -106,16 +108,16 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
         plain_loop(stock, files, arguments.batch, arguments.workers, scratch / "plain")
         return count / (time.perf_counter() - start)
 
-    encoding.encoder.launch(pixels).moments()  # warm-up
+    task.encoder.launch(pixels).moments()  # warm-up
     sides: dict[str, list[float]] = {"sdvae encode": [], "bare encoder": [], "plain loop": []}
     for _ in range(arguments.repeats):
         for name, side in zip(sides, (ours, bare, plain), strict=True):
             sides[name].append(side())
     parameters = sum(p.numel() for p in vae.parameters()) / 1e6
-    where = torch.cuda.get_device_name() if encoding.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if task.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(
         f"\n{arguments.config or 'packaged VAE'}: {parameters:.2f} M parameters, {count} images at {arguments.size}², "
-        f"batch {arguments.batch}, {encoding.precision}, {where}, torch {torch.__version__}, diffusers "
+        f"batch {arguments.batch}, {task.precision}, {where}, torch {torch.__version__}, diffusers "
         f"{diffusers.__version__}, {platform.machine()}\n"
     )
     print("| | images/s, median | sdvae encode against it, median | range |\n|---|---|---|---|")
@@ -125,7 +127,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
         print(f"| {name} | {statistics.median(rates):.2f} | {statistics.median(ratios):.2f} | {spread} |")
 
 
-def prepared(arguments: argparse.Namespace, output: Path, vae: str) -> Encoding:
+def prepared(arguments: argparse.Namespace, output: Path, vae: str) -> EncodeTask:
     """Our side, on the first `count` images."""
     config = EncodeConfig(
         source=arguments.images,
@@ -135,11 +137,11 @@ def prepared(arguments: argparse.Namespace, output: Path, vae: str) -> Encoding:
         batch_size=arguments.batch,
         num_workers=arguments.workers,
     )
-    encoding = Encoding(config)
-    first = subset(open_source(arguments.images), range(min(arguments.count, encoding.shards.total or 0)))
-    encoding.shards = RangeShards(first, None, 64)
-    encoding.fingerprint["shards"] = len(encoding.shards)
-    return encoding
+    task = EncodeTask(config)
+    first = subset(open_source(arguments.images), range(min(arguments.count, task.shards.total or 0)))
+    task.shards = RangeShards(first, None, 64)
+    task.fingerprint["shards"] = len(task.shards)
+    return task
 
 
 class Synthetic:
@@ -177,11 +179,11 @@ def watch_memory(rows: int, scratch: Path) -> None:
     )
     save_vae(vae, scratch / "vae")
     config: dict[str, Any] = {"resolution": 16, "batch_size": 256, "num_workers": 2, "device": "cpu"}
-    encoding = Encoding(EncodeConfig(source="skimage", output=str(scratch / "out"), vae=str(scratch / "vae"), **config))
-    encoding.shards = RangeShards(Synthetic(rows), None, 4096)
-    encoding.fingerprint["shards"] = len(encoding.shards)
-    encoding.begin()
-    write, done, start = encoding.folder.write_shard, 0, time.perf_counter()
+    task = EncodeTask(EncodeConfig(source="skimage", output=str(scratch / "out"), vae=str(scratch / "vae"), **config))
+    task.shards = RangeShards(Synthetic(rows), None, 4096)
+    task.fingerprint["shards"] = len(task.shards)
+    task.begin()
+    write, done, start = task.folder.write_shard, 0, time.perf_counter()
     print("| rows | resident MiB | rows/s |\n|---|---|---|")
 
     def watched(shard: int, table: pa.Table, *rest: Any) -> None:
@@ -191,8 +193,8 @@ def watch_memory(rows: int, scratch: Path) -> None:
         if done * 10 // rows > before * 10 // rows or before == 0:
             print(f"| {done} | {resident_mib():.0f} | {done / (time.perf_counter() - start):.0f} |", flush=True)
 
-    encoding.folder.write_shard = watched  # type: ignore[method-assign]
-    encoding.run()
+    task.folder.write_shard = watched  # type: ignore[method-assign]
+    Pipeline(task).run()
 
 
 def resident_mib() -> float:

@@ -5,66 +5,57 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:  # «as» the same name marks a name as public for type checkers
+    from sdvae.cpu.kernels import speed_up as speed_up
+    from sdvae.errors import InputError as InputError
+    from sdvae.latents.config import EncodeConfig as EncodeConfig
+    from sdvae.latents.dataset import LatentDataset as LatentDataset
+    from sdvae.latents.encode import encode as encode
+    from sdvae.model import AutoencoderKL as AutoencoderKL
+    from sdvae.model import DiagonalGaussian as DiagonalGaussian
+    from sdvae.roundtrip import crop_to as crop_to
+    from sdvae.roundtrip import pad_to_multiple as pad_to_multiple
+    from sdvae.roundtrip import round_trip as round_trip
+    from sdvae.runtime import keep_freed_memory as keep_freed_memory
+    from sdvae.training.config import TrainConfig as TrainConfig
+    from sdvae.training.loop import train as train
+    from sdvae.weights import export_targets as export_targets
+    from sdvae.weights import load_vae as load_vae
+    from sdvae.weights import save_ldm as save_ldm
+    from sdvae.weights import save_vae as save_vae
+
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from sdvae.cpu.kernels import speed_up
-    from sdvae.errors import InputError
-    from sdvae.latents.config import EncodeConfig
-    from sdvae.latents.dataset import LatentDataset
-    from sdvae.latents.encode import encode
-    from sdvae.model import AutoencoderKL, DiagonalGaussian
-    from sdvae.roundtrip import crop_to, pad_to_multiple
-    from sdvae.runtime import keep_freed_memory
-    from sdvae.training.config import TrainConfig
-    from sdvae.training.loop import train
-    from sdvae.weights import export_targets, load_vae, save_ldm, save_vae
-
-# Imported on first use: `sdvae train --print_config` or a misspelt option should not wait for torch.
-_HOMES = {
+# The public names and the modules that define them. They are imported on first use, so that a command line that is
+# misspelt, or only asks for help, need not wait for torch.
+_MODULE_OF = {
     "AutoencoderKL": "sdvae.model",
     "DiagonalGaussian": "sdvae.model",
-    "EncodeConfig": "sdvae.latents.config",
-    "InputError": "sdvae.errors",
-    "LatentDataset": "sdvae.latents.dataset",
-    "TrainConfig": "sdvae.training.config",
+    "round_trip": "sdvae.roundtrip",
+    "pad_to_multiple": "sdvae.roundtrip",
     "crop_to": "sdvae.roundtrip",
-    "encode": "sdvae.latents.encode",
-    "export_targets": "sdvae.weights",
+    "speed_up": "sdvae.cpu.kernels",
     "keep_freed_memory": "sdvae.runtime",
     "load_vae": "sdvae.weights",
-    "pad_to_multiple": "sdvae.roundtrip",
-    "save_ldm": "sdvae.weights",
     "save_vae": "sdvae.weights",
-    "speed_up": "sdvae.cpu.kernels",
+    "save_ldm": "sdvae.weights",
+    "export_targets": "sdvae.weights",
+    "TrainConfig": "sdvae.training.config",
     "train": "sdvae.training.loop",
+    "EncodeConfig": "sdvae.latents.config",
+    "encode": "sdvae.latents.encode",
+    "LatentDataset": "sdvae.latents.dataset",
+    "InputError": "sdvae.errors",
 }
 
-__all__ = [  # noqa: RUF022 - the order of a table of contents
-    "AutoencoderKL",
-    "DiagonalGaussian",
-    "pad_to_multiple",
-    "crop_to",
-    "speed_up",
-    "keep_freed_memory",
-    "load_vae",
-    "save_vae",
-    "save_ldm",
-    "export_targets",
-    "TrainConfig",
-    "train",
-    "EncodeConfig",
-    "encode",
-    "LatentDataset",
-    "InputError",
-]
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module 'sdvae' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULE_OF])

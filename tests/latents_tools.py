@@ -16,8 +16,8 @@ from PIL import Image
 from sdvae import AutoencoderKL
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.encode import encode
+from sdvae.latents.folder import LatentFolder
 from sdvae.latents.rows import from_bytes
-from sdvae.latents.store import LatentFolder
 from tests.kill_at_boundaries import die_before
 
 FORK = multiprocessing.get_context("fork")  # a process that need not import torch again

@@ -25,8 +25,10 @@ from sdvae import InputError, load_vae, save_vae
 from sdvae.cli import main
 from sdvae.data import ImageError, ImageStream, center_crop, read_image, to_tensor
 from sdvae.latents.dataset import LatentDataset
-from sdvae.latents.encode import Encoding, encode
-from sdvae.latents.store import LatentFolder
+from sdvae.latents.encode import encode
+from sdvae.latents.encoder import MomentEncoder
+from sdvae.latents.task import EncodeTask
+from sdvae.latents.writer import LatentWriter
 from sdvae.model import DiagonalGaussian
 from sdvae.statistics import LatentMoments
 from tests.latents_tools import (
@@ -244,6 +246,31 @@ def test_in_bf16_the_rows_are_near_those_of_fp32_and_the_precision_is_remembered
         encode(dataclasses.replace(config, precision="fp32"))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_encoder_leaves_the_callers_vae_as_it_was_and_copies_no_decoder(precision):
+    vae = tiny_vae().half().train()
+    before = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    kinds = [type(module) for module in vae.modules()]
+    encoder = MomentEncoder(vae, torch.device("cpu"), precision, mirror=False)
+    pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    exact = encoder.again(pixels)
+    assert [type(module) for module in vae.modules()] == kinds
+    assert vae.training
+    assert all(torch.equal(weight, before[name]) for name, weight in vae.state_dict().items())
+
+    owned = {id(weight) for weight in vae.parameters()}
+    models = {value for value in vars(encoder).values() if isinstance(value, torch.nn.Module)}
+    names = [name for model in models for name, weight in model.named_parameters() if id(weight) not in owned]
+    assert names
+    assert not [name for name in names if name.startswith("decoder")]
+    assert len(names) == len(set(names)) * (1 if precision == "fp32" else 2), "once for bf16 and once for fp32"
+
+    with torch.no_grad():
+        x = (pixels.permute(0, 3, 1, 2) / 127.5 - 1).float()
+        wanted = vae.to_diffusers().float().encode(x).latent_dist.parameters
+    torch.testing.assert_close(exact[0], wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_stored_sample_is_the_posteriors_and_the_same_each_time(vae, photos, tmp_path):
     for output, seed in (("one", 0), ("two", 0), ("other", 1)):
         encode(options(photos, tmp_path / output, vae, store="sample", seed=seed, dtype="fp32"))
@@ -273,7 +300,7 @@ def test_killed_ten_times_and_continued_by_other_numbers_of_processes_it_equals_
     photos = draw(tmp_path / "photos", 60)
     config = options(photos, tmp_path / "killed", vae, shard_rows=2, batch_size=2, mirror=True)
     encode(dataclasses.replace(config, output=str(tmp_path / "clean")))
-    decode, randomness = Encoding.decode, random.Random(0)
+    decode, randomness = EncodeTask.decode, random.Random(0)
     kills = 0
     while kills < 10:
         left = iter(range(randomness.randint(1, 9), 0, -1))
@@ -284,7 +311,7 @@ def test_killed_ten_times_and_continued_by_other_numbers_of_processes_it_equals_
             return decode(self, row)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Encoding, "decode", dying)  # in the child processes, each with its own count
+            patch.setattr(EncodeTask, "decode", dying)  # in the child processes, each with its own count
             processes = [encode_in_process(config) for _ in range(1 + kills % 3)]
             for process in processes:
                 process.join()
@@ -394,7 +421,7 @@ def test_with_no_good_image_at_all_there_is_an_error_and_no_data_set(vae, tmp_pa
 def test_a_latent_that_overflows_is_computed_again_in_fp32_and_else_reported(vae, tmp_path, monkeypatch):
     photos = draw(tmp_path / "photos", 5)
     encode(options(photos, tmp_path / "clean", vae))
-    launch, again = Encoding.__init__, []
+    launch, again = EncodeTask.__init__, []
 
     def overflowing(self, config):
         launch(self, config)
@@ -414,7 +441,7 @@ def test_a_latent_that_overflows_is_computed_again_in_fp32_and_else_reported(vae
 
         self.encoder.launch, self.encoder.again = torch.inference_mode()(spoilt), torch.inference_mode()(counting)
 
-    monkeypatch.setattr(Encoding, "__init__", overflowing)
+    monkeypatch.setattr(EncodeTask, "__init__", overflowing)
     manifest = encode(options(photos, tmp_path / "out", vae)).manifest
     assert again == [1, 1]  # batches of four and one
     assert (manifest["rows"], manifest["skipped"]) == (4, 1)
@@ -573,7 +600,7 @@ def test_another_source_with_the_same_names_is_refused(vae, tmp_path):
 
 def test_a_fault_of_the_machine_is_no_bad_image(vae, tmp_path, monkeypatch):
     config = options(draw(tmp_path / "photos", 6), tmp_path / "out", vae)
-    decode = Encoding.decode
+    decode = EncodeTask.decode
 
     def failing(self, row):
         if row.index == 3:
@@ -581,7 +608,7 @@ def test_a_fault_of_the_machine_is_no_bad_image(vae, tmp_path, monkeypatch):
         return decode(self, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Encoding, "decode", failing)
+        patch.setattr(EncodeTask, "decode", failing)
         with pytest.raises(OSError, match="Too many open files"):
             encode(config)
     assert encode(config).manifest["skipped"] == 0
@@ -618,9 +645,9 @@ def test_a_shard_without_a_good_image_reads_as_empty(vae, tmp_path):
 
 def test_repair_finishes_a_data_set_that_was_killed_before_its_manifest(vae, photos, tmp_path):
     config = options(photos, tmp_path / "out", vae)
-    finish, LatentFolder.finish = LatentFolder.finish, lambda self: False
+    finish, LatentWriter.finish = LatentWriter.finish, lambda self: False
     encode(config)
-    LatentFolder.finish = finish
+    LatentWriter.finish = finish
     assert encode(dataclasses.replace(config, repair=True)).is_complete
 
 
@@ -647,7 +674,7 @@ def test_an_output_inside_the_source_is_refused(vae, tmp_path):
 def test_a_shard_that_is_removed_before_the_end_is_missed(vae, photos, tmp_path, monkeypatch):
     config = options(photos, tmp_path / "out", vae)
     with monkeypatch.context() as patch:
-        patch.setattr(LatentFolder, "finish", lambda self: False)
+        patch.setattr(LatentWriter, "finish", lambda self: False)
         encode(config)
     broken_shard(tmp_path / "out").unlink()
     with pytest.raises(InputError, match=r"1 shards were written and are gone \(train-00001.*--repair"):

@@ -19,7 +19,6 @@ from sdvae.latents import dataset as dataset_module
 from sdvae.latents.dataset import LatentBatches
 from sdvae.latents.encode import encode
 from sdvae.latents.scaling import LatentScaling, scaling_of
-from tests.imports import assert_light
 from tests.latents_tools import draw, options, rows_of, tiny_vae
 
 SIZES = ((40, 40), (60, 36), (36, 60))
@@ -201,7 +200,3 @@ def test_what_cannot_be_read_is_refused(folder, tmp_path):
     (tmp_path / "begun" / "manifest.json").write_text(manifest.replace('"version": 1', '"version": 2'))
     with pytest.raises(InputError, match="version 2; need"):
         LatentDataset(tmp_path / "begun")
-
-
-def test_reading_latents_imports_nothing_that_only_training_and_reports_need():
-    assert_light("from sdvae import LatentDataset")

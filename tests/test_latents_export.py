@@ -24,7 +24,7 @@ from sdvae.latents.config import EncodeConfig
 from sdvae.latents.convert import _crop_ltrb, export_latents
 from sdvae.latents.encode import encode
 from sdvae.latents.rows import LatentRow, table_of, to_bytes, value_columns
-from sdvae.latents.store import LatentFolder
+from sdvae.latents.writer import LatentWriter
 from sdvae.model import DiagonalGaussian
 from sdvae.noise import sample_seed
 from sdvae.runtime import DTYPES
@@ -55,7 +55,7 @@ def write(
     names = [f"{i}.png" for i in range(7)] if names is None else names
     config = EncodeConfig(source="", output=str(root), **{"mirror": True, **changes})
     dtype = DTYPES[config.dtype]
-    folder = LatentFolder(root)
+    folder = LatentWriter(root)
     vae = {"scaling_factor": factor, "latent_channels": channels, "block_out_channels": [8] * blocks}
     stored = {"what": config.store, "dtype": config.dtype, "mirror": config.mirror}
     images = {"sizes": [[64, 64], [48, 80], [80, 48]]}
@@ -87,7 +87,7 @@ def write(
 
 def stored_rows(root: Path) -> list[dict]:
     """Every row, with the stored bits of its latents as a tensor."""
-    folder = LatentFolder(root)
+    folder = LatentWriter(root)
     folder.open()
     rows = []
     for path in sorted(folder.data.glob("*.parquet")):
@@ -347,7 +347,7 @@ def test_a_damaged_missing_or_unfinished_shard_is_refused_before_anything_is_wri
             shard.symlink_to("nowhere")
         with pytest.raises(InputError, match=r"train-00002.*missing or damaged.*--repair"):
             export_latents(root, tmp_path / "out", to)
-    folder = LatentFolder(root)
+    folder = LatentWriter(root)
     folder.open()
     folder.undo([0])
     with pytest.raises(InputError, match="not complete"):

@@ -29,7 +29,6 @@ from sdvae.cli import main
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
 from sdvae.weights import export_targets, from_ldm, load_vae, save_ldm, save_vae, to_ldm
-from tests.imports import assert_light
 
 STEM = "diffusion_pytorch_model"
 
@@ -1035,7 +1034,3 @@ def test_a_run_folder_stands_for_its_model(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("steps: 1\n")
     found = load_vae(tmp_path / "run")
     assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in vae.state_dict().items())
-
-
-def test_loading_a_vae_imports_nothing_that_only_training_and_reports_need():
-    assert_light("from sdvae import AutoencoderKL, load_vae; load_vae()")

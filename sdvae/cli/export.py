@@ -42,7 +42,7 @@ def export(argv: Sequence[str]) -> None:
     vae = source(dtype=arguments.dtype)
     if arguments.latents is not None:
         from sdvae.latents.encoder import encoder_sha256
-        from sdvae.latents.store import LatentFolder
+        from sdvae.latents.folder import LatentFolder
 
         factors = LatentFolder(arguments.latents).factors(vae.config, encoder_sha256(source(dtype="file")))
         vae.register_to_config(**factors)

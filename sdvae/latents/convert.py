@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from sdvae.errors import InputError, first_few
 from sdvae.io import replacing, sha256_of
+from sdvae.latents.folder import LatentFolder
 from sdvae.latents.rows import OUR_COLUMNS, is_value
-from sdvae.latents.store import LatentFolder
 from sdvae.model import DiagonalGaussian
 from sdvae.noise import sample_seed
 

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from sdvae.data import SampleKey
 from sdvae.errors import InputError
+from sdvae.latents.folder import LatentFolder
 from sdvae.latents.rows import from_bytes, is_value
 from sdvae.latents.scaling import LatentScaling, channel_scaling, identity_scaling, scaling_of
-from sdvae.latents.store import LatentFolder
 from sdvae.model import DiagonalGaussian
 from sdvae.noise import sample_seed
 

@@ -1,4 +1,4 @@
-"""Pixels -> posterior moments, on any device, and a second try in fp32 for what overflowed."""
+"""The encoder of a VAE on a device: pixels to posterior moments, with a second try in fp32 for those that overflow."""
 
 from __future__ import annotations
 
@@ -19,73 +19,90 @@ from sdvae.runtime import DTYPES, accelerator_type, resolve_precision
 
 
 @dataclass
-class Encoded:
-    """A batch on its way: the device may still be at it.
+class PendingMoments:
+    """A batch that was started; the device may still be computing it.
 
     Attributes:
         pixels: (B, H, W, C) uint8, as they were given.
     """
 
     pixels: Tensor
-    _moments: Tensor  # (V, B, 2·latent_channels, h, w), with V = 2 views where the mirror image is encoded too
+    _moments: Tensor  # (V, B, 2·latent_channels, h, w); V = 2 views where the mirror image is encoded too, else 1
     _ready: torch.cuda.Event | None
 
     def moments(self) -> Tensor:
-        """(V, B, 2·latent_channels, h, w) fp32 on the CPU; waits for the device."""
+        """Wait for the device. Returns (V, B, 2·latent_channels, h, w) in fp32 on the CPU."""
         if self._ready is not None:
             self._ready.synchronize()
         return self._moments.float()
 
 
 class MomentEncoder:
-    """The encoder of a VAE in the precision that was asked for.
+    """The encoder of a VAE, in the precision and memory format in which it is to run.
 
     Args:
-        vae: on the CPU; is taken over, and loses its decoder.
+        vae: on the CPU; stays as it is. Its encoder is copied, its decoder is not.
+        device: to compute on.
         precision: «fp32», «bf16» or «fp16».
         mirror: also encode the left-right mirror image.
     """
 
     def __init__(self, vae: AutoencoderKL, device: torch.device, precision: str, mirror: bool):
-        vae.decoder = nn.Identity()  # type: ignore[assignment]  # half of the memory, of no use here
-        self._fp32 = vae.float().eval()
-        self._vae = _laid_out(self._fp32, DTYPES[precision], device)
-        self._retrying = self._vae if precision == "fp32" else None
+        encoder = _without_decoder(vae)
+        self._vae = _copied(encoder, DTYPES[precision], device)
         self._device = device
         self._mirror = mirror
+        # For retries in fp32: the copy that runs, or until one is needed the weights that are shared with `vae`.
+        self._in_fp32 = self._vae if precision == "fp32" else None
+        self._original = None if precision == "fp32" else encoder
 
     @torch.inference_mode()
-    def launch(self, pixels: Sequence[np.ndarray]) -> Encoded:
-        """Start on a batch of (H, W, C) uint8 images of one size."""
+    def launch(self, pixels: Sequence[np.ndarray]) -> PendingMoments:
+        """Start on a batch of (H, W, C) uint8 images of one size. On a GPU this returns before it is computed."""
         batch = torch.from_numpy(np.stack(pixels))
         if self._device.type != "cuda":
-            return Encoded(batch, self._encode(self._vae, batch).cpu(), None)
+            return PendingMoments(batch, self._encode(self._vae, batch).cpu(), None)
         moments = self._encode(self._vae, batch.pin_memory())
         on_cpu = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True)
         on_cpu.copy_(moments, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Encoded(batch, on_cpu, ready)
+        return PendingMoments(batch, on_cpu, ready)
 
     @torch.inference_mode()
     def again(self, pixels: Tensor) -> Tensor:
-        """The moments of a batch in fp32, for what was not finite: (V, B, 2·latent_channels, h, w) on the CPU."""
-        if self._retrying is None:
-            self._retrying = _laid_out(self._fp32, torch.float32, self._device)
-        return self._encode(self._retrying, pixels).cpu()
+        """Encode in fp32 what was not finite before.
+
+        Args:
+            pixels: (B, H, W, C) uint8.
+
+        Returns:
+            (V, B, 2·latent_channels, h, w) on the CPU.
+        """
+        if self._in_fp32 is None:
+            assert self._original is not None
+            self._in_fp32, self._original = _copied(self._original, torch.float32, self._device), None
+        return self._encode(self._in_fp32, pixels).cpu()
 
     def _encode(self, vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-        # scaled on the device, with to_tensor's own arithmetic; uint8 is a quarter to copy
+        # uint8 is a quarter of fp32 to copy, so the values are scaled on the device, as `to_tensor` scales them
         x = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
         x = x.contiguous() if vae.encoder.conv_in.weight.is_contiguous() else x
         views = [x, x.flip(3)] if self._mirror else [x]
         return torch.stack([vae.encode(view.to(vae.dtype)).latent_dist.parameters for view in views])
 
 
-def _laid_out(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
-    """A copy, in the memory format and with the kernels that encode fastest."""
-    copied = copy.deepcopy(vae)
-    nn.Module.to(copied, device, dtype)  # diffusers' own wants to speak of the dtype
+def _without_decoder(vae: AutoencoderKL) -> AutoencoderKL:
+    """A second model with the same parameters, not copies of them, except the decoder's."""
+    encoder = copy.copy(vae)
+    encoder._modules = {**vae._modules, "decoder": nn.Identity()}
+    return encoder
+
+
+def _copied(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
+    """A copy in evaluation mode, in the memory format and with the kernels that encode fastest."""
+    copied = copy.deepcopy(vae).eval()
+    nn.Module.to(copied, device, dtype)  # diffusers' own `to` warns about half precision
     if device.type == "cpu":
         speed_up(copied)
     else:
@@ -94,7 +111,7 @@ def _laid_out(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> A
 
 
 def encoder_sha256(vae: AutoencoderKL) -> str:
-    """Over the name, dtype, shape and bytes of every weight that latents depend on: a decoder may be tuned further."""
+    """Hash name, dtype, shape and bytes of every weight that latents depend on, which the decoder's do not."""
     digest = hashlib.sha256()
     for name, weight in sorted(vae.state_dict().items()):
         if not name.startswith(("encoder.", "quant_conv.")):
@@ -105,7 +122,11 @@ def encoder_sha256(vae: AutoencoderKL) -> str:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Raises: InputError for a device that is not there."""
+    """The device of that name; by default the accelerator of this process's local rank, else the CPU.
+
+    Raises:
+        InputError: for a device that is not there.
+    """
     if name is None:
         kind = accelerator_type()
         if kind is None:
@@ -120,7 +141,11 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def choose_precision(requested: str, device: torch.device) -> str:
-    """«auto» to what this device computes fast and right. Raises: InputError for fp16 on a CPU."""
+    """The precision of the encoder: «auto» is bf16 where the device computes in it, else fp32.
+
+    Raises:
+        InputError: for fp16 on a CPU.
+    """
     if requested == "fp32":
         return "fp32"
     resolved = resolve_precision(requested, device.type)

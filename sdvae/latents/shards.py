@@ -1,4 +1,4 @@
-"""How a source is divided into shards, each of which is encoded alone and always holds the same rows."""
+"""How a source is divided into shards. Each is encoded independently and always has the same images."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MOST_ROWS = 4096
 FEWEST_ROWS = 64
 SHARDS_AT_LEAST = 64  # where there are images enough: so many processes can work
 SHARD_BYTES = 128 * 2**20  # files of 100 to 500 MB suit the hub, and one shard is held in memory
-SAMPLES = 64  # images whose bytes tell one source from another with the same names
-OF_THE_FILE = frozenset(  # errors that the same file gives tomorrow
+SAMPLES = 64  # images whose bytes are compared to tell apart sources with the same names
+OF_THE_FILE = frozenset(  # errors that opening the same file again would give again
     {
         errno.ENOENT,
         errno.EACCES,
@@ -35,17 +35,17 @@ OF_THE_FILE = frozenset(  # errors that the same file gives tomorrow
         errno.EINVAL,
     }
 )
-STREAM_STRIDE = 2**32  # rows of a stream's part are numbered from part * this on
+STREAM_STRIDE = 2**32  # images of a stream's part p are numbered from p * STREAM_STRIDE on
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceImage:
     """One image of the source.
 
     Attributes:
-        index: unique in the data set, and always the same.
-        read: gives the file's bytes, or raises `ImageError`.
-        others: the row's other columns, where they came with it.
+        index: unique in the data set, and the same in every run.
+        read: returns the file's bytes, or raises `ImageError`.
+        others: of a stream, the other columns of the image's row.
     """
 
     index: int
@@ -57,7 +57,7 @@ class Row:
 class Shards(Protocol):
     """A source, divided."""
 
-    total: int | None  # rows, where it is known before they are read
+    total: int | None  # images, if their number is known before they are read
 
     def __len__(self) -> int: ...
 
@@ -67,24 +67,26 @@ class Shards(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for two runs to make the same shards."""
+        """All that must agree for two runs to make the same shards."""
         ...
 
-    def rows(self, shard: int) -> Iterator[Row]: ...
+    def images(self, shard: int) -> Iterator[SourceImage]: ...
 
-    def columns(self, rows: Sequence[Row]) -> pa.Table:
-        """The carried columns of some rows of one shard."""
+    def columns(self, images: Sequence[SourceImage]) -> pa.Table:
+        """The carried columns of some images of one shard."""
         ...
 
 
 class RangeShards:
-    """Ranges of a source that knows its length.
+    """Ranges of a source whose length is known.
 
     Args:
+        source: the images.
         names: columns to carry through; None: all.
-        shard_rows: rows a shard, but the last one.
+        shard_rows: images in each shard, except the last one, which may have fewer.
 
-    Raises: InputError for a column that the source has not.
+    Raises:
+        InputError: for a column that the source does not have.
     """
 
     def __init__(self, source: ImageSource, names: Sequence[str] | None, shard_rows: int):
@@ -119,18 +121,27 @@ class RangeShards:
             "columns": {name: str(feature) for name, feature in self._features.items()},
         }
 
-    def rows(self, shard: int) -> Iterator[Row]:
+    def images(self, shard: int) -> Iterator[SourceImage]:
         start = shard * self._shard_rows
         for index in range(start, min(start + self._shard_rows, len(self._source))):
-            yield Row(index, self._source.name(index), partial(self._source.read, index))
+            yield SourceImage(index, self._source.name(index), partial(self._source.read, index))
 
-    def columns(self, rows: Sequence[Row]) -> pa.Table:
-        table = self._source.columns([row.index for row in rows])
+    def columns(self, images: Sequence[SourceImage]) -> pa.Table:
+        table = self._source.columns([image.index for image in images])
         return table.select(list(self._features))
 
 
 class StreamShards:
-    """The parts of a stream. How many rows they have is known once they were read."""
+    """The parts of a stream. Their number of images is known only when they have been read.
+
+    Args:
+        stream: the images.
+        names: columns to carry through; None: all.
+        spec: how the user named the source.
+
+    Raises:
+        InputError: for a column that the source does not have.
+    """
 
     total: int | None = None
 
@@ -153,25 +164,28 @@ class StreamShards:
             "columns": {name: str(feature) for name, feature in self._features.items()},
         }
 
-    def rows(self, shard: int) -> Iterator[Row]:
+    def images(self, shard: int) -> Iterator[SourceImage]:
         for position, (name, data, others) in enumerate(self._stream.part(shard)):
-            yield Row(shard * STREAM_STRIDE + position, name, data, others)
+            yield SourceImage(shard * STREAM_STRIDE + position, name, data, others)
 
-    def columns(self, rows: Sequence[Row]) -> pa.Table:
+    def columns(self, images: Sequence[SourceImage]) -> pa.Table:
         import pyarrow as pa
 
-        examples = [self._features.encode_example({name: row.others[name] for name in self._features}) for row in rows]
+        examples = [
+            self._features.encode_example({name: image.others[name] for name in self._features}) for image in images
+        ]
         values = {name: [example[name] for example in examples] for name in self._features}
         return pa.table(values, schema=self._features.arrow_schema)
 
 
 def rows_per_shard(images: int, row_bytes: int) -> int:
-    """Many shards, so that many processes find work and little is lost; but no more and no larger than is handy."""
+    """Enough shards for many processes, and so that an interruption costs little, within handy limits."""
     fit = max(1, SHARD_BYTES // row_bytes)
     return min(fit, MOST_ROWS, max(FEWEST_ROWS, -(-images // SHARDS_AT_LEAST)))
 
 
 def chosen(features: Features, names: Sequence[str] | None) -> Features:
+    """The features of some columns, or of all."""
     import datasets
 
     if names is None:
@@ -183,9 +197,10 @@ def chosen(features: Features, names: Sequence[str] | None) -> Features:
 
 
 def raise_if_passing(error: ImageError) -> None:
-    """Raise the fault of the machine below an `ImageError`, if it is one: it says nothing about the image.
+    """Raise the cause of an `ImageError` if it is a fault of the machine, which may pass, and not of the image.
 
-    Raises: OSError naming it.
+    Raises:
+        OSError: that fault.
     """
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno is not None and cause.errno not in OF_THE_FILE:

@@ -1,22 +1,19 @@
-"""A latent data set on disk, and how several processes fill it without hurting each other.
+"""Writing a latent data set, from several processes at once.
 
-    manifest.json                           what the latents are, of what and by which VAE; at the end every shard's
-                                            rows and checksum, and the statistics
-    data/train-00000-of-00019.parquet       the rows; `datasets.load_dataset(folder)` finds these
-    skipped.jsonl                           one line for each image that has no row, with the reason
-    README.md                               a card for people and for the hub
-    .progress/00000.json                    while it is being made: the record of each shard that is done
+While it is being made, the folder (see `sdvae.latents.folder`) also holds
+
+    .progress/00000.json                    the record of each shard that is done
     .progress/00000.lock                    held by the process that encodes the shard
+    .lock                                   held while the manifest changes
 
-A shard is done when its record is there, which is written after its file; both are written beside and renamed. A
-process that dies loses its locks, so another one takes its shard up again. No process waits for another.
+A shard is done when its record is there, which is written after its file; both are written beside their place and
+renamed. The locks of a process that dies become free, so another process encodes its shards. No process waits for
+another.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,77 +21,44 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from sdvae.errors import InputError
-from sdvae.io import changed_fields, left_beside, read_json, replacing, sha256_of, utf8
-from sdvae.runtime import DTYPES
+from sdvae.io import changed_fields, left_beside, replacing, sha256_of, utf8
+from sdvae.latents.folder import FORMAT, VERSION, LatentFolder
+from sdvae.latents.summary import card, statistics_of
 from sdvae.statistics import LatentMoments
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = "sdvae latents"
-VERSION = 1
-ROW_GROUP_BYTES = 2**20  # what reading one row costs at least, where rows are read in random order
+ROW_GROUP_BYTES = 2**20  # the least that is read for one row, so it matters where rows are read in random order
 
 
-class LatentFolder:
-    """Args: root: the data set's folder; need not exist yet for a new one."""
+class LatentWriter(LatentFolder):
+    """A latent data set that this process, perhaps among others, begins, fills, finishes or repairs.
+
+    Args:
+        root: the data set's folder; need not exist yet.
+    """
 
     def __init__(self, root: str | Path):
-        self.root = Path(root).expanduser()
-        self.data = self.root / "data"
-        self.skipped = self.root / "skipped.jsonl"
-        self.card = self.root / "README.md"
-        self._manifest_path = self.root / "manifest.json"
+        super().__init__(root)
         self._progress = self.root / ".progress"
         self._lock = self.root / ".lock"
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[int, int] | None = None  # of the manifest that was read last
         self._records: dict[int, dict[str, Any]] = {}
-        self.manifest: dict[str, Any] = {}
-
-    def open(self, *, finished: bool = False) -> None:
-        """Read the manifest of a data set that is there.
-
-        Args: finished: it must be.
-
-        Raises: InputError when there is none, it is not one of ours, or not finished.
-        """
-        if not self._manifest_path.is_file():
-            raise InputError(f"{self.root} holds no manifest.json; need a folder that `sdvae encode` wrote")
-        self._refresh()
-        if finished and not self.is_complete:
-            raise InputError(f"{self.root} is not complete; run `sdvae encode` with the same options again")
-
-    def factors(self, vae_config: Mapping[str, Any], encoder_sha256: str) -> dict[str, Any]:
-        """scaling_factor, and where the VAE has one shift_factor, as measured on the rows of this data set; for a VAE
-        with latents_mean and latents_std these, and scaling_factor 1.
-
-        Raises: InputError when these are the latents of another VAE, or have no factors.
-        """
-        self.open(finished=True)
-        if self.manifest["fingerprint"]["vae"]["encoder_sha256"] != encoder_sha256:
-            raise InputError(f"the latents in {self.root} were made by another encoder; need those of this VAE")
-        statistics = self.manifest["statistics"]
-        if vae_config["latents_mean"] is not None and vae_config["latents_std"] is not None:
-            return {"scaling_factor": 1.0, **{key: statistics[key] for key in ("latents_mean", "latents_std")}}
-        names = ["scaling_factor"] + (["shift_factor"] if vae_config["shift_factor"] is not None else [])
-        measured = {name: statistics[name] for name in names}
-        if None in measured.values():
-            raise InputError(f"the latents in {self.root} do not vary, so they have no scaling factor; encode others")
-        return measured
 
     def begin(self, fingerprint: Mapping[str, Any], source: str, vae_config: Mapping[str, Any]) -> None:
         """Start a data set, or go on with one that was started in the same way.
 
         Args:
-            fingerprint: all that decides what the rows are; JSON.
-            source: what it is made from, for the reader's information.
-            vae_config: of the VAE that made them, with its factors.
+            fingerprint: all that decides what the rows are; values that JSON can hold.
+            source: what the data set is made from, for people to read.
+            vae_config: of the VAE that makes it.
 
-        Raises: InputError when the folder holds other files, or latents with another fingerprint.
+        Raises:
+            InputError: when the folder holds other files, or latents with another fingerprint.
         """
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"{self.root} is a file; need the path of a folder")
@@ -107,7 +71,7 @@ class LatentFolder:
             if not self._manifest_path.is_file():
                 begun = {"format": FORMAT, "version": VERSION, "source": source, "vae_config": dict(vae_config)}
                 self._write_manifest({**begun, "fingerprint": dict(fingerprint), "complete": False})
-            self._refresh()
+            self._read()
             changes = changed_fields(self.manifest["fingerprint"], json.loads(json.dumps(fingerprint)))
             if changes:
                 raise InputError(
@@ -116,12 +80,12 @@ class LatentFolder:
                 )
             self.data.mkdir(exist_ok=True)
             if self.is_complete:
-                self._forget_progress()  # of a process that was killed before it could
+                self._remove_progress()  # left by a process that was killed just before it did so
             else:
                 self._progress.mkdir(exist_ok=True)
 
     def _left_by_the_killed(self) -> list[Path]:
-        """Files that are written beside their targets and under the lock."""
+        """Temporary files of processes that were killed while they held the lock."""
         return [path for target in (self._manifest_path, self.skipped, self.card) for path in left_beside(target)]
 
     def _check_ours(self) -> None:
@@ -135,33 +99,26 @@ class LatentFolder:
                 "need a new or empty folder; choose another"
             )
 
-    @property
-    def is_complete(self) -> bool:
-        return bool(self.manifest["complete"])
-
-    @property
-    def num_shards(self) -> int:
-        return self.manifest["fingerprint"]["shards"]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored values."""
-        return DTYPES[self.manifest["fingerprint"]["stored"]["dtype"]]
-
-    def shard_path(self, shard: int) -> Path:
-        return self.data / f"train-{shard:05d}-of-{self.num_shards:05d}.parquet"
-
     def record(self, shard: int) -> dict[str, Any] | None:
-        """Of a shard that is done: rows, bytes, sha256, moments, skipped; before the end also `skipped_images`."""
+        """What is known of a shard that is done, else None.
+
+        Returns:
+            rows, row_group_rows, bytes, sha256, moments and skipped (a number); until the data set is finished also
+            skipped_images (their lines for skipped.jsonl).
+        """
         if shard not in self._records:
             try:
                 self._records[shard] = json.loads(self._record_path(shard).read_text(encoding="utf-8"))
             except FileNotFoundError:
-                self._refresh()  # another process may have finished the data set
+                self._read()  # another process may have finished the data set
         return self._records.get(shard)
 
     def claim(self, shard: int) -> FileLock | None:
-        """A lock to be released, or None where the shard is done, or another process is at it."""
+        """Take a shard for this process.
+
+        Returns:
+            A lock, which the caller releases; None if the shard is done, or another process encodes it.
+        """
         if self.record(shard) is not None:
             return None
         self._progress.mkdir(exist_ok=True)
@@ -170,10 +127,10 @@ class LatentFolder:
             lock.acquire(timeout=0)
         except Timeout:
             return None
-        if self.record(shard) is not None:  # finished between the look and the lock
+        if self.record(shard) is not None:  # another process finished it before the lock was taken
             lock.release()
             if self.is_complete:
-                self._forget_progress()
+                self._remove_progress()
             return None
         for left in left_beside(self.shard_path(shard)):
             left.unlink()
@@ -185,11 +142,14 @@ class LatentFolder:
         """Write a shard that this process has claimed.
 
         Args:
-            row_bytes: of the latents in a row, for the size of row groups.
+            shard: its number.
+            table: its rows.
+            row_bytes: of the latents in a row, which decide the size of row groups.
             moments: of the shard's latents.
-            skipped: index, name and reason of the images that have no row.
+            skipped: index, name and reason of each image that has no row.
 
-        Raises: OSError when the disk does not take it; then the shard is not done.
+        Raises:
+            OSError: when the disk does not take it; then the shard is not done.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -201,9 +161,9 @@ class LatentFolder:
             with pq.ParquetWriter(
                 temporary,
                 table.schema,
-                compression=dict.fromkeys(texts, "zstd"),  # noise does not shrink
+                compression=dict.fromkeys(texts, "zstd"),  # latents are mostly noise, which does not shrink
                 use_dictionary=texts,
-                write_statistics=["index"],  # or each page would hold its least and greatest latents
+                write_statistics=["index"],  # of latents, each page would hold the least and greatest
             ) as writer:
                 if table.num_rows:  # `datasets` reads a file without row groups, but not a row group without rows
                     writer.write_table(table, row_group_size=row_group_rows)
@@ -223,15 +183,19 @@ class LatentFolder:
         self._records[shard] = record
 
     def finish(self) -> bool:
-        """Write manifest, card and skipped.jsonl if every shard is done. False when some are not.
+        """Write manifest, card and skipped.jsonl if every shard is done.
 
-        Raises: InputError when no image has a row, or a file is gone that was written.
+        Returns:
+            Whether all shards are done.
+
+        Raises:
+            InputError: when no image has a row, or the file of a shard is gone.
         """
         if any(self.record(shard) is None for shard in range(self.num_shards)):
             return False
         with FileLock(self._lock):
             self._records, self._stamp = {}, None  # another process may have undone some
-            self._refresh()
+            self._read()
             if self.is_complete:
                 return True
             found = [self.record(shard) for shard in range(self.num_shards)]
@@ -268,12 +232,12 @@ class LatentFolder:
             with replacing(self.card) as temporary:
                 temporary.write_text(card(manifest), encoding="utf-8")
             self._write_manifest(manifest)
-            self._forget_progress()
-            self._refresh()
+            self._remove_progress()
+            self._read()
         return True
 
     def undo(self, shards: Sequence[int]) -> None:
-        """Make some shards undone again; their files go. Those that another process is at are left to it."""
+        """Remove some shards, so that they are encoded again. Those that another process encodes now are kept."""
         with FileLock(self._lock), ExitStack() as held:
             self._progress.mkdir(exist_ok=True)
             free = []
@@ -284,7 +248,7 @@ class LatentFolder:
                 except Timeout:
                     continue
             shards = free
-            self._refresh()
+            self._read()
             entries = list(self.manifest.get("shards", [None] * self.num_shards))
             for shard in shards:
                 entries[shard] = None
@@ -293,14 +257,14 @@ class LatentFolder:
             self._write_manifest({**self._begun(), "complete": False, "shards": entries})
             for shard in shards:
                 self.shard_path(shard).unlink(missing_ok=True)
-            self._refresh()
+            self._read()
 
     def _begun(self) -> dict[str, Any]:
-        """What a manifest says from the beginning."""
+        """The part of the manifest that is there from the beginning."""
         return {key: self.manifest[key] for key in ("format", "version", "source", "vae_config", "fingerprint")}
 
     def _all_skipped(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Records have the images themselves; what a manifest keeps is their number, and skipped.jsonl the rest."""
+        """The lines of skipped.jsonl: of new records as they hold them, of others as the file has them already."""
         before = self.skipped_lines()
         skipped: list[dict[str, Any]] = []
         for shard, record in enumerate(records):
@@ -326,77 +290,17 @@ class LatentFolder:
         with replacing(self._manifest_path) as temporary:
             temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
-    def _refresh(self) -> None:
-        """Read the manifest again if it was replaced."""
+    def _read(self) -> None:
+        """Read the manifest again if it was replaced, and the records in it."""
         stat = self._manifest_path.stat()
         stamp = (stat.st_ino, stat.st_mtime_ns)
         if stamp == self._stamp:
             return
-        manifest = read_json(self._manifest_path)
-        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-            raise InputError(
-                f"{self._manifest_path} is of format {manifest.get('format')!r}, version {manifest.get('version')}; "
-                f"need {FORMAT!r}, version {VERSION}"
-            )
-        self.manifest, self._stamp = manifest, stamp
-        for shard, entry in enumerate(manifest.get("shards", [])):
+        super()._read()
+        self._stamp = stamp
+        for shard, entry in enumerate(self.manifest.get("shards", [])):
             if entry is not None:
                 self._records[shard] = entry
 
-    def _forget_progress(self) -> None:
-        shutil.rmtree(self._progress, ignore_errors=True)  # another process may be at the same
-
-
-def statistics_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """scaling_factor, shift_factor, latents_mean and latents_std of all rows, under the keys of a VAE's config.
-
-    Mirror images are not counted. With one image of a single colour there is no std, and the factors are None.
-    """
-    sums = torch.tensor([record["moments"] for record in records], dtype=torch.float64)  # (shards, 4, C)
-    moments = LatentMoments(sums.shape[-1])
-    moments.sums = sums.sum(dim=0)
-    has_std = 0 < moments.std < float("inf")
-    scale, shift = moments.factors(with_shift=True) if has_std else (None, None)
-    return {
-        "scaling_factor": scale,
-        "shift_factor": shift,
-        "latents_mean": moments.channel_mean.tolist(),
-        "latents_std": moments.channel_std.tolist(),
-    }
-
-
-def card(manifest: Mapping[str, Any]) -> str:
-    """A data set card: the hub reads its head, people the rest."""
-    print_ = manifest["fingerprint"]
-    stored, images, vae = print_["stored"], print_["images"], print_["vae"]
-    sizes = ", ".join(f"{height} x {width}" for height, width in images["sizes"])
-    factors = {key: value for key, value in manifest["statistics"].items() if key.endswith("factor")}
-    scaling_factor = manifest["vae_config"].get("scaling_factor")
-    # `datasets` tells copies in its cache apart by this head and the folder's last name, and by nothing else
-    content = hashlib.sha256("".join(entry["sha256"] for entry in manifest["shards"]).encode()).hexdigest()
-    return f"""---
-configs:
-- config_name: default
-  data_files: data/train-*.parquet
-  description: {content}
-tags:
-- latents
----
-
-# Latents of {os.path.basename(manifest["source"].rstrip("/")) or manifest["source"]}
-
-{manifest["rows"]} images ({manifest["skipped"]} skipped, see skipped.jsonl), encoded with `sdvae encode`, which the
-project's README describes. Unscaled {"posterior means and log-variances" if stored["what"] == "moments" else "samples"}
-in {stored["dtype"]}{", also of the mirror images" if stored["mirror"] else ""}.
-
-- VAE: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}, scaling_factor {scaling_factor}
-- Images: {sizes} (height x width)
-- Measured here: {", ".join(f"{key} {value:.6g}" for key, value in factors.items() if value is not None)}
-
-```python
-from sdvae import LatentDataset
-
-for batch in LatentDataset("this folder").loader(batch_size=64):
-    batch["latents"]  # (64, C, h, w), a fresh sample of each posterior, scaled as a diffusion model sees it
-```
-"""
+    def _remove_progress(self) -> None:
+        shutil.rmtree(self._progress, ignore_errors=True)  # another process may remove it at the same time

@@ -1,0 +1,109 @@
+"""A latent data set on disk, for reading. `sdvae.latents.writer` makes it.
+
+manifest.json                           what the latents are, of what and by which VAE; when it is finished also
+                                        each shard's rows and checksum, and the statistics
+data/train-00000-of-00019.parquet       the rows; `datasets.load_dataset(folder)` finds these
+skipped.jsonl                           one line for each image that has no row, with the reason
+README.md                               a card for people and for the hub
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdvae.errors import InputError
+from sdvae.io import read_json
+from sdvae.runtime import DTYPES
+
+FORMAT = "sdvae latents"
+VERSION = 1
+
+
+class LatentFolder:
+    """The manifest of a latent data set, and the places of its files.
+
+    Args:
+        root: the data set's folder; a new one need not exist yet.
+
+    Attributes:
+        manifest: the content of manifest.json, empty before `open`.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root).expanduser()
+        self.data = self.root / "data"
+        self.skipped = self.root / "skipped.jsonl"
+        self.card = self.root / "README.md"
+        self.manifest: dict[str, Any] = {}
+        self._manifest_path = self.root / "manifest.json"
+
+    def open(self, *, finished: bool = False) -> None:
+        """Read the manifest.
+
+        Args:
+            finished: the data set must be complete.
+
+        Raises:
+            InputError: when there is no manifest, it is of another format or version, or the data set is not complete
+                although it must be.
+        """
+        if not self._manifest_path.is_file():
+            raise InputError(f"{self.root} holds no manifest.json; need a folder that `sdvae encode` wrote")
+        self._read()
+        if finished and not self.is_complete:
+            raise InputError(f"{self.root} is not complete; run `sdvae encode` with the same options again")
+
+    def _read(self) -> None:
+        manifest = read_json(self._manifest_path)
+        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+            raise InputError(
+                f"{self._manifest_path} is of format {manifest.get('format')!r}, version {manifest.get('version')}; "
+                f"need {FORMAT!r}, version {VERSION}"
+            )
+        self.manifest = manifest
+
+    @property
+    def is_complete(self) -> bool:
+        return bool(self.manifest["complete"])
+
+    @property
+    def num_shards(self) -> int:
+        return self.manifest["fingerprint"]["shards"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored values."""
+        return DTYPES[self.manifest["fingerprint"]["stored"]["dtype"]]
+
+    def shard_path(self, shard: int) -> Path:
+        return self.data / f"train-{shard:05d}-of-{self.num_shards:05d}.parquet"
+
+    def factors(self, vae_config: Mapping[str, Any], encoder_sha256: str) -> dict[str, Any]:
+        """The scaling that was measured on these latents, under the keys of a VAE's config.
+
+        Args:
+            vae_config: of the VAE that is to get them.
+            encoder_sha256: of its encoder.
+
+        Returns:
+            scaling_factor, and shift_factor if the VAE has one. For a VAE with latents_mean and latents_std: these, and
+            a scaling_factor of 1.
+
+        Raises:
+            InputError: when another VAE made these latents, or they do not vary.
+        """
+        self.open(finished=True)
+        if self.manifest["fingerprint"]["vae"]["encoder_sha256"] != encoder_sha256:
+            raise InputError(f"the latents in {self.root} were made by another encoder; need those of this VAE")
+        statistics = self.manifest["statistics"]
+        if vae_config["latents_mean"] is not None and vae_config["latents_std"] is not None:
+            return {"scaling_factor": 1.0, **{key: statistics[key] for key in ("latents_mean", "latents_std")}}
+        names = ["scaling_factor"] + (["shift_factor"] if vae_config["shift_factor"] is not None else [])
+        measured = {name: statistics[name] for name in names}
+        if None in measured.values():
+            raise InputError(f"the latents in {self.root} do not vary, so they have no scaling factor; encode others")
+        return measured

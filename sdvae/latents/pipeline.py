@@ -1,0 +1,244 @@
+"""Encoding the shards of a data set, with all stages at work at the same time.
+
+    claim a shard -> read, decode, resize (threads) -> batches of one size -> encoder -> rows -> write (a thread)
+
+The images of the next shard are decoded while the last one is encoded and written. Processes share nothing except the
+folder: each takes any shard that is neither done nor taken (`LatentWriter.claim`), so there may be any number of
+processes on any number of machines, and each may die at any time. What a shard holds does not depend on that: batches
+are made within a shard, in the order of its images.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from sdvae.data import ImageError
+from sdvae.io import utf8
+from sdvae.latents.buckets import Size
+from sdvae.latents.encoder import PendingMoments
+from sdvae.latents.rows import LatentRow, table_of
+from sdvae.latents.shards import SourceImage, raise_if_passing
+from sdvae.latents.task import DecodedImage, EncodeTask
+from sdvae.model import DiagonalGaussian
+from sdvae.statistics import LatentMoments
+
+logger = logging.getLogger(__name__)
+
+BATCHES_IN_FLIGHT = 2  # on a GPU: started and not yet read back
+
+
+@dataclass
+class Shard:
+    """A shard that this process has claimed and encodes.
+
+    Attributes:
+        pending: batches that were started and not yet collected.
+        is_read: all of its images are in a batch or skipped.
+    """
+
+    number: int
+    lock: FileLock
+    moments: LatentMoments
+    rows: list[tuple[LatentRow, SourceImage]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    pending: int = 0
+    is_read: bool = False
+
+    def skip(self, image: SourceImage, reason: str) -> None:
+        self.skipped.append({"index": image.index, "name": utf8(image.name), "reason": reason})
+
+
+class Turn(NamedTuple):
+    """An image that a thread decodes; without one, the end of its shard."""
+
+    shard: Shard
+    image: SourceImage | None = None
+    decoded: Future[DecodedImage] | None = None
+
+
+class Batch(NamedTuple):
+    """Images that the encoder was started on."""
+
+    shard: Shard
+    images: list[tuple[SourceImage, DecodedImage]]
+    moments: PendingMoments
+
+
+class Pipeline:
+    """One process's part in encoding a data set."""
+
+    def __init__(self, task: EncodeTask):
+        self.task = task
+        self._is_main = os.environ.get("RANK", "0") == "0"
+        self._depth = BATCHES_IN_FLIGHT - 1 if task.device.type == "cuda" else 0
+        self._waiting: dict[Size, list[tuple[SourceImage, DecodedImage]]] = defaultdict(list)  # for a full batch
+        self._in_flight: deque[Batch] = deque()
+        self._written: deque[Future[None]] = deque()
+        self._held: dict[int, Shard] = {}  # whose lock this process has
+        self._num_skipped = 0
+
+    def run(self) -> None:
+        """Encode all shards that no other process encodes, and finish the data set if nothing is left.
+
+        Raises:
+            OSError: when the disk is full. What is done stays; the same command goes on.
+        """
+        self._bar = tqdm(
+            total=self.task.shards.total,
+            initial=self._images_done(),
+            unit=" images",
+            disable=not self._is_main,
+            smoothing=0.05,
+        )
+        self._decoders, self._writer = ThreadPoolExecutor(self.task.config.num_workers), ThreadPoolExecutor(1)
+        with self._bar, self._decoders, self._writer:
+            try:
+                for turn in self._ahead(self._turns()):
+                    if turn.image is None or turn.decoded is None:
+                        self._end(turn.shard)
+                    else:
+                        self._add(turn.shard, turn.image, turn.decoded)
+                self._collect(down_to=0)
+                while self._written:
+                    self._written.popleft().result()
+            finally:
+                self._decoders.shutdown(cancel_futures=True)
+                self._writer.shutdown()
+                for shard in self._held.values():
+                    shard.lock.release()
+        self._finish()
+
+    def _turns(self) -> Iterator[Turn]:
+        """The images of every shard that can be claimed, each given to a thread, and the end of each shard.
+
+        Processes begin at different places, so that they seldom try to claim the same shard.
+        """
+        count = len(self.task.shards)
+        first = int(os.environ.get("RANK", "0")) * count // int(os.environ.get("WORLD_SIZE", "1"))
+        for number in [*range(first, count), *range(first)]:
+            lock = self.task.folder.claim(number)
+            if lock is None:
+                continue
+            shard = self._held[number] = Shard(number, lock, LatentMoments(self.task.latent_channels))
+            for image in self.task.shards.images(number):
+                yield Turn(shard, image, self._decoders.submit(self.task.decode, image))
+            yield Turn(shard)
+
+    def _ahead(self, turns: Iterable[Turn]) -> Iterator[Turn]:
+        """The same, taken from the iterator so far ahead that all threads have work."""
+        config = self.task.config
+        window: deque[Turn] = deque()
+        for turn in turns:
+            window.append(turn)
+            if len(window) > config.batch_size + 2 * config.num_workers:
+                yield window.popleft()
+        yield from window
+
+    def _add(self, shard: Shard, image: SourceImage, future: Future[DecodedImage]) -> None:
+        """Put an image into the batch of its size, and start that batch when it is full."""
+        try:
+            decoded = future.result()
+        except ImageError as error:
+            raise_if_passing(error)
+            shard.skip(image, str(error))
+            self._count(encoded=0, skipped=1)
+            return
+        size = decoded.placement.target_size
+        self._waiting[size].append((image, decoded))
+        if len(self._waiting[size]) == self.task.config.batch_size:
+            self._launch(shard, self._waiting.pop(size))
+
+    def _end(self, shard: Shard) -> None:
+        """Start the batches that did not become full. The next shard's images are not added to them."""
+        for size in sorted(self._waiting):
+            self._launch(shard, self._waiting[size])
+        self._waiting.clear()
+        shard.is_read = True
+        self._write_if_encoded(shard)
+
+    def _launch(self, shard: Shard, images: list[tuple[SourceImage, DecodedImage]]) -> None:
+        moments = self.task.encoder.launch([decoded.pixels for _, decoded in images])
+        shard.pending += 1
+        self._in_flight.append(Batch(shard, images, moments))
+        self._collect(down_to=self._depth)
+
+    def _collect(self, down_to: int) -> None:
+        """Wait for the oldest batches until so many are left in flight; make rows of them."""
+        while len(self._in_flight) > down_to:
+            batch = self._in_flight.popleft()
+            self._make_rows(batch)
+            batch.shard.pending -= 1
+            self._write_if_encoded(batch.shard)
+
+    def _make_rows(self, batch: Batch) -> None:
+        shard, config = batch.shard, self.task.config
+        values, moments = self.task.stored_values(batch.moments, [image.index for image, _ in batch.images])
+        kept = [i for i, value in enumerate(values) if value is not None]
+        shard.moments.update(DiagonalGaussian(moments[kept]))
+        self._count(encoded=len(kept), skipped=len(values) - len(kept))
+        for (image, decoded), value in zip(batch.images, values, strict=True):
+            if value is None:
+                shard.skip(image, f"its latents are not finite as {config.dtype}, even when computed in fp32")
+                continue
+            row = LatentRow(
+                index=image.index,
+                name=image.name,
+                sha256=decoded.sha256,
+                shape=(self.task.latent_channels, moments.shape[2], moments.shape[3]),
+                original_size=decoded.original_size,
+                crop_top_left=decoded.placement.crop_top_left,
+                target_size=decoded.placement.target_size,
+                values=value,
+            )
+            shard.rows.append((row, replace(image, read=bytes)))  # an image of a stream holds its file's bytes
+
+    def _write_if_encoded(self, shard: Shard) -> None:
+        if not shard.is_read or shard.pending:
+            return
+        self._written.append(self._writer.submit(self._write, shard))
+        while len(self._written) > 1 or (self._written and self._written[0].done()):
+            self._written.popleft().result()  # no more than one shard waits in memory; a full disk is seen early
+
+    def _write(self, shard: Shard) -> None:
+        task = self.task
+        rows = sorted(shard.rows, key=lambda pair: pair[0].index)
+        others = task.shards.columns([image for _, image in rows])
+        table = table_of([row for row, _ in rows], others, task.shards.features, task.config)
+        skipped = sorted(shard.skipped, key=lambda line: line["index"])
+        task.folder.write_shard(shard.number, table, task.row_bytes, shard.moments, skipped)
+        shard.lock.release()
+        del self._held[shard.number]
+
+    def _count(self, encoded: int, skipped: int) -> None:
+        self._bar.update(encoded + skipped)
+        if skipped:
+            self._num_skipped += skipped
+            self._bar.set_postfix(skipped=self._num_skipped, refresh=False)
+
+    def _images_done(self) -> int:
+        records = [self.task.folder.record(shard) for shard in range(len(self.task.shards))]
+        return sum(record["rows"] + record["skipped"] for record in records if record is not None)
+
+    def _finish(self) -> None:
+        folder, output = self.task.folder, self.task.config.output
+        is_finished = folder.finish()
+        if not self._is_main:
+            return
+        if is_finished:
+            manifest = folder.manifest
+            skipped = f", {manifest['skipped']} skipped (see skipped.jsonl)" if manifest["skipped"] else ""
+            factors = manifest["statistics"]
+            logger.info("%s: %d rows%s", output, manifest["rows"], skipped)
+            logger.info("scaling_factor %s, shift_factor %s", factors["scaling_factor"], factors["shift_factor"])
+        else:
+            left = sum(folder.record(shard) is None for shard in range(folder.num_shards))
+            logger.info("%d of %d shards are still being encoded by other processes", left, folder.num_shards)

@@ -1,0 +1,72 @@
+"""What a finished latent data set says of itself: the statistics in its manifest, and its card."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sdvae.statistics import LatentMoments
+
+
+def statistics_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The statistics of all rows, under the keys of a VAE's config.
+
+    Args:
+        records: of all shards, each with its `moments`. Mirror images are not counted in these.
+
+    Returns:
+        scaling_factor, shift_factor, latents_mean and latents_std. The two factors are None where the latents have no
+        standard deviation, as those of one image of a single colour.
+    """
+    sums = torch.tensor([record["moments"] for record in records], dtype=torch.float64)  # (shards, 4, C)
+    moments = LatentMoments(sums.shape[-1])
+    moments.sums = sums.sum(dim=0)
+    has_std = 0 < moments.std < float("inf")
+    scale, shift = moments.factors(with_shift=True) if has_std else (None, None)
+    return {
+        "scaling_factor": scale,
+        "shift_factor": shift,
+        "latents_mean": moments.channel_mean.tolist(),
+        "latents_std": moments.channel_std.tolist(),
+    }
+
+
+def card(manifest: Mapping[str, Any]) -> str:
+    """The README.md of a data set. Its head is for the hub and for `datasets`."""
+    fingerprint = manifest["fingerprint"]
+    stored, images, vae = fingerprint["stored"], fingerprint["images"], fingerprint["vae"]
+    sizes = ", ".join(f"{height} x {width}" for height, width in images["sizes"])
+    factors = {key: value for key, value in manifest["statistics"].items() if key.endswith("factor")}
+    scaling_factor = manifest["vae_config"].get("scaling_factor")
+    # The cache of `datasets` tells two data sets apart only by this head and the folder's last name.
+    content = hashlib.sha256("".join(entry["sha256"] for entry in manifest["shards"]).encode()).hexdigest()
+    return f"""---
+configs:
+- config_name: default
+  data_files: data/train-*.parquet
+  description: {content}
+tags:
+- latents
+---
+
+# Latents of {os.path.basename(manifest["source"].rstrip("/")) or manifest["source"]}
+
+{manifest["rows"]} images ({manifest["skipped"]} skipped, see skipped.jsonl), encoded with `sdvae encode`, which the
+project's README describes. Unscaled {"posterior means and log-variances" if stored["what"] == "moments" else "samples"}
+in {stored["dtype"]}{", also of the mirror images" if stored["mirror"] else ""}.
+
+- VAE: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}, scaling_factor {scaling_factor}
+- Images: {sizes} (height x width)
+- Measured here: {", ".join(f"{key} {value:.6g}" for key, value in factors.items() if value is not None)}
+
+```python
+from sdvae import LatentDataset
+
+for batch in LatentDataset("this folder").loader(batch_size=64):
+    batch["latents"]  # (64, C, h, w), a fresh sample of each posterior, scaled as a diffusion model sees it
+```
+"""

@@ -1,0 +1,172 @@
+"""What `sdvae encode` works on: the VAE, the images and the folder that its options name."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdvae.data import cover, open_source, open_stream, read_image
+from sdvae.errors import InputError
+from sdvae.io import utf8
+from sdvae.latents.buckets import Placement, Size, bucket_sizes, place
+from sdvae.latents.config import EncodeConfig
+from sdvae.latents.encoder import MomentEncoder, PendingMoments, choose_device, choose_precision, encoder_sha256
+from sdvae.latents.rows import posterior_values, row_bytes, to_bytes
+from sdvae.latents.shards import RangeShards, Shards, SourceImage, StreamShards, rows_per_shard
+from sdvae.latents.writer import LatentWriter
+from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.noise import sample_seed
+from sdvae.runtime import DTYPES
+from sdvae.weights import load_vae
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image as the encoder gets it, and where it was cut out."""
+
+    pixels: np.ndarray  # (H, W, C) uint8
+    sha256: str  # of the file
+    original_size: Size
+    placement: Placement
+
+
+class EncodeTask:
+    """The opened VAE and source of an encoding, and what is stored of an image. Nothing is written yet.
+
+    Args:
+        config: the options.
+
+    Attributes:
+        shards: the source, divided.
+        encoder: of the VAE.
+        folder: for the latents.
+        fingerprint: all that decides what the rows are, except rounding.
+
+    Raises:
+        InputError: when VAE or source do not fit the options.
+    """
+
+    def __init__(self, config: EncodeConfig):
+        self.config = config
+        # in the file's own dtype, since the fingerprint is made of the weights as they are there
+        vae = load_vae(config.vae, subfolder=config.subfolder, config=config.vae_config, dtype="file")
+        self.sizes = bucket_sizes(config, vae.spatial_compression_ratio)
+        self.device = choose_device(config.device)
+        self.precision = choose_precision(config.precision, self.device)
+        self.channels = vae.config.in_channels
+        self.min_side = max(1, config.resolution // 2) if config.min_side is None else config.min_side
+        self.latent_channels = vae.config.latent_channels
+        self.row_bytes = row_bytes(self.sizes, vae.spatial_compression_ratio, self.latent_channels, config)
+        self.shards = self._open_source()
+        self.vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+        self.fingerprint = self._fingerprint(vae)
+        self.encoder = MomentEncoder(vae, self.device, self.precision, config.mirror)
+        self.folder = LatentWriter(config.output)
+
+    def begin(self) -> None:
+        """Start the data set on disk, or go on with it.
+
+        Raises:
+            InputError: when the folder holds something else, or latents that were made with other options.
+        """
+        self.folder.begin(self.fingerprint, utf8(self.config.source), self.vae_config)
+
+    def decode(self, image: SourceImage) -> DecodedImage:
+        """Read, decode, resize and crop an image.
+
+        Raises:
+            ImageError: when it cannot be used.
+        """
+        data = image.read()
+        decoded = read_image(data, channels=self.channels, background=self.config.background, min_side=self.min_side)
+        size = (decoded.height, decoded.width)
+        placement = place(size, self.sizes)
+        height, width = placement.target_size
+        pixels = np.asarray(cover(decoded, width, height))
+        pixels = pixels if pixels.ndim == 3 else pixels[:, :, None]
+        return DecodedImage(pixels, hashlib.sha256(data).hexdigest(), size, placement)
+
+    @torch.inference_mode()
+    def stored_values(
+        self, pending: PendingMoments, indices: list[int]
+    ) -> tuple[list[dict[str, bytes] | None], Tensor]:
+        """Wait for a batch and make of it what is stored.
+
+        Args:
+            pending: the batch.
+            indices: of its images in the source.
+
+        Returns:
+            For each image its columns of latents, or None if they are not finite, even when computed in fp32; and the
+            moments (B, 2·latent_channels, h, w) in fp32, not those of mirror images.
+        """
+        moments = pending.moments()  # (V, B, 2C, h, w)
+        values: list[dict[str, bytes] | None] = []
+        for i, index in enumerate(indices):
+            columns = self._columns(moments[:, i], index)
+            if columns is None:
+                moments[:, i] = self.encoder.again(pending.pixels[i : i + 1])[:, 0]
+                columns = self._columns(moments[:, i], index)
+            values.append(columns)
+        return values, moments[0]
+
+    def _columns(self, moments: Tensor, index: int) -> dict[str, bytes] | None:
+        """The columns of latents of one image, or None if a value is not finite in the stored dtype.
+
+        Args:
+            moments: (V, 2·latent_channels, h, w), of the image and, with V = 2, of its mirror image.
+            index: of the image in the source.
+        """
+        dtype = DTYPES[self.config.dtype]
+        columns: dict[str, Tensor] = {}
+        for view, suffix in zip(moments, ("", "_mirrored"), strict=False):
+            posterior = DiagonalGaussian(view[None])
+            if self.config.store == "moments":
+                columns |= posterior_values(posterior, dtype, suffix)
+            else:
+                seed = sample_seed(self.config.seed, 0, index, f"latents{suffix}")
+                columns[f"sample{suffix}"] = posterior.sample(torch.Generator().manual_seed(seed)).to(dtype)
+        if not all(values.isfinite().all() for values in columns.values()):
+            return None
+        return {name: to_bytes(values) for name, values in columns.items()}
+
+    def _open_source(self) -> Shards:
+        config = self.config
+        source_folder, output = Path(config.source).expanduser().resolve(), Path(config.output).expanduser().resolve()
+        if source_folder.is_dir() and (output == source_folder or source_folder in output.parents):
+            raise InputError(f"got output {config.output} inside the source {config.source}; choose another folder")
+        arguments: dict[str, Any] = {"split": config.split, "image_column": config.image_column}
+        if config.streaming:
+            if config.shard_rows is not None:
+                raise InputError("got shard_rows with streaming; a stream is divided by its files; leave one out")
+            return StreamShards(open_stream(config.source, **arguments), config.columns, config.source)
+        source = open_source(config.source, **arguments)
+        rows = config.shard_rows or rows_per_shard(len(source), self.row_bytes)
+        return RangeShards(source, config.columns, rows)
+
+    def _fingerprint(self, vae: AutoencoderKL) -> dict[str, Any]:
+        # Batch size and number of threads only change rounding, so they are left out.
+        config = self.config
+        network = {key: self.vae_config[key] for key in ("norm_num_groups", "act_fn")}  # the weights determine the rest
+        return {
+            "vae": {"encoder_sha256": encoder_sha256(vae), **network, "precision": self.precision},
+            "stored": {
+                "what": config.store,
+                "dtype": config.dtype,
+                "mirror": config.mirror,
+                **({"seed": config.seed} if config.store == "sample" else {}),
+            },
+            "images": {
+                "sizes": [list(size) for size in self.sizes],
+                "background": list(config.background),
+                "min_side": self.min_side,
+            },
+            "source": {"split": config.split, "image_column": config.image_column, **self.shards.identity()},
+            "shards": len(self.shards),
+        }
