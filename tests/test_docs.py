@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import jsonargparse
 import numpy as np
 import pytest
@@ -117,6 +118,7 @@ def desk(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("page", [name for name in PAGE_NAMES if blocks(name, "python")])
 def test_a_pages_python_runs_and_its_claims_hold(page, desk, monkeypatch):
     monkeypatch.chdir(desk)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", desk / "cache")
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for block in blocks(page, "python"):
