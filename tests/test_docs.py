@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sdvae
 from sdvae import LatentDataset, save_vae
 from sdvae.cli import main, parse_train_config
 from sdvae.training.build import build_vae
@@ -88,6 +89,11 @@ def test_every_page_is_reached_from_the_readme_and_is_in_the_site():
     assert documented - linked <= {"docs/index.md", *(n for n in documented if n.startswith("docs/reference/"))}
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert {f"docs/{name}" for name in re.findall(r"([\w/]+\.md)$", site, re.MULTILINE)} == documented
+
+
+def test_the_reference_lists_every_public_name():
+    page = text_of("docs/reference/index.md")
+    assert [name for name in sdvae.__all__ if f"`{name}`" not in page] == []
 
 
 # Python samples
