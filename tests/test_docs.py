@@ -142,6 +142,8 @@ def readme(names: dict[str, Any]) -> None:
 def inference(names: dict[str, Any]) -> None:
     assert names["reconstruction"].shape == names["x"].shape == (1, 3, 65, 71)
     assert names["image"].shape == (1, 3, 72, 72), "65 x 71 pixels, padded"
+    assert names["result"].latents.shape == (1, 4, 9, 9)
+    assert names["result"].reconstruction.shape == (1, 3, 65, 71)
     assert Path("runs/quickstart/vae.safetensors").is_file()
 
 
