@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import jsonargparse
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import sdvae
 from sdvae import LatentDataset, save_vae
 from sdvae.cli import main, parse_train_config
 from sdvae.training.build import build_vae
@@ -89,6 +91,11 @@ def test_every_page_is_reached_from_the_readme_and_is_in_the_site():
     assert {f"docs/{name}" for name in re.findall(r"([\w/]+\.md)$", site, re.MULTILINE)} == documented
 
 
+def test_the_reference_lists_every_public_name():
+    page = text_of("docs/reference/index.md")
+    assert [name for name in sdvae.__all__ if f"`{name}`" not in page] == []
+
+
 # Python samples
 
 
@@ -117,6 +124,7 @@ def desk(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("page", [name for name in PAGE_NAMES if blocks(name, "python")])
 def test_a_pages_python_runs_and_its_claims_hold(page, desk, monkeypatch):
     monkeypatch.chdir(desk)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", desk / "cache")
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for block in blocks(page, "python"):
@@ -134,6 +142,8 @@ def readme(names: dict[str, Any]) -> None:
 def inference(names: dict[str, Any]) -> None:
     assert names["reconstruction"].shape == names["x"].shape == (1, 3, 65, 71)
     assert names["image"].shape == (1, 3, 72, 72), "65 x 71 pixels, padded"
+    assert names["result"].latents.shape == (1, 4, 9, 9)
+    assert names["result"].reconstruction.shape == (1, 3, 65, 71)
     assert Path("runs/quickstart/vae.safetensors").is_file()
 
 
