@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 
 
 class InputError(ValueError):
@@ -28,6 +29,21 @@ class Stopped(Exception):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def require(module: str, purpose: str, extra: str) -> None:
+    """Check that an optional package is installed, before a long computation needs it.
+
+    Args:
+        module: what is imported.
+        purpose: what needs it, for the message.
+        extra: the group in pyproject.toml that installs it.
+
+    Raises:
+        InputError: when it is not installed.
+    """
+    if find_spec(module) is None:
+        raise InputError(f'got no package {module}; need it for {purpose}; pip install "sdvae[{extra}]"')
 
 
 def exit_code(program: str, run: Callable[[], object]) -> int:

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import socket
-import sys
 import threading
 from pathlib import Path
 
@@ -358,13 +357,6 @@ def test_wrong_options_are_one_line(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-
-
-def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "sdvae.studio.demo.page")
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    assert main(["demo"]) == 2
-    assert 'pip install "sdvae[demo]"' in capsys.readouterr().err
 
 
 def test_an_open_host_is_said_and_ctrl_c_ends_with_nothing_left(monkeypatch, capsys):

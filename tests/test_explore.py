@@ -561,7 +561,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(photographs, tmp_path, 
     (tmp_path / "file").write_text("")
     out = ["--output", str(tmp_path / "out")]
     cases = {
-        "invalid choice": ["dream", *out],
+        "need one of ['interpolate', ": ["dream", *out],
         "got 1 image to draw; need 2; name more with --images": ["interpolate", "--images", "astronaut", *out],
         "got 2 images to draw; need 3": ["arithmetic", "--images", "astronaut", "chelsea", *out],
         "got 'astronot' in --images; need an image file, or the name of": ["traverse", "--images", "astronot", *out],

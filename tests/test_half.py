@@ -144,4 +144,4 @@ def test_the_commands_audit_and_fix(tmp_path, capsys):
     assert said.splitlines()[-6].startswith("0 of")
     assert load_vae(tmp_path / "fixed").config.norm_num_groups == 4
     assert main(["fp16", "fix", str(tmp_path / "vae"), *small]) == 2
-    assert "need one for fix" in capsys.readouterr().err
+    assert "need a target for fix" in capsys.readouterr().err

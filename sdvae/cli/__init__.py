@@ -1,6 +1,7 @@
-"""The command line: one module-level function a command.
+"""The command line, `sdvae COMMAND …`.
 
-A command imports what it needs when it runs: `sdvae train --print_config` or a misspelt option does not wait for torch.
+torch is imported only when a command runs: `sdvae --help`, `sdvae train --print_config` and the answer to a misspelt
+option do not wait for it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import get_type_hints
 
-from sdvae.cli.parsing import parse_train_config, suggest
-from sdvae.cli.registry import COMMANDS, Command
+from sdvae.cli.commands import COMMANDS
+from sdvae.cli.parsing import parse_options, parse_train_config, suggest
 from sdvae.errors import InputError, exit_code
-
-from sdvae.cli import train, encode, export, look, publish  # isort: skip  # noqa: F401 - they register, in this order
 
 __all__ = ["main", "parse_train_config"]
 
@@ -22,7 +22,11 @@ __all__ = ["main", "parse_train_config"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns: its exit code, as `exit_code` counts.
+    Args:
+        argv: the command and its arguments; by default those of this process.
+
+    Returns:
+        The exit code, as `exit_code` defines it.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -30,23 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     _log_to_stderr()
-    return exit_code("sdvae", lambda: _command(name)(rest))
+    return exit_code("sdvae", lambda: _run(name, rest))
 
 
-def _command(name: str) -> Command:
+def _run(name: str, arguments: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}; {suggest(name, COMMANDS) or 'see sdvae --help'}")
-    return COMMANDS[name][1]
+    run, positional, lists = COMMANDS[name]
+    options = get_type_hints(run)["options"]
+    run(parse_options(options, arguments, f"sdvae {name}", run.__doc__, positional, lists))
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {summary}" for name, (summary, _) in COMMANDS.items()]
-    return "\n".join(["usage: sdvae COMMAND …; sdvae COMMAND --help tells more", "", *lines])
+    lines = [f"  {name:{width}}  {command.run.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: sdvae COMMAND …; «sdvae COMMAND --help» lists its options", "", *lines])
 
 
 def _log_to_stderr() -> None:
-    """Log lines of the main process only, plain; other processes speak when something is wrong."""
+    """Plain log lines: all of them from the main process, and only errors from the others."""
     is_main = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sdvae").setLevel(logging.INFO if is_main else logging.ERROR)

@@ -1,15 +1,16 @@
-"""Arguments and YAML files to frozen dataclasses; what does not fit is one line that names it."""
+"""Arguments and YAML files to dataclasses; what does not fit is answered in one line that names it."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Sequence, Set
-from itertools import takewhile
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import yaml
+from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from sdvae.errors import InputError, one_line
@@ -20,61 +21,104 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)  # each field's 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-Config = TypeVar("Config", bound="DataclassInstance")
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
-    """YAML files and dotted overrides to a recipe; later ones win. Raises: as `parse_fields`."""
-    return parse_fields(TrainConfig, argv, "sdvae train")
+    """YAML files and dotted options to a training recipe; later ones win.
 
-
-def parse_fields(config_class: type[Config], argv: Sequence[str], program: str, first: str | None = None) -> Config:
-    """Arguments to a frozen dataclass: an option for each field, `--config FILE` for many.
-
-    Args: first: the field that takes what stands before the first option, if anything does.
-
-    Raises: InputError for an unknown key, with the nearest known one, or for a value of the wrong type.
+    Raises:
+        InputError: as `parse_options`.
     """
-    parser = ArgumentParser(prog=program, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="options in YAML; may be given more than once")
-    parser.add_class_arguments(config_class)
-    leading = () if first is None else tuple(takewhile(lambda argument: not argument.startswith("-"), argv))
-    argv = argv[len(leading) :]
-    known = set(_keys(config_class))
+    return parse_options(TrainConfig, argv, "sdvae train")
+
+
+def parse_options(
+    options: type[Options],
+    argv: Sequence[str],
+    program: str,
+    summary: str | None = None,
+    positional: Collection[str] = (),
+    lists: Collection[str] = (),
+) -> Options:
+    """Arguments to a dataclass: an option for each field, and `--config FILE` for YAML files with several of them.
+
+    Args:
+        options: the dataclass. The type of a field says which values it takes, and its docstring is its help text.
+        argv: the arguments.
+        program: its name in messages.
+        summary: what it does, for its help.
+        positional: fields that are given without a name, in this order. Those with a default are options as well.
+        lists: fields of type `tuple[T, ...]` that are written as `--key A B` and not as `--key=[A,B]`.
+
+    Raises:
+        InputError: for an unknown key, with the known key nearest to it, or for a value of the wrong type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    known = set(_keys(options))
     for key, origin in _given_keys(argv, known):
         if key not in known and key not in ("config", "print_config", "help"):
             hint = suggest(key, known) or f"see {program} --help"
             raise InputError(f"unknown key {key!r} in {origin}; {hint}")
-    instance = parser.instantiate(parse(parser, argv))
-    values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(config_class)}
-    return config_class(**(values | {first: leading} if first and leading else values))
 
-
-def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    parser = ArgumentParser(prog=program, description=summary, exit_on_error=False)
+    if "config" not in fields:
+        parser.add_argument("--config", action="config", help="options in YAML; may be given more than once")
+    unnamed = {name for name in positional if fields[name].default is dataclasses.MISSING}
+    parser.add_class_arguments(options, skip={*lists, *unnamed})
+    types, helps = get_type_hints(options), _helps(options)
+    for name in positional:
+        item, several = _item_type(types[name])
+        if name in unnamed:
+            settings: dict[str, Any] = {"nargs": "+"} if several else {}
+        else:  # without a default of its own: that would replace what the option of the same name was given
+            settings = {"nargs": "*" if several else "?", "default": argparse.SUPPRESS}
+        parser.add_argument(name, type=item, help=helps[name], **settings)
+    for name in lists:
+        default: Any = fields[name].default
+        parser.add_argument(
+            f"--{name}", type=_item_type(types[name])[0], nargs="+", default=list(default), help=helps[name]
+        )
     try:
-        return parser.parse_args(list(argv))
+        arguments: Namespace = parser.parse_args(list(argv))
     except ArgumentError as error:
-        raise InputError(f"{one_line(error)} (see {parser.prog} --help)") from error
+        reason = one_line(error).replace("Expected a typing.Literal", "need one of ")
+        raise InputError(f"{reason} (see {program} --help)") from error
+    values = {name: getattr(parser.instantiate(arguments), name) for name in fields}
+    return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _keys(config_class: type, prefix: str = "") -> Iterator[str]:
+def _item_type(hint: Any) -> tuple[Any, bool]:
+    """(T, True) of `tuple[T, ...]`, and (hint, False) of any other type."""
+    arguments = get_args(hint)
+    return (arguments[0], True) if arguments[-1:] == (Ellipsis,) else (hint, False)
+
+
+def _helps(options: type) -> dict[str, str | None]:
+    """The docstring of each field."""
+    classes = [cls for cls in reversed(options.__mro__) if dataclasses.is_dataclass(cls)]
+    return {entry.arg_name: entry.description for cls in classes for entry in parse_from_object(cls).params}
+
+
+def _keys(options: type, prefix: str = "") -> Iterator[str]:
     """Dotted names of all fields: «loss», «loss.kl_weight», …"""
-    for field in dataclasses.fields(config_class):
+    for field in dataclasses.fields(options):
         yield prefix + field.name
         if dataclasses.is_dataclass(field.default_factory):
             yield from _keys(field.default_factory, f"{prefix}{field.name}.")
 
 
 def _given_keys(argv: Sequence[str], known: Set[str]) -> Iterator[tuple[str, str]]:
-    """(dotted key, where it stands) of every override and of every key in the YAML files."""
+    """(dotted key, where it is written) of every option and of every key in the YAML files."""
     for i, argument in enumerate(argv):
         if not argument.startswith("--"):
             continue
         key, _, value = argument[2:].partition("=")
-        yield key, "the command line"
-        if key == "config":
+        if key:
+            yield key, "the command line"
+        if key == "config" and key not in known:
             path = Path(value or (argv[i + 1] if i + 1 < len(argv) else ""))
-            if path.is_file():  # what is no file, the parser reports
+            if path.is_file():  # the parser refuses anything else
                 yield from ((name, str(path)) for name in _yaml_keys(path, known))
 
 
@@ -101,9 +145,10 @@ def _yaml_keys(path: Path, known: Set[str]) -> Iterator[str]:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """«did you mean …?» for the known name nearest to `name`, or nothing."""
+    """«did you mean …?» with the known name nearest to `name`, or an empty string if none is near."""
+    known = list(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not nearest:  # the right field under the wrong section
+    if not nearest:  # the right field in the wrong section
         leaf = name.rsplit(".", 1)[-1]
         nearest = [key for key in known if key.rsplit(".", 1)[-1] == leaf][:1]
     return f"did you mean {nearest[0]!r}?" if nearest else ""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
-from sdvae.errors import InputError, one_line
+from sdvae.errors import InputError, one_line, require
 from sdvae.metrics.perceptual import short_timeout
 from sdvae.weights.read import read_weights
 
@@ -28,6 +28,7 @@ class ReconstructionFID:
     """
 
     def __init__(self, weights: str | None, device: torch.device):
+        require("torch_fidelity", "rFID", "fid")
         if weights is not None:
             read_weights(Path(weights), lambda keys: {key: key for key in keys})  # refuses what is no file of weights
         try:

@@ -40,7 +40,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     for name in config.trackers:
         if name not in available:
             raise InputError(
-                f"tracker {name!r} is not installed; need one of {', '.join(available)}, or pip install it"
+                f"tracker {name!r} is not installed (installed: {', '.join(available) or 'none'}); "
+                f"pip install {name}, or choose none with --trackers=[]"
             )
     # Left to itself, accelerate runs torchrun's N processes as N separate trainings on a machine without a GPU.
     device_type = accelerator_type()

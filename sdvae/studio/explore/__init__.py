@@ -6,7 +6,7 @@ from sdvae.studio.explore.denoise import add_noise, blur
 from sdvae.studio.explore.moves import analogy, angle_between, lerp, mean_analogy, slerp, traverse
 from sdvae.studio.explore.prior import LatentSpectrum, gaussian_kl, neighbour_correlation, sample_moments
 from sdvae.studio.explore.run import explore
-from sdvae.studio.explore.study import Settings
+from sdvae.studio.settings import Settings
 
 __all__ = [
     "LatentCovariance",

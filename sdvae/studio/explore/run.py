@@ -12,7 +12,8 @@ from sdvae.errors import InputError
 from sdvae.io import make_folder, replacing
 from sdvae.roundtrip import check_image_channels
 from sdvae.studio.explore.experiments import EXPERIMENTS, NEEDED
-from sdvae.studio.explore.study import Settings, Study
+from sdvae.studio.explore.study import Study
+from sdvae.studio.settings import Settings
 from sdvae.weights import load_vae
 
 

@@ -20,31 +20,10 @@ from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.runtime import accelerator_type
 from sdvae.statistics import LatentCovariance, LatentMoments
 from sdvae.studio.explore.prior import LatentSpectrum
+from sdvae.studio.settings import Settings
 
 SMALLEST_RESOLUTION = 32  # pixels: the widest blur that denoise tries has a radius of 13, and SD's latents are 4x4
 MOST_SHOWN = 6  # photographs that an experiment draws
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is looked at, and how closely."""
-
-    data: str = "skimage"
-    """What is measured; whatever `sdvae.data.open_source` takes."""
-    images: tuple[str, ...] = ()
-    """What is drawn: image files, or names of images in `data`; by default the first of it."""
-    anomalies: str | None = None
-    """Images that are not normal, for the anomaly scores; None takes the normal ones with synthetic defects."""
-    count: int = 16
-    """Images that are measured, at most."""
-    resolution: int = 256
-    """Pixels a side of the centre crops."""
-    steps: int = 7
-    """Columns of an interpolation or a traversal."""
-    sigmas: tuple[float, ...] = (5.0, 15.0, 25.0, 50.0)
-    """Noise to be taken away, standard deviations in levels of 0..255."""
-    seed: int = 0
-    """Of samples, defects and noise."""
 
 
 @dataclass(frozen=True)

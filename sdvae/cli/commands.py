@@ -1,0 +1,309 @@
+"""The commands and their options: each field of an options class is an option, and the string below it is its help.
+
+A command imports its part of the package when it runs, because nearly all of it imports torch. The options of `train`,
+`encode` and `evaluate` are defined beside the code that takes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from sdvae.errors import InputError, require
+from sdvae.evaluation.config import EvaluateConfig
+from sdvae.latents.config import EncodeConfig
+from sdvae.studio.settings import Settings
+from sdvae.training.config import TrainConfig
+
+
+def train(options: TrainConfig) -> None:
+    """Train a VAE from a recipe: --config FILE [--dotted.key=value …]"""
+    from sdvae.training.loop import train
+
+    train(options)
+
+
+def encode(options: EncodeConfig) -> None:
+    """Encode a data set of images to latents: --source DATA --output FOLDER [--vae SOURCE] [--mirror true …]"""
+    from sdvae.latents.encode import encode
+
+    encode(options)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of `sdvae convert`."""
+
+    folder: str
+    """A finished data set that `sdvae encode` wrote."""
+    target: str
+    """A new or empty folder."""
+    to: Literal["safetensors", "webdataset", "kohya"]
+    """The format to write."""
+
+
+def convert(options: ConvertOptions) -> None:
+    """Write encoded latents in another format: FOLDER TARGET --to safetensors|webdataset|kohya"""
+    from sdvae.latents.convert import export_latents
+
+    written = export_latents(options.folder, options.target, options.to)
+    print(f"wrote {written[0]}" if len(written) == 1 else f"wrote {len(written)} files to {options.target}")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `sdvae export`."""
+
+    source: str
+    """The VAE to read: a diffusers folder, an id on the Hugging Face hub, or a .safetensors or .ckpt file."""
+    target: str
+    """FILE.safetensors for ComfyUI, A1111 and kohya, or a folder for diffusers."""
+    subfolder: str | None = None
+    """Folder inside the source that holds the VAE."""
+    config: str | None = None
+    """A config.json for a source that is a single file."""
+    dtype: Literal["file", "fp32", "fp16", "bf16"] = "file"
+    """Type of the written weights. `file` keeps that of the source."""
+    latents: str | None = None
+    """A folder that `sdvae encode` wrote. The scaling_factor measured there is written with the VAE, and the
+    shift_factor as well if the VAE has one."""
+
+    def __post_init__(self) -> None:
+        if self.target.endswith((".ckpt", ".pt", ".pth", ".bin")):
+            raise InputError(f"got target {self.target}; need FILE.safetensors or a folder: pickles are not written")
+
+
+def export(options: ExportOptions) -> None:
+    """Write a VAE in another format: SOURCE TARGET [--dtype fp16]"""
+    from sdvae.weights import export_targets, load_vae, save_ldm, save_vae
+
+    source = partial(load_vae, options.source, subfolder=options.subfolder, config=options.config)
+    vae = source(dtype=options.dtype)
+    if options.latents is not None:
+        from sdvae.latents.encoder import encoder_sha256
+        from sdvae.latents.folder import LatentFolder
+
+        factors = LatentFolder(options.latents).factors(vae.config, encoder_sha256(source(dtype="file")))
+        vae.register_to_config(**factors)
+        print(", ".join(f"{key} {value}" for key, value in factors.items()))
+    save = save_ldm if options.target.endswith(".safetensors") else save_vae
+    save(vae, options.target)
+    print(f"wrote {options.target}")
+    for program, reason in export_targets(vae).items():
+        print(f"  {program:10} {'loads it' if reason is None else 'will not load it: ' + reason}")
+
+
+@dataclass(frozen=True)
+class Fp16Options:
+    """Options of `sdvae fp16`."""
+
+    action: Literal["audit", "fix"]
+    """`audit` prints the largest value of each layer; `fix` rescales the VAE."""
+    vae: str
+    """The VAE: whatever `sdvae export` takes as its source."""
+    target: Path | None = None
+    """For `fix`: the diffusers folder to write."""
+    subfolder: str | None = None
+    """Folder inside `vae` that holds the VAE."""
+    images: str = "skimage"
+    """Photographs to run through the VAE: whatever `data.source` takes in training."""
+    count: int = 8
+    """Number of photographs."""
+    resolution: int = 512
+    """Side in pixels of the square that is cropped from the centre of each photograph."""
+    layers: int = 12
+    """For `audit`: number of layers to print, those with the largest values first."""
+
+    def __post_init__(self) -> None:
+        if (self.action == "fix") != (self.target is not None):
+            raise InputError(f"got fp16 {self.action} with target {self.target}; need a target for fix, none for audit")
+
+
+def fp16(options: Fp16Options) -> None:
+    """Make a VAE safe in fp16: audit VAE, or fix VAE TARGET [--images DATA] …"""
+    from sdvae.fp16 import audit_vae, fix_vae
+
+    images = (options.images, options.count, options.resolution)
+    if options.target is None:
+        audit_vae(options.vae, options.subfolder, *images, layers=options.layers)
+    else:
+        fix_vae(options.vae, options.subfolder, options.target, *images)
+
+
+@dataclass(frozen=True)
+class ReconstructOptions:
+    """Options of `sdvae reconstruct`."""
+
+    files: tuple[str, ...]
+    """Image files."""
+    vae: str | None = None
+    """The VAE: whatever `sdvae export` takes as its source. By default the one inside this package."""
+    subfolder: str | None = None
+    """Folder inside `vae` that holds the VAE."""
+    output: Path = Path("reconstructions")
+    """Folder for the reconstructions, NAME.png for each file."""
+    max_side: int = 2048
+    """Images with a longer side than this are shrunk to it, in pixels. Memory grows with its square."""
+
+
+def reconstruct(options: ReconstructOptions) -> None:
+    """Encode and decode photographs: FILE … [--vae SOURCE] [--output FOLDER]"""
+    from sdvae.reconstruct import reconstruct_files
+
+    reconstruct_files(**vars(options))
+
+
+def evaluate(options: EvaluateConfig) -> None:
+    """Measure VAEs side by side: VAE … --data DATA [--preset coco_val_5k_256] [--fid true] …"""
+    from sdvae.evaluation.evaluate import evaluate
+
+    evaluate(options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExploreOptions(Settings):
+    """Options of `sdvae explore`."""
+
+    what: Literal["interpolate", "traverse", "pca", "prior", "arithmetic", "anomaly", "denoise", "all"]
+    """The experiment. Each writes a picture and its numbers."""
+    vae: str | None = None
+    """The VAE: whatever `sdvae export` takes as its source. By default the one inside this package."""
+    subfolder: str | None = None
+    """Folder inside `vae` that holds the VAE."""
+    output: Path = Path("explorations")
+    """Folder for EXPERIMENT.png and EXPERIMENT.json."""
+
+    def settings(self) -> Settings:
+        return Settings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)})
+
+
+def explore(options: ExploreOptions) -> None:
+    """Draw the latent space: interpolate|traverse|pca|prior|arithmetic|anomaly|denoise|all [--images A B] …"""
+    from sdvae.studio.explore import explore
+
+    explore(options.what, options.settings(), vae=options.vae, subfolder=options.subfolder, output=options.output)
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Options of `sdvae demo`."""
+
+    vae: str | None = None
+    """The VAE: whatever `sdvae export` takes as its source. By default the one inside this package."""
+    compare: str | None = None
+    """A second VAE, shown beside the first."""
+    host: str = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 lets other machines use the page."""
+    port: int = 7860
+    """Port to listen on."""
+    max_side: int = 1024
+    """Photographs with a longer side than this are shrunk to it, in pixels."""
+    max_megabytes: float = 20.0
+    """Largest size of an uploaded file, in megabytes."""
+
+
+def demo(options: DemoOptions) -> None:
+    """Serve a page to reconstruct photographs and edit latents: [VAE] [--compare VAE] [--port P]"""
+    require("gradio", "sdvae demo", "studio")
+    from sdvae.studio.demo.page import serve
+
+    serve(**vars(options))
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Options of `sdvae report`."""
+
+    vae: str | None = None
+    """The VAE: whatever `sdvae export` takes as its source, or a run folder of `sdvae train`. By default the one inside
+    this package."""
+    subfolder: str | None = None
+    """Folder inside `vae` that holds the VAE."""
+    data: str | None = None
+    """Images to measure: whatever `data.source` takes in training. By default those that the run held out, or else the
+    photographs of scikit-image."""
+    count: int = 24
+    """Number of images, taken from the front."""
+    resolution: int | None = None
+    """Side in pixels of the square that is cropped from the centre of each image. By default that of the run's
+    validation, or else 256."""
+    output: Path = Path("report.html")
+    """The file to write."""
+    lpips: Literal["vgg", "alex", "squeeze", "none"] = "vgg"
+    """Network of LPIPS. If its weights can be neither read nor downloaded, LPIPS is left out."""
+    lpips_weights: str | None = None
+    """Local file of that network's weights, with torchvision's names."""
+    lpips_heads: Literal["lpips", "uniform"] = "lpips"
+    """`uniform` gives all features the same weight."""
+
+
+def report(options: ReportOptions) -> None:
+    """Write one HTML file about a VAE or a run: [VAE or RUN FOLDER] [--data DATA] [--output report.html]"""
+    require("jinja2", "sdvae report", "studio")
+    from sdvae.studio.report import write_report
+
+    write_report(**vars(options))
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Options of `sdvae push`."""
+
+    vae: str
+    """The VAE: a run folder of `sdvae train`, or whatever `sdvae export` takes as its source."""
+    repo_id: str
+    """OWNER/NAME on the hub. The repository is created if it does not exist."""
+    subfolder: str | None = None
+    """Folder inside `vae` that holds the VAE."""
+    private: bool | None = None
+    """Whether a new repository is private. By default as the owner's settings say."""
+    license: str | None = None
+    """License for the model card, such as apache-2.0. By default the one that the card has."""
+    revision: str | None = None
+    """Branch, created if it does not exist. By default main."""
+    message: str | None = None
+    """Message of the commit."""
+    data: str | None = None
+    """Images for the figures and the picture of the card: whatever `data.source` takes in training. By default the card
+    keeps those it has."""
+    count: int = 50
+    """Largest number of those images."""
+    resolution: int = 256
+    """Side in pixels of the square that is cropped from the centre of each image."""
+    dry_run: str | None = None
+    """A new folder: write everything there and upload nothing."""
+
+
+def push(options: PushOptions) -> None:
+    """Upload a VAE with its model card to the Hugging Face hub: VAE OWNER/NAME [--private true] …"""
+    from sdvae.studio.push import push_to_hub
+
+    done = push_to_hub(**vars(options))
+    print(f"wrote {done}" if options.dry_run else f"uploaded: {done}")
+
+
+class Command(NamedTuple):
+    """A function of one dataclass, whose fields are the command's options. Its docstring is its line of the help."""
+
+    run: Callable[[Any], None]
+    positional: tuple[str, ...] = ()  # this and `lists`: see `parse_options`
+    lists: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "train": Command(train),
+    "encode": Command(encode),
+    "convert": Command(convert, positional=("folder", "target")),
+    "export": Command(export, positional=("source", "target")),
+    "fp16": Command(fp16, positional=("action", "vae", "target")),
+    "reconstruct": Command(reconstruct, positional=("files",)),
+    "evaluate": Command(evaluate, positional=("vaes",)),
+    "explore": Command(explore, positional=("what",), lists=("images", "sigmas")),
+    "demo": Command(demo, positional=("vae",)),
+    "report": Command(report, positional=("vae",)),
+    "push": Command(push, positional=("vae", "repo_id")),
+}
