@@ -1,4 +1,4 @@
-"""Photographs through a VAE and back, with the figures of each."""
+"""`sdvae reconstruct`: encode and decode image files, and print the quality of each."""
 
 from __future__ import annotations
 
@@ -11,48 +11,61 @@ from PIL import Image
 from sdvae.data.images import ImageError, read_image, to_image, to_tensor
 from sdvae.errors import InputError
 from sdvae.io import replacing
+from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.image import image_metrics
-from sdvae.model import AutoencoderKL
-from sdvae.roundtrip import crop_to, pad_to_multiple
+from sdvae.roundtrip import check_image_channels, round_trip
 from sdvae.weights import load_vae
-
-SMALLEST_SIDE = 16  # pixels: SSIM's window has 11
 
 
 def reconstruct_files(
     files: Sequence[str | Path], *, vae: str | None, subfolder: str | None, output: Path, max_side: int
 ) -> list[Path]:
-    """Write NAME.png of the reconstruction of each file into `output`, and print its figures.
+    """Write the reconstruction of each file to `output`/NAME.png, and print its PSNR and SSIM.
 
-    The latents are the posterior's mode. All names are checked before the first image is read, and every image is
-    read before the first is written.
+    The posterior's mode is decoded. All names are checked before the first image is read, and all images are read
+    before the first one is written.
 
     Args:
-        vae: whatever `load_vae` reads; None takes the VAE of this package.
-        max_side: pixels; images with a longer side are shrunk to it.
+        files: images.
+        vae: a source for `load_vae`; None is the VAE of this package.
+        subfolder: folder inside the source that holds the VAE.
+        output: folder for the reconstructions.
+        max_side: in pixels; images with a longer side are shrunk to it.
 
-    Raises: InputError when a file cannot be read, or two would have the same name.
+    Returns:
+        The written files, in the order of `files`.
+
+    Raises:
+        InputError: for a file or VAE that cannot be read, two files that would be written to the same name, or a file
+            that would be overwritten by its own reconstruction.
     """
     paths = [Path(file).expanduser() for file in files]
     targets = [output / f"{path.stem}.png" for path in paths]
     for path, target in zip(paths, targets, strict=True):
         if targets.count(target) > 1:
-            raise InputError(f"two files would be written to {target}; need different names; do them one by one")
+            raise InputError(f"two files would be written to {target}; need different names; reconstruct them apart")
         if target.exists() and path.exists() and target.samefile(path):
-            raise InputError(f"{path} would be written over; choose another folder with --output")
+            raise InputError(f"{path} would be overwritten; choose another folder with --output")
     model = load_vae(vae, subfolder=subfolder, dtype=torch.float32)
+    check_image_channels(model, vae)
     images = [read_file(path, model.config.in_channels, max_side) for path in paths]
     output.mkdir(parents=True, exist_ok=True)
     for path, target, image in zip(paths, targets, images, strict=True):
-        picture, figures = reconstruct(model, image)
+        x = to_tensor(image)[None]
+        trip = round_trip(model, x)
+        (metrics,) = image_metrics(x, trip.reconstruction, trip.posterior, None)
         with replacing(target) as temporary:
-            picture.save(temporary, format="PNG")
-        print(f"{path} -> {target}: {image.width}x{image.height}, {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}")
+            to_image(trip.reconstruction[0]).save(temporary, format="PNG")
+        print(f"{path} -> {target}: {image.width}x{image.height}, {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}")
     return targets
 
 
 def read_file(path: Path, channels: int, max_side: int) -> Image.Image:
-    """Raises: InputError with the file's name."""
+    """An image of at most `max_side` pixels a side, grey or RGB.
+
+    Raises:
+        InputError: with the file's name, when it cannot be read or is too small.
+    """
     try:
         image = read_image(path.read_bytes(), channels=channels, min_side=SMALLEST_SIDE)
     except (ImageError, OSError) as error:
@@ -62,20 +75,3 @@ def read_file(path: Path, channels: int, max_side: int) -> Image.Image:
         size = (max(SMALLEST_SIDE, round(image.width * scale)), max(SMALLEST_SIDE, round(image.height * scale)))
         image = image.resize(size, Image.Resampling.LANCZOS)
     return image
-
-
-def check_image_channels(vae: AutoencoderKL, source: str | None) -> None:
-    """Raises: InputError for a VAE whose images are neither grey nor RGB, or go out as others than they came in."""
-    channels = (vae.config.in_channels, vae.config.out_channels)
-    if channels not in ((1, 1), (3, 3)):
-        raise InputError(f"got {source} with {channels} image channels; need 1 (grey) or 3 (RGB) in and out")
-
-
-@torch.inference_mode()
-def reconstruct(vae: AutoencoderKL, image: Image.Image) -> tuple[Image.Image, dict[str, float]]:
-    """The picture that comes back from the posterior's mode, of the same size, with its psnr and ssim."""
-    x = to_tensor(image)[None]
-    posterior = vae.encode(pad_to_multiple(x, vae.spatial_compression_ratio)).latent_dist
-    y = crop_to(vae.decode(posterior.mode()).sample, x.shape[2], x.shape[3])
-    (figures,) = image_metrics(x, y, posterior, None)
-    return to_image(y[0]), figures

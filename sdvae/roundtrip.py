@@ -1,18 +1,18 @@
-"""Images -> latents -> images, for images of any size: the one place where that is written down.
+"""Images -> latents -> images, for images of any size. This is the only place that pads, crops and maps to images.
 
     images --pad--> encode --> posterior --mode or sample--> z --> decode --crop--> output --link--> images
 
-A VAE works on sides that are multiples of its compression ratio, so images are padded before the encoder and cropped
-after the decoder. What the decoder's output means is the VAE's `likelihood`: «gaussian» VAEs (all of Stable
-Diffusion's family; the Laplace likelihood of an L1 loss counts as one) give the image itself, «bernoulli» VAEs the
-logit of each value's brightness. `link` turns either into an image.
+A VAE works on images whose sides are multiples of its compression ratio, so images are padded before the encoder and
+cropped after the decoder. What the decoder's output means depends on the VAE's `likelihood`. With «gaussian» (Stable
+Diffusion's VAEs, and the Laplace likelihood of an L1 loss) it is the image; with «bernoulli» it is the logit of each
+value's brightness. `link` maps either to an image.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,14 @@ from sdvae.model import AutoencoderKL, DiagonalGaussian
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """What a VAE makes of a batch of images.
+    """A batch of images, encoded and decoded again.
 
     Attributes:
-        posterior: over the latents of the padded images, (B, c, ⌈H/f⌉, ⌈W/f⌉), in fp32.
-        latents: (B, c, ⌈H/f⌉, ⌈W/f⌉) fp32, what was decoded: the mode or a sample of the posterior, unscaled.
+        posterior: over the latents of the padded images, (B, c, ⌈H/f⌉, ⌈W/f⌉) with the compression ratio f; fp32.
+        latents: (B, c, ⌈H/f⌉, ⌈W/f⌉) fp32, those that were decoded: the posterior's mode or a sample, unscaled.
         reconstruction: (B, C, H, W) fp32, nominally in [-1, 1] and not clamped.
-        encode_seconds: that the encoder took, with the wait for the device.
-        decode_seconds: the same of the decoder.
+        encode_seconds: time in the encoder, including the wait for the device.
+        decode_seconds: time in the decoder, likewise.
     """
 
     posterior: DiagonalGaussian
@@ -50,24 +50,28 @@ def round_trip(
     generator: torch.Generator | list[torch.Generator] | None = None,
     labels: Tensor | None = None,
 ) -> RoundTrip:
-    """Encode images, decode them again, and time both. Without gradients.
+    """Encode images and decode them again, without gradients, and measure how long both take.
 
     Args:
-        vae: computes on its device and in its dtype; what comes back is in fp32 on that device.
-        images: (B, C, H, W) float in [-1, 1], of any size.
-        latents: decode the posterior's mode, or a sample of it.
-        generator: of that sample; a list has one for each image.
-        labels: (B,) int64, for a VAE that is given classes.
+        vae: computes on its own device and in its own dtype.
+        images: (B, C, H, W) float in [-1, 1], of any size, on any device.
+        latents: what is decoded: the posterior's mode, or a sample of it.
+        generator: for the sample; a list holds one for each image.
+        labels: (B,) int64, for a VAE that takes class labels.
+
+    Returns:
+        Tensors in fp32 on the VAE's device.
 
     Raises:
-        InputError: for images of another number of channels than the VAE's.
+        InputError: for images whose number of channels is not the VAE's.
     """
     start = _now(vae.device)
     posterior = encode_images(vae, images.to(vae.device, vae.dtype), labels)
     posterior = DiagonalGaussian(posterior.parameters.float())
     z = posterior.mode() if latents == "mode" else posterior.sample(generator)
     middle = _now(vae.device)
-    reconstruction = decode_images(vae, z.to(vae.dtype), images.shape[2:], labels).float()
+    output = decode_output(vae, z.to(vae.dtype), images.shape[2:], labels)
+    reconstruction = link(vae, output.float())
     end = _now(vae.device)
     return RoundTrip(posterior, z, reconstruction, middle - start, end - middle)
 
@@ -76,8 +80,9 @@ def encode_images(vae: AutoencoderKL, images: Tensor, labels: Tensor | None = No
     """The posterior over the latents of images of any size, which are padded for the encoder.
 
     Args:
-        images: (B, C, H, W) float in [-1, 1], on the VAE's device.
-        labels: (B,) int64, for a VAE that is given classes.
+        vae: the VAE.
+        images: (B, C, H, W) float in [-1, 1], on the VAE's device and in its dtype.
+        labels: (B,) int64, for a VAE that takes class labels.
 
     Returns:
         A posterior over (B, c, ⌈H/f⌉, ⌈W/f⌉) with f the VAE's compression ratio; with gradients where they are on.
@@ -85,13 +90,16 @@ def encode_images(vae: AutoencoderKL, images: Tensor, labels: Tensor | None = No
     return vae.encode(pad_to_multiple(images, vae.spatial_compression_ratio), **_given(labels)).latent_dist
 
 
-def decode_images(vae: AutoencoderKL, z: Tensor, size: Any, labels: Tensor | None = None) -> Tensor:
+def decode_images(
+    vae: AutoencoderKL, z: Tensor, size: tuple[int, int] | torch.Size, labels: Tensor | None = None
+) -> Tensor:
     """The images that latents decode to.
 
     Args:
-        z: (B, c, h, w), unscaled.
-        size: (height, width) of the images in pixels, at most those that the decoder gives.
-        labels: (B,) int64, for a VAE that is given classes.
+        vae: the VAE.
+        z: (B, c, h, w), unscaled, on the VAE's device and in its dtype.
+        size: (height, width) of the images in pixels, at most f·h and f·w.
+        labels: (B,) int64, for a VAE that takes class labels.
 
     Returns:
         (B, C, height, width), nominally in [-1, 1] and not clamped; with gradients where they are on.
@@ -99,13 +107,19 @@ def decode_images(vae: AutoencoderKL, z: Tensor, size: Any, labels: Tensor | Non
     return link(vae, decode_output(vae, z, size, labels))
 
 
-def decode_output(vae: AutoencoderKL, z: Tensor, size: Any, labels: Tensor | None = None) -> Tensor:
-    """As `decode_images`, before the link: what a likelihood is computed from."""
-    return crop_to(vae.decode(z, **_given(labels)).sample, *size)
+def decode_output(
+    vae: AutoencoderKL, z: Tensor, size: tuple[int, int] | torch.Size, labels: Tensor | None = None
+) -> Tensor:
+    """The decoder's output, cropped: what `link` maps to images, and what a likelihood is computed from.
+
+    Args and shapes are those of `decode_images`.
+    """
+    height, width = size
+    return crop_to(vae.decode(z, **_given(labels)).sample, height, width)
 
 
 def link(vae: AutoencoderKL, output: Tensor) -> Tensor:
-    """The decoder's output as images in [-1, 1], by the VAE's likelihood.
+    """Map the decoder's output to images in [-1, 1], according to the VAE's likelihood.
 
     A Bernoulli's mean is sigmoid(l) in [0, 1], which is 2 sigmoid(l) - 1 = tanh(l / 2) in [-1, 1].
     """
@@ -115,11 +129,11 @@ def link(vae: AutoencoderKL, output: Tensor) -> Tensor:
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Repeat the last row and column until both sides are multiples of `multiple`.
 
-    A repeated edge, unlike zeros, adds no new contrast.
+    Unlike zeros, a repeated edge adds no contrast of its own.
 
     Args:
         images: (B, C, H, W).
-        multiple: pixels.
+        multiple: in pixels.
 
     Returns:
         (B, C, ⌈H/m⌉·m, ⌈W/m⌉·m), with the original in the top left corner: `crop_to(reconstruction, H, W)` undoes it.
@@ -135,13 +149,14 @@ def crop_to(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def check_image_channels(vae: AutoencoderKL, source: str | None) -> None:
-    """Refuse a VAE whose images nothing here can read or draw.
+    """Refuse a VAE whose images cannot be read from files or drawn.
 
     Args:
-        source: the VAE's name in the message.
+        vae: the VAE.
+        source: its name in the message.
 
     Raises:
-        InputError: for a VAE whose images are neither grey nor RGB, or go out as others than they came in.
+        InputError: unless the VAE takes and gives grey images, or takes and gives RGB images.
     """
     channels = (vae.config.in_channels, vae.config.out_channels)
     if channels not in ((1, 1), (3, 3)):
@@ -153,7 +168,7 @@ def _given(labels: Tensor | None) -> dict[str, Tensor]:
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, when the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """The time in seconds, once the device has finished its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()

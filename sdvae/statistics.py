@@ -12,8 +12,9 @@ processes put their parts together.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,21 @@ class Sums:
         """Add what `other`, of the same kind and shape, has seen."""
         for name in self.ADDS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+SumsT = TypeVar("SumsT", bound=Sums)
+
+
+def merged(parts: Sequence[SumsT]) -> SumsT:
+    """Statistics of the images of all parts together, such as those of all processes.
+
+    Args:
+        parts: at least one; the first is changed.
+    """
+    whole, *others = parts
+    for other in others:
+        whole.merge(other)
+    return whole
 
 
 class LatentMoments(Sums):

@@ -370,7 +370,7 @@ def test_an_open_host_is_said_and_ctrl_c_ends_with_nothing_left(monkeypatch, cap
     before = threading.active_count()
     assert main(["demo", "--host", "0.0.0.0", "--port", str(free_port())]) == 0
     said = capsys.readouterr()
-    assert "whoever can reach this machine can use the page" in said.out
+    assert "anybody who can reach this machine can use the page" in said.out
     assert seen[0] in said.out
     assert "Traceback" not in said.err
     with pytest.raises(OSError), socket.create_connection(("127.0.0.1", int(seen[0].rstrip("/").split(":")[-1]))):

@@ -28,7 +28,7 @@ from sdvae.data.images import RESAMPLING
 from sdvae.evaluation.config import EvaluateConfig
 from sdvae.evaluation.evaluate import evaluate
 from sdvae.metrics import fid
-from sdvae.metrics.table import COLUMNS, differences, markdown_table, mean_of, means
+from sdvae.metrics.table import COLUMNS, differences, estimate_mean, markdown_table, means
 from sdvae.weights.load import PACKAGED_VAE
 from tests.processes import launch, run_main
 
@@ -355,7 +355,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, photographs,
         assert not list(tmp_path.glob("out/*"))
     single = [f"--data={tmp_path / 'single'}", "--resolution=32", "--min_side=1", "--lpips=none", "--fid=true"]
     assert main(["evaluate", *single, f"--output={tmp_path / 'out'}"]) == 2
-    assert "rFID needs two" in capsys.readouterr().err
+    assert "rFID needs at least two" in capsys.readouterr().err
     assert main(["evaluate", "--count=1", "--lpips=none", f"--output={tmp_path / 'file'}"]) == 2
     assert "reconstruct" not in capsys.readouterr().err, "before the first image"
 
@@ -376,12 +376,12 @@ def test_a_preset_sets_the_convention_and_says_when_the_images_are_others(caplog
     monkeypatch.setattr(EvaluateConfig, "with_preset", lambda self: dataclasses.replace(self, resolution=32))
     with caplog.at_level(logging.WARNING):
         evaluate(EvaluateConfig(preset="coco_val_5k_256", count=2, lpips="none", output=str(tmp_path / "out")))
-    assert "rows are published of 5000 images, here are 2" in caplog.text
+    assert "published rows are of 5000 images, these are of 2" in caplog.text
 
 
 def test_a_mean_of_one_image_has_no_interval_and_pairs_go_by_index():
-    assert mean_of([3.0]).mean == 3.0
-    assert math.isnan(mean_of([3.0]).low)
+    assert estimate_mean([3.0]).mean == 3.0
+    assert math.isnan(estimate_mean([3.0]).low)
     collapsed = [{"vae": "a", "means": {}, "active_channels": 0}]
     assert "active channels" in markdown_table(collapsed, None), "nought is a figure"
     a = [{"index": 0, "name": "x", "psnr": 1.0}, {"index": 2, "name": "y", "psnr": 5.0}]

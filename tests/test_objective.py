@@ -140,7 +140,7 @@ def test_uniform_heads_are_named_and_count_all_features_the_same(trunk_file):
 
 
 def test_a_file_that_is_no_such_trunk_is_refused(trunk_file, tmp_path):
-    with pytest.raises(InputError, match=r"is no alex trunk: .* missing"):
+    with pytest.raises(InputError, match=r"is not the trunk alex: .* missing"):
         load_perceptual("alex", trunk_file)
     with pytest.raises(InputError, match="there is no file"):
         load_perceptual("squeeze", tmp_path / "none.safetensors")

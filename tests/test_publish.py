@@ -158,10 +158,10 @@ def test_figures_and_grid_are_measured_on_data(hub, vae, tmp_path):
 
 
 def test_figures_are_of_fp32_after_a_training_in_bf16(vae, monkeypatch):
-    wanted = publish_module.measure(vae, "skimage", 2, 64)
+    wanted = publish_module.measure_on(vae, "skimage", 2, 64)
     half = lambda self: torch.autocast("cpu", dtype=torch.bfloat16)  # noqa: E731
     monkeypatch.setattr(Accelerator, "autocast", half)  # accelerate shares its precision over a process
-    assert publish_module.measure(vae, "skimage", 2, 64).metrics == wanted.metrics
+    assert publish_module.measure_on(vae, "skimage", 2, 64).metrics == wanted.metrics
 
 
 def test_what_programs_load_is_written_for_them_and_named(hub, vae, tmp_path, monkeypatch):
@@ -274,10 +274,10 @@ def test_no_network_is_one_line_and_exit_code_1(vae, tmp_path, monkeypatch, caps
     ("arguments", "message"),
     [
         (["VAE", "vae"], "got repo_id 'vae'; need owner/name"),
-        (["VAE", "me/vae", "--dry_run", "VAE"], "which is there already; need a new or empty folder"),
-        (["VAE", "me/vae", "--data", "skimage", "--resolution", "7"], "a multiple of 2"),
+        (["VAE", "me/vae", "--dry_run", "VAE"], "which exists already; need a new or empty folder"),
+        (["VAE", "me/vae", "--data", "skimage", "--resolution", "7"], "need at least 1 image, and 16 pixels"),
         (["NOTHING", "me/vae"], "there is no file or folder"),
-        (["VAE", "me/vae"], "got no token of the hub"),
+        (["VAE", "me/vae"], "got no token for the hub"),
     ],
 )
 def test_wrong_input_is_one_line_before_anything_is_uploaded(

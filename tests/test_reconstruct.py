@@ -82,7 +82,7 @@ def test_bad_input_leaves_nothing_behind(photo, tmp_path, capsys):
         "broken.jpg: ": [str(photo), str(tmp_path / "broken.jpg"), "--output", out],
         "No such file": [str(tmp_path / "missing.png"), "--output", out],
         "two files would be written to": [str(photo), str(tmp_path / "other" / "photo.jpg"), "--output", out],
-        "would be written over": [str(photo), "--output", str(tmp_path)],
+        "would be overwritten": [str(photo), "--output", str(tmp_path)],
     }
     for message, arguments in cases.items():
         assert main(["reconstruct", *arguments]) == 2

@@ -1,1 +1,1 @@
-"""Measuring a VAE and drawing what it does."""
+"""`sdvae evaluate`: measuring VAEs side by side."""

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sdvae.errors import InputError
+from sdvae.metrics import SMALLEST_LPIPS_SIDE, SMALLEST_SIDE
 
-SMALLEST_SIDE = 16  # pixels
-SMALLEST_FOR_LPIPS = 32  # pixels: four halvings and wide first kernels in AlexNet and SqueezeNet
-
-# What a published row was measured on: (images, crop). PSNR and rFID compare; «PSIM» in Stability's tables is on
-# another scale than LPIPS (1.01 for kl-f8), and SSIM has as many definitions as papers (windows, ranges, borders).
+# What published rows were measured on: (images, crop). PSNR and rFID can be compared with them. «PSIM» in Stability's
+# tables has another scale than LPIPS (1.01 for kl-f8), and papers define SSIM differently (windows, ranges, borders).
 PRESETS: dict[str, tuple[int, Literal["resize", "adm"]]] = {
     # COCO 2017 val, 256x256, 5,000 images: the tables of sd-vae-ft-ema and sd-vae-ft-mse (their model cards, 2022)
     "coco_val_5k_256": (5_000, "resize"),
@@ -23,59 +21,60 @@ PRESETS: dict[str, tuple[int, Literal["resize", "adm"]]] = {
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Several VAEs, the same images, the same preprocessing."""
+    """Which VAEs are measured, on which images, and how."""
 
     vaes: tuple[str, ...] = ()
-    """Whatever `sdvae export` takes as SOURCE, each; none: the VAE of this package. Also what stands before the first
-    option."""
+    """Each is whatever `sdvae export` takes as SOURCE; without any, the VAE of this package is measured. Arguments
+    before the first option go here too."""
     data: str = "skimage"
-    """Images; whatever data.source takes in training."""
+    """The images; whatever data.source takes in training."""
     split: str = "train"
     """Split of a data set."""
     image_column: str | None = None
-    """Column of a data set that holds the images; null finds it."""
+    """Column of a data set that holds the images; null looks for it."""
     preset: Literal["none", "coco_val_5k_256", "imagenet_val_50k_256"] = "none"
-    """A convention of the literature, which sets resolution, crop, min_side and quantize, whatever they are given as;
-    says so when the number of images is another than that of the published rows. They have rFID: give fid as well."""
+    """A convention of the literature. It sets resolution, crop, min_side and quantize, even if they are given too, and
+    warns when the number of images differs from that of the published rows. Those have rFID: set fid as well."""
     count: int | None = None
-    """The first so many images; null takes all."""
+    """Measure the first `count` images; null takes all."""
     resolution: int = 256
-    """Side in pixels of the square that the VAE sees."""
+    """Side of the square crops in pixels."""
     crop: Literal["resize", "adm"] = "resize"
-    """«resize»: the largest centred square, resized with antialias. «adm»: halved by a box filter while twice too
-    large, then bicubic, then cropped (ADM's center_crop_arr, which ImageNet rows use)."""
+    """«resize»: the largest centred square, resized with antialiasing. «adm»: halved by a box filter while it is at
+    least twice too large, then resized (bicubic), then cropped (ADM's center_crop_arr, as in tables on ImageNet)."""
     min_side: int | None = None
-    """Images with a shorter side are skipped; null: half the resolution."""
+    """Skip images with a shorter side, in pixels; null: half the resolution."""
     latents: Literal["mode", "sample"] = "mode"
-    """Decode the posterior's mode, or a sample, drawn for each image by its place and the seed."""
+    """Decode the posterior's mode, or a sample, whose noise depends on the seed and the image's place in the data."""
     seed: int = 0
-    """Of the samples."""
+    """Seed of the samples."""
     quantize: bool = True
-    """Round reconstructions to 8 bits before they are measured, as a picture that is saved would be."""
+    """Round reconstructions to 8 bits before they are measured, as if they had been saved as pictures."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the VAE computes in."""
+    """Data type of the VAE's weights and computation."""
     tiling: bool = False
     """Encode and decode in strips (`enable_tiling`): large images in bounded memory."""
     batch_size: int = 8
-    """Images at once, on each process."""
+    """Images in a batch, on each process."""
     num_workers: int = 2
-    """Processes that read images, for each process."""
+    """Worker processes that read images, for each process."""
     lpips: Literal["vgg", "alex", "squeeze", "none"] = "vgg"
-    """LPIPS's trunk; where it can be neither read nor downloaded, LPIPS is left out, with a word. Published tables of
-    VAEs mostly have vgg or alex: they do not compare."""
+    """The trunk of LPIPS. If it can be neither read nor downloaded, LPIPS is left out with a warning. Published tables
+    of VAEs mostly use vgg or alex; values of different trunks cannot be compared."""
     lpips_weights: str | None = None
     """Local file of the trunk in torchvision's names; null lets torchvision download it."""
     lpips_heads: Literal["lpips", "uniform"] = "lpips"
-    """«uniform» counts all features the same: for a trunk that the published heads were not fitted to."""
+    """«uniform» weights all features equally: for a trunk that the published heads were not fitted to."""
     fid: bool = False
-    """Compute rFID, the Fréchet distance between Inception features of originals and reconstructions."""
+    """Compute rFID, the Fréchet distance between Inception features of originals and reconstructions. Needs
+    torch-fidelity: pip install "sdvae[fid]"."""
     inception: str | None = None
-    """Local file of torch-fidelity's Inception weights (weights-inception-2015-12-05-6726825d.pth); null lets it
-    download them."""
+    """Local file of torch-fidelity's Inception weights (weights-inception-2015-12-05-6726825d.pth); null downloads
+    it."""
     images: int = 4
-    """Of the first images, originals and all reconstructions are drawn side by side; 0 draws nothing."""
+    """Draw the first `images` originals beside all reconstructions; 0 draws nothing."""
     output: str = "evaluation"
-    """Folder for results.json, per_image.csv, table.md and reconstructions.png; those of an earlier run are
+    """Folder for results.json, per_image.csv, table.md and reconstructions.png; files of an earlier run are
     replaced."""
 
     def __post_init__(self) -> None:
@@ -87,23 +86,25 @@ class EvaluateConfig:
             if getattr(self, key) < 0:
                 raise InputError(f"got {key}={getattr(self, key)}; need 0 or more")
         if self.resolution < SMALLEST_SIDE:
-            raise InputError(f"got resolution={self.resolution}; need at least {SMALLEST_SIDE}: SSIM's window has 11")
+            raise InputError(f"got resolution={self.resolution}; need at least {SMALLEST_SIDE} for SSIM")
         if self.seed < 0:
             raise InputError(f"got seed={self.seed}; need 0 or more")
-        if self.lpips in ("alex", "squeeze") and self.resolution < SMALLEST_FOR_LPIPS:
+        if self.lpips in ("alex", "squeeze") and self.resolution < SMALLEST_LPIPS_SIDE:
             raise InputError(
-                f"got resolution={self.resolution} with lpips={self.lpips}; its trunk needs {SMALLEST_FOR_LPIPS}; "
-                "take lpips=vgg or none"
+                f"got resolution={self.resolution} with lpips={self.lpips}; its trunk needs {SMALLEST_LPIPS_SIDE}; "
+                "use lpips=vgg or none"
             )
         if self.inception is not None and not self.fid:
-            raise InputError(f"got inception={self.inception} without fid; need fid=true to use it, or leave it out")
+            raise InputError(
+                f"got inception={self.inception} without fid; need fid=true to use it; set that, or leave it out"
+            )
         doubled = sorted({vae for vae in self.vaes if self.vaes.count(vae) > 1})
         if doubled:
             raise InputError(f"got {doubled[0]} more than once; need each VAE once")
 
     def with_preset(self) -> EvaluateConfig:
-        """The settings of the preset in place of one's own."""
+        """The same options with those of the preset put in."""
         if self.preset == "none":
             return self
         crop = PRESETS[self.preset][1]
-        return dataclasses.replace(self, crop=crop, resolution=256, min_side=1, quantize=True)  # no image is left out
+        return dataclasses.replace(self, crop=crop, resolution=256, min_side=1, quantize=True)  # 1: skip none

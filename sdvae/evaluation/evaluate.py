@@ -1,7 +1,7 @@
 """`sdvae evaluate`: VAEs side by side on the same images, on one process or many.
 
-The images are cut into batches once, and each process takes every num_processes-th batch whole: so the figures of an
-image do not depend on the number of processes.
+The images are divided into batches once, and each process takes every num_processes-th batch as a whole. So the figures
+of an image do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import logging
 import math
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -26,7 +25,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import sdvae
 from sdvae.data import (
     BadImages,
     EvaluationImages,
@@ -38,28 +36,65 @@ from sdvae.data import (
 )
 from sdvae.errors import InputError
 from sdvae.evaluation.config import PRESETS, EvaluateConfig
-from sdvae.io import make_folder, replacing, utf8
-from sdvae.metrics.fid import FEATURES, ReconstructionFID
+from sdvae.io import make_folder, replacing, utf8, version
 from sdvae.metrics.image import image_figures
 from sdvae.metrics.memory import with_peak_memory
 from sdvae.metrics.perceptual import Perceptual, perceptual_if_any
 from sdvae.metrics.table import csv_text, differences, jsonable, markdown_table, means
-from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.model import AutoencoderKL
 from sdvae.noise import sample_seed
 from sdvae.pictures import tile_grid
-from sdvae.roundtrip import check_image_channels, crop_to, pad_to_multiple
+from sdvae.roundtrip import RoundTrip, check_image_channels, round_trip
 from sdvae.runtime import DTYPES, accelerator_type
-from sdvae.statistics import LatentHealth
+from sdvae.statistics import LatentHealth, merged
 from sdvae.weights import load_vae
+
+if TYPE_CHECKING:
+    from sdvae.metrics.fid import ReconstructionFID
 
 logger = logging.getLogger(__name__)
 
-PACKAGED = "packaged"  # the VAE's name where none was given
+PACKAGED = "packaged"  # name of the VAE that is evaluated when none is given
 
 
 @dataclass
-class Evaluation:
-    """The bench that all VAEs go over, one after the other."""
+class Measurements:
+    """What was measured of one VAE, on this process's images or, once `gathered`, on all of them.
+
+    Attributes:
+        health: statistics of the posteriors.
+        per_image: for each image its `index` (its place in the data), its `name` and those of `image_figures`.
+        drawn: (index, reconstruction (C, R, R)) of the images that are drawn.
+        seconds: for each batch, the time to encode and to decode, divided by the number of images.
+        memory: peak in bytes while a single image was reconstructed; None where the system does not report it.
+    """
+
+    health: LatentHealth
+    per_image: list[dict[str, Any]] = field(default_factory=list)
+    drawn: list[tuple[int, Tensor]] = field(default_factory=list)
+    seconds: list[tuple[float, float]] = field(default_factory=list)
+    memory: list[int | None] = field(default_factory=list)
+
+    def gathered(self) -> Measurements:
+        """Those of all processes, in the order of the data. All processes have to call this."""
+        return Measurements(
+            merged(gather_object([self.health])),
+            sorted(gather_object(self.per_image), key=lambda image: image["index"]),
+            _in_order(gather_object(self.drawn)),
+            gather_object(self.seconds),
+            gather_object(self.memory),
+        )
+
+
+@dataclass
+class Bench:
+    """The images and metrics that are the same for all VAEs, which go over them one after the other.
+
+    Attributes:
+        channels: of the images.
+        originals: (index, image (C, R, R)) of the images that are drawn; known after the first VAE.
+        bad: images that could not be read.
+    """
 
     config: EvaluateConfig
     state: PartialState
@@ -67,88 +102,89 @@ class Evaluation:
     perceptual: Perceptual | None
     fid: ReconstructionFID | None
     channels: int
-    originals: list[tuple[int, Tensor]] = field(default_factory=list)  # for the picture: place and (C, R, R)
+    originals: list[tuple[int, Tensor]] = field(default_factory=list)
     bad: BadImages = field(default_factory=BadImages)
 
-    def measure(self, name: str, vae: AutoencoderKL, first: bool) -> dict[str, Any]:
-        """All figures of one VAE, the same on every process.
+    def result(self, name: str, vae: AutoencoderKL, first: bool) -> dict[str, Any]:
+        """Everything that is said of one VAE; the same on every process.
 
-        Args: first: the originals are looked at, too.
+        Args:
+            name: of the VAE.
+            vae: moved to the device, and back to the CPU at the end.
+            first: whether it is the first VAE; the originals are then measured and kept too.
 
-        Raises: InputError when no image can be read.
+        Raises:
+            InputError: when no image can be read, or too few for rFID.
         """
-        device = self.state.device
-        vae.to(device)
-        health = LatentHealth(vae.config.latent_channels)
-        rows: list[dict[str, Any]] = []
-        drawn: list[tuple[int, Tensor]] = []
-        seconds: list[tuple[float, float]] = []  # to encode and to decode an image
-        memory: list[int | None] = []  # of one image
-        for batch in self._batches(name):
-            x = batch["image"].to(device)
-            if not memory:
-                self._reconstruct(vae, x, batch["index"])  # warms up
-                one = partial(self._reconstruct, vae, x[:1], batch["index"][:1])
-                memory.append(with_peak_memory(one, device)[1])
-            y, posterior, times = self._reconstruct(vae, x, batch["index"])
-            seconds.append((times[0] / len(x), times[1] / len(x)))
-            health.update(posterior)
-            for i, figures in enumerate(image_figures(x, y, posterior, self.perceptual)):
-                rows.append({"index": batch["index"][i], "name": utf8(batch["name"][i]), **figures})
-            if self.fid is not None:
-                if first:
-                    self.fid.add(x, real=True)
-                self.fid.add(y, real=False)
-            for place, original, reconstruction in zip(batch["index"], x.cpu(), y.cpu(), strict=True):
-                if place < self.config.images:
-                    drawn.append((place, reconstruction.nan_to_num()))
-                    if first:
-                        self.originals.append((place, original))
+        vae.to(self.state.device)
+        measured = self._measure(name, vae, first).gathered()
         vae.to("cpu")  # type: ignore[arg-type]
-        rows = sorted(gather_object(rows), key=lambda row: row["index"])
         if first:
             self.originals = _in_order(gather_object(self.originals))
         self.bad.add(gather_object(self.bad.items()))
-        if not rows:
+        per_image = measured.per_image
+        if not per_image:
             raise InputError(f"none of the {self.count} images of {self.config.data!r} can be read; see the warnings")
-        health.sums = torch.stack(gather_object([health.sums])).sum(dim=0)
-        seconds, memory = gather_object(seconds), gather_object(memory)
-        if self.fid is not None and len(rows) < 2:
-            raise InputError(
-                f"got {len(rows)} image that can be read; rFID needs two, and more than {FEATURES} to mean something"
-            )
-        rfid = None if self.fid is None else self.fid.compute()
-        infinite = sum(not math.isfinite(row["psnr"]) for row in rows)
-        if infinite:
+        not_finite = sum(not math.isfinite(image["psnr"]) for image in per_image)
+        if not_finite:
             logger.warning(
                 "%s: %d of %d reconstructions are not finite in %s; see `sdvae fp16`",
-                *(name, infinite, len(rows), self.config.precision),
+                *(name, not_finite, len(per_image), self.config.precision),
             )
+        rfid = self._rfid(len(per_image))
+        encode_seconds, decode_seconds = zip(*measured.seconds, strict=True)
         return {
             "vae": name,
             "parameters": sum(parameter.numel() for parameter in vae.parameters()),
             "latent_channels": vae.config.latent_channels,
             "compression_ratio": vae.spatial_compression_ratio,
-            "images": len(rows),
-            "not_finite": infinite,
-            "means": means(rows),
-            "rfid": None if infinite else rfid,
-            "active_channels": health.moments.active_channels,
-            "health": health.metrics(),
-            "complaints": health.complaints(),
-            "encode_ms": 1000 * statistics.median(encode for encode, _ in seconds),
-            "decode_ms": 1000 * statistics.median(decode for _, decode in seconds),
-            "memory_mib": max((taken / 2**20 for taken in memory if taken is not None), default=None),
-            "per_image": rows,
-            "drawn": _in_order(gather_object(drawn)),
+            "images": len(per_image),
+            "not_finite": not_finite,
+            "means": means(per_image),
+            "rfid": None if not_finite else rfid,
+            "active_channels": measured.health.moments.active_channels,
+            "health": measured.health.metrics(),
+            "complaints": measured.health.complaints(),
+            "encode_ms": 1000 * statistics.median(encode_seconds),
+            "decode_ms": 1000 * statistics.median(decode_seconds),
+            "memory_mib": max((taken / 2**20 for taken in measured.memory if taken is not None), default=None),
+            "per_image": per_image,
+            "drawn": measured.drawn,
         }
 
     @property
     def count(self) -> int:
+        """Images to be measured, over all processes."""
         return len(self.source) if self.config.count is None else min(self.config.count, len(self.source))
 
+    def _measure(self, name: str, vae: AutoencoderKL, first: bool) -> Measurements:
+        """This process's part. Arguments as of `result`."""
+        measured = Measurements(LatentHealth(vae.config.latent_channels))
+        for batch in self._batches(name):
+            x = batch["image"].to(self.state.device)
+            if not measured.memory:
+                self._round_trip(vae, x, batch["index"])  # a warm-up, so that it is not timed
+                one = partial(self._round_trip, vae, x[:1], batch["index"][:1])
+                measured.memory.append(with_peak_memory(one, self.state.device)[1])
+            trip = self._round_trip(vae, x, batch["index"])
+            measured.seconds.append((trip.encode_seconds / len(x), trip.decode_seconds / len(x)))
+            y = self._as_measured(trip.reconstruction)
+            measured.health.update(trip.posterior)
+            for i, figures in enumerate(image_figures(x, y, trip.posterior, self.perceptual)):
+                measured.per_image.append({"index": batch["index"][i], "name": utf8(batch["name"][i]), **figures})
+            if self.fid is not None:
+                if first:
+                    self.fid.add(x, real=True)
+                self.fid.add(y, real=False)
+            for index, original, reconstruction in zip(batch["index"], x.cpu(), y.cpu(), strict=True):
+                if index < self.config.images:
+                    measured.drawn.append((index, reconstruction.nan_to_num()))
+                    if first:
+                        self.originals.append((index, original))
+        return measured
+
     def _batches(self, name: str) -> Iterator[dict[str, Any]]:
-        """This process's batches that hold an image, with a progress bar on the main process."""
+        """This process's batches, without those in which no image could be read. Shows a progress bar."""
         config, state = self.config, self.state
         crop = adm_center_crop if config.crop == "adm" else center_crop
         images = EvaluationImages(self.source, config.resolution, self.channels, min_side=config.min_side, crop=crop)
@@ -162,79 +198,98 @@ class Evaluation:
                 yield batch
 
     @torch.inference_mode()
-    def _reconstruct(
-        self, vae: AutoencoderKL, x: Tensor, places: Sequence[int]
-    ) -> tuple[Tensor, DiagonalGaussian, tuple[float, float]]:
-        """(B, C, R, R) fp32 in [-1, 1], the posterior, and the seconds that it took to encode and to decode."""
-        start = self._now()
-        padded = pad_to_multiple(x.to(vae.dtype), vae.spatial_compression_ratio)
-        posterior = DiagonalGaussian(vae.encode(padded).latent_dist.parameters.float())
-        z = posterior.mode()
-        if self.config.latents == "sample":
-            shape = z.shape[1:]
-            noise = [torch.randn(shape, generator=self._generator(place)) for place in places]
-            z = posterior.mean + posterior.std * torch.stack(noise).to(z)
-        middle = self._now()
-        y = crop_to(vae.decode(z.to(vae.dtype)).sample, x.shape[2], x.shape[3]).float()
-        end = self._now()
-        finite = y.isfinite().all(dim=(1, 2, 3), keepdim=True)
-        y = y.clamp(-1, 1).where(finite, math.nan)  # infinite values must not pass for black and white
-        if self.config.quantize:
-            y = ((y + 1) * 127.5).round() / 127.5 - 1
-        return y, posterior, (middle - start, end - middle)
+    def _round_trip(self, vae: AutoencoderKL, x: Tensor, indices: Sequence[int]) -> RoundTrip:
+        """A sample's noise depends on the seed and on the image's place in the data, not on its batch."""
+        seeds = [sample_seed(self.config.seed, 0, index, "evaluation") for index in indices]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return round_trip(vae, x, latents=self.config.latents, generator=generators)
 
-    def _generator(self, place: int) -> torch.Generator:
-        return torch.Generator().manual_seed(sample_seed(self.config.seed, 0, place, "evaluation"))
+    def _as_measured(self, reconstruction: Tensor) -> Tensor:
+        """Clamped to [-1, 1] and, if wanted, rounded to 8 bits. An image with a value that is not finite becomes NaN,
+        since infinite values would be clamped to black and white."""
+        finite = reconstruction.isfinite().all(dim=(1, 2, 3), keepdim=True)
+        y = reconstruction.clamp(-1, 1).where(finite, math.nan)
+        return ((y + 1) * 127.5).round() / 127.5 - 1 if self.config.quantize else y
 
-    def _now(self) -> float:
-        if self.state.device.type == "cuda":
-            torch.cuda.synchronize(self.state.device)
-        return time.perf_counter()
+    def _rfid(self, images: int) -> float | None:
+        """Of the reconstructions since the last call; None where it was not asked for."""
+        if self.fid is None:
+            return None
+        if images < 2:
+            raise InputError(
+                f"got {images} image that can be read; rFID needs at least two, and far more for a reliable value"
+            )
+        return self.fid.compute()
 
 
 def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """Measure each VAE, write results.json, per_image.csv, table.md and a picture, and print the table.
 
-    Returns: for each VAE its figures: `means` (of `Mean`, one a figure), `per_image`, and those of the whole set.
+    Args:
+        config: the options of `sdvae evaluate`.
 
-    Raises: InputError for VAEs or images that cannot be read, before the first image is encoded where that is known.
+    Returns:
+        For each VAE `means` (a `MeanEstimate` of each figure), `per_image`, and the figures of the whole set.
+
+    Raises:
+        InputError: for VAEs or images that cannot be read; before the first image is encoded, where possible.
     """
     config = config.with_preset()
     state = PartialState(cpu=accelerator_type() is None)
-    with state.main_process_first():  # one process downloads what is to be downloaded
+    with state.main_process_first():  # one process downloads; the others find the files in the cache
         source = open_source(config.data, split=config.split, image_column=config.image_column)
         dtype = DTYPES[config.precision]
         vaes = {name or PACKAGED: load_vae(name, dtype=dtype) for name in config.vaes or (None,)}
         perceptual = perceptual_if_any(config.lpips, config.lpips_weights, config.lpips_heads)
-        fid = ReconstructionFID(config.inception, state.device) if config.fid else None
+        fid = _fid(config, state)
     for name, vae in vaes.items():
         check_image_channels(vae, name)
     channels = {vae.config.in_channels for vae in vaes.values()}
     if len(channels) > 1:
         raise InputError(f"the VAEs take images of {sorted(channels)} channels; need one kind; evaluate them apart")
-    if not all(gather_object([perceptual is not None])):  # one process's download may fail: all have it, or none
+    if not all(gather_object([perceptual is not None])):  # where one process's download failed, no process has LPIPS
         perceptual = None
     if perceptual is not None:
         perceptual.to(state.device)
-    bench = Evaluation(config, state, source, perceptual, fid, channels.pop())
+    bench = Bench(config, state, source, perceptual, fid, channels.pop())
     make_folder(Path(config.output))  # or fail now, and not after the last image
     results: list[dict[str, Any]] = []
     for name, vae in vaes.items():
         if config.tiling:
             vae.enable_tiling()
-        results.append(bench.measure(name, vae, first=not results))
-    measured = results[0]["images"]
-    if config.preset != "none" and measured != (published := PRESETS[config.preset][0]):
-        logger.warning("%s: rows are published of %d images, here are %d", config.preset, published, measured)
-    if fid is not None and measured <= FEATURES:
-        logger.warning("rFID of %d images is biased upwards; need more than %d, its features", measured, FEATURES)
+        results.append(bench.result(name, vae, first=not results))
+    _warn_of_few(results[0]["images"], config)
     if state.is_main_process:
         write(results, bench)
     return results
 
 
-def write(results: list[dict[str, Any]], bench: Evaluation) -> None:
-    """The four files, each whole or not at all."""
+def _fid(config: EvaluateConfig, state: PartialState) -> ReconstructionFID | None:
+    if not config.fid:
+        return None
+    from sdvae.metrics.fid import ReconstructionFID
+
+    return ReconstructionFID(config.inception, state.device)
+
+
+def _warn_of_few(images: int, config: EvaluateConfig) -> None:
+    """Say so when the number of images is not that of published tables, or too small for rFID."""
+    if config.preset != "none" and images != (published := PRESETS[config.preset][0]):
+        logger.warning("%s: published rows are of %d images, these are of %d", config.preset, published, images)
+    if config.fid:
+        from sdvae.metrics.fid import FEATURES
+
+        if images <= FEATURES:
+            logger.warning("rFID of %d images is biased upwards; need more than its %d features", images, FEATURES)
+
+
+def write(results: list[dict[str, Any]], bench: Bench) -> None:
+    """Write the four files, each whole or not at all, and print the table.
+
+    Args:
+        results: of `Bench.result`; `drawn` is taken out of each.
+        bench: on which they were measured.
+    """
     config = bench.config
     lpips_name = None if bench.perceptual is None else bench.perceptual.name
     table = markdown_table(results, lpips_name) + f"\n{_conditions(results[0], config)}\n"
@@ -242,7 +297,7 @@ def write(results: list[dict[str, Any]], bench: Evaluation) -> None:
     drawn = [result.pop("drawn") for result in results]
     about = {
         "config": asdict(config),
-        "versions": {"sdvae": sdvae.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "versions": {"sdvae": version(), "torch": torch.__version__, "diffusers": diffusers.__version__},
         "device": str(bench.state.device),
         "processes": bench.state.num_processes,
         "threads": torch.get_num_threads(),
@@ -269,17 +324,17 @@ def _conditions(result: dict[str, Any], config: EvaluateConfig) -> str:
     return f"Means over {result['images']} images ± 95 % confidence; {how}, {config.precision}{rounded}."
 
 
-def _in_order(pictures: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
-    return sorted(pictures, key=lambda entry: entry[0])
+def _in_order(images: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+    return sorted(images, key=lambda image: image[0])
 
 
 def _picture(
     results: Sequence[dict[str, Any]], originals: list[tuple[int, Tensor]], drawn: list[list[tuple[int, Tensor]]]
 ) -> Image.Image:
-    """A row an image: the original, and each VAE's reconstruction with its PSNR."""
-    tiles = [[image, *(entries[i][1] for entries in drawn)] for i, (_, image) in enumerate(originals)]
-    psnr = [{row["index"]: f"{row['psnr']:.2f} dB" for row in result["per_image"]} for result in results]
-    captions = [["", *(of_vae[place] for of_vae in psnr)] for place, _ in originals]
+    """A row for each image: the original, and each VAE's reconstruction with its PSNR."""
+    tiles = [[image, *(of_vae[i][1] for of_vae in drawn)] for i, (_, image) in enumerate(originals)]
+    psnr = [{image["index"]: f"{image['psnr']:.2f} dB" for image in result["per_image"]} for result in results]
+    captions = [["", *(of_vae[index] for of_vae in psnr)] for index, _ in originals]
     return tile_grid(tiles, ["original", *(result["vae"] for result in results)], captions=captions)
 
 

@@ -1,14 +1,17 @@
-"""Figures of merit of a reconstruction, one an image, and moments of the latents."""
+"""PSNR, SSIM, LPIPS and KL of single images."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
+
+if TYPE_CHECKING:
+    from sdvae.metrics.perceptual import Perceptual
 
 SSIM_SIGMA = 1.5  # of the Gaussian window, in pixels; Wang et al. 2004, section III.B
 SSIM_RADIUS = 5  # the window has 11x11 pixels
@@ -20,13 +23,18 @@ def image_metrics(
 ) -> list[dict[str, float]]:
     """PSNR, SSIM, LPIPS and KL of each image.
 
-    Args:
-        images, reconstruction: (B, C, H, W) in [-1, 1]; the reconstruction is clamped to that range first.
-        perceptual: None leaves LPIPS out.
+    SSIM is the mean over the 11x11 windows that lie inside the image (Wang et al. 2004), as in scikit-image.
+    torchmetrics' own mean also counts windows over a mirrored border.
 
-    Returns: for each image `psnr` in dB, `ssim` (over the 11x11 windows that lie inside the image, Wang et al.
-        2004, which is skimage's and not torchmetrics' mean: that one counts a mirrored border), the perceptual
-        distance under its own name, and `kl` in nats divided by C·H·W.
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        reconstruction: the same shape; clamped to [-1, 1] first.
+        posterior: of the images.
+        perceptual: LPIPS; None leaves it out.
+
+    Returns:
+        For each image `psnr` in dB, `ssim`, the perceptual distance under its own name, and `kl` in nats divided by
+        C·H·W.
     """
     images, reconstruction = images.float(), reconstruction.float().clamp(-1, 1)
     x, y = (images + 1) / 2, (reconstruction + 1) / 2
@@ -48,25 +56,39 @@ def image_metrics(
 def image_figures(
     images: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian, perceptual: Perceptual | None
 ) -> list[dict[str, float]]:
-    """What a person wants to know of each image: as `image_metrics`, with the KL in `kl_nats` an image and
-    `bits_per_pixel`, and the colour bias, `bias_0`, …: the mean of reconstruction - image of each channel, in levels
-    of 8 bits.
+    """`image_metrics` in units for people, with the bias of each colour.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        reconstruction: the same shape; clamped to [-1, 1] first.
+        posterior: of the images.
+        perceptual: LPIPS; None leaves it out.
+
+    Returns:
+        For each image `psnr`, `ssim` and the perceptual distance as in `image_metrics`; the KL as `kl_nats`, nats an
+        image, and as `bits_per_pixel`; and `bias_0`, `bias_1`, …, the mean of reconstruction - image in each channel,
+        in levels of 8 bits.
     """
     nats = posterior.kl()  # (B,)
     bits = nats / math.log(2) / (images.shape[2] * images.shape[3])
     bias = 127.5 * (reconstruction.clamp(-1, 1) - images).mean(dim=(2, 3))  # (B, C)
-    rows = []
-    for i, row in enumerate(image_metrics(images, reconstruction, posterior, perceptual)):
-        row = {key: value for key, value in row.items() if key != "kl"}  # that is a value's, as in the objective
-        row |= {"kl_nats": float(nats[i]), "bits_per_pixel": float(bits[i])}
-        rows.append(row | {f"bias_{channel}": float(value) for channel, value in enumerate(bias[i])})
-    return rows
+    figures = image_metrics(images, reconstruction, posterior, perceptual)
+    for i, of_image in enumerate(figures):
+        del of_image["kl"]  # divided by the number of values, as in the training objective
+        of_image |= {"kl_nats": float(nats[i]), "bits_per_pixel": float(bits[i])}
+        of_image |= {f"bias_{channel}": float(value) for channel, value in enumerate(bias[i])}
+    return figures
 
 
 def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image, at most PEAK_PSNR: (B,) in dB.
+    """Peak signal-to-noise ratio of each image.
 
-    Args: images, reconstruction: (B, C, H, W) in [-1, 1]; the reconstruction is clamped to that range first.
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        reconstruction: the same shape; clamped to [-1, 1] first.
+
+    Returns:
+        (B,) in dB, at most PEAK_PSNR.
     """
     x, y = (images.float() + 1) / 2, (reconstruction.float().clamp(-1, 1) + 1) / 2
     ratio = peak_signal_noise_ratio(y, x, data_range=1.0, dim=(1, 2, 3), reduction="none")

@@ -1,4 +1,4 @@
-"""How much memory a computation takes: of the device, or of this process."""
+"""How much memory a computation takes, on the device or in this process."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ import torch
 
 from sdvae.runtime import give_back
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
-
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux only
 
 Result = TypeVar("Result")
 
 
 def with_peak_memory(compute: Callable[[], Result], device: torch.device) -> tuple[Result, int | None]:
-    """The result, and the bytes that computing it takes at its peak above what was held before; the result included.
+    """Run a computation and measure its memory.
 
-    On a CPU it is the resident set's, after what the allocator had kept was given back. None: on a system that does
-    not tell.
+    On a CPU it is the process's resident memory; before the computation, free memory is returned to the system.
+
+    Args:
+        compute: runs on `device`.
+        device: whose memory counts.
+
+    Returns:
+        The result, and the peak during the computation above what was held before, in bytes, including the result;
+        None where the system does not report it.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -35,11 +41,12 @@ def with_peak_memory(compute: Callable[[], Result], device: torch.device) -> tup
         return compute(), None
     give_back()
     before = _resident("VmRSS")
-    CLEAR.write_text("5")  # forgets the peak: proc(5)
+    CLEAR.write_text("5")  # resets the peak, VmHWM: proc(5)
     result = compute()
     return result, _resident("VmHWM") - before
 
 
 def _resident(key: str) -> int:
+    """Bytes, of a line in /proc/self/status."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024

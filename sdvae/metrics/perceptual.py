@@ -1,9 +1,9 @@
-"""LPIPS, the learned perceptual distance, as a metric and, with its gradient, as a loss.
+"""LPIPS, the learned perceptual distance, as a metric and as a loss.
 
 Zhang et al. 2018, «The Unreasonable Effectiveness of Deep Features as a Perceptual Metric»: the distance is
 a weighted sum of squared differences between unit-normalised features of an ImageNet trunk. The network and
-its linear heads come from the `lpips` package; here is where its trunk's weights come from, and what keeps
-it frozen, in evaluation mode and in fp32.
+its linear heads come from the `lpips` package. This module loads the trunk's weights and keeps the network frozen, in
+evaluation mode and in fp32.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ RANDOM_TRUNK_SEED = 0  # a random trunk is the same in every run and on every pr
 
 
 class Perceptual(nn.Module):
-    """LPIPS of two batches of images; its weights never train and it never leaves evaluation mode.
+    """LPIPS of two batches of images. Its weights are frozen and it stays in evaluation mode.
 
     Build it with `load_perceptual`.
 
     Attributes:
-        name: for tables and logs: «lpips_vgg»; «lpips_vgg_random» when the trunk is random, since such a
-            figure compares with no published one; «lpips_vgg_uniform» with uniform heads.
+        name: for tables and logs: «lpips_vgg»; «lpips_vgg_random» for a random trunk, whose values cannot be compared
+            with published ones; «lpips_vgg_uniform» for uniform heads.
     """
 
     def __init__(self, network: lpips.LPIPS, name: str):
@@ -50,14 +50,21 @@ class Perceptual(nn.Module):
         self.name = name
 
     def train(self, mode: bool = True) -> Perceptual:
-        """Stays in evaluation mode: lpips's heads have dropout, which would make the distance random."""
+        """Do nothing: the heads' dropout would make the distance random in training mode."""
         return super().train(False)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """(B, C, H, W) twice, in [-1, 1] -> (B,) in fp32, also under autocast.
+        """The distance between each pair of images; in fp32, under autocast too.
 
-        Grey images are repeated to three channels; with any other number of channels each channel is taken
-        as a grey image and the distances are averaged.
+        Grey images are repeated to three channels. Of images with another number of channels, each channel is taken
+        as a grey image, and the distances are averaged.
+
+        Args:
+            reconstruction: (B, C, H, W) in [-1, 1].
+            images: the same shape.
+
+        Returns:
+            (B,) in fp32.
         """
         channels = images.shape[1]
         with torch.autocast(images.device.type, enabled=False):
@@ -80,11 +87,16 @@ def load_perceptual(
 
     Args:
         net: "vgg", "alex" or "squeeze".
-        weights: file with the trunk in torchvision's names; None downloads it, or takes torch hub's cache.
-        heads: "lpips" for the published linear heads, "uniform" to count all features the same.
-        allow_random: when nothing can be downloaded, warn and take a random trunk with uniform heads.
+        weights: file with the trunk in torchvision's names; None downloads it, or uses torch hub's cache.
+        heads: "lpips" for the published linear heads, "uniform" to weight all features equally.
+        allow_random: if the download fails, warn and use a random trunk with uniform heads.
 
-    Raises: InputError when the file does not fit, or when nothing can be downloaded and random is not allowed.
+    Returns:
+        The network, frozen, on the CPU.
+
+    Raises:
+        InputError: for an unknown `net`, a file that does not fit, or when the download fails and a random trunk is
+            not allowed.
     """
     if net not in TORCHVISION_WEIGHTS:
         raise InputError(f"got perceptual net {net!r}; need one of {', '.join(TORCHVISION_WEIGHTS)}")
@@ -104,9 +116,18 @@ def load_perceptual(
 
 
 def perceptual_if_any(net: str, weights: str | None, heads: str) -> Perceptual | None:
-    """For a table that can do without: None where it is not wanted, or nobody named a file and the download fails.
+    """LPIPS where it can be had: without it, a table has one column less.
 
-    Args: net: "none", or as of `load_perceptual`, which raises what it raises when a file was named.
+    Args:
+        net: "none", or a `net` of `load_perceptual`.
+        weights: as of `load_perceptual`.
+        heads: as of `load_perceptual`.
+
+    Returns:
+        None for "none", and, with a warning, when `weights` is None and the download fails.
+
+    Raises:
+        InputError: as `load_perceptual` does, when `weights` names a file.
     """
     if net == "none":
         return None
@@ -120,13 +141,13 @@ def perceptual_if_any(net: str, weights: str | None, heads: str) -> Perceptual |
 
 
 def _trunk_keys(keys: list[str]) -> dict[str, str]:
-    """Of a whole classifier, the convolutional part."""
+    """Selects the convolutional part of a whole classifier."""
     return {key: key for key in keys if key.startswith("features.")}
 
 
 def _build(net: str, heads: str) -> lpips.LPIPS:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # lpips 0.1.4 passes torchvision's former argument `pretrained`
+        # lpips 0.1.4 uses torchvision's deprecated argument `pretrained`
         warnings.filterwarnings(
             "ignore", message=".*'pretrained' is deprecated.*|.*weight enum.*", category=UserWarning
         )
@@ -135,13 +156,13 @@ def _build(net: str, heads: str) -> lpips.LPIPS:
 
 
 def _download_trunk(net: str, allow_random: bool) -> dict[str, Tensor] | None:
-    """The trunk's state dict, or None when it cannot be had and a random one will do."""
+    """The trunk's state dict; None when the download fails and a random trunk is allowed."""
     try:
-        with short_timeout():
+        with download_timeout():
             return TORCHVISION_WEIGHTS[net].get_state_dict(
                 progress=False, check_hash=True, map_location="cpu", weights_only=True
             )
-    except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a file of another hash
+    except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a wrong hash
         if isinstance(error, RuntimeError) and "hash" not in str(error):
             raise
         reason = f"no ImageNet weights for LPIPS's {net} trunk: the download failed ({error})"
@@ -150,13 +171,17 @@ def _download_trunk(net: str, allow_random: bool) -> dict[str, Tensor] | None:
                 f"{reason}; give a local file with loss.perceptual.weights=FILE, "
                 "or set loss.lpips_weight=0 or loss.perceptual.allow_random=true"
             ) from error
-        logger.warning("%s; going on with a RANDOM trunk: its figures compare with no published LPIPS", reason)
+        logger.warning("%s; using a RANDOM trunk: its values cannot be compared with published LPIPS", reason)
         return None
 
 
 @contextmanager
-def short_timeout() -> Iterator[None]:
-    """For a download by torch hub, which sets none: a silent network would hang."""
+def download_timeout() -> Iterator[None]:
+    """Give up on a silent network after DOWNLOAD_TIMEOUT_SECONDS.
+
+    torch hub, which downloads the weights, has no timeout and no argument for one. So this sets the default of all new
+    sockets of the process, in all threads, until the block ends.
+    """
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
@@ -166,7 +191,11 @@ def short_timeout() -> Iterator[None]:
 
 
 def _load_trunk(trunk: nn.Module, tensors: dict[str, Tensor], net: str, origin: str) -> None:
-    """Load torchvision's «features.3.…» into lpips's «sliceK.3.…», the same layer in the same order."""
+    """Load torchvision's «features.3.…» into lpips's «sliceK.3.…», which is the same layer.
+
+    Raises:
+        InputError: for missing tensors, or tensors of the wrong shape.
+    """
     expected = trunk.state_dict()
     found = {key: tensors.get("features." + key.split(".", 1)[1]) for key in expected}
     missing = [key for key, tensor in found.items() if tensor is None]
@@ -174,7 +203,7 @@ def _load_trunk(trunk: nn.Module, tensors: dict[str, Tensor], net: str, origin: 
     if missing or wrong:
         example = (missing + wrong)[0].split(".", 1)[1]
         raise InputError(
-            f"{origin} is no {net} trunk: {len(missing)} of {len(expected)} tensors missing, {len(wrong)} of the "
+            f"{origin} is not the trunk {net}: {len(missing)} of {len(expected)} tensors missing, {len(wrong)} of the "
             f"wrong shape (features.{example}); need torchvision's {type(TORCHVISION_WEIGHTS[net]).__name__[:-8]} names"
         )
     trunk.load_state_dict(found)

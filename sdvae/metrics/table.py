@@ -1,4 +1,4 @@
-"""Figures of single images to means, intervals, differences and tables."""
+"""From the figures of single images to means, confidence intervals, paired differences and tables."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from scipy.stats import t as student
 
-Rows = Sequence[Mapping[str, Any]]  # one an image, with `index` and `name`
+ImageFigures = Sequence[Mapping[str, Any]]  # for each image its `index`, its `name` and numbers such as `psnr`
 
-# (key, heading, how it is written, better when: +1 greater, -1 smaller, 0 neither)
+# (key, heading, format, which is better: +1 a larger number, -1 a smaller one, 0 neither)
 COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("psnr", "PSNR, dB", ".2f", 1),
     ("ssim", "SSIM", ".3f", 1),
@@ -31,13 +31,15 @@ COLUMNS: tuple[tuple[str, str, str, int], ...] = (
 
 
 @dataclass(frozen=True)
-class Mean:
-    """Of one figure over the images.
+class MeanEstimate:
+    """The mean of one figure over the images, and how sure it is.
 
     Attributes:
         mean: over the images.
-        std: between images, with n - 1.
-        low, high: 95 % confidence interval of the mean, mean ± t·std/√n with Student's t of n - 1 degrees of freedom.
+        std: standard deviation between images, with n - 1.
+        low: lower end of the mean's 95 % confidence interval, mean - t·std/√n, with Student's t of n - 1 degrees of
+            freedom.
+        high: upper end, mean + t·std/√n.
     """
 
     mean: float
@@ -46,30 +48,32 @@ class Mean:
     high: float
 
 
-def mean_of(values: Sequence[float]) -> Mean:
-    """Of one image or more. Of a single one std, low and high are NaN."""
+def estimate_mean(values: Sequence[float]) -> MeanEstimate:
+    """The mean of one number or more. For a single one `std`, `low` and `high` are NaN."""
     x = torch.tensor(values, dtype=torch.float64)
     mean, std = float(x.mean()), float(x.std()) if len(values) > 1 else math.nan
     half = float(student.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
-    return Mean(mean, std, mean - half, mean + half)
+    return MeanEstimate(mean, std, mean - half, mean + half)
 
 
-def means(rows: Rows) -> dict[str, Mean]:
-    """Of every figure that the rows hold."""
-    return {key: mean_of([row[key] for row in rows]) for key in rows[0] if key not in ("index", "name")}
+def means(per_image: ImageFigures) -> dict[str, MeanEstimate]:
+    """The mean of each figure."""
+    return {key: estimate_mean([image[key] for image in per_image]) for key in _figure_names(per_image)}
 
 
-def differences(rows: Rows, baseline: Rows) -> dict[str, Mean]:
-    """Of each figure minus the baseline's on the same image: paired, so that easy and hard images cancel."""
-    other = {row["index"]: row for row in baseline}
-    pairs = [(row, other[row["index"]]) for row in rows]
-    keys = [key for key in rows[0] if key not in ("index", "name")]
-    return {key: mean_of([a[key] - b[key] for a, b in pairs]) for key in keys}
+def differences(per_image: ImageFigures, baseline: ImageFigures) -> dict[str, MeanEstimate]:
+    """The mean of each figure minus the baseline's on the same image.
+
+    Pairs have less variance than two means: whether an image is easy or hard cancels.
+    """
+    other = {image["index"]: image for image in baseline}
+    pairs = [(image, other[image["index"]]) for image in per_image]
+    return {key: estimate_mean([a[key] - b[key] for a, b in pairs]) for key in _figure_names(per_image)}
 
 
 def jsonable(value: Any) -> Any:
-    """What JSON can hold: a `Mean` becomes its fields, and NaN, which JSON has not, null."""
-    if isinstance(value, Mean):
+    """What JSON can hold: a `MeanEstimate` becomes its fields; NaN and infinity, which JSON does not have, null."""
+    if isinstance(value, MeanEstimate):
         return jsonable(asdict(value))
     if isinstance(value, Mapping):
         return {key: jsonable(item) for key, item in value.items()}
@@ -79,11 +83,14 @@ def jsonable(value: Any) -> Any:
 
 
 def markdown_table(results: Sequence[Mapping[str, Any]], lpips_name: str | None) -> str:
-    """One line a VAE; figures of images with their 95 % interval, the best of each column in bold.
+    """One line for each VAE: means with their 95 % interval, and the best number of each column in bold.
 
     Args:
-        results: each with `vae`, `means` (of `Mean`) and the figures that are one for the whole set.
-        lpips_name: of the perceptual distance's column, or None.
+        results: for each VAE its name, `vae`, its `means`, and the figures of the whole set, such as `rfid`.
+        lpips_name: name of the perceptual distance, or None.
+
+    Returns:
+        Markdown. A column that would be empty is left out.
     """
     keys = [
         column for column in COLUMNS if any(_number(result, column[0], lpips_name) is not None for result in results)
@@ -102,7 +109,7 @@ def markdown_table(results: Sequence[Mapping[str, Any]], lpips_name: str | None)
 
 
 def csv_text(results: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each image and VAE."""
+    """CSV with a line for each image and VAE."""
     keys = list(results[0]["per_image"][0])
     stream = io.StringIO()
     writer = csv.DictWriter(stream, ["vae", *keys], lineterminator="\n")
@@ -110,6 +117,10 @@ def csv_text(results: Sequence[Mapping[str, Any]]) -> str:
     for result in results:
         writer.writerows({"vae": result["vae"], **row} for row in result["per_image"])
     return stream.getvalue()
+
+
+def _figure_names(per_image: ImageFigures) -> list[str]:
+    return [key for key in per_image[0] if key not in ("index", "name")]
 
 
 def _number(result: Mapping[str, Any], key: str, lpips_name: str | None) -> Any:
@@ -121,7 +132,7 @@ def _number(result: Mapping[str, Any], key: str, lpips_name: str | None) -> Any:
 
 
 def _written(number: Any, form: str) -> str:
-    if isinstance(number, Mean):
+    if isinstance(number, MeanEstimate):
         half = (number.high - number.low) / 2
         return f"{number.mean:{form}}" + (f" ± {half:{form}}" if math.isfinite(half) else "")
     return format(number, form)
@@ -131,6 +142,6 @@ def _best(results: Sequence[Mapping[str, Any]], key: str, better: int, lpips_nam
     numbers = [(_number(result, key, lpips_name), result) for result in results]
     if not better or len(results) < 2:
         return None
-    known = [(n.mean if isinstance(n, Mean) else n, result) for n, result in numbers if n is not None]
+    known = [(n.mean if isinstance(n, MeanEstimate) else n, result) for n, result in numbers if n is not None]
     known = [(n, result) for n, result in known if math.isfinite(n)]
     return max(known, key=lambda pair: better * pair[0], default=(None, None))[1]

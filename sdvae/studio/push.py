@@ -1,4 +1,4 @@
-"""A VAE to the Hugging Face hub: weights for each program that can load them, figures, and a model card."""
+"""`sdvae push`: upload a VAE to the Hugging Face hub, with a model card and weights for other programs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from torch import nn
 
-import sdvae
 from sdvae.data import BadImages, EvaluationImages, evaluation_loader, open_source
 from sdvae.errors import InputError, one_line
-from sdvae.io import HUB_ID, replacing
+from sdvae.io import HUB_ID, replacing, version
+from sdvae.metrics import SMALLEST_SIDE
 from sdvae.model import AutoencoderKL
 from sdvae.runtime import accelerator_type
 from sdvae.training.model_card import (
@@ -43,10 +43,10 @@ from sdvae.training.save import grid_of
 from sdvae.training.validation import ValidationResult, validate
 from sdvae.weights import load_vae, save_ldm, save_vae
 
-GRID_IMAGES = 4  # rows of the grid
+GRID_IMAGES = 4  # rows in the grid
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 TAGS = ["vae", "autoencoder-kl", "sdvae"]
-WANT_TOKEN = "need one that may write; make it at https://huggingface.co/settings/tokens, then run `hf auth login`"
+WANT_TOKEN = "need one that may write; create it at https://huggingface.co/settings/tokens, then run `hf auth login`"
 
 
 def push_to_hub(
@@ -64,39 +64,44 @@ def push_to_hub(
     token: str | None = None,
     dry_run: str | Path | None = None,
 ) -> str:
-    """Upload a VAE in one commit: a diffusers folder, LDM_NAME where a program loads that, a card and its grid.
+    """Upload a VAE in one commit: a diffusers folder, LDM_NAME if any program can load it, a card and a grid of images.
 
-    The card is that of the VAE's folder, if it has one, with figures and ways to load it brought up to date, and
-    absolute paths in its recipe cut to their last part; else it is new. What else is in the repository stays.
+    If the VAE's folder has a card, that one is used. Its figures and ways to load it are brought up to date, and
+    absolute paths in its recipe are cut to their last part. Other files in the repository stay.
 
     Args:
-        vae: the model, whatever `load_vae` reads, or a run folder of the trainer (its model/, or its best_model/ if
-            that is named).
-        repo_id: «owner/name»; made if there is none.
+        vae: the model, a source for `load_vae`, or a run folder of the trainer, of which model/ is used (name its
+            best_model/ to use that).
+        repo_id: «owner/name» of the repository, which is created if it does not exist.
         subfolder: folder inside `vae` that holds the VAE.
-        private: of a new repository; by default what the owner's settings say.
-        license: for the card's head, an id that the hub knows, such as "apache-2.0"; by default what the card has.
-        revision: branch, made if there is none; by default main.
+        private: whether a new repository is private; by default as in the owner's settings.
+        license: an id that the hub knows, such as "apache-2.0"; by default that of the card.
+        revision: branch, which is created if it does not exist; by default main.
         message: of the commit.
-        data: whatever data.source takes: measure, and draw the grid, on the first `count` images of it, cropped to
-            `resolution` pixels a side. By default figures and grid are those of the VAE's folder, if it has some.
-        token: of the hub; by default that of `hf auth login`, or HF_TOKEN.
-        dry_run: a new or empty folder: write what would be uploaded there, and upload nothing.
+        data: a source for `open_source`, on which figures and grid are made. By default those of the VAE's folder are
+            used, if it has any.
+        count: number of those images, at most.
+        resolution: side of their centre crops in pixels.
+        token: access token of the hub; by default that of `hf auth login`, or HF_TOKEN.
+        dry_run: a new or empty folder; everything is written there, and nothing is uploaded.
 
-    Returns: the address of the commit, or the folder.
-    Raises: InputError for a VAE or data that cannot be read, or when the hub refuses; ConnectionError when the hub
-        cannot be reached, or fails.
+    Returns:
+        The address of the commit, or the folder of a dry run.
+
+    Raises:
+        InputError: for a VAE or data that cannot be read, or when the hub refuses the upload.
+        ConnectionError: when the hub cannot be reached, or fails.
     """
     if not HUB_ID.fullmatch(repo_id):
         raise InputError(f"got repo_id {repo_id!r}; need owner/name; put your name on the hub before it")
     target = None if dry_run is None else Path(dry_run).expanduser()
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"got dry_run={target}, which is there already; need a new or empty folder; choose another")
+        raise InputError(f"got dry_run={target}, which exists already; need a new or empty folder; choose another")
     if target is None and (token or get_token()) is None:
-        raise InputError(f"got no token of the hub; {WANT_TOKEN}, or set HF_TOKEN")
+        raise InputError(f"got no token for the hub; {WANT_TOKEN}, or set HF_TOKEN")
 
     model, folder, origin = _open(vae, subfolder)
-    measured = None if data is None else measure(model, data, count, resolution)
+    measured = None if data is None else measure_on(model, data, count, resolution)
     figures = None
     if data is not None and measured is not None:
         figures = figures_text(measured, "Means over", data, resolution)
@@ -116,19 +121,22 @@ def hub_card(
     """The model card.
 
     Args:
-        folder: that of the VAE, whose README.md is taken, if it has one.
-        base: id on the hub of the VAE that a new card is about.
-        license: None keeps what the card has.
-        figures: replaces the card's.
+        vae: the VAE.
+        repo_id: «owner/name» of the repository.
+        folder: the VAE's folder. If it has a README.md, the card is made from it.
+        base: for a new card, the id on the hub of the VAE that this one was made from.
+        license: None keeps that of the card.
+        figures: replaces the card's section of figures; None keeps it.
 
-    Raises: InputError when the card in the folder has a head that is not YAML.
+    Raises:
+        InputError: when the head of the card in the folder is not YAML.
     """
     readme = None if folder is None else folder / "README.md"
     if readme is not None and readme.is_file():
         try:
             card = ModelCard(readme.read_text(encoding="utf-8"))
         except (ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{readme} has a head that is not YAML ({one_line(error)[:300]}); mend it") from error
+            raise InputError(f"{readme} has a head that is not YAML ({_short(error)}); correct it") from error
     else:
         name = repo_id.split("/")[1]
         head = card_head(vae, title(name, vae.spatial_compression_ratio, vae.config.latent_channels), base_model=base)
@@ -145,7 +153,7 @@ def hub_card(
 
 
 def with_section(text: str, heading: str, content: str) -> str:
-    """Markdown with a section of the second level replaced, or, where it has none, added at the end."""
+    """Markdown with the content of one second-level section replaced; a missing section is added at the end."""
     new = section(heading, content)
     pattern = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
     if pattern.search(text):
@@ -154,9 +162,9 @@ def with_section(text: str, heading: str, content: str) -> str:
 
 
 def without_local_paths(text: str) -> str:
-    """A card in which absolute paths are cut to their last part: in the recipe, and where they stand in back quotes.
+    """A card in which absolute paths are cut to their last part: in the recipe, and between back quotes.
 
-    They would tell the world where things lie on one's disk, and nobody else can use them.
+    They would publish the folders of this machine, and are of no use to anybody else.
     """
     block = re.search(rf"^## {RECIPE}\n+```yaml\n(.*?)```", text, re.MULTILINE | re.DOTALL)
     if block is not None:
@@ -174,7 +182,7 @@ def _without_paths(node: Any) -> Any:
 
 
 def last_part(value: str) -> str:
-    """«photos» of /home/me/photos, ~/photos/, C:\\photos or data:/home/me/photos; anything else as it is."""
+    """«photos» of /home/me/photos, ~/photos/, C:\\photos or data:/home/me/photos; other strings stay as they are."""
     path = re.fullmatch(r"(?:[A-Za-z]\w*:)?(?:[/~\\]|[A-Za-z]:[\\/]).*", value)
     if path is None or "://" in value:
         return value
@@ -182,29 +190,33 @@ def last_part(value: str) -> str:
 
 
 @torch.no_grad()
-def measure(vae: AutoencoderKL, data: str, count: int, resolution: int) -> ValidationResult:
+def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int) -> ValidationResult:
     """Reconstruct images from the posterior's mode, in fp32.
 
-    Args: data, count, resolution: as of `push_to_hub`.
+    Args:
+        vae: the VAE; it stays as it is.
+        data: a source for `open_source`.
+        count: number of images, at most.
+        resolution: side of the centre crops in pixels.
 
-    Raises: InputError when none of the images can be read, or for a resolution that does not fit the VAE.
+    Raises:
+        InputError: when no image can be read, or for a count or resolution that is too small.
     """
-    ratio = vae.spatial_compression_ratio
-    if count < 1 or resolution < 1 or resolution % ratio:
+    if count < 1 or resolution < SMALLEST_SIDE:
         raise InputError(
-            f"got count={count}, resolution={resolution}; need one image or more, and a multiple of {ratio}"
+            f"got count={count}, resolution={resolution}; need at least 1 image, and {SMALLEST_SIDE} pixels for SSIM"
         )
     source = open_source(data)
     images = EvaluationImages(source, resolution, vae.config.in_channels, min_side=1)
     loader = evaluation_loader(images, range(min(count, len(source))), batch_size=1, num_workers=0)
     accelerator = Accelerator(cpu=accelerator_type() is None)
     copied = copy.deepcopy(vae)
-    nn.Module.to(copied, accelerator.device, torch.float32)  # diffusers' own wants to speak of the dtype
+    nn.Module.to(copied, accelerator.device, torch.float32)  # diffusers' own method logs a warning about the dtype
     return validate(copied, loader, accelerator, None, BadImages(), keep=GRID_IMAGES, full_precision=True)
 
 
 def _open(vae: AutoencoderKL | str | Path, subfolder: str | None) -> tuple[AutoencoderKL, Path | None, str | None]:
-    """The model, its folder if it is one on this machine, and its id if it is one on the hub."""
+    """The model, its folder if it was read from one, and its id if it was read from the hub."""
     if isinstance(vae, AutoencoderKL):
         return vae, None, None
     path = Path(vae).expanduser()
@@ -219,7 +231,7 @@ def _open(vae: AutoencoderKL | str | Path, subfolder: str | None) -> tuple[Autoe
 def _write(
     vae: AutoencoderKL, card: ModelCard, source: Path | None, measured: ValidationResult | None, folder: Path
 ) -> None:
-    """All files, into a folder that is not there yet. Pictures that the card shows come from the VAE's folder."""
+    """Write all files into a new folder. Pictures that the card shows are copied from the VAE's folder, `source`."""
     save_vae(vae, folder)
     if ldm_programs(vae):
         save_ldm(vae, folder / LDM_NAME)
@@ -235,7 +247,7 @@ def _upload(
     folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str, token: str | None
 ) -> str:
     with _refusals(repo_id):
-        api = HfApi(token=token, library_name="sdvae", library_version=sdvae.__version__)
+        api = HfApi(token=token, library_name="sdvae", library_version=version())
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -246,12 +258,12 @@ def _upload(
 
 @contextmanager
 def _refusals(repo_id: str) -> Iterator[None]:
-    """What the hub refuses, as InputError; what fails on the way, as ConnectionError; one line each."""
+    """Turn the hub's refusals into InputError and failures of hub or network into ConnectionError, one line each."""
     try:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = one_line(error.server_message or error)[:300]
+        said = _short(error.server_message or error)
         if status == 401:
             raise InputError(f"got a token that the hub does not know (401); {WANT_TOKEN}") from error
         if status == 403:
@@ -266,10 +278,14 @@ def _refusals(repo_id: str) -> Iterator[None]:
         if status < 500 and status != 429:
             raise InputError(f"the hub refuses {repo_id} ({status}: {said}); change that") from error
         raise ConnectionError(f"the hub failed ({status}: {said}); try again later") from error
-    except ValueError as error:  # the hub's check of the card's head, or of the repository's name
-        raise InputError(f"the hub refuses this card or name: {one_line(error)[:300]}") from error
-    except (HTTPError, OSError, RuntimeError) as error:  # hf_xet, which uploads large files, raises the last
+    except ValueError as error:  # raised when the card's head or the repository's name is not valid
+        raise InputError(f"the hub refuses this card or name: {_short(error)}") from error
+    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: by hf_xet, which uploads large files
         raise ConnectionError(
-            f"the hub cannot be reached, or the upload broke off ({type(error).__name__}: {one_line(error)[:300]}); "
+            f"the hub cannot be reached, or the upload broke off ({type(error).__name__}: {_short(error)}); "
             "check the network, then try again"
         ) from error
+
+
+def _short(error: object) -> str:
+    return one_line(error)[:300]

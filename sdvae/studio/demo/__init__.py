@@ -1,4 +1,4 @@
-"""`sdvae demo`: a page that shows what a VAE does to a photograph, and what the decoder makes of edited latents.
+"""`sdvae demo`: a page that shows a photograph's reconstruction, also from latents that were edited.
 
-`view` computes pictures and figures and knows no page; `page` puts them on one.
+`view` computes pictures and figures; `page` is the page that shows them.
 """

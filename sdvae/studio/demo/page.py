@@ -1,4 +1,4 @@
-"""The page of `sdvae demo`, in gradio: components, the events between them, and the server."""
+"""The page of `sdvae demo`, in gradio: its components, its events, and the server."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from sdvae.errors import InputError
 from sdvae.pictures import AMPLIFICATION
 from sdvae.studio.demo.view import Edits, Encoded, Model, encode, open_photograph, save_latents, show, show_latents
 
-KEPT_SECONDS = 3600  # that uploads, pictures and latents of a page outlive their last use
-CLEANING_SECONDS = 600  # between two looks for those
+KEPT_SECONDS = 3600  # uploads, pictures and latents are deleted this long after their last use
+CLEANING_SECONDS = 600  # between two searches for files to delete
 GRADIO_FOLDER = "GRADIO_TEMP_DIR"
-QUEUE_SIZE = 16  # requests that wait; the next is told that the queue is full
+QUEUE_SIZE = 16  # waiting requests; more are refused
 
 CSS = """
 .gradio-container { max-width: 1500px !important; }
@@ -36,20 +36,20 @@ CSS = """
   border: none !important; border-bottom: 1px solid var(--border-color-primary) !important; padding: 4px 8px !important;
 }
 .figures th { text-align: left; font-weight: 500; width: 7em; }
-@media (max-width: 760px) {  /* what became of the photograph before the settings that edit it */
+@media (max-width: 760px) {  /* results before the settings */
   #left { display: contents; } #photograph { order: 1; } #results { order: 2; } #settings { order: 3; }
 }
 """
 
-ALL = -1  # channels are shown
+ALL = -1  # value of the channel menu that shows all channels
 
 
 class Handlers:
-    """What the page's events call; a method returns its components' new values, in the order of `page`.
+    """The functions that the page's events call. Each returns new values for components, in the order of `page`.
 
     Args:
         models: one or two.
-        max_side: pixels, to which larger photographs are shrunk.
+        max_side: in pixels; photographs with a longer side are shrunk to it.
         folder: for the files of latents that can be downloaded.
     """
 
@@ -59,7 +59,7 @@ class Handlers:
         self.folder = folder
 
     def photograph(self, first: str | None, second: str | None, *settings: Any) -> list[Any]:
-        """Encode, and show. What is wrong with a file becomes the status; nothing else of it is on the page then."""
+        """Encode the photographs and show them. If a file cannot be read, the status line says why."""
         words, errors = [], []
         images = []
         for path in (first, second):
@@ -78,12 +78,14 @@ class Handlers:
             return [None, status, *no_files, *self._nothing()]
         with _said_on_page():
             encoded = [encode(model, photograph, other) for model in self.models]
-        shown = self.settings(encoded, *settings)  # before the files: gradio deletes those that it is given, in time
+        shown = self.settings(
+            encoded, *settings
+        )  # may fail, so before files are written, which gradio deletes only if it gets them
         files = [self._file(model, one, Path(first).stem) for model, one in zip(self.models, encoded, strict=True)]
         return [encoded, status, *files, *shown]
 
     def settings(self, encoded: list[Encoded] | None, *settings: Any) -> list[Any]:
-        """Decode again, and show."""
+        """Decode again after a change of settings."""
         if encoded is None:
             return self._nothing()
         edits = _edits(*settings[:-1])
@@ -95,7 +97,7 @@ class Handlers:
         return shown
 
     def channel(self, encoded: list[Encoded] | None, *settings: Any) -> list[Any]:
-        """Draw the latents again, which takes no decoding."""
+        """Draw the latents only, without decoding."""
         if encoded is None:
             return [None] * len(self.models)
         *edited, channel = settings
@@ -107,7 +109,7 @@ class Handlers:
         return [None, None, None, ""] * len(self.models)
 
     def _file(self, model: Model, encoded: Encoded, stem: str) -> gr.DownloadButton:
-        folder = Path(tempfile.mkdtemp(dir=self.folder))  # of its own, so that two photographs may have one name
+        folder = Path(tempfile.mkdtemp(dir=self.folder))  # a new one, since two photographs may have the same name
         path = folder / f"{stem}.safetensors"
         save_latents(model, encoded, path)
         return gr.DownloadButton(value=path, interactive=True)
@@ -115,7 +117,7 @@ class Handlers:
 
 @contextmanager
 def _said_on_page() -> Iterator[None]:
-    """Latents that overflow, or have no arc between them, in the page's corner."""
+    """Show an InputError in the corner of the page, such as one about latents that overflow."""
     try:
         yield
     except InputError as error:
@@ -123,12 +125,12 @@ def _said_on_page() -> Iterator[None]:
 
 
 def _edits(blend: float, path: str, noise: float, seed: float | None, zeroed: list[int]) -> Edits:
-    """From the page's settings but the last. A field for a number that was emptied is None."""
+    """From all settings of the page except the last. An empty number field is None."""
     return Edits(blend, path == "spherical", noise, int(seed or 0), tuple(zeroed))
 
 
 def page(handlers: Handlers) -> gr.Blocks:
-    """Components and events. One request at a time runs on the models, whoever sent it."""
+    """Components and events. The models handle one request at a time, from all visitors together."""
     models = handlers.models
     with gr.Blocks(
         title="sdvae demo", analytics_enabled=False, delete_cache=(CLEANING_SECONDS, KEPT_SECONDS)
@@ -164,7 +166,7 @@ def page(handlers: Handlers) -> gr.Blocks:
             **model_use,
         )
         gr.on(
-            [component.change for component in edited],  # and not .input, which a slider's reset button does not fire
+            [component.change for component in edited],  # not .input: a slider's reset button does not fire it
             handlers.settings,
             [encoded, *settings],
             shown,
@@ -177,14 +179,14 @@ def page(handlers: Handlers) -> gr.Blocks:
 
         def draw(*values: Any) -> Any:
             pictures = handlers.channel(*values)
-            return pictures if len(drawn) > 1 else pictures[0]  # gradio takes a single output as it is
+            return pictures if len(drawn) > 1 else pictures[0]  # gradio expects a single output without a list
 
         gr.on([channel.change], draw, [encoded, *settings], drawn, show_progress="hidden", **model_use)
     return blocks.queue(max_size=QUEUE_SIZE)
 
 
 def _settings(channels: int) -> tuple[gr.File, list[Any]]:
-    """The second photograph, and the settings in the order that `Handlers.settings` takes them."""
+    """The field for the second photograph, and the settings in the order of `Handlers.settings`."""
     gr.HTML("<h3>Edit the latents before they are decoded</h3>", padding=True)
     noise = gr.Slider(
         0, 3, 0, step=0.05, label="Noise", elem_id="noise", info="in standard deviations of the latents of photographs"
@@ -244,9 +246,17 @@ def _table(figures: dict[str, str]) -> str:
 def running(
     models: Sequence[Model], *, host: str, port: int, max_side: int, max_megabytes: float
 ) -> Iterator[gr.Blocks]:
-    """The page on a server in a thread; what was uploaded is gone when the block ends.
+    """Serve the page from a thread. When the block ends, all uploaded files are deleted.
 
-    Raises: InputError when there is nothing to listen on at that host and port.
+    Args:
+        models: one or two.
+        host: address to listen on.
+        port: to listen on.
+        max_side: in pixels; photographs with a longer side are shrunk to it.
+        max_megabytes: of an uploaded file.
+
+    Raises:
+        InputError: when the server cannot listen at that host and port.
     """
     with _gradio_folder() as folder:
         blocks = page(Handlers(models, max_side, folder))
@@ -261,7 +271,7 @@ def running(
                 share=False,
                 quiet=True,
                 footer_links=[],
-                run_history=False,  # it would keep pictures in the browser
+                run_history=False,  # it would store pictures in the browser
                 enable_monitoring=False,
                 ssr_mode=False,
                 pwa=False,
@@ -280,7 +290,11 @@ def running(
 
 @contextmanager
 def _gradio_folder() -> Iterator[Path]:
-    """Where gradio keeps uploads and pictures, which it looks up in the environment at every request."""
+    """A temporary folder for gradio's uploads and pictures.
+
+    gradio has no argument for it: it reads an environment variable at every request. So this sets the variable for the
+    whole process until the block ends.
+    """
     before = os.environ.get(GRADIO_FOLDER)
     with tempfile.TemporaryDirectory(prefix="sdvae-demo-", ignore_cleanup_errors=True) as folder:
         os.environ[GRADIO_FOLDER] = folder
@@ -296,7 +310,16 @@ def _gradio_folder() -> Iterator[Path]:
 def serve(vae: str | None, compare: str | None, *, host: str, port: int, max_side: int, max_megabytes: float) -> None:
     """Serve the page until Ctrl-C.
 
-    Raises: InputError for a VAE that cannot be read, or an option out of its range.
+    Args:
+        vae: a source for `load_vae`; None is the VAE of this package.
+        compare: a second one, to show beside the first; None shows only one.
+        host: address to listen on.
+        port: to listen on.
+        max_side: in pixels; photographs with a longer side are shrunk to it.
+        max_megabytes: of an uploaded file.
+
+    Raises:
+        InputError: for a VAE that cannot be read, or an option out of range.
     """
     if not 0 < port < 2**16 or max_side < 64 or not 0 < max_megabytes <= 1024:
         raise InputError(
@@ -306,7 +329,7 @@ def serve(vae: str | None, compare: str | None, *, host: str, port: int, max_sid
     models = [Model.load(vae), *([] if compare is None else [Model.load(compare)])]
     with running(models, host=host, port=port, max_side=max_side, max_megabytes=max_megabytes) as blocks:
         if not _is_loopback(host):
-            print(f"listening on {host}: whoever can reach this machine can use the page; there is no password")
+            print(f"listening on {host}: anybody who can reach this machine can use the page; there is no password")
         print(f"open {blocks.local_url} in a browser; Ctrl-C ends it", flush=True)
         with suppress(KeyboardInterrupt):
             wait(blocks)
@@ -314,7 +337,7 @@ def serve(vae: str | None, compare: str | None, *, host: str, port: int, max_sid
 
 
 def wait(blocks: gr.Blocks) -> None:
-    """Until the server ends, or Ctrl-C."""
+    """Return when the server ends; Ctrl-C raises KeyboardInterrupt."""
     while blocks.is_running:
         time.sleep(0.2)
 
@@ -322,5 +345,5 @@ def wait(blocks: gr.Blocks) -> None:
 def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:  # a name
+    except ValueError:  # not an address but a name
         return False

@@ -1,6 +1,6 @@
-"""One photograph through a VAE, with its latents edited on the way: tensors to pictures and figures.
+"""What the demo's page shows: a photograph's reconstruction from its latents, which may be edited before.
 
-photograph --encode--> latents --edited--> decode --> what is shown
+photograph --encode--> latents --edit--> decode --> pictures and figures
 """
 
 from __future__ import annotations
@@ -19,47 +19,49 @@ from torch import Tensor, nn
 from sdvae.cpu.kernels import speed_up
 from sdvae.data.images import RESAMPLING, ImageError, cover, read_image, to_image, to_tensor
 from sdvae.errors import InputError
+from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.image import image_metrics
 from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.model.tiling import map_bytes
 from sdvae.pictures import AMPLIFICATION
-from sdvae.reconstruct import SMALLEST_SIDE
-from sdvae.roundtrip import check_image_channels, crop_to, pad_to_multiple
+from sdvae.roundtrip import check_image_channels, decode_images, encode_images
 from sdvae.runtime import accelerator_type
 from sdvae.studio.explore.moves import lerp, slerp
 from sdvae.weights import load_vae
 
-SHEET_WIDTH = 768  # pixels, about, of the picture of all channels
-WHOLE_BYTES = 2**29  # of a layer's maps, above which an image is computed in strips; all at once takes thrice that
-CONTRAST = (0.01, 0.99)  # quantiles of a channel that are drawn black and white: single outliers would leave it flat
+SHEET_WIDTH = 768  # approximate width in pixels of the picture of all channels
+WHOLE_BYTES = 2**29  # of one layer's activations; larger images are computed in strips. A whole one takes thrice that.
+CONTRAST = (0.01, 0.99)  # quantiles of a channel that are drawn black and white, so that outliers do not matter
 
 
 @dataclass(frozen=True)
 class Model:
-    """A VAE with the name under which it is shown."""
+    """A VAE and the name under which it is shown."""
 
     name: str
     vae: AutoencoderKL
 
     @classmethod
     def load(cls, source: str | None) -> Model:
-        """In fp32, on the accelerator if there is one.
+        """Load a VAE in fp32, on the accelerator if there is one.
 
-        Args: source: whatever `load_vae` reads; None takes the VAE of this package.
+        Args:
+            source: a source for `load_vae`; None is the VAE of this package.
 
-        Raises: InputError when it cannot be read, or its images are neither grey nor RGB.
+        Raises:
+            InputError: when it cannot be read, or its images are neither grey nor RGB.
         """
         vae = load_vae(source, dtype=torch.float32)
         check_image_channels(vae, source)
         device = torch.device(accelerator_type() or "cpu")
         if device.type == "cpu":
             speed_up(vae)
-        nn.Module.to(vae, device)  # diffusers' own is typed for dtypes alone
+        nn.Module.to(vae, device)  # the type hints of diffusers' own method allow dtypes only
         return cls("packaged VAE" if source is None else source, vae)
 
     @property
     def std(self) -> float:
-        """Of the latents of photographs, as its configuration has it: scaling_factor is 1/std (LDM, appendix G)."""
+        """Standard deviation of the latents of photographs: 1/scaling_factor of its configuration (LDM, appendix G)."""
         return 1.0 / self.vae.config.scaling_factor
 
     @property
@@ -72,18 +74,18 @@ class Model:
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """(1, C, H, W) of any size -> the posterior over the latents of the padded image, on the CPU."""
-        padded = pad_to_multiple(x, self.vae.spatial_compression_ratio)
-        self._tile_if_large(padded.shape[2], padded.shape[3])
-        return DiagonalGaussian(self.vae.encode(padded.to(self.vae.device)).latent_dist.parameters.cpu())
+        self._tile_if_large(x.shape[2], x.shape[3])
+        return DiagonalGaussian(encode_images(self.vae, x.to(self.vae.device)).parameters.cpu())
 
-    def decode(self, z: Tensor) -> Tensor:
-        """(1, c, h, w) -> (1, C, f·h, f·w), on the CPU."""
-        ratio = self.vae.spatial_compression_ratio
-        self._tile_if_large(ratio * z.shape[2], ratio * z.shape[3])
-        return self.vae.decode(z.to(self.vae.device)).sample.cpu()
+    def decode(self, z: Tensor, height: int, width: int) -> Tensor:
+        """(1, c, ⌈H/f⌉, ⌈W/f⌉) -> (1, C, H, W) in about [-1, 1], on the CPU."""
+        self._tile_if_large(height, width)
+        return decode_images(self.vae, z.to(self.vae.device), (height, width)).cpu()
 
     def _tile_if_large(self, height: int, width: int) -> None:
-        """In strips, to the same result, where the whole image at once would take gigabytes; small ones are slower."""
+        """Use strips if the whole image would take gigabytes. The result is the same; for small images it is slower."""
+        ratio = self.vae.spatial_compression_ratio
+        height, width = height + -height % ratio, width + -width % ratio  # as padded
         self.vae.enable_tiling(map_bytes(self.vae, 1, height, width, torch.float32) > WHOLE_BYTES)
 
 
@@ -92,10 +94,10 @@ class Encoded:
     """A photograph and its posterior under one VAE.
 
     Attributes:
-        x: (1, C, H, W) in [-1, 1], as given to the VAE, before padding; on the CPU.
-        posterior: of the padded image, on the CPU.
-        second: (1, c, h, w), the mode of the second photograph, which is cut to the first one's size; or None.
-        seconds: that encoding the first one took.
+        x: (1, C, H, W) in [-1, 1], on the CPU.
+        posterior: over (1, c, ⌈H/f⌉, ⌈W/f⌉), on the CPU.
+        second: the same shape: the posterior's mode of the second photograph, cut to the size of the first; or None.
+        seconds: the time that encoding the first one took.
     """
 
     x: Tensor
@@ -106,23 +108,30 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Edits:
-    """What is done to the latents before they are decoded, in this order."""
+    """Changes to the latents before they are decoded, in this order."""
 
     blend: float = 0.0
-    """From 0, the photograph, to 1, the second one; without a second one it does nothing."""
+    """From 0, the first photograph, to 1, the second one. Without a second one it has no effect."""
     spherical: bool = False
-    """Blend along the arc instead of along the straight line."""
+    """Blend along an arc instead of a straight line."""
     noise: float = 0.0
     """Standard deviation of added noise, in units of that of the latents of photographs."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     zeroed: tuple[int, ...] = ()
-    """Channels that become 0; those that the VAE lacks are passed over."""
+    """Channels that are set to 0. Numbers beyond the VAE's channels are ignored."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows of one VAE, beside its latents."""
+    """What the page shows of one VAE, except its latents.
+
+    Attributes:
+        original: the photograph as the VAE gets it.
+        reconstruction: decoded from the edited latents.
+        difference: the amplified absolute difference of the two.
+        figures: numbers as text, by what they are.
+    """
 
     original: Image.Image
     reconstruction: Image.Image
@@ -131,10 +140,11 @@ class View:
 
 
 def open_photograph(path: str | Path, max_side: int) -> tuple[Image.Image, str]:
-    """An RGB image whose longer side has `max_side` pixels at most, and a sentence about what was read.
+    """An RGB image whose longer side has at most `max_side` pixels, and a sentence about it.
 
-    Raises: InputError, one line that starts with the file's name, when it is no image, is damaged, has more pixels
-        than are ever decoded, or a side that is too short.
+    Raises:
+        InputError: a line that starts with the file's name, when the file is not an image, is damaged, has too many
+            pixels to be decoded safely, or a side that is too short.
     """
     path = Path(path)
     try:
@@ -157,7 +167,13 @@ def open_photograph(path: str | Path, max_side: int) -> tuple[Image.Image, str]:
 
 @torch.inference_mode()
 def encode(model: Model, image: Image.Image, second: Image.Image | None = None) -> Encoded:
-    """Args: image, second: RGB; a grey VAE gets their luma."""
+    """Encode one photograph or two.
+
+    Args:
+        model: the VAE.
+        image: RGB; a grey VAE gets its luma.
+        second: the same, to blend with; None for no blending.
+    """
     x = _pixels(model, image)
     start = time.perf_counter()
     posterior = model.encode(x)
@@ -170,13 +186,13 @@ def encode(model: Model, image: Image.Image, second: Image.Image | None = None) 
 
 @torch.inference_mode()
 def show(model: Model, encoded: Encoded, edits: Edits) -> View:
-    """Decode the edited latents. Figures of the reconstruction are against the photograph, whatever was edited."""
+    """Decode the edited latents. The figures compare the result with the first photograph, even after edits."""
     z = edit(encoded.posterior.mode(), encoded.second, edits, model.std)
     start = time.perf_counter()
-    y = model.decode(z)
+    x = encoded.x
+    height, width = x.shape[-2:]
+    y = model.decode(z, height, width)
     seconds = time.perf_counter() - start
-    height, width = encoded.x.shape[-2:]
-    x, y = encoded.x, crop_to(y, height, width)
     (merits,) = image_metrics(x, y, encoded.posterior, None)
     nats = float(encoded.posterior.kl())
     difference = (2 * AMPLIFICATION * ((x - y.clamp(-1, 1)) / 2).abs() - 1).clamp(-1, 1)  # 0 is black
@@ -197,21 +213,32 @@ def show(model: Model, encoded: Encoded, edits: Edits) -> View:
 
 @torch.inference_mode()
 def show_latents(model: Model, encoded: Encoded, edits: Edits, channel: int | None = None) -> Image.Image:
-    """The latents that `show` decodes. Args: channel: the one to draw; None, or one that the VAE lacks, draws all."""
+    """A picture of the latents that `show` decodes.
+
+    Args:
+        model: the VAE.
+        encoded: the photograph.
+        edits: to its latents.
+        channel: the one to draw; None, or a number beyond the VAE's channels, draws all.
+    """
     z = edit(encoded.posterior.mode(), encoded.second, edits, model.std)
     return draw_channels(z[0], None if channel is None or channel >= z.shape[1] else channel)
 
 
 def edit(z: Tensor, second: Tensor | None, edits: Edits, std: float) -> Tensor:
-    """Latents as they are decoded.
+    """The edited latents. The noise pattern depends on the seed and the shape only; `edits.noise` scales it.
 
     Args:
         z: (1, c, h, w), unscaled.
-        second: the same, of the second photograph.
+        second: the same shape, of the second photograph, or None.
+        edits: what is done.
         std: of the latents of photographs, the unit of `edits.noise`.
 
-    Returns: a new tensor; the noise depends on the seed and the shape alone, and grows in place with its strength.
-    Raises: InputError where there is no arc between the two: from zero, or to the opposite.
+    Returns:
+        A new tensor of the same shape.
+
+    Raises:
+        InputError: for a spherical blend of latents between which there is no single arc: zeros or opposite ones.
     """
     if second is not None:
         blend = slerp if edits.spherical else lerp
@@ -223,10 +250,17 @@ def edit(z: Tensor, second: Tensor | None, edits: Edits, std: float) -> Tensor:
 
 
 def draw_channels(z: Tensor, channel: int | None) -> Image.Image:
-    """(c, h, w) -> one channel, or all in a grid; each grey from its 1st to its 99th percentile, which are given."""
+    """A picture of one channel, or of all in a grid.
+
+    A channel's grey levels go from its 1st to its 99th percentile, which are written above it.
+
+    Args:
+        z: (c, h, w).
+        channel: its number; None draws all.
+    """
     shown = range(len(z)) if channel is None else [channel]
     columns = math.ceil(math.sqrt(len(shown)))
-    zoom = max(1, round(SHEET_WIDTH / columns / z.shape[2]))  # whole pixels, so that elements are squares
+    zoom = max(1, round(SHEET_WIDTH / columns / z.shape[2]))  # an integer, so that latent elements are squares
     width, height = zoom * z.shape[2], zoom * z.shape[1]
     size = min(16, max(10, width // 14))
     font = ImageFont.load_default(size)
@@ -246,10 +280,10 @@ def draw_channels(z: Tensor, channel: int | None) -> Image.Image:
 
 
 def save_latents(model: Model, encoded: Encoded, path: Path) -> None:
-    """Write `mean` and `logvar`, (1, c, h, w) float32 each, as encoded: unscaled and not edited.
+    """Write a safetensors file with `mean` and `logvar`, (1, c, h, w) float32 each: unscaled and not edited.
 
-    The metadata have the VAE's name, its scaling_factor (and shift_factor, where it has one), and the image's
-    width and height in pixels, to which what is decoded is cropped.
+    Its metadata hold the VAE's name, its scaling_factor (and shift_factor, if it has one), and the image's width and
+    height in pixels, to which the decoded image has to be cropped.
     """
     config = model.vae.config
     metadata = {"vae": model.name, "scaling_factor": repr(config.scaling_factor)}

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib import colormaps
 from torch import Tensor
 
 from sdvae.metrics.image import psnr
 from sdvae.noise import sample_seed
 from sdvae.pictures import tile_grid
+from sdvae.roundtrip import crop_to
 from sdvae.studio.explore.anomaly import (
     DEFECTS,
     add_defect,
@@ -143,7 +145,8 @@ def explore_components(study: Study) -> Finding:
     scale = SHOWN_STD * components.variance.sqrt().clamp(min=1e-12)
     scaled = components.coefficients(z) / scale.to(z)[:, None, None]
     colours[:, : min(3, channels)] = scaled[:, :3]
-    colours = torch.nn.functional.interpolate(colours, size=images.shape[2:], mode="nearest")
+    larger = F.interpolate(colours, scale_factor=float(study.vae.spatial_compression_ratio), mode="nearest")
+    colours = crop_to(larger, *images.shape[2:])
 
     counts = sorted({count for count in (1, 2, 3) if count < channels} | {channels})
     decoded = {count: study.decode(components.keep(z, count)) for count in counts}

@@ -1,4 +1,4 @@
-"""What every exploration needs: a VAE, the photographs that it draws, and the set that it measures."""
+"""What every experiment needs: a VAE, the photographs that are drawn, and the set of images that is measured."""
 
 from __future__ import annotations
 
@@ -16,19 +16,26 @@ from sdvae.data import BadImages, EvaluationImages, center_crop, open_source, re
 from sdvae.data.images import ImageError
 from sdvae.errors import InputError
 from sdvae.io import utf8
+from sdvae.metrics import SMALLEST_SIDE
 from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.roundtrip import decode_images, encode_images
 from sdvae.runtime import accelerator_type
 from sdvae.statistics import LatentCovariance, LatentMoments
 from sdvae.studio.explore.prior import LatentSpectrum
 from sdvae.studio.settings import Settings
 
-SMALLEST_RESOLUTION = 32  # pixels: the widest blur that denoise tries has a radius of 13, and SD's latents are 4x4
 MOST_SHOWN = 6  # photographs that an experiment draws
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A picture, the figures that go with it into a JSON file, and the same in words."""
+    """The result of an experiment.
+
+    Attributes:
+        picture: what is drawn.
+        figures: numbers for the JSON file.
+        lines: the main ones in words, to be printed.
+    """
 
     picture: Image.Image
     figures: dict[str, Any]
@@ -36,14 +43,22 @@ class Finding:
 
 
 class Photographs(NamedTuple):
-    """names: one an image. images: (N, C, R, R) float in [-1, 1]."""
+    """N images, (N, C, R, R) float in [-1, 1], and the name of each."""
 
     names: list[str]
     images: Tensor
 
 
 class Statistics(NamedTuple):
-    """Sums over the measured set; `kl` is the mean KL(q(z|x) || N(0, I)) of a latent element, in nats."""
+    """Statistics of the posteriors of the measured images.
+
+    Attributes:
+        names: of the images.
+        moments: mean and variance of each channel.
+        covariance: between channels.
+        spectrum: covariance between positions.
+        kl: mean of KL(q(z|x) || N(0, I)) over images and latent elements, in nats.
+    """
 
     names: list[str]
     moments: LatentMoments
@@ -53,21 +68,24 @@ class Statistics(NamedTuple):
 
 
 class Study:
-    """A VAE beside its photographs. Images go in one by one, so that what comes out does not depend on a batch.
+    """A VAE and the images of the experiments. The VAE gets one image at a time, so that results do not depend on
+    batches.
 
-    The photographs that are drawn are `settings.images`, by default the first of `settings.data`. What is measured
-    is measured on the first `settings.count` readable images of `settings.data`. All are centre crops of
-    R x R pixels, R = `settings.resolution`.
+    The photographs that are drawn are `settings.images`, by default the first of `settings.data`. Measurements are made
+    on the first `settings.count` readable images of `settings.data`. All are centre crops of R x R pixels,
+    R = `settings.resolution`.
 
-    Raises: InputError for settings that do not fit the VAE or each other.
+    Args:
+        vae: in fp32; moved to the accelerator, if there is one.
+        settings: those of the experiments.
+
+    Raises:
+        InputError: for settings out of range.
     """
 
     def __init__(self, vae: AutoencoderKL, settings: Settings):
-        ratio = vae.spatial_compression_ratio
-        if settings.resolution < SMALLEST_RESOLUTION or settings.resolution % ratio:
-            raise InputError(
-                f"got resolution {settings.resolution}; need a multiple of {ratio}, {SMALLEST_RESOLUTION} or more"
-            )
+        if settings.resolution < SMALLEST_SIDE:
+            raise InputError(f"got resolution {settings.resolution}; need {SMALLEST_SIDE} or more")
         if settings.count < 1 or settings.steps < 3:
             raise InputError(
                 f"got count {settings.count} and steps {settings.steps}; need at least 1 image and 3 steps"
@@ -80,21 +98,22 @@ class Study:
         self.vae.enable_slicing()
         self.settings = settings
         self._opened: dict[str, EvaluationImages] = {}
-        self._bad = BadImages()  # each is named once, however many passes there are
+        self._bad = BadImages()  # warns of each unreadable image once, however many passes there are
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> DiagonalGaussian:
-        """(N, C, R, R) in [-1, 1] -> the posterior over (N, c, R/f, R/f), on the CPU."""
-        posterior = self.vae.encode(images.to(self.vae.device)).latent_dist
-        return DiagonalGaussian(posterior.parameters.cpu())
+        """(N, C, R, R) in [-1, 1] -> the posterior over (N, c, ⌈R/f⌉, ⌈R/f⌉), on the CPU."""
+        return DiagonalGaussian(encode_images(self.vae, images.to(self.vae.device)).parameters.cpu())
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """(N, c, h, w) -> (N, C, f·h, f·w), clamped to [-1, 1] as a picture file would have it, on the CPU.
+        """(N, c, ⌈R/f⌉, ⌈R/f⌉) -> (N, C, R, R), clamped to [-1, 1] as in a picture file, on the CPU.
 
-        Raises: InputError for values that no picture can hold.
+        Raises:
+            InputError: for images with values that are not finite.
         """
-        images = self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample.cpu()
+        size = (self.settings.resolution, self.settings.resolution)
+        images = decode_images(self.vae, latents.to(self.vae.device, self.vae.dtype), size).cpu()
         if not images.isfinite().all():
             raise InputError("the VAE decodes to NaN or infinite values; need finite ones; see sdvae fp16 audit")
         return images.clamp(-1, 1)
@@ -102,7 +121,8 @@ class Study:
     def shown(self, count: int, needed: int = 1) -> Photographs:
         """Up to `count` photographs to draw.
 
-        Raises: InputError where there are not even `needed`, or one that was named cannot be read.
+        Raises:
+            InputError: when there are fewer than `needed`, or one of `settings.images` cannot be read.
         """
         names = self.settings.images[:count]
         found = [(utf8(name), self._named(name)) for name in names] or list(self.measured(most=count))
@@ -113,11 +133,13 @@ class Study:
         return Photographs([name for name, _ in found], torch.stack([image for _, image in found]))
 
     def check(self, needed: int) -> None:
-        """Read what the experiments draw, and one of the anomalies, before any of them computes for minutes.
+        """Read the photographs to draw and the first abnormal image, to find faults before minutes of computation.
 
-        Args: needed: photographs that one of them cannot do without.
+        Args:
+            needed: number of photographs that the experiments need at least.
 
-        Raises: InputError as `shown` and `measured` do.
+        Raises:
+            InputError: as `shown` and `measured` do.
         """
         self.shown(MOST_SHOWN, needed)
         if self.settings.anomalies is not None:
@@ -126,9 +148,12 @@ class Study:
     def measured(self, source: str | None = None, most: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, (C, R, R)) of the first readable images.
 
-        Args: source: by default `settings.data`. most: by default `settings.count`.
+        Args:
+            source: by default `settings.data`.
+            most: how many, at most; by default `settings.count`.
 
-        Raises: InputError when none can be read.
+        Raises:
+            InputError: when none can be read.
         """
         source, most = source or self.settings.data, most or self.settings.count
         images = self._images(source)
@@ -147,8 +172,9 @@ class Study:
 
     @cached_property
     def statistics(self) -> Statistics:
-        """One pass over the measured set."""
-        channels, side = self.vae.config.latent_channels, self.settings.resolution // self.vae.spatial_compression_ratio
+        """From one pass over the measured images."""
+        channels = self.vae.config.latent_channels
+        side = -(-self.settings.resolution // self.vae.spatial_compression_ratio)
         names, kl = [], 0.0
         moments, covariance = LatentMoments(channels), LatentCovariance(channels)
         spectrum = LatentSpectrum(channels, side, side)
@@ -171,7 +197,11 @@ class Study:
         return self._opened[source]
 
     def _named(self, name: str) -> Tensor:
-        """An image file, or an image of the data set. (C, R, R)."""
+        """(C, R, R): an image file, or an image of `settings.data`.
+
+        Raises:
+            InputError: when there is no such image, or it cannot be read.
+        """
         path = Path(name).expanduser()
         if path.is_file():
             try:
@@ -193,7 +223,7 @@ class Study:
 
 
 def caption(name: str) -> str:
-    """A name as it stands in a picture: without folder and extension."""
+    """An image's name as it is written in a picture: without folder and extension."""
     return Path(name).stem
 
 
@@ -203,5 +233,5 @@ def contrast(images: Tensor) -> Tensor:
 
 
 def rounded(values: Tensor | Sequence[float], digits: int = 4) -> list[float]:
-    """For JSON files that people read."""
+    """Numbers for a JSON file, with a few decimal places."""
     return [round(float(value), digits) for value in values]

@@ -1,4 +1,4 @@
-"""`sdvae report`: all about one VAE, or one run, in a single HTML file."""
+"""`sdvae report`: a VAE, or a run, described in a single HTML file."""
 
 from sdvae.studio.report.run import write_report
 

@@ -1,4 +1,4 @@
-"""Which pictures the page can show: the worst, the best and the first ones, and no more than those in memory."""
+"""The pictures that the page shows: the worst, the best and the first images. No others are kept in memory."""
 
 from __future__ import annotations
 
@@ -10,45 +10,62 @@ from torch import Tensor
 
 from sdvae.data import to_image
 
-EXTREMES = 3  # worst images, and best, that are shown large
-PICTURE_BYTES = 9_000_000  # of all images in the page; base64 makes 12 MB of them
+EXTREMES = 3  # how many of the worst images, and of the best, are shown large
+PICTURE_BYTES = 9_000_000  # of all pictures in the page; 12 MB in base64
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image, with its figures, and itself as it is shown: 8 bits, compressed without loss."""
+    """An image and its reconstruction, in 8 bits, compressed without loss.
+
+    Attributes:
+        name: of the image.
+        original: a WebP file.
+        reconstruction: a WebP file.
+        figures: those of `image_figures`.
+    """
 
     name: str
-    original: bytes  # WebP
-    reconstruction: bytes  # WebP
+    original: bytes
+    reconstruction: bytes
     figures: dict[str, float]
-    """Those of `image_figures`."""
 
     @property
     def size(self) -> int:
+        """Of both files together, in bytes."""
         return len(self.original) + len(self.reconstruction)
 
 
 class Gallery:
-    """Takes images one by one and keeps those that can be on the page, so that memory does not grow with their number.
+    """Takes images one by one and keeps those that may be shown, so that memory does not grow with their number.
 
-    These are the first ones while PICTURE_BYTES last, and up to EXTREMES of the worst and of the best so far.
+    Kept are the first images, up to PICTURE_BYTES, and EXTREMES each of the worst and the best so far.
 
-    Args: ranked_by: the figure by which images are good or bad: «psnr», or that of a distance.
+    Args:
+        ranked_by: the figure that says how good a reconstruction is: «psnr», or the name of a distance.
 
-    Attributes: pictures: those kept, by their place in the data.
+    Attributes:
+        images: how many were added.
+        pictures: those kept, by their place in the data.
     """
 
     def __init__(self, ranked_by: str):
         self.ranked_by = ranked_by
         self.images = 0
         self.pictures: dict[int, Picture] = {}
-        self._badness: dict[int, float] = {}  # of the extremes, by place
-        self._first = 0  # pictures that are kept for being early
+        self._badness: dict[int, float] = {}  # of the extremes, by place; larger is worse
+        self._first = 0  # pictures before this place are kept because they came early
         self._room = PICTURE_BYTES
 
     def add(self, name: str, original: Tensor, reconstruction: Tensor, figures: dict[str, float]) -> None:
-        """Args: original, reconstruction: (C, H, W) in [-1, 1]; they are compressed only where they are kept."""
+        """Take the next image.
+
+        Args:
+            name: of the image.
+            original: (C, H, W) in [-1, 1]; compressed only if it is kept.
+            reconstruction: the same shape.
+            figures: those of `image_figures`.
+        """
         place, self.images = self.images, self.images + 1
         figure = figures[self.ranked_by]
         self._badness[place] = -figure if self.ranked_by == "psnr" else figure
@@ -66,18 +83,18 @@ class Gallery:
                 self.pictures.pop(other, None)
 
     def best_first(self) -> list[int]:
-        """Places of the extremes; of equals the earlier one is the better."""
+        """Places of the extremes; of two equal ones the earlier is better."""
         return sorted(self._badness, key=self._badness.__getitem__)
 
     def extremes(self) -> tuple[list[int], list[int]]:
-        """Places of the worst, worst first, and of the best, best first; none is in both."""
+        """Places of the worst, worst first, and places of the best, best first. No image is in both."""
         best_first = self.best_first()
         some = min(EXTREMES, (len(best_first) + 1) // 2)
         worst = best_first[::-1][:some]
         return worst, [place for place in best_first[:some] if place not in worst]
 
     def shown(self) -> dict[int, Picture]:
-        """In the order of the data: the extremes in any case, the first others while PICTURE_BYTES last."""
+        """The pictures on the page, in the order of the data: all extremes, and first ones up to PICTURE_BYTES."""
         chosen: list[int] = []
         room = PICTURE_BYTES
         extremes = [place for places in self.extremes() for place in places]
@@ -90,8 +107,8 @@ class Gallery:
 
 
 def webp(image: Image.Image) -> bytes:
-    """Without loss: artefacts of the VAE are what is looked for, and none may be added. A third below PNG's size."""
+    """A lossless WebP file: a lossy one would add artefacts to the VAE's own. A third smaller than PNG."""
     buffer = io.BytesIO()
-    # measured: quality 100 and method 6 take 60 times as long for 4 % less
+    # measured: quality 100 and method 6 take 60 times as long for files 4 % smaller
     image.save(buffer, format="WEBP", lossless=True, quality=50, method=3)
     return buffer.getvalue()

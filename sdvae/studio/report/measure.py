@@ -1,4 +1,4 @@
-"""One pass over the images: all that the report says of them, one batch in memory at a time."""
+"""One pass over the images that measures all that the report shows, with one batch in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from sdvae.errors import InputError
 from sdvae.metrics.image import image_figures
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
+from sdvae.roundtrip import round_trip
 from sdvae.statistics import LatentHealth, LatentMaps
 from sdvae.studio.report.gallery import Gallery
 from sdvae.studio.report.spectra import radial_power
 
 BATCH_SIZE = 4  # images
-FIRST = 4  # images that are also looked at closely: latents, round trips, half precision
+FIRST = 4  # images that are also shown with their latents, repeated round trips and half precision
 SAMPLE_SEED = 0  # of the latents that the histograms count
 
 
@@ -30,10 +31,13 @@ class Measured:
 
     Attributes:
         gallery: the pictures to show.
-        sums: of each of `image_figures`, over the images.
-        originals, reconstructions: (N // 2,) mean power at 1, 2, …, N/2 cycles a side; see `radial_power`.
+        sums: of each figure of `image_figures`, over the images.
+        health: statistics of the posteriors.
+        maps: the same by position.
+        originals: (N // 2,) mean power of the images at 1, 2, …, N/2 cycles a side; see `radial_power`.
+        reconstructions: the same of their reconstructions.
         first: (FIRST, C, R, R) at most, in [-1, 1], on the CPU.
-        first_latents: (FIRST, C, h, w) their posteriors' modes, scaled.
+        first_latents: (FIRST, c, h, w), the modes of their posteriors, scaled.
     """
 
     gallery: Gallery
@@ -47,10 +51,11 @@ class Measured:
 
     @property
     def images(self) -> int:
+        """How many were measured."""
         return self.gallery.images
 
     def mean(self, key: str) -> float:
-        """Of one figure over the images."""
+        """Of one figure, over the images."""
         return self.sums[key] / self.images
 
 
@@ -59,20 +64,22 @@ def measure(
     vae: AutoencoderKL,
     batches: Iterable[dict[str, Any]],
     perceptual: Perceptual | None,
-    device: torch.device,
     bad_images: BadImages,
 ) -> Measured:
-    """Reconstruct every image from its posterior's mode.
+    """Reconstruct every image from its posterior's mode, and measure the reconstructions and the latents.
 
     Args:
-        vae: in fp32, on the device.
-        batches: `image` (B, C, R, R) in [-1, 1], `name`, and `bad`, of which `bad_images` takes note.
+        vae: in fp32.
+        batches: `image` (B, C, R, R) in [-1, 1], `name`, and `bad`, the images that could not be read.
+        perceptual: LPIPS, on the VAE's device; None leaves it out.
+        bad_images: receives the images that could not be read.
 
-    Raises: InputError when no image can be read, or a reconstruction is not finite.
+    Raises:
+        InputError: when no image can be read, or a reconstruction is not finite.
     """
     gallery = Gallery("psnr" if perceptual is None else perceptual.name)
     sums: dict[str, float] = defaultdict(float)
-    spectra = torch.zeros(())  # (2, N // 2) with the first batch
+    spectra = torch.zeros(())  # (2, N // 2) from the first batch on
     first: list[Tensor] = []
     first_latents: list[Tensor] = []
     health = LatentHealth(vae.config.latent_channels)
@@ -82,17 +89,17 @@ def measure(
         bad_images.add(batch["bad"])
         if not batch["name"]:
             continue
-        x = batch["image"].to(device)
-        output = vae(x)
-        y, posterior = output.sample.clamp(-1, 1), output.posterior
-        if not output.sample.isfinite().all():
+        x = batch["image"].to(vae.device)
+        trip = round_trip(vae, x)
+        if not trip.reconstruction.isfinite().all():
             raise InputError(
                 f"the reconstruction of {batch['name'][0]} or of the {len(x) - 1} after it is not finite in fp32; "
                 "need finite images; take an earlier checkpoint"
             )
+        y, posterior = trip.reconstruction.clamp(-1, 1), trip.posterior
         if maps is None:
-            shape = tuple(posterior.mean.shape[1:])
-            maps = LatentMaps(shape, vae.config.scaling_factor, vae.config.shift_factor)
+            _, *shape = trip.latents.shape
+            maps = LatentMaps((shape[0], shape[1], shape[2]), vae.config.scaling_factor, vae.config.shift_factor)
         health.update(posterior)
         maps.update(posterior, generator)
         spectra = spectra + torch.stack([radial_power(x), radial_power(y)]).sum(dim=1)
@@ -102,7 +109,7 @@ def measure(
                 sums[key] += value
             if len(first) < FIRST:
                 first.append(x[i].cpu())
-                first_latents.append(maps.scaled(posterior.mode()[i]).cpu())
+                first_latents.append(maps.scaled(trip.latents[i]).cpu())
     if maps is None:
         raise InputError(f"none of the {len(bad_images)} images can be read; see the warnings; choose others by --data")
     originals, reconstructions = spectra / gallery.images

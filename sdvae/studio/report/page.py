@@ -1,4 +1,4 @@
-"""The measurements as one HTML file that needs nothing else: no network, no other file, no framework."""
+"""The measurements as a single HTML file that needs no network, no other file and no framework."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-import sdvae
 from sdvae.data import to_image
+from sdvae.io import version
 from sdvae.metrics.image import PEAK_PSNR
 from sdvae.model import AutoencoderKL
 from sdvae.pictures import AMPLIFICATION, draw_curve
 from sdvae.statistics import HISTOGRAM_RANGE
-from sdvae.studio.report import figures
-from sdvae.studio.report.figures import SMALL, WIDE, svg
+from sdvae.studio.report import plots
 from sdvae.studio.report.gallery import Picture, webp
 from sdvae.studio.report.measure import Measured
+from sdvae.studio.report.plots import SMALL, WIDE, svg
 from sdvae.studio.report.robustness import SHOWN_TRIPS, Delta, Drift, computes_natively
 
 STRIPS = 2  # images whose round trips are shown
-FACTOR_TOLERANCE = 0.1  # by which the measured 1/std may be off the configured factor without a word
+FACTOR_TOLERANCE = 0.1  # relative; beyond it the page says that the configured scaling factor is not 1/std
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,14 @@ class Subject:
     """What the report is about.
 
     Attributes:
-        lpips_name: of the perceptual distance among the figures, or None.
-        bad_images: (name, reason) of those that could not be read.
-        curves: of `read_curves`; empty where there is no run.
-        recipe: the run's config.yaml, or None.
+        name: of the VAE.
+        model: the VAE.
+        data: name of the images' source.
+        resolution: side of the images in pixels.
+        lpips_name: name of the perceptual distance, or None.
+        bad_images: (name, reason) of images that could not be read.
+        curves: as from `read_curves`; empty if there is no run.
+        recipe: text of the run's config.yaml, or None.
     """
 
     name: str
@@ -54,7 +58,7 @@ class Subject:
 
 
 def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[Delta]) -> str:
-    """The page. Names from outside are escaped wherever they stand: the template's autoescape is on."""
+    """The page's HTML. The template escapes all names, which may come from anywhere."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sdvae.studio.report", "."),
         autoescape=True,
@@ -82,7 +86,7 @@ def _versions(model: AutoencoderKL) -> str:
     device = model.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or device.type
     return (
-        f"sdvae {sdvae.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
+        f"sdvae {version()}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
         f"Python {platform.python_version()}, on {device.type} ({kind})"
     )
 
@@ -103,7 +107,7 @@ def _head(subject: Subject, measured: Measured) -> dict[str, Any]:
 
 
 def _reconstructions(measured: Measured) -> dict[str, Any]:
-    """Who is worst and best, and which pictures go into the page."""
+    """Which images are worst and best, and the pictures that go into the page."""
     gallery = measured.gallery
     worst, best = gallery.extremes()
     return {
@@ -137,7 +141,7 @@ def _latents(model: AutoencoderKL, measured: Measured) -> dict[str, Any]:
             "scaled_mean": (mean[c] - shift) * factor,
             "scaled_std": std[c] * factor,
             "outside": int(maps.outside[c]) / elements,
-            "histogram": _plot(partial(figures.histogram, counts=maps.histogram[c], total=elements), SMALL),
+            "histogram": _plot(partial(plots.histogram, counts=maps.histogram[c], total=elements), SMALL),
         }
         for c in range(model.config.latent_channels)
     ]
@@ -146,25 +150,25 @@ def _latents(model: AutoencoderKL, measured: Measured) -> dict[str, Any]:
         "latent_rows": [
             {
                 "image": _image_uri(to_image(image)),
-                "channels": [_image_uri(figures.latent_picture(channel)) for channel in z],
+                "channels": [_image_uri(plots.latent_picture(channel)) for channel in z],
             }
             for image, z in zip(measured.first, measured.first_latents, strict=True)
         ],
-        "latent_limit": figures.LATENT_LIMIT,
+        "latent_limit": plots.LATENT_LIMIT,
         "histogram_limit": HISTOGRAM_RANGE[1],
         "channels": channels,
-        "correlation": _plot(partial(figures.correlation, matrix=maps.correlation(moments))),
+        "correlation": _plot(partial(plots.correlation, matrix=maps.correlation(moments))),
         "covariance": maps.covariance(moments).tolist(),
-        "kl_map": _plot(partial(figures.position_map, values=maps.kl())),
-        "std_map": _plot(partial(figures.position_map, values=maps.std(moments))),
-        "log_variances": _plot(partial(figures.log_variances, health=health)),
+        "kl_map": _plot(partial(plots.position_map, values=maps.kl())),
+        "std_map": _plot(partial(plots.position_map, values=maps.std(moments))),
+        "log_variances": _plot(partial(plots.log_variances, health=health)),
     }
 
 
 def _drift(measured: Measured, drift: Drift) -> dict[str, Any]:
     to_original, to_previous = (values.mean(dim=1).tolist() for values in (drift.to_original, drift.to_previous))
     return {
-        "drift_plot": _plot(partial(figures.drift_curves, drift=drift)),
+        "drift_plot": _plot(partial(plots.drift_curves, drift=drift)),
         "trips": list(zip(range(1, len(to_original) + 1), to_original, to_previous, strict=True)),
         "drift_images": len(measured.first),
         "strips": [
@@ -191,8 +195,8 @@ def _spectra(subject: Subject, measured: Measured) -> dict[str, Any]:
         "factor": factor,
     }
     return {
-        "power": _plot(partial(figures.power, **arguments)),
-        "ratio": _plot(partial(figures.power_ratio, **arguments)),
+        "power": _plot(partial(plots.power, **arguments)),
+        "ratio": _plot(partial(plots.power_ratio, **arguments)),
         "edge": 1 / (2 * factor),
         "factor": factor,
     }

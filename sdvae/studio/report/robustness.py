@@ -1,9 +1,8 @@
-"""What becomes of an image that goes round many times, and of the result in half precision or in strips."""
+"""Repeated round trips, and reconstructions in half precision and in strips."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdvae.metrics.image import psnr
 from sdvae.model import AutoencoderKL
+from sdvae.roundtrip import RoundTrip, round_trip
 
 TRIPS = 10
 SHOWN_TRIPS = (1, 2, 5, 10)
@@ -22,12 +22,12 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Drift:
-    """Encode and decode, encode what came out, and so on.
+    """What happens to images that are encoded and decoded again and again.
 
     Attributes:
-        to_original: (TRIPS, B) PSNR in dB against the image that went in first; row 0 is the reconstruction's.
-        to_previous: (TRIPS, B) PSNR in dB against the image of one trip before.
-        shown: {trip: (B, C, H, W) in [-1, 1]} for SHOWN_TRIPS.
+        to_original: (TRIPS, B) PSNR in dB against the original image; the first row is that of the reconstruction.
+        to_previous: (TRIPS, B) PSNR in dB against the image before this trip.
+        shown: the images after each of SHOWN_TRIPS, (B, C, H, W) in [-1, 1].
     """
 
     to_original: Tensor
@@ -37,14 +37,16 @@ class Drift:
 
 @torch.inference_mode()
 def drift(vae: AutoencoderKL, images: Tensor) -> Drift:
-    """Through the posterior's mode TRIPS times, clamped to [-1, 1] after each; not rounded to 8 bits.
+    """Encode and decode TRIPS times, by the posterior's mode; clamped to [-1, 1] each time, not rounded to 8 bits.
 
-    Args: images: (B, C, H, W) in [-1, 1], on the VAE's device.
+    Args:
+        vae: the VAE.
+        images: (B, C, H, W) in [-1, 1], on its device.
     """
     to_original, to_previous, shown = [], [], {}
     previous = images
     for trip in range(1, TRIPS + 1):
-        current = vae(previous).sample.clamp(-1, 1)
+        current = round_trip(vae, previous).reconstruction.clamp(-1, 1)
         to_original.append(psnr(images, current).cpu())
         to_previous.append(psnr(previous, current).cpu())
         if trip in SHOWN_TRIPS:
@@ -55,15 +57,15 @@ def drift(vae: AutoencoderKL, images: Tensor) -> Drift:
 
 @dataclass(frozen=True)
 class Delta:
-    """One way of computing the reconstruction against the plain one in fp32, both clamped to [-1, 1].
+    """How far a reconstruction is from that of the whole image in fp32, both clamped to [-1, 1].
 
     Attributes:
-        name: «bf16», «fp16», «strips».
-        values: of all images together.
-        not_finite: of those, infinite or NaN. Where there are any, the three below are None.
-        latents_not_finite: of the latents' values: so much of it was the encoder's.
+        name: «bf16», «fp16» or «strips».
+        values: number of values in all images together.
+        not_finite: how many of them are infinite or NaN. If any are, the last three attributes are None.
+        latents_not_finite: how many values of the latents are infinite or NaN, which the encoder made.
         largest: greatest absolute difference, in levels of 8 bits.
-        psnr: dB between the two; the mean over images.
+        psnr: dB between the two, the mean over images.
         changed: share of the values that differ after rounding to 8 bits.
     """
 
@@ -78,38 +80,44 @@ class Delta:
 
 @torch.inference_mode()
 def deltas(vae: AutoencoderKL, images: Tensor) -> list[Delta]:
-    """bf16, fp16 and `enable_tiling` against the whole image in fp32.
+    """bf16, fp16 and `enable_tiling`, each compared with the whole image in fp32.
 
-    Args: vae: in fp32. images: (B, C, H, W) in [-1, 1], on its device.
+    Args:
+        vae: in fp32.
+        images: (B, C, H, W) in [-1, 1], on its device.
     """
-    _, wanted = _there_and_back(vae, images)
-    found = [_compare(name, *_in_half(vae, images, dtype), wanted) for name, dtype in HALVES.items()]
+    wanted = round_trip(vae, images).reconstruction
+    found = [_compare(name, _in_half(vae, images, dtype), wanted) for name, dtype in HALVES.items()]
     was_on = vae.use_tiling
     vae.enable_tiling()
     try:
-        found.append(_compare("strips", *_there_and_back(vae, images), wanted))
+        found.append(_compare("strips", round_trip(vae, images), wanted))
     finally:
         vae.use_tiling = was_on
     return found
 
 
 def computes_natively(device: torch.device) -> bool:
-    """In half precision; see `_in_half` for what is done elsewhere."""
+    """Whether half precision is computed by the device itself, or emulated; see `_in_half`."""
     return device.type != "cpu"
 
 
-def _in_half(vae: AutoencoderKL, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Latents and reconstruction, by the device; on a CPU, most of which take minutes an image, by `Rounded`."""
-    half = torch.nn.Module.to(copy.deepcopy(vae), dtype)  # diffusers' own warns of modules to be kept in fp32: none
+def _in_half(vae: AutoencoderKL, images: Tensor, dtype: torch.dtype) -> RoundTrip:
+    """On a GPU by its own half precision. Most CPUs would take minutes an image; there `Rounded` emulates it."""
+    half = torch.nn.Module.to(copy.deepcopy(vae), dtype)  # diffusers' own method warns of modules to keep in fp32
     if computes_natively(images.device):
-        return _there_and_back(half, images.to(dtype))
-    rounded = half.float()  # the weights stay rounded, and what overflowed infinite
+        return round_trip(half, images)
+    rounded = half.float()  # weights keep their rounded values, and stay infinite where they overflowed
     with Rounded(dtype):
-        return _there_and_back(rounded, images.to(dtype).float())
+        return round_trip(rounded, images.to(dtype).float())
 
 
 class Rounded(TorchDispatchMode):
-    """Every operation in fp32, its result rounded to a half precision: what a GPU does that accumulates in fp32."""
+    """Compute every operation in fp32 and round its result to half precision, as a GPU that accumulates in fp32 does.
+
+    Args:
+        dtype: fp16 or bf16.
+    """
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -119,22 +127,17 @@ class Rounded(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not func.is_view:  # a view's values are rounded already
+        if not func.is_view:  # the values of a view have been rounded already
             for tensor in pytree.tree_leaves(result):
                 if isinstance(tensor, Tensor) and tensor.dtype == torch.float32:
                     tensor.copy_(tensor.to(self.dtype))
         return result
 
 
-def _there_and_back(vae: Callable[..., Any], images: Tensor) -> tuple[Tensor, Tensor]:
-    """The posterior's mode and its image, in fp32, not clamped."""
-    output = vae(images)
-    return output.posterior.mode().float(), output.sample.float()
-
-
-def _compare(name: str, latents: Tensor, image: Tensor, wanted: Tensor) -> Delta:
+def _compare(name: str, trip: RoundTrip, wanted: Tensor) -> Delta:
+    image = trip.reconstruction
     not_finite = int((~image.isfinite()).sum())
-    latents_not_finite = int((~latents.isfinite()).sum())
+    latents_not_finite = int((~trip.latents.isfinite()).sum())
     if not_finite:
         return Delta(name, image.numel(), not_finite, latents_not_finite, None, None, None)
     a, b = (((x.clamp(-1, 1) + 1) * 127.5) for x in (image, wanted))

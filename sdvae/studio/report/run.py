@@ -1,4 +1,4 @@
-"""From a VAE, or a run folder, to the file."""
+"""`sdvae report`: measure a VAE, or the VAE of a run folder, and write the page."""
 
 from __future__ import annotations
 
@@ -10,32 +10,39 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sdvae.cli.parsing import parse_train_config
 from sdvae.data import BadImages, EvaluationImages, ImageSource, evaluation_loader, open_source
 from sdvae.errors import InputError
 from sdvae.io import make_folder, replacing, utf8
-from sdvae.metrics.perceptual import perceptual_if_any
+from sdvae.metrics import SMALLEST_SIDE
+from sdvae.metrics.perceptual import Perceptual, perceptual_if_any
 from sdvae.model import AutoencoderKL
 from sdvae.pictures import read_curves
-from sdvae.reconstruct import SMALLEST_SIDE
 from sdvae.roundtrip import check_image_channels
 from sdvae.runtime import accelerator_type
-from sdvae.studio.report.measure import BATCH_SIZE, measure
+from sdvae.studio.report.measure import BATCH_SIZE, Measured, measure
 from sdvae.studio.report.page import Subject, render
 from sdvae.studio.report.robustness import deltas, drift
 from sdvae.training.data import open_sources
+from sdvae.training.recipe import read_recipe
 from sdvae.training.run_folder import RunFolder
 from sdvae.weights import load_vae
 
 logger = logging.getLogger(__name__)
 
 PACKAGED = "packaged VAE"
-RESOLUTION = 256  # pixels, where neither the user nor a run says another
+RESOLUTION = 256  # pixels, where neither the user nor a run gives one
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """What is reconstructed."""
+    """The images that are reconstructed.
+
+    Attributes:
+        source: where they come from.
+        name: of the source, for the page.
+        resolution: side of the centre crops in pixels.
+        min_side: images with a shorter side, in pixels, are skipped; None means half the resolution.
+    """
 
     source: ImageSource
     name: str
@@ -58,16 +65,23 @@ def write_report(
     """Measure a VAE on the first images of some data, write the page, and print its size.
 
     Args:
-        vae: whatever `load_vae` reads, or a run folder of the trainer, whose model/ is taken; None takes the
-            VAE of this package.
-        output: the HTML file. It stays what it was until the new one is whole.
-        data: whatever `open_source` reads; by default scikit-image's photographs, and for a run those that it
-            held out.
-        resolution: side of the centre crops in pixels; by default 256, and for a run that of its validation.
-        lpips: "vgg", "alex", "squeeze" or "none". Where its trunk cannot be downloaded, LPIPS is left out.
-        lpips_weights, lpips_heads: as for `load_perceptual`.
+        vae: a source for `load_vae`, or a run folder of the trainer, of which model/ is used; None is the VAE of this
+            package.
+        output: the HTML file. An existing one is replaced when the new one is complete.
+        data: a source for `open_source`; by default scikit-image's photographs, or for a run the images that it held
+            out of training.
+        count: how many images, at most.
+        resolution: side of the centre crops in pixels; by default 256, or for a run that of its validation.
+        subfolder: folder inside the source that holds the VAE.
+        lpips: "vgg", "alex", "squeeze" or "none". If the trunk cannot be downloaded, LPIPS is left out.
+        lpips_weights: local file of the trunk, as for `load_perceptual`.
+        lpips_heads: as for `load_perceptual`.
 
-    Raises: InputError for a VAE, images or options that do not fit, before anything is written.
+    Returns:
+        The written file.
+
+    Raises:
+        InputError: for a VAE, images or options that do not fit, before anything is written.
     """
     if count < 1:
         raise InputError(f"got count={count}; need at least 1")
@@ -75,29 +89,16 @@ def write_report(
         raise InputError(f"got output {output}; need the name of a file that ends in .html; see --output")
     run = _run_folder(vae)
     if run is not None and subfolder is not None:
-        raise InputError(f"got subfolder={subfolder} with a run folder; its model/ is taken; leave it out")
+        raise InputError(f"got subfolder={subfolder} with a run folder, whose model/ is used; leave subfolder out")
     photographs = _photographs(run, data, resolution)
     curves = {} if run is None else read_curves(run.metrics)
     model = load_vae(vae if run is None else run.model, subfolder=subfolder, dtype=torch.float32)
     check_image_channels(model, vae)
-    _check_resolution(photographs.resolution, model)
     perceptual = perceptual_if_any(lpips, lpips_weights, lpips_heads)
     make_folder(output.parent)
 
-    device = torch.device(accelerator_type() or "cpu")
-    model.to(device)  # type: ignore[arg-type]
-    if perceptual is not None:
-        perceptual.to(device)
-    images = EvaluationImages(
-        photographs.source, photographs.resolution, model.config.in_channels, min_side=photographs.min_side
-    )
-    indices = range(min(count, len(images)))
-    loader = evaluation_loader(images, indices, batch_size=BATCH_SIZE, num_workers=0)
     bad_images = BadImages()
-    batches = tqdm(loader, "reconstructing", unit="batch", file=sys.stderr, leave=False)
-    measured = measure(model, batches, perceptual, device, bad_images)
-    logger.info("round trips, half precision and strips, on the first %d images", len(measured.first))
-    first = measured.first.to(device)
+    measured = _measured(model, photographs, count, perceptual, bad_images)
     subject = Subject(
         name=PACKAGED if vae is None else _name(vae),
         model=model,
@@ -108,6 +109,8 @@ def write_report(
         curves=curves,
         recipe=None if run is None else run.config.read_text(encoding="utf-8"),
     )
+    logger.info("repeated round trips, half precision and strips, of the first %d images", len(measured.first))
+    first = measured.first.to(model.device)
     page = utf8(render(subject, measured, drift(model, first), deltas(model, first))).encode()
     with replacing(output) as temporary:
         temporary.write_bytes(page)
@@ -116,7 +119,11 @@ def write_report(
 
 
 def _run_folder(vae: str | None) -> RunFolder | None:
-    """Raises: InputError for a run that has not saved a VAE yet."""
+    """The run folder, if `vae` is one.
+
+    Raises:
+        InputError: for a run that has not saved a VAE yet.
+    """
     if vae is None:
         return None
     run = RunFolder(vae)
@@ -128,29 +135,45 @@ def _run_folder(vae: str | None) -> RunFolder | None:
 
 
 def _photographs(run: RunFolder | None, data: str | None, resolution: int | None) -> Photographs:
-    """Those that were asked for, or those that the run held out, or scikit-image's."""
+    """The images that were asked for; else those that the run held out, or scikit-image's."""
     if run is None:
-        data = "skimage" if data is None else data
-        return Photographs(open_source(data), data, RESOLUTION if resolution is None else resolution, None)
-    config = parse_train_config(["--config", str(run.config)])
-    resolution = config.data.evaluation_resolution if resolution is None else resolution
+        data, min_side = "skimage" if data is None else data, None
+        resolution = RESOLUTION if resolution is None else resolution
+    else:
+        recipe = read_recipe(run.config)
+        resolution = recipe.data.evaluation_resolution if resolution is None else resolution
+        min_side = recipe.data.min_side if data is None else None
+    if resolution < SMALLEST_SIDE:
+        raise InputError(f"got resolution={resolution}; need at least {SMALLEST_SIDE} for SSIM")
     if data is not None:
-        return Photographs(open_source(data), data, resolution, None)
-    _, held_out = open_sources(config.data, config.seed)
-    name = config.data.validation_source or f"{config.data.source} (held out of training)"
-    return Photographs(held_out, name, resolution, config.data.min_side)
+        return Photographs(open_source(data), data, resolution, min_side)
+    _, held_out = open_sources(recipe.data, recipe.seed)
+    name = recipe.data.validation_source or f"{recipe.data.source} (held out of training)"
+    return Photographs(held_out, name, resolution, min_side)
 
 
-def _check_resolution(resolution: int, vae: AutoencoderKL) -> None:
-    factor = vae.spatial_compression_ratio
-    if resolution < SMALLEST_SIDE or resolution % factor:
-        raise InputError(
-            f"got resolution={resolution}; need a multiple of {factor}, at least {SMALLEST_SIDE}: SSIM's window has 11"
-        )
+def _measured(
+    model: AutoencoderKL,
+    photographs: Photographs,
+    count: int,
+    perceptual: Perceptual | None,
+    bad_images: BadImages,
+) -> Measured:
+    """Move VAE and LPIPS to the accelerator, if there is one, and measure there."""
+    device = torch.device(accelerator_type() or "cpu")
+    model.to(device)  # type: ignore[arg-type]
+    if perceptual is not None:
+        perceptual.to(device)
+    images = EvaluationImages(
+        photographs.source, photographs.resolution, model.config.in_channels, min_side=photographs.min_side
+    )
+    loader = evaluation_loader(images, range(min(count, len(images))), batch_size=BATCH_SIZE, num_workers=0)
+    batches = tqdm(loader, "reconstructing", unit="batch", file=sys.stderr, leave=False)
+    return measure(model, batches, perceptual, bad_images)
 
 
 def _name(vae: str) -> str:
-    """The last part of a path that says something: «quickstart» of runs/quickstart/model; a hub id as it is."""
+    """The last telling part of a path: «quickstart» of runs/quickstart/model. An id on the hub stays as it is."""
     path = Path(vae).expanduser()
     if not path.exists():
         return vae

@@ -1,4 +1,4 @@
-"""Radially averaged power spectra: which scales of an image the VAE loses or invents."""
+"""Radially averaged power spectra, which show the scales at which a VAE loses or invents detail."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from torch import Tensor
 def radial_power(images: Tensor) -> Tensor:
     """Power at 1, 2, …, N/2 cycles an image side, averaged over direction.
 
-    The periodogram of the channels' mean under a Hann window (Welch 1967), without which the jump from one border
-    to the opposite one would lay a cross over the spectrum; the window's own mean goes first, so that nothing of
-    frequency zero leaks into the first rings. A ring takes the frequencies whose radius rounds to its number.
+    This is the periodogram of the channels' mean under a Hann window (Welch 1967). Without the window, the jump from
+    one border of the image to the opposite one would put a cross into the spectrum. The weighted mean is subtracted
+    first, so that frequency zero does not leak into the first rings. Ring k averages the frequencies whose radius
+    rounds to k.
 
-    Args: images: (B, C, N, N), in any range; power is in its square, a pixel of white noise has its variance.
+    Args:
+        images: (B, C, N, N), in any range. The power of white noise is its variance.
 
-    Returns: (B, N // 2) float64, on the CPU.
+    Returns:
+        (B, N // 2) float64, on the CPU.
     """
-    grey = images.detach().cpu().double().mean(dim=1)  # (B, N, N); in this order: MPS has no float64
+    grey = images.detach().cpu().double().mean(dim=1)  # (B, N, N); CPU first: MPS has no float64
     side = grey.shape[-1]
     hann = torch.hann_window(side, periodic=True, dtype=torch.float64)
     window = hann[:, None] * hann

@@ -1,6 +1,6 @@
-"""The report's plots: SVG of a phone's width, since what can be read there can be read everywhere.
+"""The report's plots, as SVG that can be read on a phone.
 
-No text from outside is drawn: matplotlib would take a dollar sign in a file's name for a formula.
+They contain no text from outside: matplotlib would take dollar signs in a file's name for a formula.
 """
 
 from __future__ import annotations
@@ -38,16 +38,21 @@ STYLE: Any = {
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
-    "svg.hashsalt": "sdvae",  # the same figures, the same file
+    "svg.hashsalt": "sdvae",  # makes ids in the file reproducible
 }
 WIDE = (4.8, 3.0)  # inches
 SMALL = (2.5, 1.9)
-LATENT_LIMIT = 3.0  # scaled latents beyond ±3 have the outermost colours
-NAMED_CELLS = 8  # channels, up to which the correlations are written into their matrix
+LATENT_LIMIT = 3.0  # scaled latents beyond ±3 get the outermost colours
+NAMED_CELLS = 8  # channels; a larger correlation matrix has no numbers in its cells
 
 
 def svg(draw: Callable[[Axes], None], size: tuple[float, float] = WIDE) -> bytes:
-    """The file of one pair of axes, `size` inches wide and high."""
+    """An SVG file with one plot.
+
+    Args:
+        draw: draws it on the axes.
+        size: width and height in inches.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="compressed")
         FigureCanvasSVG(figure)
@@ -58,15 +63,18 @@ def svg(draw: Callable[[Axes], None], size: tuple[float, float] = WIDE) -> bytes
 
 
 def latent_picture(z: Tensor) -> Image.Image:
-    """(h, w) scaled latents of one channel, one pixel each, blue below and red above zero."""
+    """Scaled latents of one channel, (h, w), as a picture of w x h pixels: blue below zero and red above."""
     colours = matplotlib.colormaps["RdBu_r"]((z.numpy() / LATENT_LIMIT + 1) / 2, bytes=True)  # (h, w, 4)
     return Image.fromarray(np.ascontiguousarray(colours[..., :3]))
 
 
 def histogram(axes: Axes, counts: Tensor, total: int) -> None:
-    """Density of scaled latents of one channel, over N(0, 1).
+    """Density of the scaled latents of one channel, with that of N(0, 1) for comparison.
 
-    Args: counts: (HISTOGRAM_BINS,). total: with those outside the range.
+    Args:
+        axes: to draw on.
+        counts: (HISTOGRAM_BINS,).
+        total: number of latents, including those outside HISTOGRAM_RANGE.
     """
     edges = np.linspace(*HISTOGRAM_RANGE, HISTOGRAM_BINS + 1)
     width = edges[1] - edges[0]
@@ -77,7 +85,7 @@ def histogram(axes: Axes, counts: Tensor, total: int) -> None:
 
 
 def correlation(axes: Axes, matrix: Tensor) -> None:
-    """(C, C) in [-1, 1]."""
+    """The matrix of correlations between channels, (C, C) in [-1, 1]."""
     values = matrix.numpy()
     axes.grid(False)
     image = axes.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
@@ -94,7 +102,7 @@ def correlation(axes: Axes, matrix: Tensor) -> None:
 
 
 def position_map(axes: Axes, values: Tensor) -> None:
-    """(h, w), with its scale beside it."""
+    """A value for each position, (h, w), with a colour scale."""
     axes.grid(False)
     image = axes.imshow(values.numpy(), cmap="viridis")
     axes.figure.colorbar(image, ax=axes, shrink=0.85)
@@ -102,16 +110,16 @@ def position_map(axes: Axes, values: Tensor) -> None:
 
 
 def log_variances(axes: Axes, health: LatentHealth) -> None:
-    """Elements a nat; the lowest bin, where the clamp is, in red."""
+    """Histogram of the posterior's log-variance; the lowest bin, which is at the clamp, is red."""
     edges = np.linspace(*LOGVAR_RANGE, BINS + 1)
     counts = health.logvar_histogram.numpy()
-    axes.set(yscale="log", ylim=(0.5, 2 * max(1, counts.max())))  # from below one element, so that one is seen
+    axes.set(yscale="log", ylim=(0.5, 2 * max(1, counts.max())))  # 0.5: a bar of one element is visible
     axes.bar(edges[:-1], counts, width=1.0, align="edge", color=[RED] + [BLUE] * (BINS - 1))
     axes.set(xlim=(edges[0] - 1, edges[-1] + 1), xlabel="log-variance of the posterior, nats", ylabel="elements")
 
 
 def drift_curves(axes: Axes, drift: Drift) -> None:
-    """Mean PSNR after each round trip, and each image's."""
+    """PSNR after each round trip: the mean, and thin lines for single images."""
     trips = np.arange(1, len(drift.to_original) + 1)
     for values, colour, label in (
         (drift.to_previous, BLUE, "to the trip before"),
@@ -124,13 +132,14 @@ def drift_curves(axes: Axes, drift: Drift) -> None:
 
 
 def power(axes: Axes, side: int, originals: Tensor, reconstructions: Tensor, factor: int) -> None:
-    """Both spectra, log-log.
+    """The spectra of originals and reconstructions, log-log.
 
     Args:
+        axes: to draw on.
         side: of the images, in pixels.
-        originals, reconstructions: (side // 2,), as from `radial_power`.
-        factor: pixels along one side of a latent element; the dashed line is the highest frequency that the
-            latents' own grid can hold.
+        originals: (side // 2,), as from `radial_power`.
+        reconstructions: the same shape.
+        factor: the compression ratio; a dashed line marks the highest frequency that the grid of latents can hold.
     """
     axes.loglog(_frequencies(side), originals.numpy(), color=INK, label="originals")
     axes.loglog(_frequencies(side), reconstructions.numpy(), color=RED, label="reconstructions")
@@ -141,7 +150,7 @@ def power(axes: Axes, side: int, originals: Tensor, reconstructions: Tensor, fac
 
 
 def power_ratio(axes: Axes, side: int, originals: Tensor, reconstructions: Tensor, factor: int) -> None:
-    """Reconstructions' power by originals'; arguments as for `power`."""
+    """The reconstructions' power divided by the originals'. Arguments as for `power`."""
     axes.loglog(_frequencies(side), (reconstructions / originals).numpy(), color=RED)
     axes.axhline(1, color=INK, linewidth=1)
     axes.axvline(1 / (2 * factor), color=MUTED, linewidth=1, linestyle="--")
@@ -155,7 +164,7 @@ def _frequencies(side: int) -> np.ndarray:
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """1, 2, 5, 10, … without powers: a logarithmic axis of a decade or two."""
+    """Label a logarithmic axis of a decade or two with 1, 2, 5, 10, … instead of powers of ten."""
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
