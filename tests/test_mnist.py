@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.distributions import Bernoulli, Normal, kl_divergence
@@ -25,7 +26,8 @@ from sdvae import AutoencoderKL, DiagonalGaussian, InputError, load_vae
 from sdvae.cli import main, parse_train_config
 from sdvae.data import EvaluationImages, SampleKey, SampleOrder, ShardedBatches, TrainingImages, open_source
 from sdvae.data.dataset import NO_LABEL, read_labels, training_loader
-from sdvae.model.blocks import ResnetBlock
+from sdvae.model import tiling
+from sdvae.model.blocks import NORM_EPS, ResnetBlock
 from sdvae.noise import posterior_generators, sample_seed
 from sdvae.roundtrip import decode_output, encode_images
 from sdvae.statistics import LatentHealth
@@ -266,11 +268,35 @@ def test_labels_that_do_not_fit_are_refused(labels):
         vae.decode(torch.zeros(2, 4, 5, 5), labels=torch.tensor(labels))
 
 
-def test_what_would_lose_the_labels_is_refused():
-    vae = randomised()
-    for refused in (vae.enable_tiling, vae.enable_slicing, vae.to_diffusers):
-        with pytest.raises(InputError, match="conditional VAE"):
-            refused()
+def test_diffusers_has_no_such_class():
+    with pytest.raises(InputError, match="conditional VAE"):
+        randomised().to_diffusers()
+
+
+@pytest.mark.parametrize("switch", ["enable_slicing", "enable_tiling"])
+def test_labels_reach_every_slice_and_every_strip(switch, monkeypatch):
+    monkeypatch.setattr(tiling, "STRIP_BYTES", 2**9)
+    monkeypatch.setattr(tiling, "STRIPS_A_MAP", 1)
+    vae, x, labels = randomised().double(), grey(3, 20).double(), torch.tensor([4, -1, 7])
+    with torch.no_grad():
+        want = vae(x, labels=labels)
+        getattr(vae, switch)()
+        got = vae(x, labels=labels)
+    torch.testing.assert_close(got.posterior.parameters, want.posterior.parameters)
+    torch.testing.assert_close(got.sample, want.sample)
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (8, 12)])
+def test_a_block_with_an_embedding_is_diffusers_block(widths):
+    """Bit for bit, called as diffusers calls its own."""
+    block = ResnetBlock(*widths, num_groups=4, temb_channels=6)
+    stock = ResnetBlock2D(in_channels=widths[0], out_channels=widths[1], temb_channels=6, groups=4, eps=NORM_EPS)
+    names = {name: name.replace("label_proj", "time_emb_proj") for name in block.state_dict()}
+    stock.load_state_dict({names[name]: weight for name, weight in block.state_dict().items()})
+    x, temb = torch.randn(2, widths[0], 5, 7), torch.randn(2, 6)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert torch.equal(block(x, temb=temb), stock(x, temb=temb))
 
 
 def test_a_conditional_vae_comes_back_from_its_folder_and_load_vae_refuses_it(tmp_path):

@@ -218,6 +218,16 @@ def test_odd_sizes_are_refused_with_the_fix():
         vae.decode(torch.zeros(4, 8, 8))
 
 
+def test_integers_are_refused_with_the_fix():
+    vae, _ = pair(config())
+    with pytest.raises(InputError, match=r"got images of torch\.uint8; need floats in \[-1, 1\]; .* x / 127\.5 - 1"):
+        vae.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(InputError, match=r"got images of torch\.int64"):
+        vae(torch.zeros(1, 3, 8, 8, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"got latents of torch\.int32; need unscaled floats; convert them"):
+        vae.decode(torch.zeros(1, 4, 2, 2, dtype=torch.int32))
+
+
 def test_configurations_that_do_not_fit_together_are_refused():
     with pytest.raises(InputError, match=r"block_out_channels has 48, which norm_num_groups=32 does not divide"):
         AutoencoderKL(**config((32, 48)))

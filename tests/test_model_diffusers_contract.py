@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from diffusers import AutoencoderKL as StockAutoencoderKL
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -332,3 +335,126 @@ def test_decoder_compiles_with_dynamic_shapes(vae, fresh_compiler):
     vae.decoder.compile(fullgraph=True, dynamic=True, backend="eager")
     for z, image in zip(latents, expected, strict=True):
         torch.testing.assert_close(vae.decoder(z), image, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- attention processors, fused projections
+
+
+@pytest.mark.filterwarnings("ignore:Accessing config attribute")
+def test_whatever_diffusers_touches_on_a_vae_is_there():
+    """Every `vae.name` in the source of the installed diffusers, and every public attribute of its class."""
+    stock: Any = StockAutoencoderKL(**CONFIG)
+    source = "\n".join(path.read_text() for path in Path(diffusers.__file__).parent.rglob("*.py"))
+    touched = {name for name in re.findall(r"\bvae\.([a-zA-Z_]\w*)", source) if hasattr(stock, name)}
+    assert {"fuse_qkv_projections", "encode", "post_quant_conv", "set_attn_processor", "use_tiling"} <= touched
+    public = {name for name in dir(stock) if not name.startswith("_")}
+    vae = make_vae()
+    assert [name for name in sorted(touched | public) if not hasattr(vae, name)] == []
+    assert isinstance(vae, StockAutoencoderKL), "pipelines ask for it"
+    for name in ("tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor"):
+        assert getattr(vae, name) == getattr(stock, name), name
+
+
+@torch.no_grad()
+def test_methods_of_diffusers_own_tiles_give_what_they_give_there(vae):
+    stock = vae.to_diffusers()
+    for model in (vae, stock):
+        model.tile_sample_min_size, model.tile_latent_min_size = 16, 8
+    z, x = noise(1, 4, 12, 20, seed=0), noise(1, 3, 24, 40, seed=0)
+    assert torch.equal(vae.tiled_decode(z).sample, stock.tiled_decode(z).sample)
+    assert torch.equal(vae._tiled_encode(x), stock._tiled_encode(x))
+    assert torch.equal(vae._encode(x), stock._encode(x))
+
+
+@torch.no_grad()
+def test_attention_processors_are_named_set_and_reset_as_in_diffusers(vae, images):
+    stock = vae.to_diffusers()
+    assert vae.attn_processors.keys() == stock.attn_processors.keys()
+    assert [type(p) for p in vae.attn_processors.values()] == [type(p) for p in stock.attn_processors.values()]
+    seen = []
+
+    class Watched(AttnProcessor):
+        def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append(attn)
+            return super().__call__(attn, *args, **kwargs)
+
+    for tiling in (False, True):  # strips leave an unknown processor to the whole image
+        seen.clear()
+        for model in (vae, stock):
+            model.set_attn_processor(Watched())
+        vae.enable_tiling(tiling)
+        assert torch.equal(encode_decode(vae, images), encode_decode(stock, images))
+        assert len(seen) == 2 * len(vae.attn_processors)
+    for model in (vae, stock):
+        model.set_attn_processor({name: AttnProcessor2_0() for name in model.attn_processors})
+        model.set_default_attn_processor()
+    assert {type(p) for p in vae.attn_processors.values()} == {type(p) for p in stock.attn_processors.values()}
+    with pytest.raises(ValueError, match="number of processors"):
+        vae.set_attn_processor({})
+
+
+@torch.no_grad()
+def test_fused_projections_give_the_same_and_leave_no_trace(vae, images, expected, tmp_path):
+    before = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    stock = vae.to_diffusers()
+    vae.unfuse_qkv_projections()  # nothing is fused yet
+    for _ in range(2):
+        vae.fuse_qkv_projections()
+        stock.fuse_qkv_projections()
+    assert {type(p) for p in vae.attn_processors.values()} == {FusedAttnProcessor2_0}
+    for tiling in (False, True):
+        vae.enable_tiling(tiling)
+        torch.testing.assert_close(encode_decode(vae, images), expected, rtol=1e-4, atol=1e-5)
+    vae.disable_tiling()
+    assert torch.equal(encode_decode(vae, images), encode_decode(stock, images))
+    assert vae.state_dict().keys() == before.keys()
+    vae.save_pretrained(tmp_path)
+    for cls in (AutoencoderKL, StockAutoencoderKL):
+        back: Any = cls.from_pretrained(tmp_path)
+        assert all(torch.equal(weight, before[name]) for name, weight in back.state_dict().items())
+        assert torch.equal(encode_decode(back, images), expected)
+    vae.unfuse_qkv_projections()
+    vae.unfuse_qkv_projections()
+    assert {type(p) for p in vae.attn_processors.values()} == {AttnProcessor2_0}
+    assert torch.equal(encode_decode(vae, images), expected)
+
+
+def test_fused_projections_train_the_weights_themselves(vae, images):
+    plain = gradients(vae, images)
+    vae.fuse_qkv_projections()
+    fused = gradients(vae, images)
+    assert plain.keys() == fused.keys()
+    for name in plain:
+        torch.testing.assert_close(fused[name], plain[name], rtol=1e-3, atol=1e-6)
+
+
+@torch.no_grad()
+def test_fused_projections_hear_hooks_on_the_three_layers(vae, images):
+    layer = vae.decoder.mid_block.attentions[0].to_v
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    want = encode_decode(vae, images)
+    vae.fuse_qkv_projections()
+    torch.testing.assert_close(encode_decode(vae, images), want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_middle_block_in_half_precision_beside_fp32_is_as_in_diffusers(vae):
+    """AnimateDiff's `upcast_vae` puts parts of an upcast VAE back into half precision."""
+    stock = vae.to_diffusers()
+    for model in (vae, stock):
+        assert isinstance(model.decoder.mid_block.attentions[0].processor, AttnProcessor2_0)
+        for part in (model.post_quant_conv, model.decoder.conv_in, model.decoder.mid_block):
+            part.to(torch.bfloat16)
+    z = noise(1, 4, 8, 8, seed=0).bfloat16()
+    outcomes = []
+    for model in (stock, vae):
+        try:
+            outcomes.append(model.decode(z).sample)
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    assert type(outcomes[0]) is type(outcomes[1])
+    assert outcomes[0] == outcomes[1] if isinstance(outcomes[0], str) else torch.equal(*outcomes)
+
+
+def noise(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -328,6 +328,19 @@ def test_sdxl_upcasts_a_half_precision_vae(cases):
     assert_same_image(images[0], images[1])
 
 
+def test_sdxl_fuses_projections_and_divides_them_again(cases, stock_images):
+    case = cases["sdxl"]
+    pipe = build(case, make_vae())
+    names = pipe.vae.state_dict().keys()
+    pipe.fuse_qkv_projections(unet=False)
+    assert {type(p).__name__ for p in pipe.vae.attn_processors.values()} == {"FusedAttnProcessor2_0"}
+    assert_same_image(image(pipe, case.call), stock_images["sdxl"])
+    pipe.unfuse_qkv_projections(unet=False)
+    assert {type(p).__name__ for p in pipe.vae.attn_processors.values()} == {"AttnProcessor2_0"}
+    assert pipe.vae.state_dict().keys() == names
+    assert_same_image(image(pipe, case.call), stock_images["sdxl"])
+
+
 class CountingHook(ModelHook):
     def __init__(self) -> None:
         self.calls = 0

@@ -154,7 +154,7 @@ def test_fast_layers_stream_as_well(widths, monkeypatch):
 def test_maps_take_no_more_than_planned(monkeypatch):
     """Counts the bytes of all strips that are alive; the whole-image pass would hold several times as much."""
     alive, most = {}, 0
-    append, let_go = streaming.Rows.append, streaming.Rows.let_go
+    append, free_above = streaming.Rows.append, streaming.Rows.free_above
 
     def count(self: streaming.Rows) -> None:
         nonlocal most
@@ -165,12 +165,12 @@ def test_maps_take_no_more_than_planned(monkeypatch):
         append(self, rows)
         count(self)
 
-    def counting_let_go(self, row):
-        let_go(self, row)
+    def counting_free_above(self, row):
+        free_above(self, row)
         count(self)
 
     monkeypatch.setattr(streaming.Rows, "append", counting_append)
-    monkeypatch.setattr(streaming.Rows, "let_go", counting_let_go)
+    monkeypatch.setattr(streaming.Rows, "free_above", counting_free_above)
     vae = vae_of(block_out_channels=(16, 32, 32), norm_num_groups=8)
     row = 4 * 16 * 2 * 64 * 4
     monkeypatch.setattr(streaming, "STRIP_BYTES", row)

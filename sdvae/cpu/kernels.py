@@ -1,4 +1,4 @@
-"""Faster on a CPU, training and inference: the same function to rounding, in fewer operations.
+"""Training and inference made faster on a CPU: the same function to rounding, in fewer operations.
 
 Winograd's minimal filtering computes an m x m tile of a 3x3 convolution from (m + 2)² products instead of 9 m²
 (Lavin & Gray 2016, «Fast Algorithms for Convolutional Neural Networks», eq. 8):
@@ -6,15 +6,18 @@ Winograd's minimal filtering computes an m x m tile of a 3x3 convolution from (m
     Y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ x B)] A
 
 and the gradient of w is that formula's adjoint, summed over tiles: Gᵀ [(A dY Aᵀ) ⊙ (Bᵀ x B)] G. Here the output and
-the gradient of x come from NNPACK's F(6x6, 3x3) kernels, which torch carries, and the gradient of w from
-F(4x4, 3x3) in matrix products. Relative errors (2-norm) are near 3e-6, a direct convolution's near 1e-6; single
+the gradient of x come from NNPACK's F(6x6, 3x3) kernels, which are part of torch, and the gradient of w from
+F(4x4, 3x3) in matrix products. Relative errors (2-norm) are near 3e-6, those of a direct convolution near 1e-6; single
 values are off by up to 2e-5 of the largest.
 
-Where channels are few, the transforms of Winograd cost more than they save, and in bf16 their sums of up to 36 values
-of mixed sign would lose what precision there is. There the layout counts, channels last being what oneDNN's kernels
-read fastest, and nearest x2 and the 3x3 conv after it are one: a pixel is seen through one or two of the three taps a
-side, so the two equal four 2x2 convs, one for each parity of the output's row and column, with 4 products a value
-instead of 9 (the sub-pixel convolution of Shi et al. 2016, section 3.2, with tied weights).
+With few channels, Winograd's transforms cost more than they save. In bf16 its sums of up to 36 values of mixed sign
+would lose too much precision. Both cases instead use the channels-last layout, which oneDNN's kernels read fastest, and
+compute nearest x2 and the 3x3 conv after it as one: along each side, the three taps of the conv see only two different
+pixels, so the two layers equal four 2x2 convs, one for each parity of the output's row and column, with 4 products a
+value instead of 9 (the sub-pixel convolution of Shi et al. 2016, section 3.2, with tied weights).
+
+The rest of the package does not need this module. A layer with other kernels is a subclass of the layer that it stands
+in for (`sdvae.model.plain`), and looks at each call whether it still is what the kernels were made for.
 """
 
 from __future__ import annotations
@@ -29,11 +32,12 @@ from torch.autograd.function import once_differentiable
 
 from sdvae.model import AutoencoderKL
 from sdvae.model.blocks import Upsample
+from sdvae.model.plain import has_geometry, is_conv, is_replaced
 from sdvae.model.posterior import at_least_fp32
 from sdvae.runtime import keep_freed_memory
 
 TILE = 4  # F(4x4, 3x3): patches of 6x6
-CHUNK_BYTES = 8e6  # transformed patches held at once: a part of the last-level cache
+CHUNK_BYTES = 8e6  # transformed patches held at once, to fit into a part of the last-level cache
 
 # Lavin & Gray 2016, section 4.2 (interpolation points 0, ±1, ±2, ∞)
 _BT = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0]]
@@ -44,33 +48,35 @@ _AT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 
 
 
 def _both_axes(one_axis: Sequence[Sequence[float]]) -> Tensor:
-    """The transform of a flattened patch: M x Mᵀ as (M ⊗ M) vec(x)."""
+    """M ⊗ M, which transforms a flattened patch: M x Mᵀ = (M ⊗ M) vec(x)."""
     matrix = torch.tensor(one_axis, dtype=torch.float64)
     return torch.kron(matrix, matrix).float()
 
 
 INPUT, KERNEL, OUTPUT = _both_axes(_BT), _both_axes(_G), _both_axes(_AT)  # (36, 36), (36, 9), (16, 36)
 
-# Which of the taps 0, 1, 2 of a side fall on the earlier and on the later of two pixels, by parity of the output:
-# TAPS[parity, pixel, tap]
+# TAPS[parity, pixel, tap] is 1 where, for output positions of this parity, the conv's tap (0, 1 or 2) of one side reads
+# this pixel (0 the earlier, 1 the later) of the map before it was doubled.
 TAPS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 
 
 def speed_up(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> None:
-    """Make `vae` faster on a CPU, in place. Weights, state-dict names and, to rounding, the function stay.
+    """Make `vae` faster on a CPU, in place. Weights, state-dict names and, to rounding, the function stay the same.
 
-    A VAE that `takes_winograd` (SD's does in fp32, on many machines) gets Winograd's convolutions, for maps where
-    `winograd_pays`, and slicing: without gradients, a batch goes through image by image, as those kernels do
-    (`disable_slicing` takes that back). Any other, and one in bf16, gets the channels-last layout, in which its results
-    come back too. Upsamplers that do not take Winograd take four taps; under `enable_tiling` they are as they were.
-    Layers get a subclass of their own class, so deep copies, DDP and gradient checkpointing work as before, and go the
-    ordinary way for other dtypes and on other devices. And the process keeps the memory it frees
-    (`keep_freed_memory(False)` takes that back).
+    A VAE that `takes_winograd` (SD's in fp32 does, on many machines) gets Winograd's convolutions, which are used for
+    maps where `winograd_pays`. It also gets slicing: without gradients, a batch is computed image by image, as those
+    kernels work (`disable_slicing` undoes that). Every other VAE, and one in bf16, gets the channels-last layout, which
+    its results then have too. Upsamplers whose conv does not take Winograd use four taps instead of nine. Deep copies,
+    DDP, gradient checkpointing and `enable_tiling` work as before. For other dtypes, on other devices, and where a
+    layer has been changed since, the ordinary layers compute.
 
-    What it is worth: docs/speed.md. The custom gradients are differentiable once.
+    The process also keeps the memory it frees from now on (`keep_freed_memory(False)` undoes that).
+
+    docs/speed.md says what it gains. The custom gradients can be differentiated only once.
 
     Args:
-        dtype: that it will compute in, under autocast; default: that of its weights, so convert these before.
+        vae: whose weights have their final dtype.
+        dtype: that it will compute in, under autocast; by default that of its weights.
     """
     winograd = takes_winograd(vae, dtype)
     layout = torch.contiguous_format if winograd else torch.channels_last
@@ -78,26 +84,36 @@ def speed_up(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> None:
     vae.use_slicing = vae.use_slicing or winograd
     for module in list(vae.modules()):
         if type(module) is Upsample:
-            module.__class__ = FastUpsample
-        elif winograd and type(module) is nn.Conv2d and _is_plain_3x3(module):
-            module.__class__ = FastConv3x3
+            _change_class(module, FastUpsample)
+        elif winograd and type(module) is nn.Conv2d and has_geometry(module, 3, padding=1):
+            _change_class(module, FastConv3x3)
     keep_freed_memory()
 
 
-def takes_winograd(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> bool:
-    """Does it compute in fp32, with 64 channels or more at full resolution, and the machine one where Winograd pays?
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Turn a module into one of a subclass that adds no attributes.
 
-    The choice knows no size: with images below 128x128, SD's VAE has few maps where Winograd pays.
+    A new module in its place would need its parameters and hooks moved, and would be missing from whatever refers to
+    the old one.
+    """
+    module.__class__ = cls
+
+
+def takes_winograd(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> bool:
+    """Does the VAE compute in fp32, with 64 channels or more at full resolution, on a machine where Winograd pays?
+
+    The size of the images is not known here: below 128x128 pixels, SD's VAE has few maps where Winograd pays.
     """
     wide = vae.config.block_out_channels[0] >= 64
     return wide and (dtype or vae.dtype) == torch.float32 and has_nnpack() and _multiplies_256_bits()
 
 
 def _multiplies_256_bits() -> bool:
-    """Does the machine multiply 256 bits at a time? Direct convolutions are twice as fast where it has 512, and
-    NNPACK's kernels, written for AVX2, are not.
+    """Does the machine multiply 256 bits at a time?
 
-    Measured are AVX2 and AMD's Zen 4, which does AVX-512 in halves. Zen 5, which does not, has AVX-VNNI too.
+    One that multiplies 512 bits is twice as fast in direct convolutions, and not in NNPACK's kernels, which were
+    written for AVX2. Measured: AVX2, and AMD's Zen 4, which computes AVX-512 in halves. Zen 5 does not, and has
+    AVX-VNNI too, which tells the two apart.
     """
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         return True
@@ -107,11 +123,11 @@ def _multiplies_256_bits() -> bool:
 
 
 def winograd_pays(in_channels: int, out_channels: int, height: int, width: int) -> bool:
-    """Is NNPACK faster than oneDNN's best layout, for the output and the gradient of x?
+    """Is NNPACK faster than oneDNN in its best layout, for the output and for the gradient of x?
 
-    Measured on two threads, C -> C channels on S x S pixels, C from 32 to 512 and S from 32 to 256. Where C·S is
-    16384 or more, 1.2 to 2.7 times on AVX2 (512 channels at 32² are even), 1.3 to 2.7 on Zen 4; below 12288, 0.3 to 1
-    and 0.5 to 1.3; either in between.
+    Measured on two threads, with C -> C channels on S x S pixels, C from 32 to 512 and S from 32 to 256. Where C·S is
+    16384 or more, NNPACK is 1.2 to 2.7 times as fast on AVX2 (equally fast for 512 channels at 32²) and 1.3 to 2.7
+    times on Zen 4. Below 12288 it is 0.3 to 1 and 0.5 to 1.3 times as fast. In between it can be either.
     """
     narrow, area = min(in_channels, out_channels), height * width
     return has_nnpack() and narrow >= 64 and area >= 32**2 and narrow**2 * area >= 16384**2
@@ -120,23 +136,25 @@ def winograd_pays(in_channels: int, out_channels: int, height: int, width: int) 
 def weight_gradient_pays(in_channels: int, out_channels: int, height: int, width: int) -> bool:
     """Is Winograd faster than oneDNN for the gradient of the weights too?
 
-    1.1 to 2.2 times on AVX2 and 1.1 to 2.1 on Zen 4, where it pays for the output and there are 128 channels or more;
-    0.6 with 64.
+    Where it pays for the output, it is 1.1 to 2.2 times as fast on AVX2 and 1.1 to 2.1 times on Zen 4 with 128 channels
+    or more, and 0.6 times with 64.
     """
     return min(in_channels, out_channels) >= 128 and winograd_pays(in_channels, out_channels, height, width)
 
 
 def has_nnpack() -> bool:
-    """Does this torch carry NNPACK, and does it run on this machine? (Its kernels need this call before the first.)"""
+    """Is NNPACK part of this torch, and does it run on this machine? Its kernels need this call before the first."""
     return hasattr(torch, "_nnpack_available") and torch._nnpack_available()
 
 
 class FastConv3x3(nn.Conv2d):
     """A 3x3 conv of stride 1 and padding 1."""
 
+    stands_in_for = nn.Conv2d
+
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, O, H, W)
         exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not (exact and self.pays(*x.shape[2:]) and _plain_cpu(x, self.weight)):
+        if not (exact and self.pays(*x.shape[2:]) and _computes_here(x, self)):
             return super().forward(x)
         if torch.is_grad_enabled():
             return _Conv3x3.apply(x, self.weight, self.bias)
@@ -149,20 +167,29 @@ class FastConv3x3(nn.Conv2d):
 class FastUpsample(Upsample):
     """Nearest x2 and a 3x3 conv as one, where the conv does not take Winograd."""
 
+    stands_in_for = Upsample
+
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
-        winograd = isinstance(self.conv, FastConv3x3) and self.conv.pays(2 * x.shape[2], 2 * x.shape[3])
-        if winograd or not _plain_cpu(x, self.conv.weight):
+        conv: nn.Conv2d = self.conv
+        winograd = isinstance(conv, FastConv3x3) and conv.pays(2 * x.shape[2], 2 * x.shape[3])
+        if winograd or not is_conv(conv, 3, padding=1) or not _computes_here(x, conv):
             return super().forward(x)
-        return upsample_conv(x, self.conv.weight, self.conv.bias)
+        return upsample_conv(x, conv.weight, conv.bias)
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """conv3x3(nearest x2 of x), as a 2x2 conv to 4 · O channels and an interleaving of these.
 
-    y[2i + a, 2j + b] = Σ_pq w_ab[p, q] x[i + a - 1 + p, j + b - 1 + q], where w_ab[p, q] sums the taps of w that
-    fall on that pixel; in half precision the sums are rounded once.
+    y[2i + a, 2j + b] = Σ_pq w_ab[p, q] x[i + a - 1 + p, j + b - 1 + q], where w_ab[p, q] is the sum of those taps of w
+    that read that pixel; in half precision each sum is rounded once.
 
-    Args: x: (B, C, H, W). weight: (O, C, 3, 3). Returns: (B, O, 2H, 2W).
+    Args:
+        x: (B, C, H, W).
+        weight: (O, C, 3, 3).
+        bias: (O,).
+
+    Returns:
+        (B, O, 2H, 2W).
     """
     with torch.autocast(x.device.type, enabled=False):
         exact = at_least_fp32(weight)
@@ -176,7 +203,12 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     """Gradient of a 3x3 conv's weights in F(4x4, 3x3): Σ_tiles Gᵀ [(A dY Aᵀ) ⊙ (Bᵀ x B)] G.
 
-    Args: x: (B, C, H, W). grad: (B, O, H, W), of the output. Returns: (O, C, 3, 3).
+    Args:
+        x: (B, C, H, W), the conv's input.
+        grad: (B, O, H, W), the gradient of its output.
+
+    Returns:
+        (O, C, 3, 3).
     """
     batch, channels, height, width = x.shape
     rows, columns = -(-height // TILE), -(-width // TILE)
@@ -251,13 +283,12 @@ class _Interleave(torch.autograd.Function):
         return phases
 
 
-def _is_plain_3x3(conv: nn.Conv2d) -> bool:
-    ones = conv.stride == conv.padding == conv.dilation == (1, 1)
-    return conv.kernel_size == (3, 3) and ones and conv.groups == 1 and conv.padding_mode == "zeros"
-
-
-def _plain_cpu(x: Tensor, weight: Tensor) -> bool:
-    return x.device.type == weight.device.type == "cpu" and not torch.compiler.is_compiling()
+def _computes_here(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Can a kernel of this module compute `conv` of x? It reads weight and bias, and nothing else of the layer."""
+    plain = type(x) in (Tensor, nn.Parameter) and type(conv.weight) is nn.Parameter  # not quantised, not traced
+    on_cpu = x.device.type == conv.weight.device.type == "cpu"
+    unchanged = has_geometry(conv, 3, padding=1) and not is_replaced(conv)
+    return plain and on_cpu and unchanged and not torch.compiler.is_compiling()
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -266,13 +297,13 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 def _nnpack(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Image by image: NNPACK's path for batches is slower than a direct conv."""
+    """The conv, image by image: NNPACK is slower on batches than a direct conv."""
     images = [torch._nnpack_spatial_convolution(image, weight, bias, [1, 1]) for image in x.split(1)]
     return images[0] if len(images) == 1 else torch.cat(images)
 
 
 def _patches(x: Tensor, side: int, top: int, bottom: int, columns: int) -> Tensor:
-    """(B, C, H, W) -> (side², C · B · T): the patches, TILE apart, of rows [top, bottom) of tiles."""
+    """(B, C, H, W) -> (side², C · B · T): the patches of T tiles, those in rows [top, bottom) of tiles, TILE apart."""
     batch, channels = x.shape[:2]
     image, channel, row, column = x.stride()
     shape = (side, side, channels, batch, bottom - top, columns)

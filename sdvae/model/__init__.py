@@ -1,6 +1,28 @@
 """The autoencoder. Knows nothing of files, data or training."""
 
-from sdvae.model.autoencoder import AutoencoderForwardOutput, AutoencoderKL, Decoder, Encoder
-from sdvae.model.posterior import DiagonalGaussian
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdvae.model.autoencoder import AutoencoderForwardOutput, AutoencoderKL
+    from sdvae.model.blocks import Decoder, Encoder
+    from sdvae.model.posterior import DiagonalGaussian
 
 __all__ = ["AutoencoderForwardOutput", "AutoencoderKL", "Decoder", "DiagonalGaussian", "Encoder"]
+
+# Imported on first use: recipes read sdvae.model.config, which does not need torch.
+_HOMES = {
+    "AutoencoderForwardOutput": "autoencoder",
+    "AutoencoderKL": "autoencoder",
+    "Decoder": "blocks",
+    "DiagonalGaussian": "posterior",
+    "Encoder": "blocks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"sdvae.model.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'sdvae.model' has no attribute {name!r}")

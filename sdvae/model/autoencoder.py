@@ -2,9 +2,11 @@
 
     images --encoder--> h --quant_conv--> (mean, logvar) --sample--> z --post_quant_conv--> h --decoder--> images
 
-Rombach et al. 2022, «High-Resolution Image Synthesis with Latent Diffusion Models», section 3.1 and
-appendix G. Configuration keys and state-dict names are diffusers' AutoencoderKL's, so weights and
-config.json serve both classes; persistence, `.config`, `.dtype` and the offload hooks come from its mixins.
+Rombach et al. 2022, «High-Resolution Image Synthesis with Latent Diffusion Models», section 3.1 and appendix G.
+Configuration keys and state-dict names are those of diffusers' AutoencoderKL, so weights and config.json serve both
+classes. It is a subclass of diffusers' class, whose pipelines ask for an instance of that; saving and loading,
+`.config`, `.dtype`, attention processors, adapters and the offload hooks are inherited. The networks and the forward
+pass are here and in `sdvae.model.blocks`.
 """
 
 from __future__ import annotations
@@ -14,133 +16,46 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as StockAutoencoderKL
-from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
+from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin  # pipelines look for this name in this module when they load
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from sdvae.errors import InputError
-from sdvae.model.blocks import DownBlock, MidBlock, UpBlock, activated, checkpointed, conv3x3, group_norm
+from sdvae.model.blocks import Decoder, Encoder, only
+from sdvae.model.config import DOWN_BLOCK_TYPES, LIKELIHOODS, UP_BLOCK_TYPES, level_attention
 from sdvae.model.posterior import DiagonalGaussian
-from sdvae.model.tiling import Streamed, has_hooks, plan
-
-# diffusers' block names -> does the level have self-attention? (LDM's f16 and f32 models have.)
-DOWN_BLOCK_TYPES = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
-LIKELIHOODS = ("gaussian", "bernoulli")
-UP_BLOCK_TYPES = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
+from sdvae.model.tiling import Streamed, can_stream, plan
 
 
 @dataclass
 class AutoencoderForwardOutput(DecoderOutput):
-    """diffusers' DecoderOutput with the posterior beside it, for the KL term of the loss.
+    """diffusers' DecoderOutput together with the posterior, which the KL term of the loss needs.
 
-    sample: (B, out_channels, H, W), the reconstruction. posterior: over latents (B, C, H/f, W/f).
+    Attributes:
+        sample: (B, out_channels, H, W), the reconstruction.
+        posterior: over latents (B, C, H/f, W/f).
     """
 
     posterior: DiagonalGaussian | None = None
 
 
-class Encoder(nn.Module):
-    """(B, in_channels, H, W) -> (B, 2·latent_channels, H/f, W/f) with f = 2^(levels - 1)."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        latent_channels: int,
-        block_out_channels: tuple[int, ...],
-        level_attention: list[bool],
-        layers_per_block: int,
-        norm_num_groups: int,
-        act_fn: str,
-        mid_block_add_attention: bool,
-    ):
-        super().__init__()
-        first, last = block_out_channels[0], block_out_channels[-1]
-        self.conv_in = conv3x3(in_channels, first)
-        self.down_blocks = nn.ModuleList()
-        width = first
-        for level, out_width in enumerate(block_out_channels):
-            block = DownBlock(
-                in_channels=width,
-                out_channels=out_width,
-                num_layers=layers_per_block,
-                num_groups=norm_num_groups,
-                act_fn=act_fn,
-                add_attention=level_attention[level],
-                add_downsample=level < len(block_out_channels) - 1,
-            )
-            self.down_blocks.append(block)
-            width = out_width
-        self.mid_block = MidBlock(last, norm_num_groups, act_fn, mid_block_add_attention)
-        self.conv_norm_out = group_norm(norm_num_groups, last)
-        self.conv_act = nn.SiLU()
-        self.conv_out = conv3x3(last, 2 * latent_channels)
-        self.gradient_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
-        for block in self.down_blocks:
-            h = checkpointed(self, block, h)
-        h = checkpointed(self, self.mid_block, h)
-        return self.conv_out(activated(self.conv_act, self.conv_norm_out(h), self.conv_norm_out))
-
-
-class Decoder(nn.Module):
-    """(B, latent_channels, h, w) -> (B, out_channels, f·h, f·w): the encoder's mirror, one layer deeper a level."""
-
-    def __init__(
-        self,
-        latent_channels: int,
-        out_channels: int,
-        block_out_channels: tuple[int, ...],
-        level_attention: list[bool],
-        layers_per_block: int,
-        norm_num_groups: int,
-        act_fn: str,
-        mid_block_add_attention: bool,
-    ):
-        super().__init__()
-        first, last = block_out_channels[0], block_out_channels[-1]
-        self.conv_in = conv3x3(latent_channels, last)
-        self.mid_block = MidBlock(last, norm_num_groups, act_fn, mid_block_add_attention)
-        self.up_blocks = nn.ModuleList()
-        width = last
-        for level, out_width in enumerate(reversed(block_out_channels)):
-            block = UpBlock(
-                in_channels=width,
-                out_channels=out_width,
-                num_layers=layers_per_block + 1,
-                num_groups=norm_num_groups,
-                act_fn=act_fn,
-                add_attention=level_attention[level],
-                add_upsample=level < len(block_out_channels) - 1,
-            )
-            self.up_blocks.append(block)
-            width = out_width
-        self.conv_norm_out = group_norm(norm_num_groups, first)
-        self.conv_act = nn.SiLU()
-        self.conv_out = conv3x3(first, out_channels)
-        self.gradient_checkpointing = False
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.conv_in(z)
-        h = checkpointed(self, self.mid_block, h)
-        for block in self.up_blocks:
-            h = checkpointed(self, block, h)
-        return self.conv_out(activated(self.conv_act, self.conv_norm_out(h), self.conv_norm_out))
-
-
-class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own clash
+class AutoencoderKL(StockAutoencoderKL):
     """The VAE of Stable Diffusion, a drop-in for `diffusers.AutoencoderKL`.
 
-    Args (diffusers' names and defaults; kept in config.json):
-        in_channels, out_channels: channels of the images, 3 for RGB, 1 for grey.
-        down_block_types, up_block_types: one name a level; "Attn…" adds self-attention to the level.
+    The arguments have diffusers' names and defaults and are kept in config.json.
+
+    Args:
+        in_channels: channels of the images that go in, 3 for RGB, 1 for grey.
+        out_channels: channels of the images that come out.
+        down_block_types: one name for each level of the encoder; "Attn…" adds self-attention to the level.
+        up_block_types: the same for the decoder, whose first level has the lowest resolution.
         block_out_channels: width of each level. The compression ratio is 2^(levels - 1).
-        layers_per_block: ResNet blocks a level in the encoder; the decoder has one more.
+        layers_per_block: ResNet blocks in each level of the encoder; the decoder has one more.
         act_fn: activation inside the ResNet blocks.
         latent_channels: channels of the latents.
         norm_num_groups: groups of every GroupNorm; divides every width.
@@ -148,17 +63,22 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
         scaling_factor: 1/std of the latents; pipelines use (z - shift_factor) · scaling_factor.
             0.18215 is SD-1's (LDM, appendix G).
         shift_factor: mean of the latents, or None; SD3 and Flux pipelines need a number.
-        latents_mean, latents_std: the same for each channel; SDXL pipelines read them.
+        latents_mean: the mean of each channel; SDXL pipelines read it.
+        latents_std: the standard deviation of each channel; SDXL pipelines read it.
         force_upcast: SDXL pipelines run the VAE in fp32 even when they run in fp16.
-        use_quant_conv, use_post_quant_conv: 1x1 convs around the latents (SD: yes; SD3, Flux: no).
+        use_quant_conv: a 1x1 conv after the encoder (SD: yes; SD3, Flux: no).
+        use_post_quant_conv: a 1x1 conv before the decoder (SD: yes; SD3, Flux: no).
         mid_block_add_attention: self-attention in the middle blocks.
 
-    Raises: InputError when the arguments do not fit together.
+    Raises:
+        InputError: when the arguments do not fit together.
     """
 
     config: Any  # diffusers' FrozenDict, with attribute access
+    encoder: Encoder  # type: ignore[assignment]
+    decoder: Decoder  # type: ignore[assignment]
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ResnetBlock", "SelfAttention"]  # type: ignore[assignment]
+    _no_split_modules = ["ResnetBlock", "SelfAttention"]
     _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
 
     @register_to_config
@@ -183,10 +103,10 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
     ):
-        super().__init__()
+        ModelMixin.__init__(self)  # instead of diffusers' class's, which builds its own networks
         levels = len(block_out_channels)
-        down_attention = _level_attention("down_block_types", down_block_types, DOWN_BLOCK_TYPES, levels)
-        up_attention = _level_attention("up_block_types", up_block_types, UP_BLOCK_TYPES, levels)
+        down_attention = level_attention("down_block_types", down_block_types, DOWN_BLOCK_TYPES, levels)
+        up_attention = level_attention("up_block_types", up_block_types, UP_BLOCK_TYPES, levels)
         for width in block_out_channels:
             if width % norm_num_groups:
                 raise InputError(
@@ -207,20 +127,39 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
         self.use_slicing = False
         self.use_tiling = False
         self._memory_bytes: int | None = None
+        self.original_attn_processors: dict[str, Any] | None = None  # while the projections are fused
+        # what diffusers' tiled_encode and tiled_decode read; `enable_tiling` does not
+        self.tile_sample_min_size = sample_size
+        self.tile_latent_min_size = sample_size // 2 ** (levels - 1)
+        self.tile_overlap_factor = 0.25
 
     def enable_tiling(self, use_tiling: bool = True, *, memory_bytes: int | None = None) -> None:
         """Encode and decode images of any size in bounded memory; the switch that diffusers' pipelines know.
 
-        Unlike diffusers' tiles, the result is that of the whole image (see `sdvae.model.tiling`). It acts where
-        gradients are off and no layer has hooks, which would see strips: offloading layer by layer, say.
+        Unlike diffusers' tiles, the result is that of the whole image (see `sdvae.model.tiling`). It takes effect where
+        gradients are off and every layer is as this class made it. Where a layer has been replaced or has hooks, as
+        with offloading layer by layer, the whole image is computed at once.
 
         Args:
             use_tiling: false turns it off, as `disable_tiling` does.
-            memory_bytes: that the device may take above weights, input and output. What does not fit waits in the
-                host's memory. By default as much of an accelerator as is free.
+            memory_bytes: what the device may use in addition to weights, input and output. Maps that do not fit are
+                kept in the host's memory. By default as much of an accelerator as is free.
         """
         self.use_tiling = use_tiling
         self._memory_bytes = memory_bytes
+
+    def fuse_qkv_projections(self) -> None:
+        """Compute queries, keys and values of attention in one product. State-dict names stay as they are."""
+        if self.original_attn_processors is None:
+            super().fuse_qkv_projections()
+
+    def unfuse_qkv_projections(self) -> None:
+        """Undo `fuse_qkv_projections`; without effect where nothing is fused."""
+        super().unfuse_qkv_projections()
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fuse_projections(fuse=False)
+        self.original_attn_processors = None
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -247,36 +186,6 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
         if likelihood != self.likelihood:
             self.register_to_config(_likelihood=likelihood)
 
-    def _moments(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 2·latent_channels, H/f, W/f)
-        if self._streams:
-            return self._streamed(x.shape, x).encode(self, x)
-        h = self.encoder(x)
-        return h if self.quant_conv is None else self.quant_conv(h)
-
-    def _image(self, z: Tensor) -> Tensor:  # (B, latent_channels, h, w) -> (B, C, f·h, f·w)
-        if self._streams:
-            if not z.isfinite().all():  # one such value would reach the whole image, after a long time
-                raise InputError("got latents with NaN or infinite values; need finite ones; look what overflowed")
-            f = self.spatial_compression_ratio
-            shape = torch.Size((z.shape[0], self.config.out_channels, f * z.shape[2], f * z.shape[3]))
-            return self._streamed(shape, z).decode(self, z)
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
-
-    @property
-    def _streams(self) -> bool:
-        return self.use_tiling and not torch.is_grad_enabled() and not has_hooks(self)
-
-    def _streamed(self, shape: torch.Size, x: Tensor) -> Streamed:
-        """The streaming pass for images of a shape, computed on the device and in the dtype of `x`."""
-        budget = plan(self, tuple(shape), x.device, x.dtype, self._memory_bytes)
-        return Streamed(budget, self.config.norm_num_groups)
-
-    def _sliced(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`function` over the whole batch, or image by image, when slicing is on and gradients are off: less memory."""
-        if self.use_slicing and x.shape[0] > 1 and not torch.is_grad_enabled():
-            return torch.cat([function(image) for image in x.split(1)])
-        return function(x)
-
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
         """Images to the posterior over their latents.
@@ -284,13 +193,15 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
         Args:
             x: (B, in_channels, H, W) float in [-1, 1]; H and W multiples of `spatial_compression_ratio`
                 (`sdvae.pad_to_multiple` makes them so).
+            return_dict: false gives a 1-tuple of the posterior.
 
-        Returns: `.latent_dist`, over unscaled latents (B, latent_channels, H/f, W/f); a 1-tuple of it
-            when `return_dict` is false.
-        Raises: InputError for a tensor of another shape.
+        Returns:
+            `.latent_dist`, over unscaled latents (B, latent_channels, H/f, W/f).
+
+        Raises:
+            InputError: for a tensor of another shape or of integers.
         """
-        self._check_images(x)
-        posterior = DiagonalGaussian(self._sliced(self._moments, x))
+        posterior = self._posterior(x)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -301,54 +212,91 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
 
         Args:
             z: (B, latent_channels, h, w) float: a sample or the mode of a posterior.
-            generator: taken for diffusers' sake and unused; decoding is deterministic.
+            return_dict: false gives a 1-tuple of the images.
+            generator: not used, since decoding is deterministic; diffusers' pipelines pass it.
 
-        Returns: `.sample`, (B, out_channels, f·h, f·w), nominally in [-1, 1] and not clamped; a 1-tuple
-            of it when `return_dict` is false.
-        Raises: InputError for a tensor of another shape.
+        Returns:
+            `.sample`, (B, out_channels, f·h, f·w), nominally in [-1, 1] and not clamped.
+
+        Raises:
+            InputError: for a tensor of another shape or of integers.
         """
-        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
-            raise InputError(
-                f"got latents of shape {tuple(z.shape)}; need (batch, {self.config.latent_channels}, height, width), "
-                "unscaled"
-            )
-        if z.numel() == 0:
-            raise InputError(f"got latents of shape {tuple(z.shape)}, with a side of zero; need at least 1")
-        image = self._sliced(self._image, z)
+        image = self._reconstruction(z)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
-    def forward(
+    def forward(  # type: ignore[override]  # diffusers' has no list of generators and no posterior
         self,
         sample: Tensor,
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        **given: Any,
     ) -> AutoencoderForwardOutput | tuple[Tensor]:
         """Encode, take the posterior's mode or a sample, decode.
-
-        Training calls this and nothing else, so that DDP and autocast, which wrap `forward`, see every
-        operation that has a gradient.
 
         Args:
             sample: (B, in_channels, H, W) float in [-1, 1].
             sample_posterior: draw z from the posterior instead of taking its mode.
+            return_dict: false gives a 1-tuple of the reconstruction.
             generator: for that draw; one for the batch, or a list with one for each image.
+            given: what `encode` and `decode` of a subclass take in addition.
 
-        Returns: `.sample`, the reconstruction (B, out_channels, H, W), and `.posterior`; a 1-tuple of the
-            reconstruction when `return_dict` is false.
+        Returns:
+            `.sample`, the reconstruction (B, out_channels, H, W), and `.posterior`.
         """
-        posterior = self.encode(sample).latent_dist
+        posterior = self.encode(sample, **given).latent_dist
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        reconstruction = self.decode(z).sample
+        reconstruction = self.decode(z, **given).sample
         if not return_dict:
             return (reconstruction,)
         return AutoencoderForwardOutput(sample=reconstruction, posterior=posterior)
 
+    def _posterior(self, x: Tensor, temb: Tensor | None = None) -> DiagonalGaussian:
+        """(B, in_channels, H, W), (B, E) -> the posterior over (B, latent_channels, H/f, W/f)."""
+        self._check_images(x)
+        return DiagonalGaussian(self._sliced(self._moments, x, temb))
+
+    def _reconstruction(self, z: Tensor, temb: Tensor | None = None) -> Tensor:
+        """(B, latent_channels, h, w), (B, E) -> (B, out_channels, f·h, f·w)."""
+        self._check_latents(z)
+        return self._sliced(self._image, z, temb)
+
+    def _moments(self, x: Tensor, temb: Tensor | None) -> Tensor:
+        if self._streams(self.encoder, self.quant_conv):
+            return self._streamed(x.shape, x).encode(self, x, temb)
+        h = self.encoder(x, *only(temb))
+        return h if self.quant_conv is None else self.quant_conv(h)
+
+    def _image(self, z: Tensor, temb: Tensor | None) -> Tensor:
+        if self._streams(self.decoder, self.post_quant_conv):
+            if not z.isfinite().all():  # one such value would reach the whole image, after a long time
+                raise InputError("got latents with NaN or infinite values; need finite ones; look what overflowed")
+            f = self.spatial_compression_ratio
+            shape = torch.Size((z.shape[0], self.config.out_channels, f * z.shape[2], f * z.shape[3]))
+            return self._streamed(shape, z).decode(self, z, temb)
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), *only(temb))
+
+    def _streams(self, *parts: nn.Module | None) -> bool:
+        groups = self.config.norm_num_groups
+        return self.use_tiling and not torch.is_grad_enabled() and all(can_stream(part, groups) for part in parts)
+
+    def _streamed(self, shape: torch.Size, x: Tensor) -> Streamed:
+        """The streaming pass for images of a shape, computed on the device and in the dtype of `x`."""
+        budget = plan(self, tuple(shape), x.device, x.dtype, self._memory_bytes)
+        return Streamed(budget, self.config.norm_num_groups)
+
+    def _sliced(self, function: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, temb: Tensor | None) -> Tensor:
+        """`function` of the whole batch, or image by image, when slicing is on and gradients are off: less memory."""
+        if self.use_slicing and x.shape[0] > 1 and not torch.is_grad_enabled():
+            tembs = [None] * x.shape[0] if temb is None else temb.split(1)
+            return torch.cat([function(*pair) for pair in zip(x.split(1), tembs, strict=True)])
+        return function(x, temb)
+
     def to_diffusers(self) -> StockAutoencoderKL:
         """The same VAE as diffusers' own class: same config, a copy of the weights, device, dtype and mode.
 
-        Put this into a pipeline before `pipe.save_pretrained`, and the saved folder loads where sdvae is
-        not installed (model_index.json names the class's module).
+        Put this into a pipeline before `pipe.save_pretrained`, and the saved folder loads where sdvae is not installed:
+        the pipeline's model_index.json names the package that a class comes from.
         """
         config = {key: value for key, value in self.config.items() if not key.startswith("_")}
         stock = StockAutoencoderKL(**config)
@@ -363,7 +311,8 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
         diffusers only warns and leaves the missing weights at random values. Takes its arguments; for
         single files and stricter checks see `sdvae.load_vae`.
 
-        Raises: InputError naming the missing, unexpected and wrongly shaped keys.
+        Raises:
+            InputError: naming the missing, unexpected and wrongly shaped keys.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
@@ -387,6 +336,8 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
                 f"got images of shape {tuple(x.shape)}; need (batch, {self.config.in_channels}, height, width) "
                 "in [-1, 1]"
             )
+        if not x.is_floating_point():
+            raise InputError(f"got images of {x.dtype}; need floats in [-1, 1]; scale 0 to 255 by x / 127.5 - 1")
         for name, size in (("height", x.shape[2]), ("width", x.shape[3])):
             if size == 0 or size % factor:
                 down, up = size - size % factor, size + -size % factor or factor
@@ -395,11 +346,13 @@ class AutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[
                     f"{name} {size} is not a positive multiple of {factor}; {crop}pad to {up} (sdvae.pad_to_multiple)"
                 )
 
-
-def _level_attention(key: str, names: tuple[str, ...], known: dict[str, bool], levels: int) -> list[bool]:
-    if len(names) != levels:
-        raise InputError(f"{key} names {len(names)} blocks, block_out_channels has {levels}; give one name a level")
-    for name in names:
-        if name not in known:
-            raise InputError(f"{key} has {name!r}; need one of {', '.join(known)}")
-    return [known[name] for name in names]
+    def _check_latents(self, z: Tensor) -> None:
+        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
+            raise InputError(
+                f"got latents of shape {tuple(z.shape)}; need (batch, {self.config.latent_channels}, height, width), "
+                "unscaled"
+            )
+        if not z.is_floating_point():
+            raise InputError(f"got latents of {z.dtype}; need unscaled floats; convert them: z.float()")
+        if z.numel() == 0:
+            raise InputError(f"got latents of shape {tuple(z.shape)}, with a side of zero; need at least 1")

@@ -1,47 +1,44 @@
-"""The building blocks of the Stable-Diffusion autoencoder.
+"""The networks of the Stable-Diffusion autoencoder and their blocks.
 
-ResNet blocks with group norm and SiLU (Esser et al. 2021, VQGAN, table 7; Rombach et al. 2022, LDM),
-single-head self-attention, a strided and a nearest-neighbour resampler. Attribute names are those of
-diffusers' state dict, so that the same file serves both implementations.
+ResNet blocks with group norm and SiLU (Esser et al. 2021, VQGAN, table 7; Rombach et al. 2022, LDM), single-head
+self-attention, a strided and a nearest-neighbour resampler. Attribute names are those of diffusers' state dict, so the
+same file serves both implementations.
 
-Shapes: every block maps (B, C, H, W) -> (B, C', H', W') in the dtype of its weights.
+Every block maps (B, C, H, W) -> (B, C', H', W') in the dtype of its weights. Those with ResNet blocks inside also take
+`temb`, (B, E), an embedding of what the network is told about each image. The name is diffusers'; its UNets embed the
+diffusion time. Plain VAEs have none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import get_activation
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+
+from sdvae.model.plain import is_plain
 
 NORM_EPS = 1e-6  # LDM, ldm/modules/diffusionmodules/model.py, Normalize
 
 
-def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups, channels, eps=NORM_EPS)
-
-
-def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-
-
-def activated(activation: nn.Module, h: Tensor, norm: nn.Module) -> Tensor:
-    """activation(h), in the memory of h where nobody needs it: one pass over memory less, and the same bits.
-
-    Args: norm: what gave h; with a hook, somebody may have kept it.
-    """
-    if torch.is_grad_enabled() or norm._forward_hooks or not isinstance(activation, nn.SiLU):
-        return activation(h)
-    return F.silu(h, inplace=True)
-
-
 class ResnetBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))), with a 1x1 conv on the shortcut where the width changes."""
+    """x + conv(act(norm(conv(act(norm(x)))))), with a 1x1 conv on the shortcut where the width changes.
 
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int, act_fn: str = "silu"):
+    With an embedding, a linear map of it is added between the two convs, the same at every position.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_groups: int,
+        act_fn: str = "silu",
+        temb_channels: int | None = None,
+    ):
         super().__init__()
         self.norm1 = group_norm(num_groups, in_channels)
         self.conv1 = conv3x3(in_channels, out_channels)
@@ -50,44 +47,57 @@ class ResnetBlock(nn.Module):
         self.nonlinearity = get_activation(act_fn)
         same_width = in_channels == out_channels
         self.conv_shortcut = None if same_width else nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        self.label_proj = None if temb_channels is None else nn.Linear(temb_channels, out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, H, W)
-        h = self.conv1(activated(self.nonlinearity, self.norm1(x), self.norm1))
-        h = self.conv2(activated(self.nonlinearity, self.norm2(h), self.norm2))
-        if self.conv_shortcut is not None:
-            x = self.conv_shortcut(x)
-        if torch.is_grad_enabled() or self.conv2._forward_hooks or h.stride() != x.stride():
-            return x + h
-        return h.add_(x)
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, H, W)
+        h = self.conv1(activated(self.norm1, self.nonlinearity, x))
+        h = self.plus_embedding(h, temb)
+        h = self.conv2(activated(self.norm2, self.nonlinearity, h))
+        return added(x if self.conv_shortcut is None else self.conv_shortcut(x), h, self.conv2)
+
+    def plus_embedding(self, h: Tensor, temb: Tensor | None) -> Tensor:
+        """(B, C_out, H, W), (B, E) -> (B, C_out, H, W). A block without `label_proj` ignores the embedding."""
+        if self.label_proj is None:
+            return h
+        assert temb is not None
+        return h + self.label_proj(self.nonlinearity(temb))[:, :, None, None]
 
 
-class SelfAttention(nn.Module):
-    """Single-head self-attention over the H·W positions, with a residual connection.
+class SelfAttention(Attention):
+    """Single-head self-attention over the H·W positions: x + W_o softmax(Q Kᵀ / sqrt(C)) V, of the normalised x.
 
-    softmax(Q K^T / sqrt(C)) V, then an output projection (Vaswani et al. 2017, eq. 1).
+    (Vaswani et al. 2017, eq. 1.) This is diffusers' layer, so that its attention processors work here too, of which the
+    default calls torch's scaled_dot_product_attention. (B, C, H, W) -> (B, C, H, W).
     """
 
-    # diffusers' ModelMixin looks for this mark and renames query/key/value/proj_attn, the names that
-    # folders saved before diffusers 0.13 carry, to to_q/to_k/to_v/to_out.0.
-    _from_deprecated_attn_block = True
-
     def __init__(self, channels: int, num_groups: int):
-        super().__init__()
-        self.group_norm = group_norm(num_groups, channels)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list only for the key «to_out.0»
+        super().__init__(
+            channels,
+            heads=1,
+            dim_head=channels,
+            bias=True,
+            upcast_softmax=True,
+            norm_num_groups=num_groups,
+            eps=NORM_EPS,
+            residual_connection=True,
+            _from_deprecated_attn_block=True,  # so that folders from before diffusers 0.13 are read: query -> to_q, …
+        )
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        batch, channels, height, width = x.shape
-        tokens = self.group_norm(x.flatten(2)).transpose(1, 2)  # (B, HW, C)
-        q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))  # (B, 1, HW, C)
-        tokens = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, HW, C)
-        tokens = self.to_out[0](tokens)
-        # The sum takes its first operand's memory layout. In this order that is diffusers', which makes all that
-        # follows equal to its output bit for bit.
-        return tokens.transpose(1, 2).reshape(batch, channels, height, width) + x
+    def fuse_projections(self, fuse: bool = True) -> None:
+        """Let diffusers' fused processor call `to_qkv`.
+
+        diffusers keeps a copy of the three weights for that, which is saved with the model, stays when the projections
+        are divided again, and is what trains in their place. Here there are only the three.
+        """
+        self.fused_projections = fuse
+
+    def to_qkv(self, tokens: Tensor) -> Tensor:  # type: ignore[override]  # diffusers' is a layer
+        """(B, HW, C) -> (B, HW, 3·C): queries, keys and values in one product."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        if not all(is_plain(layer, nn.Linear) for layer in layers):
+            return torch.cat([layer(tokens) for layer in layers], dim=-1)
+        weight, bias = (torch.cat(parts) for parts in zip(*((y.weight, y.bias) for y in layers), strict=True))
+        return F.linear(tokens, weight, bias)
 
 
 class Downsample(nn.Module):
@@ -120,11 +130,11 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, num_groups, act_fn) for _ in range(2)])
         self.attentions = nn.ModuleList([SelfAttention(channels, num_groups)] if add_attention else [])
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        x = self.resnets[0](x)
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        x = self.resnets[0](x, temb)
         for attention in self.attentions:
             x = attention(x)
-        return self.resnets[1](x)
+        return self.resnets[1](x, temb)
 
 
 class _Level(nn.Module):
@@ -150,40 +160,168 @@ class _Level(nn.Module):
             else None
         )
 
-    def layers(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, H, W)
+    def layers(self, x: Tensor, temb: Tensor | None) -> Tensor:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x)
+            x = resnet(x, temb)
             if self.attentions is not None:
                 x = self.attentions[i](x)
         return x
 
 
 class DownBlock(_Level):
-    """A level of the encoder; all but the last halve the resolution at their end."""
+    """A level of the encoder; all except the last halve the resolution at their end."""
 
     def __init__(self, *, out_channels: int, add_downsample: bool, **kwargs: Any):
         super().__init__(out_channels=out_channels, **kwargs)
         self.downsamplers = nn.ModuleList([Downsample(out_channels)]) if add_downsample else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layers(x)
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        x = self.layers(x, temb)
         return x if self.downsamplers is None else self.downsamplers[0](x)
 
 
 class UpBlock(_Level):
-    """A level of the decoder; all but the last double the resolution at their end."""
+    """A level of the decoder; all except the last double the resolution at their end."""
 
     def __init__(self, *, out_channels: int, add_upsample: bool, **kwargs: Any):
         super().__init__(out_channels=out_channels, **kwargs)
         self.upsamplers = nn.ModuleList([Upsample(out_channels)]) if add_upsample else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layers(x)
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        x = self.layers(x, temb)
         return x if self.upsamplers is None else self.upsamplers[0](x)
 
 
-def checkpointed(module: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Run `function(x)`; recompute it in the backward pass when `module.gradient_checkpointing` is on."""
+class Encoder(nn.Module):
+    """(B, in_channels, H, W) -> (B, 2·latent_channels, H/f, W/f) with f = 2^(levels - 1)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        latent_channels: int,
+        block_out_channels: tuple[int, ...],
+        level_attention: Sequence[bool],
+        layers_per_block: int,
+        norm_num_groups: int,
+        act_fn: str,
+        mid_block_add_attention: bool,
+    ):
+        super().__init__()
+        first, last = block_out_channels[0], block_out_channels[-1]
+        self.conv_in = conv3x3(in_channels, first)
+        self.down_blocks = nn.ModuleList()
+        width = first
+        for level, out_width in enumerate(block_out_channels):
+            block = DownBlock(
+                in_channels=width,
+                out_channels=out_width,
+                num_layers=layers_per_block,
+                num_groups=norm_num_groups,
+                act_fn=act_fn,
+                add_attention=level_attention[level],
+                add_downsample=level < len(block_out_channels) - 1,
+            )
+            self.down_blocks.append(block)
+            width = out_width
+        self.mid_block = MidBlock(last, norm_num_groups, act_fn, mid_block_add_attention)
+        self.conv_norm_out = group_norm(norm_num_groups, last)
+        self.conv_act = nn.SiLU()
+        self.conv_out = conv3x3(last, 2 * latent_channels)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv_in(x)
+        for block in self.down_blocks:
+            h = checkpointed(self, block, h, temb)
+        h = checkpointed(self, self.mid_block, h, temb)
+        return self.conv_out(activated(self.conv_norm_out, self.conv_act, h))
+
+
+class Decoder(nn.Module):
+    """(B, latent_channels, h, w) -> (B, out_channels, f·h, f·w): the encoder's mirror, one layer deeper a level."""
+
+    def __init__(
+        self,
+        latent_channels: int,
+        out_channels: int,
+        block_out_channels: tuple[int, ...],
+        level_attention: Sequence[bool],
+        layers_per_block: int,
+        norm_num_groups: int,
+        act_fn: str,
+        mid_block_add_attention: bool,
+    ):
+        super().__init__()
+        first, last = block_out_channels[0], block_out_channels[-1]
+        self.conv_in = conv3x3(latent_channels, last)
+        self.mid_block = MidBlock(last, norm_num_groups, act_fn, mid_block_add_attention)
+        self.up_blocks = nn.ModuleList()
+        width = last
+        for level, out_width in enumerate(reversed(block_out_channels)):
+            block = UpBlock(
+                in_channels=width,
+                out_channels=out_width,
+                num_layers=layers_per_block + 1,
+                num_groups=norm_num_groups,
+                act_fn=act_fn,
+                add_attention=level_attention[level],
+                add_upsample=level < len(block_out_channels) - 1,
+            )
+            self.up_blocks.append(block)
+            width = out_width
+        self.conv_norm_out = group_norm(norm_num_groups, first)
+        self.conv_act = nn.SiLU()
+        self.conv_out = conv3x3(first, out_channels)
+        self.gradient_checkpointing = False
+
+    def forward(self, z: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv_in(z)
+        h = checkpointed(self, self.mid_block, h, temb)
+        for block in self.up_blocks:
+            h = checkpointed(self, block, h, temb)
+        return self.conv_out(activated(self.conv_norm_out, self.conv_act, h))
+
+
+def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(num_groups, channels, eps=NORM_EPS)
+
+
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+
+
+def checkpointed(module: Any, function: Callable[..., Tensor], x: Tensor, temb: Tensor | None) -> Tensor:
+    """function(x, temb); recomputed in the backward pass when `module.gradient_checkpointing` is on."""
     if module.gradient_checkpointing and torch.is_grad_enabled():
-        return module._gradient_checkpointing_func(function, x)
-    return function(x)
+        return module._gradient_checkpointing_func(function, x, *only(temb))
+    return function(x, *only(temb))
+
+
+def only(temb: Tensor | None) -> tuple[Tensor, ...]:
+    """The embedding as an argument, if there is one: a block of somebody else's may take the map alone."""
+    return () if temb is None else (temb,)
+
+
+def activated(norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """act(norm(x)). In inference the activation is written over the norm's output: one pass over memory less."""
+    h = norm(x)
+    return activated_in_place(act, h) if not _may_keep_outputs() and is_plain(norm, nn.GroupNorm) else act(h)
+
+
+def activated_in_place(act: nn.Module, h: Tensor) -> Tensor:
+    """act(h), written over h where `act` can do that. The same bits either way."""
+    return F.silu(h, inplace=True) if is_plain(act, nn.SiLU) else act(h)
+
+
+def added(x: Tensor, h: Tensor, last: nn.Module) -> Tensor:
+    """x + h. In inference the sum is written over h, the output of the conv `last`: one allocation less.
+
+    A sum has the memory layout and dtype of both operands, so they must be equal, or the result would be another one.
+    """
+    alike = h.stride() == x.stride() and h.dtype == x.dtype
+    return h.add_(x) if alike and not _may_keep_outputs() and is_plain(last, nn.Conv2d) else x + h
+
+
+def _may_keep_outputs() -> bool:
+    """Autograd keeps outputs of layers for the backward pass; a compiler decides on memory by itself."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()

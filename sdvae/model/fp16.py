@@ -1,17 +1,19 @@
-"""fp16 without overflow: what each layer's largest value is, and an exact rescaling of the weights.
+"""fp16 without overflow: the largest value of each layer, and an exact rescaling of the weights.
 
-fp16 ends at 65504. What grows in these networks is the residual stream, which only group norms read, and
+The largest number of fp16 is 65504. What grows beyond it in these networks is the residual stream. Only group norms
+read it, and
 
     GroupNorm(s·x; eps·s²) = GroupNorm(x; eps)
 
-so the stream may be scaled by any s: weight and bias of what writes to it (conv_in, each block's conv2, the output of
-attention) are multiplied by s, of what carries it on (shortcuts, resamplers) the bias alone, and eps of what reads it
-by s². The same holds inside a ResNet block, from conv1 to norm2, and for attention's values, from to_v to to_out. With
-powers of two nothing is rounded: in fp32 the function stays the same to the bit.
+so the stream may be scaled by any s. Layers that write to it (conv_in, each block's conv2, the output of attention)
+have their weight and bias multiplied by s. Layers that map the stream to itself (shortcuts, resamplers) have only their
+bias multiplied by s. Norms that read it have eps multiplied by s². The same holds inside a ResNet block, from conv1 to
+norm2, and for the values of attention, from to_v to to_out. With powers of two nothing is rounded: in fp32 the function
+stays the same to the bit.
 
-A folder cannot hold eps: diffusers' class has 1e-6 everywhere. Loaded from there, a norm that reads s·x adds
-eps·(1/s² - 1) to the variance of x, which changes its output by at most the factor 1 - sqrt((var + eps) /
-(var + eps/s²)); `fix` reports that bound for the smallest variance that the calibration images show.
+A saved folder has no place for eps, since diffusers' class has 1e-6 everywhere. In a VAE that was loaded from one, a
+norm that reads s·x adds eps·(1/s² - 1) to the variance of x. That changes the norm's output by at most the factor
+1 - sqrt((var + eps) / (var + eps/s²)); `fix` reports this bound for the smallest variance in the calibration images.
 """
 
 from __future__ import annotations
@@ -26,11 +28,10 @@ from torch import Tensor, nn
 
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
-from sdvae.model.autoencoder import Decoder, Encoder
-from sdvae.model.blocks import NORM_EPS, Downsample, ResnetBlock, SelfAttention, Upsample
+from sdvae.model.blocks import NORM_EPS, Decoder, Downsample, Encoder, ResnetBlock, SelfAttention, Upsample
 
 FP16_MAX = 65504.0
-MARGIN = 8.0  # images outside the calibration set, and sums inside a layer, may go so much higher
+MARGIN = 8.0  # how much higher other images, and sums inside a layer, may go than the calibration images
 FP16_NORMAL = 2.0**-14  # smaller weights lose bits in fp16
 
 
@@ -39,8 +40,8 @@ class Fix:
     """What `fix` did.
 
     Attributes:
-        scales: name of a stream -> the power of two that it was multiplied by; only those that were.
-        eps_bound: the relative change of a norm's output that stock eps costs, at most, on the calibration images.
+        scales: name of a stream -> the power of two that it was multiplied by; streams left as they were are not in it.
+        eps_bound: the most that diffusers' eps changes a norm's output by, relatively, on the calibration images.
         subnormal: share of the weights that are below fp16's normal numbers now and were not before.
     """
 
@@ -51,15 +52,18 @@ class Fix:
 
 @torch.no_grad()
 def audit(vae: AutoencoderKL, images: Sequence[Tensor]) -> dict[str, float]:
-    """The largest absolute value that each layer gives out, in fp32, encoding and decoding some images.
+    """The largest absolute value in each layer's output, in fp32, when some images are encoded and decoded.
 
     Args:
         vae: in fp32.
-        images: (B, C, H, W) in [-1, 1] each, H and W multiples of the compression ratio.
+        images: batches (B, C, H, W) in [-1, 1], H and W multiples of the compression ratio.
 
-    Returns: by the name of the layer, in the order of the forward pass: convs, norms, linear maps, and the blocks,
-        whose output is the residual stream.
-    Raises: InputError when there is no image, or the VAE is not in fp32.
+    Returns:
+        Name of the layer -> value, in the order of the forward pass: convs, norms, linear maps, and the blocks, whose
+        output is the residual stream.
+
+    Raises:
+        InputError: when there is no image, or the VAE is not in fp32.
     """
     _check(vae, images)
     largest: dict[str, float] = {}
@@ -76,14 +80,17 @@ def audit(vae: AutoencoderKL, images: Sequence[Tensor]) -> dict[str, float]:
 
 @torch.no_grad()
 def fix(vae: AutoencoderKL, images: Sequence[Tensor]) -> Fix:
-    """Rescale `vae`, in place, so that its largest values on some images stay `MARGIN` times below fp16's end.
+    """Rescale `vae`, in place, so that its largest values on some images stay `MARGIN` times below fp16's largest.
 
-    Weights and the norms' eps change by powers of two; what the VAE computes in fp32 does not.
+    Weights and the norms' eps change by powers of two; what the VAE computes in fp32 does not change.
 
-    Args: as of `audit`.
+    Args:
+        vae: in fp32.
+        images: batches (B, C, H, W) in [-1, 1], H and W multiples of the compression ratio.
 
-    Raises: InputError when a value is not finite in fp32, or too large in a place that no rescaling reaches: the
-        latents, the image, queries and keys, or what a norm gives out.
+    Raises:
+        InputError: when a value is not finite in fp32, or too large where rescaling has no effect: in the latents, the
+            image, queries and keys, or the output of a norm.
     """
     before = audit(vae, images)
     if not all(math.isfinite(value) for value in before.values()):
@@ -112,7 +119,7 @@ def fix(vae: AutoencoderKL, images: Sequence[Tensor]) -> Fix:
 def _scale_stream(
     part: str, net: Encoder | Decoder, largest: dict[str, float], scales: dict[str, float], norms: dict[str, float]
 ) -> None:
-    """conv_in, the blocks' outputs and the resamplers write to it or carry it on; norm1, group_norm, norm_out read."""
+    """Scale the residual stream: from conv_in through the blocks and resamplers to the norms that read it."""
     carriers = (ResnetBlock, SelfAttention, Downsample, Upsample)
     names = [f"{part}.conv_in"]
     for name, module in net.named_modules():
@@ -144,6 +151,7 @@ def _scale_stream(
 def _scale_inside(
     name: str, block: ResnetBlock, largest: dict[str, float], scales: dict[str, float], norms: dict[str, float]
 ) -> None:
+    """Scale what lies between a block's two convs, from conv1 to norm2."""
     t = _power_of_two(largest[f"{name}.conv1"])
     if t != 1:
         scales[f"{name}.conv1"] = t
@@ -152,7 +160,7 @@ def _scale_inside(
 
 
 def _scale_values(name: str, block: SelfAttention, largest: dict[str, float], scales: dict[str, float]) -> None:
-    """softmax(QKᵀ) is linear in V: what to_v is divided by, to_out multiplies back."""
+    """Divide to_v and multiply to_out by the same number: attention is linear in its values."""
     t = _power_of_two(largest[f"{name}.to_v"])
     if t != 1:
         scales[f"{name}.to_v"] = t
@@ -202,7 +210,7 @@ def _eps_bound(vae: AutoencoderKL, images: Sequence[Tensor], norms: dict[str, fl
 
 
 def _subnormal(vae: AutoencoderKL) -> float:
-    """The share of weights, other than 0, that fp16 has no normal number for."""
+    """The share of the weights that are not 0 and below fp16's normal numbers."""
     weights = torch.cat([p.detach().abs().flatten() for p in vae.parameters()])
     return float(((weights < FP16_NORMAL) & (weights > 0)).double().mean())
 
@@ -211,7 +219,7 @@ def _subnormal(vae: AutoencoderKL) -> float:
 def _watched(
     modules: list[tuple[str, nn.Module]], note: Callable[[str, Tensor], None], inputs: bool = False
 ) -> Iterator[None]:
-    """Call note(name, output), or with the input, whenever one of the modules has run."""
+    """Call note(name, output) whenever one of the modules has run; note(name, input) with `inputs`."""
     handles = [
         module.register_forward_hook(lambda _, x, y, name=name: note(name, x[0] if inputs else y))
         for name, module in modules

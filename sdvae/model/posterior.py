@@ -15,8 +15,8 @@ LOGVAR_RANGE = (-30.0, 20.0)  # LDM, ldm/modules/distributions/distributions.py
 class DiagonalGaussian:
     """A diagonal Gaussian over latents, one for each image of a batch.
 
-    Interface and values are those of diffusers' `DiagonalGaussianDistribution`; the sums of `kl` and
-    `nll` are taken in fp32 at least, since a half-precision sum over 4·64·64 terms loses digits.
+    Interface and values are those of diffusers' `DiagonalGaussianDistribution`, except that `kl` and `nll` are summed
+    in fp32 at least, since a half-precision sum over 4·64·64 terms loses digits.
 
     Args:
         parameters: (B, 2C, h, w) float, the encoder's output: mean and log-variance stacked along channels.
@@ -39,10 +39,11 @@ class DiagonalGaussian:
         """z = mean + std · eps with eps ~ N(0, I): the reparametrisation trick (Kingma & Welling 2014, 2.4).
 
         Args:
-            generator: one for the batch, or a list with one for each image, which makes an image's noise
-                independent of the batch it happens to be in.
+            generator: one for the batch, or a list with one for each image, which makes an image's noise independent of
+                the other images in its batch.
 
-        Returns: (B, C, h, w) in the dtype of the parameters.
+        Returns:
+            (B, C, h, w) in the dtype of the parameters.
         """
         noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.parameters.dtype)
         return self.mean + self.std * noise
@@ -75,7 +76,7 @@ class DiagonalGaussian:
         return 0.5 * (math.log(2.0 * math.pi) + logvar + squared).sum(dim=dims)
 
 
-# torch.export wants to take a model's output apart and put it together again
+# torch.export has to take a model's output apart and put it together again
 pytree.register_pytree_node(
     DiagonalGaussian,
     lambda posterior: ([posterior.parameters], None),

@@ -1,17 +1,21 @@
 """The VAE on images of any size in bounded memory, with the result of the whole-image pass.
 
-Tiling as it is usually done runs the whole network on each tile, so that group norm and attention see a tile instead
-of the image: seams, and colours that drift. Here the network runs layer by layer over the whole image, each layer in
-strips of rows:
+Tiling usually means to run the whole network on each tile. Group norm and attention then see a tile instead of the
+image, which gives seams and colours that drift. Here the network runs layer by layer over the whole image, and each
+layer computes its output in strips of rows:
 
-- a 3x3 conv reads one row more above and below its strip, and drops what it computes there;
+- a 3x3 conv also reads one row above and one below its strip, the halo;
 - group norm takes its statistics from all strips, merged by Chan et al. 1979, «Updating formulae and a pairwise
   algorithm for computing sample variances», eq. 2.1; after that it is a scale and a shift of each channel;
-- attention, which has the lowest resolution, computes keys and values of all positions and queries strip by strip.
+- attention, which has the lowest resolution, computes keys and values of all positions, then queries strip by strip.
 
-A map is kept as a list of strips, and each is let go with the last reader of its rows. So two maps of one width are
-the most that there is at a time (a ResNet block's input and what is inside it), on the device or, where they do not
-fit, in the host's memory. At 1024² SD's decoder keeps 1 GiB in fp32, where the whole-image pass has 3.8.
+The output of a layer, a «map», is a list of strips, and a strip is freed when its last reader has passed it. So no more
+than two maps of one width exist at a time (a ResNet block's input and the map between its convs). They are on the
+device or, where they do not fit, in the host's memory. Decoding to 1024² in fp32, SD's VAE needs 1 GiB for maps, where
+the whole-image pass needs 3.8.
+
+Strips bypass the `forward` of the blocks, so `can_stream` looks first whether all layers are those that this module
+knows (`sdvae.model.plain`). A layer with kernels of its own that stands in for a plain one is called on strips.
 """
 
 from __future__ import annotations
@@ -22,17 +26,55 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor, nn
 
 from sdvae.errors import InputError
-from sdvae.model.blocks import DownBlock, MidBlock, ResnetBlock, SelfAttention, UpBlock, activated
+from sdvae.model.blocks import (
+    Decoder,
+    DownBlock,
+    Downsample,
+    Encoder,
+    MidBlock,
+    ResnetBlock,
+    SelfAttention,
+    UpBlock,
+    Upsample,
+    activated_in_place,
+)
+from sdvae.model.plain import has_geometry, is_conv, is_plain
 from sdvae.model.posterior import at_least_fp32
 from sdvae.runtime import give_back
 
-STRIP_BYTES = 64 * 2**20  # of the wider map of a layer, in a strip; tall strips waste less on the rows between them
-STRIPS_A_MAP = 64  # at least, or strips would take more than the maps that they are to save
-STRIPS_AT_ONCE = 6  # of that size, that a layer has in work: read, normalised, activated, computed, and the residual
-FREE_SHARE = 0.7  # of an accelerator's free memory that maps may take where no budget is given
+STRIP_BYTES = 64 * 2**20  # size of a strip of the wider map of a layer; taller strips recompute fewer halo rows
+STRIPS_A_MAP = 64  # a map has at least so many strips, or strips would take more memory than they save
+STRIPS_AT_ONCE = 6  # strips that a layer holds: read, normalised, activated, computed, the residual, one for kernels
+FREE_SHARE = 0.7  # of an accelerator's free memory, which maps may take where no budget is given
+
+CONVS = ({"kernel": 3, "padding": 1}, {"kernel": 3, "stride": 2}, {"kernel": 1})
+BLOCKS = (Encoder, Decoder, DownBlock, UpBlock, MidBlock, ResnetBlock, Downsample, Upsample, nn.ModuleList)
+LAYERS = (nn.Conv2d, nn.GroupNorm, nn.Linear, SelfAttention, nn.Dropout, nn.SiLU, nn.Mish, nn.GELU, nn.ReLU)
+PROCESSORS = (AttnProcessor2_0, FusedAttnProcessor2_0)
+
+
+def can_stream(part: nn.Module | None, groups: int) -> bool:
+    """Are all layers of a part of the VAE those that `Streamed` computes?
+
+    Args:
+        part: encoder, decoder or a conv around the latents.
+        groups: that all group norms must have.
+    """
+    return part is None or all(_is_known(module, groups) for module in part.modules())
+
+
+def _is_known(module: nn.Module, groups: int) -> bool:
+    if not any(is_plain(module, kind) for kind in (*BLOCKS, *LAYERS)):
+        return False
+    if isinstance(module, nn.Conv2d):
+        return any(has_geometry(module, **geometry) for geometry in CONVS)
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups == groups and module.affine
+    return not isinstance(module, SelfAttention) or type(module.processor) in PROCESSORS
 
 
 def plan(
@@ -41,11 +83,15 @@ def plan(
     """Where maps are kept and how large strips are, for images of a size.
 
     Args:
+        vae: an AutoencoderKL.
         shape: (B, C, H, W) of the images.
-        memory_bytes: of the device that computes, above weights, input and output; None: strips of up to 64
-            MiB, and for maps 70 % of what is free on an accelerator.
+        device: that computes.
+        dtype: of the maps.
+        memory_bytes: what the device may use in addition to weights, input and output. None: strips of up to 64 MiB
+            and, on an accelerator, 70 % of its free memory for maps.
 
-    Raises: InputError when maps, or a strip of one row, do not fit.
+    Raises:
+        InputError: when the maps, or a strip of one row, do not fit.
     """
     batch, _, height, width = shape
     maps = map_bytes(vae, batch, height, width, dtype)
@@ -72,28 +118,35 @@ def plan(
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Of an NVIDIA GPU, with what torch keeps for itself and does not use; elsewhere nobody tells."""
+    """Free memory of an NVIDIA GPU, including what torch has reserved and does not use. Infinite for other devices,
+    whose free memory torch cannot tell."""
     if device.type != "cuda":
         return float("inf")
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def map_bytes(vae: Any, batch: int, height: int, width: int, dtype: torch.dtype) -> int:
-    """The most that maps take at one time: a ResNet block's input and inside, or an upsampler's two maps.
+    """The most that maps take at one time: two in a ResNet block, or the two of an upsampler.
 
-    Args: height, width: of the image.
+    Args:
+        vae: an AutoencoderKL.
+        batch: number of images.
+        height: of the images in pixels.
+        width: of the images in pixels.
+        dtype: of the maps.
     """
     most, widths = 0, list(vae.config.block_out_channels)
     for level, channels in enumerate(widths):
-        wider = widths[min(level + 1, len(widths) - 1)]  # what the decoder comes with, from the level below
+        wider = widths[min(level + 1, len(widths) - 1)]  # of the decoder's level below, which ends in the upsampler
         most = max(most, max(2 * channels, wider + wider // 4) * (height >> level) * (width >> level))
     return most * batch * dtype.itemsize
 
 
 def row_bytes(vae: Any, batch: int, height: int, width: int, dtype: torch.dtype) -> int:
-    """The most that a strip of one row takes in a layer: two rows of four channels' worth where a level ends.
+    """The most that a strip of one row takes in a layer. The arguments are those of `map_bytes`.
 
-    The keys and values of attention count too, since they are had for all positions at once.
+    An upsampler makes two rows of twice the width from one. Keys and values of attention count too, as a share of the
+    strips at work, since they are computed for all positions at once.
     """
     widths = list(vae.config.block_out_channels)
     rows = [2 * channels * (width >> level) for level, channels in enumerate(widths)]
@@ -109,7 +162,7 @@ class Budget:
     Attributes:
         work: the device that computes.
         store: the device that keeps the maps.
-        strip_bytes: of a strip of the wider of a layer's maps.
+        strip_bytes: size of a strip of the wider of a layer's two maps.
     """
 
     work: torch.device
@@ -117,41 +170,34 @@ class Budget:
     strip_bytes: int
 
 
-def has_hooks(vae: nn.Module) -> bool:
-    """Does a layer below the VAE have hooks, of torch, or of accelerate and diffusers, which replace `forward`?"""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-        for module in vae.modules()
-        if module is not vae
-    )
-
-
 class Rows:
-    """A map (B, C, H, W) in strips.
+    """A map (B, C, H, W) in strips, which are appended from the top.
 
     Args:
-        groups: of the group norm that will read it; None where there is none.
+        height: H.
+        budget: where the strips are kept.
+        groups: of the group norm that will read the map; None where there is none.
     """
 
     def __init__(self, height: int, budget: Budget, groups: int | None = None):
         self.height = height
         self._budget = budget
         self._groups = groups
-        self._strips: list[tuple[int, Tensor]] = []  # first row, rows; those in use
+        self._strips: list[tuple[int, Tensor]] = []  # (first row, its rows), without those that were freed
         self._filled = 0  # rows appended
         self._count = 0.0
         self._mean: Tensor | None = None  # (B, groups) float64
         self._square: Tensor | None = None  # Σ (x - mean)²
 
     def append(self, rows: Tensor) -> None:
-        """The next rows, (B, C, h, W), on the working device."""
+        """Add the next rows, (B, C, h, W), on the device that computes."""
         if self._groups is not None:
             self._merge(rows)
         self._strips.append((self._filled, rows.to(self._budget.store)))
         self._filled += rows.shape[2]
 
     def __getitem__(self, window: slice) -> Tensor:
-        """Rows [start, stop), less those outside of the map, on the working device."""
+        """Rows [start, stop), without those outside of the map, on the device that computes."""
         start, stop = max(0, window.start), min(self.height, window.stop)
         parts = []
         for first, strip in self._strips:
@@ -160,8 +206,8 @@ class Rows:
                 parts.append(strip[:, :, top - first : bottom - first].to(self._budget.work, non_blocking=True))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def let_go(self, row: int) -> None:
-        """The rows above `row` are not read any more."""
+    def free_above(self, row: int) -> None:
+        """Free the strips above `row`, which nothing will read again."""
         kept = len(self._strips)
         while self._strips and self._strips[0][0] + self._strips[0][1].shape[2] <= row:
             self._strips.pop(0)
@@ -169,7 +215,7 @@ class Rows:
             give_back()
 
     def strips(self, channels: int) -> Iterator[tuple[int, int]]:
-        """(top, bottom) of strips for a layer whose wider map has so many channels."""
+        """(top, bottom) of each strip, for a layer whose wider map has so many channels."""
         _, first = self._strips[0]
         row_bytes = first.shape[0] * channels * first.shape[3] * first.element_size()
         step = max(1, self._budget.strip_bytes // row_bytes)
@@ -209,53 +255,71 @@ class Rows:
 
 
 class Streamed:
-    """The layers of a VAE over `Rows`. Every method uses its input up, unless it says otherwise."""
+    """The layers of a VAE over maps in strips. Every method frees its input while it reads it."""
 
     def __init__(self, budget: Budget, groups: int):
         self._budget = budget
         self._groups = groups
 
-    def encode(self, vae: Any, images: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, 2·latent_channels, H/f, W/f), as the encoder and quant_conv have it."""
+    def encode(self, vae: Any, images: Tensor, temb: Tensor | None) -> Tensor:
+        """What encoder and quant_conv give.
+
+        Args:
+            vae: an AutoencoderKL.
+            images: (B, in_channels, H, W).
+            temb: (B, E), the embedding that ResNet blocks may take.
+
+        Returns:
+            (B, 2·latent_channels, H/f, W/f) on the device of the images.
+        """
         encoder = vae.encoder
         x = self._conv(self._whole(images), encoder.conv_in, normed=True)
         for block in encoder.down_blocks:
-            x = self._level(x, block)
-        x = self._mid(x, encoder.mid_block)
+            x = self._level(x, temb, block)
+        x = self._mid(x, temb, encoder.mid_block)
         x = self._conv(x, encoder.conv_out, norm=encoder.conv_norm_out, act=encoder.conv_act)
         if vae.quant_conv is not None:
             x = self._conv(x, vae.quant_conv)
-        return self._gathered(x, images)
+        return x[0 : x.height].to(images.device)
 
-    def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        """(B, latent_channels, h, w) -> (B, out_channels, f·h, f·w), as post_quant_conv and the decoder have it."""
+    def decode(self, vae: Any, latents: Tensor, temb: Tensor | None) -> Tensor:
+        """What post_quant_conv and decoder give.
+
+        Args:
+            vae: an AutoencoderKL.
+            latents: (B, latent_channels, h, w).
+            temb: (B, E), the embedding that ResNet blocks may take.
+
+        Returns:
+            (B, out_channels, f·h, f·w) on the device of the latents.
+        """
         decoder = vae.decoder
         x = self._whole(latents)
         if vae.post_quant_conv is not None:
             x = self._conv(x, vae.post_quant_conv)
         x = self._conv(x, decoder.conv_in, normed=True)
-        x = self._mid(x, decoder.mid_block)
+        x = self._mid(x, temb, decoder.mid_block)
         for block in decoder.up_blocks:
-            x = self._level(x, block)
+            x = self._level(x, temb, block)
         x = self._conv(x, decoder.conv_out, norm=decoder.conv_norm_out, act=decoder.conv_act)
-        return self._gathered(x, latents)
+        return x[0 : x.height].to(latents.device)
 
-    def _level(self, x: Rows, block: DownBlock | UpBlock) -> Rows:
+    def _level(self, x: Rows, temb: Tensor | None, block: Any) -> Rows:  # a DownBlock or an UpBlock
         for i, resnet in enumerate(block.resnets):
-            x = self._resnet(x, resnet)  # type: ignore[arg-type]  # a ModuleList forgets of what
+            x = self._resnet(x, temb, resnet)
             if block.attentions is not None:
-                x = self._attention(x, block.attentions[i])  # type: ignore[arg-type]
-        if isinstance(block, DownBlock):
+                x = self._attention(x, block.attentions[i])
+        if type(block) is DownBlock:
             return x if block.downsamplers is None else self._downsample(x, block.downsamplers[0])
         return x if block.upsamplers is None else self._upsample(x, block.upsamplers[0])
 
-    def _mid(self, x: Rows, block: MidBlock) -> Rows:
-        x = self._resnet(x, block.resnets[0])  # type: ignore[arg-type]
+    def _mid(self, x: Rows, temb: Tensor | None, block: Any) -> Rows:
+        x = self._resnet(x, temb, block.resnets[0])
         for attention in block.attentions:
-            x = self._attention(x, attention)  # type: ignore[arg-type]
-        return self._resnet(x, block.resnets[1])  # type: ignore[arg-type]
+            x = self._attention(x, attention)
+        return self._resnet(x, temb, block.resnets[1])
 
-    def _resnet(self, x: Rows, block: ResnetBlock) -> Rows:
+    def _resnet(self, x: Rows, temb: Tensor | None, block: ResnetBlock) -> Rows:
         conv1, conv2 = block.conv1, block.conv2
         norm, act = x.norm(block.norm1), block.nonlinearity
         h, residual = self._rows(x.height, normed=True), x
@@ -263,20 +327,20 @@ class Streamed:
             residual = self._rows(x.height, normed=False)
         for top, bottom in x.strips(max(conv1.in_channels, conv1.out_channels)):
             rows = x[top - 1 : bottom + 1]
-            h.append(_conv_rows(conv1, activated(act, norm(rows), block.norm1), top > 0, bottom < x.height))
+            inner = _conv_rows(conv1, activated_in_place(act, norm(rows)), top > 0, bottom < x.height)
+            h.append(block.plus_embedding(inner, temb))
             if block.conv_shortcut is not None:
                 above = int(top > 0)
                 residual.append(block.conv_shortcut(rows[:, :, above : above + bottom - top]))
-                x.let_go(bottom - 1)
-            del rows
+                x.free_above(bottom - 1)
+            del rows, inner
         norm, out = h.norm(block.norm2), self._rows(x.height, normed=True)
         for top, bottom in h.strips(conv2.in_channels):
-            rows = _conv_rows(
-                conv2, activated(act, norm(h[top - 1 : bottom + 1]), block.norm2), top > 0, bottom < h.height
-            )
+            rows = activated_in_place(act, norm(h[top - 1 : bottom + 1]))
+            rows = _conv_rows(conv2, rows, top > 0, bottom < h.height)
             out.append(rows.add_(residual[top:bottom]))
-            h.let_go(bottom - 1)
-            residual.let_go(bottom)
+            h.free_above(bottom - 1)
+            residual.free_above(bottom)
         return out
 
     def _attention(self, x: Rows, block: SelfAttention) -> Rows:
@@ -289,7 +353,8 @@ class Streamed:
         k, v = (torch.cat(parts, dim=1).unsqueeze(1) for parts in (keys, values))  # (B, 1, HW, C)
         del keys, values
         out = self._rows(x.height, normed=True)
-        # Kernels that hold no scores are not to be had for every width and device: bound what the others hold.
+        # On some devices and for some widths torch has no kernel that does without the matrix of scores, (n, HW).
+        # Fewer queries at a time keep it below the size of a strip; on the CPU there is always such a kernel.
         chunk = max(1, self._budget.strip_bytes // (k.shape[0] * k.shape[2] * k.element_size()))
         chunk = k.shape[2] if k.device.type == "cpu" else chunk
         for top, bottom in x.strips(block.to_q.out_features):
@@ -298,29 +363,31 @@ class Streamed:
             found = [F.scaled_dot_product_attention(part, k, v) for part in q.split(chunk, dim=2)]
             tokens = block.to_out[0](torch.cat(found, dim=2).squeeze(1))  # (B, n, C)
             out.append(tokens.transpose(1, 2).reshape(rows.shape) + rows)
-            x.let_go(bottom)
+            x.free_above(bottom)
         return out
 
-    def _upsample(self, x: Rows, layer: nn.Module) -> Rows:
-        conv: Any = layer.conv
+    def _upsample(self, x: Rows, layer: Upsample) -> Rows:
         out = self._rows(2 * x.height, normed=True)
-        for top, bottom in x.strips(4 * conv.in_channels):
-            rows = F.interpolate(x[top - 1 : bottom + 1], scale_factor=2.0, mode="nearest")
+        for top, bottom in x.strips(4 * layer.conv.in_channels):
             above, below = top > 0, bottom < x.height
-            rows = rows[:, :, int(above) : rows.shape[2] - int(below)]  # a conv needs one of the two halo rows
-            out.append(_conv_rows(conv, rows, above, below))
-            x.let_go(bottom - 1)
+            rows = x[top - 1 : bottom + 1]
+            if type(layer) is Upsample:  # of the two rows that a halo row becomes, its conv needs one
+                rows = F.interpolate(rows, scale_factor=2.0, mode="nearest")
+                out.append(_conv_rows(layer.conv, _without_ends(rows, 1, above, below), above, below))
+            else:
+                out.append(_without_ends(layer(rows), 2, above, below))
+            x.free_above(bottom - 1)
         return out
 
-    def _downsample(self, x: Rows, layer: nn.Module) -> Rows:
+    def _downsample(self, x: Rows, layer: Any) -> Rows:  # a Downsample
         out = self._rows(x.height // 2, normed=True)
-        for top, bottom in x.strips(layer.conv.in_channels):  # type: ignore[union-attr, arg-type]
+        for top, bottom in x.strips(layer.conv.in_channels):
             top, bottom = top // 2, bottom // 2 if bottom < x.height else x.height // 2
             if top < bottom:
-                out.append(
-                    layer(x[2 * top : 2 * bottom + 1])
-                )  # the row that it pads below is not reached, but the last
-                x.let_go(2 * bottom)
+                # The layer pads one row below. Output row i reads input rows 2i to 2i + 2, so the padding reaches the
+                # output of the last strip only: the others end in one row more.
+                out.append(layer(x[2 * top : 2 * bottom + 1]))
+                x.free_above(2 * bottom)
         return out
 
     def _conv(
@@ -338,15 +405,15 @@ class Streamed:
         out = self._rows(x.height, normed)
         for top, bottom in x.strips(max(conv.in_channels, conv.out_channels)):
             rows = x[top - halo : bottom + halo]
-            if norm is not None and normalised is not None and act is not None:
-                rows = activated(act, normalised(rows), norm)
+            if normalised is not None and act is not None:
+                rows = activated_in_place(act, normalised(rows))
             above, below = halo and top > 0, halo and bottom < x.height
             out.append(_conv_rows(conv, rows, bool(above), bool(below)))
-            x.let_go(bottom - halo)
+            x.free_above(bottom - halo)
         return out
 
     def _rows(self, height: int, normed: bool) -> Rows:
-        """An empty map; a group norm will read it, or not."""
+        """An empty map. `normed`: a group norm will read it."""
         return Rows(height, self._budget, self._groups if normed else None)
 
     def _whole(self, x: Tensor) -> Rows:
@@ -354,18 +421,20 @@ class Streamed:
         rows.append(x.to(self._budget.work))
         return rows
 
-    def _gathered(self, x: Rows, like: Tensor) -> Tensor:
-        return x[0 : x.height].to(like.device)
-
 
 def _conv_rows(conv: nn.Conv2d, rows: Tensor, above: bool, below: bool) -> Tensor:
-    """The conv of some rows of a map, of which the first and the last are there only to be read.
+    """A conv of some rows of a map, without the halo.
 
-    Args: above, below: whether there is such a row; else there is the map's border, with its zeros.
+    Args:
+        conv: 1x1, or 3x3 padded with zeros.
+        rows: (B, C, h, W), with the halo.
+        above: whether the first row is halo; else it is the map's first, and zeros lie above it.
+        below: the same of the last row.
     """
-    if not above and not below:
-        return conv(rows)
-    if above and below and type(conv) is nn.Conv2d:
-        return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
-    out = conv(rows)  # a layer with kernels of its own: what it makes of the halo is dropped
-    return out[:, :, int(above) : out.shape[2] - int(below)]
+    if above and below and type(conv) is nn.Conv2d and is_conv(conv, 3, padding=1):
+        return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))  # computes no halo rows
+    return _without_ends(conv(rows), 1, above, below)
+
+
+def _without_ends(rows: Tensor, count: int, above: bool, below: bool) -> Tensor:
+    return rows[:, :, count * above : rows.shape[2] - count * below]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +22,7 @@ from sdvae.cpu.kernels import speed_up, takes_winograd
 from sdvae.errors import InputError
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.model import AutoencoderKL
+from sdvae.model.config import shape_of
 from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
 from sdvae.training.config import ModelConfig, TrainConfig
 from sdvae.training.initialise import initialise
@@ -95,30 +95,13 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
     if tune.freeze_encoder:
         freeze_encoder(vae)
     vae.set_likelihood(likelihood)
-    return vae.train(), replace(config, model=_model_section(vae))
+    model = ModelConfig(**shape_of(vae.config), measure_shift=vae.config.shift_factor is not None)
+    return vae.train(), replace(config, model=model)
 
 
 def build_vae(config: ModelConfig) -> AutoencoderKL:
     """A new VAE; its scaling factor is measured when training ends."""
-    levels = len(config.block_out_channels)
-    shape: dict[str, Any] = {
-        "in_channels": config.in_channels,
-        "out_channels": config.in_channels,
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "block_out_channels": config.block_out_channels,
-        "layers_per_block": config.layers_per_block,
-        "act_fn": config.act_fn,
-        "latent_channels": config.latent_channels,
-        "norm_num_groups": config.norm_num_groups,
-        "sample_size": config.sample_size,
-        "force_upcast": config.force_upcast,
-        "use_quant_conv": config.use_quant_conv,
-        "use_post_quant_conv": config.use_quant_conv,
-        "mid_block_add_attention": config.mid_block_add_attention,
-    }
-    conditional = config.num_classes > 0
-    vae = ConditionalAutoencoderKL(config.num_classes, **shape) if conditional else AutoencoderKL(**shape)
+    vae = (ConditionalAutoencoderKL if config.num_classes else AutoencoderKL)(**config.to_diffusers())
     if config.initialisation == "pass_through":
         initialise(vae)
     return vae
@@ -141,23 +124,6 @@ def lay_out(vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator) -
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     return config
-
-
-def _model_section(vae: AutoencoderKL) -> ModelConfig:
-    has_quant_conv = vae.quant_conv is not None
-    return ModelConfig(
-        in_channels=vae.config.in_channels,
-        block_out_channels=tuple(vae.config.block_out_channels),
-        layers_per_block=vae.config.layers_per_block,
-        latent_channels=vae.config.latent_channels,
-        norm_num_groups=vae.config.norm_num_groups,
-        act_fn=vae.config.act_fn,
-        use_quant_conv=has_quant_conv,
-        mid_block_add_attention=vae.config.mid_block_add_attention,
-        force_upcast=vae.config.force_upcast and has_quant_conv,
-        measure_shift=vae.config.shift_factor is not None,
-        sample_size=vae.config.sample_size,
-    )
 
 
 def build_perceptual(config: TrainConfig, accelerator: Accelerator) -> Perceptual | None:

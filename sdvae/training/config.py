@@ -10,65 +10,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sdvae.errors import InputError
+from sdvae.model.config import ModelShape
 
-ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")  # what diffusers' get_activation knows
 MIN_RESOLUTION = 16  # pixels: SSIM's windows have 11, LPIPS's smallest trunk pools three times
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The shape of the autoencoder, in diffusers' names."""
+class ModelConfig(ModelShape):
+    """The autoencoder: its shape, in diffusers' names, and what training does with it at either end."""
 
-    in_channels: int = 3
-    """Channels of the images: 3 for RGB, 1 for grey. The reconstruction has as many."""
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    """Width of each level; n levels compress by 2^(n-1) along each side."""
-    layers_per_block: int = 2
-    """ResNet blocks a level in the encoder; the decoder has one more."""
-    latent_channels: int = 4
-    """Channels of the latents."""
-    norm_num_groups: int = 32
-    """Groups of every GroupNorm; must divide every width."""
-    act_fn: str = "silu"
-    """Activation in the ResNet blocks."""
-    use_quant_conv: bool = True
-    """1x1 convolutions around the latents, as in SD and SDXL; SD3 and Flux have none."""
-    mid_block_add_attention: bool = True
-    """Self-attention in the middle blocks."""
-    force_upcast: bool = True
-    """Tell SDXL pipelines to run this VAE in fp32 even under fp16. Needs the quant convs."""
     measure_shift: bool = False
     """Write the mean of the latents as shift_factor (SD3 and Flux pipelines need one); else null."""
     initialisation: Literal["pass_through", "torch"] = "pass_through"
     """Initial weights: a coarse copy of the input (sdvae/training/initialise.py), or torch's defaults."""
-    sample_size: int = 512
-    """Side in pixels that pipelines take as the default and that diffusers' own tiling uses."""
-    num_classes: int = 0
-    """Condition encoder and decoder on a class label, 0 .. num_classes - 1, of each image
-    (sdvae/tutorial/conditional.py). 0 is the plain AutoencoderKL."""
-
-    @property
-    def compression_ratio(self) -> int:
-        """Pixels along one side of a latent element."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
-    def __post_init__(self) -> None:
-        if not self.block_out_channels:
-            raise InputError("got model.block_out_channels=[]; need a width for each level")
-        sizes = (self.layers_per_block, self.latent_channels, self.norm_num_groups, *self.block_out_channels)
-        if min(sizes) < 1:
-            raise InputError("got a model with a width, layer, latent channel or group count below 1; need 1 or more")
-        if self.in_channels not in (1, 3):
-            raise InputError(f"got model.in_channels={self.in_channels}; need 3 for RGB or 1 for grey images")
-        if self.act_fn not in ACTIVATIONS:
-            raise InputError(f"got model.act_fn={self.act_fn!r}; need one of {', '.join(ACTIVATIONS)}")
-        if self.num_classes < 0:
-            raise InputError(f"got model.num_classes={self.num_classes}; need 0 for none, or how many there are")
-        if self.force_upcast and not self.use_quant_conv:
-            raise InputError(
-                "got model.force_upcast=true with model.use_quant_conv=false, which SDXL pipelines cannot run; "
-                "set model.force_upcast=false"
-            )
 
 
 @dataclass(frozen=True)

@@ -15,26 +15,30 @@ from torch import Tensor
 from sdvae.errors import InputError
 from sdvae.io import read_json
 from sdvae.model import AutoencoderKL
-from sdvae.model.autoencoder import LIKELIHOODS
+from sdvae.model.config import LIKELIHOODS, ModelShape, block_types
 
 log = logging.getLogger(__name__)
 
-CONFIG_KEYS = tuple(name for name in inspect.signature(AutoencoderKL.__init__).parameters if name != "self")
-_LISTS = ("down_block_types", "up_block_types", "block_out_channels")
-_COUNTS = ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "sample_size")
-_SWITCHES = ("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
+# key -> default, whose type says what kind of value the key takes
+DEFAULTS = {
+    name: p.default for name, p in inspect.signature(AutoencoderKL.__init__).parameters.items() if name != "self"
+}
 
 SD1_SCALING_FACTOR = 0.18215  # 1/std of SD-1's latents; LDM, appendix G; SD 2 kept it
 FLUX_SCALING_FACTOR, FLUX_SHIFT_FACTOR = 0.3611, 0.1159  # black-forest-labs/flux, src/flux/util.py
-# diffusers' default of 32 would make its tiles 32 px wide, and these models were trained on 256 to 1024.
-SAMPLE_SIZE = 512
 
 
 def checked_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The keys that `AutoencoderKL` takes, with lists as tuples; of the keys that begin with "_", which are notes,
-    only `_likelihood` is kept.
+    """The keys of a config.json that `AutoencoderKL` takes, with lists as tuples.
 
-    Raises: InputError for another class's config, an unknown key, a value of the wrong kind.
+    Keys that begin with "_" are notes and left out, except `_likelihood`.
+
+    Args:
+        config: the content of the file.
+        origin: its name, for messages.
+
+    Raises:
+        InputError: for another class's config, an unknown key, a value of the wrong kind.
     """
     class_name = config.get("_class_name", "AutoencoderKL")
     if class_name != "AutoencoderKL":
@@ -48,27 +52,29 @@ def checked_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
             continue
         if key.startswith("_"):
             continue
-        if key not in CONFIG_KEYS:
-            close = difflib.get_close_matches(key, CONFIG_KEYS, n=1)
+        if key not in DEFAULTS:
+            close = difflib.get_close_matches(key, DEFAULTS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "remove it if you know that it changes nothing"
             raise InputError(f"{origin} has the unknown key {key!r}; need keys of AutoencoderKL; {hint}")
-        known[key] = tuple(value) if key in _LISTS and isinstance(value, list) else value
-        if need := _fault(key, known[key]):
+        default = DEFAULTS[key]
+        known[key] = tuple(value) if isinstance(default, tuple) and isinstance(value, list) else value
+        if need := _fault(default, known[key]):
             raise InputError(f"{origin} has {key} = {value!r}; need {need}; correct it")
     return known
 
 
-def _fault(key: str, value: Any) -> str | None:
-    if key in _LISTS:
-        kind: type = int if key == "block_out_channels" else str
+def _fault(default: Any, value: Any) -> str | None:
+    """What a key with this default needs instead of `value`; None where the value is right."""
+    if isinstance(default, tuple):
+        kind = type(default[0])
         fits = isinstance(value, tuple) and value and all(isinstance(item, kind) for item in value)
         return None if fits else f"a list of {'widths' if kind is int else 'block names'}, one a level"
-    if key in _COUNTS:
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int):
         fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
         return None if fits else "a positive integer"
-    if key in _SWITCHES:
-        return None if isinstance(value, bool) else "true or false"
-    if key == "scaling_factor":
+    if isinstance(default, float):
         return None if isinstance(value, (int, float)) and value > 0 else "a positive number"
     return None
 
@@ -76,7 +82,11 @@ def _fault(key: str, value: Any) -> str | None:
 def read_config(source: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
     """What the caller gives as `config=`: a dict, the path of a config.json, or nothing.
 
-    Raises: InputError as `checked_config`, or when the file can not be read.
+    Args:
+        source: of `load_vae`.
+
+    Raises:
+        InputError: as `checked_config`, or when the file can not be read.
     """
     if source is None:
         return {}
@@ -86,14 +96,20 @@ def read_config(source: Mapping[str, Any] | str | Path | None) -> dict[str, Any]
 
 
 def infer_config(weights: Mapping[str, Tensor], given: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The configuration that diffusers-named weights must have come from; `given` wins over what is inferred.
+    """The configuration that weights in diffusers' names must have come from.
 
-    Shapes tell all but the number of groups (32, as all published models), the factors and `sample_size`.
-    Factors: 4 channels are taken for SD-1/SD-2 (SDXL's is 0.13025), 16 channels without quant convs for Flux
-    (SD3's are 1.5305 and 0.0609); shapes can not tell them apart, so the choice is logged. For any other
-    number of channels they are 1 and 0, with a warning.
+    Shapes determine everything except the number of groups (32, as in all published models), the factors and
+    `sample_size`. For the factors, 4 channels are taken for SD 1 or 2 (SDXL's scaling_factor is 0.13025), and 16
+    channels without quant convs for Flux (SD3's factors are 1.5305 and 0.0609). Shapes cannot tell these apart, so the
+    choice is logged. For any other number of channels the factors are 1 and 0, with a warning.
 
-    Raises: InputError when the shapes do not determine a VAE.
+    Args:
+        weights: name -> tensor.
+        given: keys that the caller knows; they win over what is inferred.
+        origin: of the weights, for messages.
+
+    Raises:
+        InputError: when the shapes do not determine a VAE.
     """
     levels = _count(weights, r"encoder\.down_blocks\.(\d+)\..*")
     if levels == 0:
@@ -106,28 +122,27 @@ def infer_config(weights: Mapping[str, Tensor], given: Mapping[str, Any], origin
     config: dict[str, Any] = {
         "in_channels": _shape(weights, "encoder.conv_in.weight", origin)[1],
         "out_channels": _shape(weights, "decoder.conv_out.weight", origin)[0],
-        "down_block_types": tuple(
-            "AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D" for attention in down
-        ),
-        "up_block_types": tuple("AttnUpDecoderBlock2D" if attention else "UpDecoderBlock2D" for attention in up),
+        **block_types(down, up),
         "block_out_channels": widths,
         "layers_per_block": _count(weights, r"encoder\.down_blocks\.0\.resnets\.(\d+)\..*"),
         "latent_channels": _shape(weights, "decoder.conv_in.weight", origin)[1],
         "use_quant_conv": _has(weights, "quant_conv."),
         "use_post_quant_conv": _has(weights, "post_quant_conv."),
         "mid_block_add_attention": _has(weights, "encoder.mid_block.attentions."),
-        "sample_size": SAMPLE_SIZE,
+        # diffusers' default of 32 would make its tiles 32 pixels wide; published models were trained on 256 to 1024
+        "sample_size": ModelShape.sample_size,
     }
     # SDXL pipelines read post_quant_conv's dtype when they upcast, so a model without it must not ask for that.
     config["force_upcast"] = config["use_post_quant_conv"]
     if "norm_num_groups" not in given:
-        odd = [width for width in widths if width % 32]
+        groups = ModelShape.norm_num_groups
+        odd = [width for width in widths if width % groups]
         if odd:
             raise InputError(
-                f"{origin} has a level of width {odd[0]}, not a multiple of 32, so the number of groups is unknown; "
+                f"{origin} has a level of width {odd[0]}, no multiple of {groups}, so the number of groups is unknown; "
                 'give it: config={"norm_num_groups": …}, or a config.json (sdvae export --config FILE)'
             )
-        config["norm_num_groups"] = 32
+        config["norm_num_groups"] = groups
     return {**config, **_factors({**config, **given}, given, origin), **given}
 
 

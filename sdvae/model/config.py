@@ -1,0 +1,123 @@
+"""The shape of a VAE: the keys of a recipe's model section, and their translation to and from diffusers' config.json.
+
+Only the standard library is imported here, so that a misspelt key in a recipe is refused before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sdvae.errors import InputError
+
+ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")  # those that diffusers' get_activation knows
+LIKELIHOODS = ("gaussian", "bernoulli")
+# diffusers' names of the levels, without and with self-attention; LDM's f16 and f32 models have some of the second
+DOWN_BLOCK_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+UP_BLOCK_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The shape of the autoencoder, in diffusers' names. A new key is added here and in `AutoencoderKL.__init__`."""
+
+    in_channels: int = 3
+    """Channels of the images: 3 for RGB, 1 for grey. The reconstruction has as many."""
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Width of each level; n levels compress by 2^(n-1) along each side."""
+    layers_per_block: int = 2
+    """ResNet blocks a level in the encoder; the decoder has one more."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    norm_num_groups: int = 32
+    """Groups of every GroupNorm; must divide every width."""
+    act_fn: str = "silu"
+    """Activation in the ResNet blocks."""
+    use_quant_conv: bool = True
+    """1x1 convolutions around the latents, as in SD and SDXL; SD3 and Flux have none."""
+    mid_block_add_attention: bool = True
+    """Self-attention in the middle blocks."""
+    force_upcast: bool = True
+    """Tell SDXL pipelines to run this VAE in fp32 even under fp16. Needs the quant convs."""
+    sample_size: int = 512
+    """Side in pixels that pipelines take as the default and that diffusers' own tiling uses."""
+    num_classes: int = 0
+    """Condition encoder and decoder on a class label, 0 .. num_classes - 1, of each image
+    (sdvae/tutorial/conditional.py). 0 is the plain AutoencoderKL."""
+
+    @property
+    def compression_ratio(self) -> int:
+        """Pixels along one side of a latent element."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def __post_init__(self) -> None:
+        if not self.block_out_channels:
+            raise InputError("got model.block_out_channels=[]; need a width for each level")
+        sizes = (self.layers_per_block, self.latent_channels, self.norm_num_groups, *self.block_out_channels)
+        if min(sizes) < 1:
+            raise InputError("got a model with a width, layer, latent channel or group count below 1; need 1 or more")
+        if self.in_channels not in (1, 3):
+            raise InputError(f"got model.in_channels={self.in_channels}; need 3 for RGB or 1 for grey images")
+        if self.act_fn not in ACTIVATIONS:
+            raise InputError(f"got model.act_fn={self.act_fn!r}; need one of {', '.join(ACTIVATIONS)}")
+        if self.num_classes < 0:
+            raise InputError(f"got model.num_classes={self.num_classes}; need 0 for none, or how many there are")
+        if self.force_upcast and not self.use_quant_conv:
+            raise InputError(
+                "got model.force_upcast=true with model.use_quant_conv=false, which SDXL pipelines cannot run; "
+                "set model.force_upcast=false"
+            )
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The arguments of `AutoencoderKL`; of `ConditionalAutoencoderKL` where there are classes."""
+        same = {field.name: getattr(self, field.name) for field in fields(ModelShape)}
+        if not self.num_classes:
+            del same["num_classes"]
+        levels = [False] * len(self.block_out_channels)
+        return {
+            **same,
+            **block_types(levels, levels),
+            "out_channels": self.in_channels,
+            "use_post_quant_conv": self.use_quant_conv,
+        }
+
+
+def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `ModelShape` that describe a VAE which is there already.
+
+    Args:
+        config: the VAE's, in diffusers' keys.
+    """
+    shape = {field.name: config[field.name] for field in fields(ModelShape) if field.name in config}
+    # without quant convs SDXL pipelines cannot upcast, whatever the config says
+    upcast = config["force_upcast"] and config["use_quant_conv"]
+    return {**shape, "block_out_channels": tuple(config["block_out_channels"]), "force_upcast": upcast}
+
+
+def block_types(down: Sequence[bool], up: Sequence[bool]) -> dict[str, tuple[str, ...]]:
+    """diffusers' names of the blocks. Args are whether each level has self-attention."""
+    return {
+        "down_block_types": tuple(DOWN_BLOCK_TYPES[attention] for attention in down),
+        "up_block_types": tuple(UP_BLOCK_TYPES[attention] for attention in up),
+    }
+
+
+def level_attention(key: str, names: Sequence[str], known: tuple[str, str], levels: int) -> list[bool]:
+    """Undoes `block_types`: whether each level has self-attention.
+
+    Args:
+        key: the name of the config's key, for the message.
+        names: of the blocks, one a level.
+        known: DOWN_BLOCK_TYPES or UP_BLOCK_TYPES.
+        levels: how many there must be.
+
+    Raises:
+        InputError: for another number of names, or an unknown one.
+    """
+    if len(names) != levels:
+        raise InputError(f"{key} names {len(names)} blocks, block_out_channels has {levels}; give one name a level")
+    for name in names:
+        if name not in known:
+            raise InputError(f"{key} has {name!r}; need one of {', '.join(known)}")
+    return [known.index(name) == 1 for name in names]

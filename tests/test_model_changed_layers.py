@@ -1,0 +1,208 @@
+"""Layers that users have hooked, replaced or changed do what they do in diffusers' class, on every fast way too.
+
+The fast ways: writing over outputs in inference, strips (`enable_tiling`), and the CPU kernels of `speed_up`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+
+from sdvae import AutoencoderKL
+from sdvae.cpu import kernels as fast
+from sdvae.model import tiling
+from tests.conftest import tiny_vae
+
+
+class TwiceSiLU(nn.SiLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Mirror(nn.Module):
+    """A block of another kind."""
+
+    def forward(self, x: Tensor, temb: None = None) -> Tensor:
+        return x.flip(2, 3)
+
+
+def circular(conv: nn.Conv2d) -> None:
+    conv.padding_mode = "circular"
+
+
+def seamless(conv: nn.Conv2d) -> None:
+    """As scripts for seamless textures do."""
+    conv._conv_forward = lambda x, weight, bias: nn.functional.conv2d(
+        nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias
+    )
+
+
+def block(vae: Any) -> Any:
+    """A ResNet block that is followed by a residual sum with its own input."""
+    return vae.decoder.mid_block.resnets[0]
+
+
+def upsampler_conv(vae: Any) -> nn.Conv2d:
+    return vae.decoder.up_blocks[0].upsamplers[0].conv
+
+
+def twice(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def replaced_forward(module: nn.Module) -> None:
+    own = module.forward
+    module.forward = lambda *inputs: 2 * own(*inputs)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda vae: None,
+    "hook on the activation": lambda vae: block(vae).nonlinearity.register_forward_hook(twice),
+    "hook before the activation": lambda vae: block(vae).nonlinearity.register_forward_pre_hook(
+        lambda module, inputs: (2 * inputs[0],)
+    ),
+    "subclass of the activation": lambda vae: setattr(block(vae), "nonlinearity", TwiceSiLU()),
+    "another forward of the activation": lambda vae: replaced_forward(block(vae).nonlinearity),
+    "hook on the norm": lambda vae: block(vae).norm2.register_forward_hook(twice),
+    "no norm": lambda vae: setattr(block(vae), "norm1", nn.Identity()),
+    "norm of other groups": lambda vae: setattr(block(vae), "norm1", nn.GroupNorm(2, block(vae).norm1.num_channels)),
+    "another forward of the last norm": lambda vae: replaced_forward(vae.decoder.conv_norm_out),
+    "hook on the last activation": lambda vae: vae.decoder.conv_act.register_forward_hook(twice),
+    "hook on a conv": lambda vae: block(vae).conv2.register_forward_hook(twice),
+    "no conv": lambda vae: setattr(block(vae), "conv2", nn.Identity()),
+    "another layer for a conv": lambda vae: setattr(block(vae), "conv1", Twice()),
+    "weight norm": lambda vae: weight_norm(block(vae).conv1),
+    "parametrized weight": lambda vae: parametrize.register_parametrization(upsampler_conv(vae), "weight", Twice()),
+    "circular padding": lambda vae: [circular(m) for m in vae.decoder.modules() if isinstance(m, nn.Conv2d)],
+    "circular padding of an upsampler": lambda vae: circular(upsampler_conv(vae)),
+    "another forward within a conv": lambda vae: seamless(block(vae).conv1),
+    "another forward within an upsampler's conv": lambda vae: seamless(upsampler_conv(vae)),
+    "hook on an upsampler's conv": lambda vae: upsampler_conv(vae).register_forward_hook(twice),
+    "hook on an upsampler": lambda vae: vae.decoder.up_blocks[0].upsamplers[0].register_forward_hook(twice),
+    "hook on a query": lambda vae: vae.decoder.mid_block.attentions[0].to_q.register_forward_hook(twice),
+    "another attention processor": lambda vae: vae.set_attn_processor(AttnProcessor()),
+    "another layer for attention": lambda vae: vae.decoder.mid_block.attentions.__setitem__(0, Mirror()),
+    "another middle block": lambda vae: setattr(vae.decoder, "mid_block", Mirror()),
+    "a conv in groups": lambda vae: setattr(vae, "post_quant_conv", nn.Conv2d(4, 4, 1, bias=False, groups=4)),
+}
+
+
+def plain(vae: AutoencoderKL) -> None:
+    pass
+
+
+def strips(vae: AutoencoderKL) -> None:
+    vae.enable_tiling()
+
+
+def cpu_kernels(vae: AutoencoderKL) -> None:
+    fast.speed_up(vae)
+
+
+def cpu_kernels_and_strips(vae: AutoencoderKL) -> None:
+    fast.speed_up(vae)
+    vae.enable_tiling()
+
+
+@pytest.fixture
+def every_way_is_taken(monkeypatch) -> None:
+    """Winograd on small maps, strips of a few rows."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(fast, "winograd_pays", lambda *shape: fast.has_nnpack() and min(shape[:2]) >= 96)
+    monkeypatch.setattr(tiling, "STRIP_BYTES", 2**12)
+    monkeypatch.setattr(tiling, "STRIPS_A_MAP", 4)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_changed_layer_acts_as_in_diffusers(change, every_way_is_taken):
+    z = torch.randn(2, 4, 12, 10, generator=torch.Generator().manual_seed(1))
+    for widths in ((8, 16), (96, 96)):  # the second takes Winograd
+        vae = tiny_vae(block_out_channels=widths, norm_num_groups=4).eval()
+        stock = vae.to_diffusers()
+        changed(stock, change)
+        want = stock.decode(z).sample
+        both_orders = [(way, before) for way in (cpu_kernels, cpu_kernels_and_strips) for before in (True, False)]
+        for way, change_first in [(plain, True), (strips, True), *both_orders]:
+            ours = copy.deepcopy(vae)
+            for step in (partial(changed, ours, change), partial(way, ours))[:: 1 if change_first else -1]:
+                step()
+            got = ours.decode(z).sample
+            if way is plain:
+                assert torch.equal(got, want)
+            assert float((got - want).norm() / want.norm()) <= 2e-5, (widths, way.__name__, change_first)
+
+
+def changed(vae: Any, change: str) -> None:
+    torch.manual_seed(1)
+    CHANGES[change](vae)
+
+
+@torch.no_grad()
+def test_hooks_on_all_modules_see_every_layer_of_diffusers():
+    vae = tiny_vae().eval()
+    vae.enable_tiling()
+    stock = vae.to_diffusers()
+    seen: list[type[nn.Module]] = []
+    handle = register_module_forward_hook(lambda module, inputs, output: seen.append(type(module)))
+    try:
+        z = torch.randn(1, 4, 8, 8)
+        stock.decode(z)
+        wanted = {kind: seen.count(kind) for kind in (nn.SiLU, nn.GroupNorm, nn.Conv2d, nn.Linear)}
+        seen.clear()
+        vae.decode(z)
+    finally:
+        handle.remove()
+    assert {kind: seen.count(kind) for kind in wanted} == wanted
+
+
+@pytest.mark.parametrize("kind", [nn.GroupNorm, nn.SiLU, nn.Conv2d])
+@torch.no_grad()
+def test_what_a_hook_has_kept_stays_as_it_was(kind):
+    vae = tiny_vae().eval()
+    kept: list[tuple[Tensor, Tensor]] = []
+    for module in vae.modules():
+        if isinstance(module, kind):
+            module.register_forward_hook(lambda module, inputs, output: kept.append((output, output.clone())))
+    vae(torch.randn(1, 3, 16, 16))
+    assert len(kept) > 10
+    assert all(torch.equal(output, then) for output, then in kept)
+
+
+def test_gradients_are_seen_by_hooks_on_an_upsamplers_conv(every_way_is_taken):
+    vae = tiny_vae().train()
+    fast.speed_up(vae)
+    seen = []
+    upsampler_conv(vae).register_full_backward_hook(lambda *arguments: seen.append(1))
+    vae.decode(torch.randn(1, 4, 8, 8)).sample.sum().backward()
+    assert seen
+
+
+@torch.no_grad()
+def test_inference_writes_over_what_nobody_else_reads(monkeypatch):
+    """The trick itself: without hooks or gradients, activations and sums take no memory of their own."""
+    taken = []
+    silu, add = nn.functional.silu, Tensor.add_
+    monkeypatch.setattr(nn.functional, "silu", lambda h, inplace=False: taken.append(inplace) or silu(h, inplace))
+    monkeypatch.setattr(Tensor, "add_", lambda h, x: taken.append("sum") or add(h, x))
+    vae = tiny_vae().eval()
+    resnets = sum(type(module).__name__ == "ResnetBlock" for module in vae.modules())
+    vae(torch.randn(1, 3, 16, 16))
+    assert taken.count(True) == 2 * resnets + 2
+    assert taken.count(False) == 0
+    assert taken.count("sum") >= resnets // 2, "after attention, the two operands have different memory layouts"
