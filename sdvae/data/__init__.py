@@ -1,4 +1,4 @@
-"""Images: files -> tensors, where they come from, and in which order. Knows no model."""
+"""Images: where they come from, how they become tensors, and in which order."""
 
 from sdvae.data.dataset import (
     BadImages,

@@ -1,7 +1,7 @@
-"""The data sets of training and evaluation, and what is to be done with images that are bad.
+"""The data sets of training and evaluation, and how they treat bad images.
 
-Training replaces a bad image by another one that the seed determines; evaluation reports it. Neither decides how
-many are too many: `BadImages` counts them.
+Training replaces a bad image by another one, which the seed determines; evaluation reports it. `BadImages` counts them
+and decides how many are too many.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sdvae.noise import sample_seed
 from sdvae.runtime import keep_freed_memory
 
 MAX_SUBSTITUTES = 32
-NO_LABEL = -1  # as `datasets` has it in splits without labels
+NO_LABEL = -1  # as `datasets` stores it in splits without labels
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Sample(_LabelledSample):
     """One image for training."""
 
     image: Tensor  # (C, R, R) float32 in [-1, 1]
-    index: int  # of the key, also where the image is a substitute
+    index: int  # of the key, even if the image is a substitute
     epoch: int
     noise_seed: int  # for the posterior's noise, 63 bits
     bad: list[tuple[str, str]]  # (name, reason) of the bad images that were met
@@ -60,7 +60,7 @@ class Batch(_LabelledBatch):
 
 
 class EvaluationSample(_LabelledSample):
-    """One image for evaluation; `image` is None and `bad` the reason where the file cannot be used."""
+    """One image for evaluation. If the file cannot be used, `image` is None and `bad` is the reason."""
 
     image: Tensor | None  # (C, R, R) float32 in [-1, 1]
     index: int  # in the data set
@@ -69,7 +69,7 @@ class EvaluationSample(_LabelledSample):
 
 
 class EvaluationBatch(_LabelledBatch):
-    """The good images of a batch, stacked, and the bad ones. All may be bad: then `image` has length 0."""
+    """The good images of a batch, stacked, and the bad ones. If all are bad, `image` has length 0."""
 
     image: Tensor  # (N, C, R, R) float32 in [-1, 1]
     index: list[int]  # of those N, in the data set
@@ -78,22 +78,26 @@ class EvaluationBatch(_LabelledBatch):
 
 
 class TrainingImages(Dataset[Sample]):
-    """Random crops of a source, addressed by `SampleKey`. What a key gives depends on no process, worker or history.
+    """Random crops of a source, addressed by `SampleKey`. A sample depends on its key and the seed only.
 
     Args:
         source: the images.
         resolution: R, the side of the crops, in pixels.
         seed: of crops, jitter, noise and substitutes, 0 .. 2^32 - 1.
         channels: 3 for RGB, 1 for grey.
-        crop_scale, flip: see `random_crop`.
-        color_jitter: see the function of that name; 0 turns it off.
-        background: RGB in 0..255 below transparent images.
-        min_side: images with a shorter side are bad. By default resolution // 2: what must be enlarged more than
-            twice teaches the decoder to blur.
-        cache_mib: keep decoded images in memory, up to so many MiB in each worker, for small data sets. What is in
-            stays in, since in a shuffled order no image is likelier to come next than another.
+        crop_scale: the crop's side as a fraction of the short side; see `random_crop`.
+        flip: probability of a mirror image.
+        color_jitter: strength; see the function of that name. 0 turns it off.
+        background: RGB in 0..255 behind transparent images.
+        min_side: images whose shorter side has fewer pixels are bad. By default resolution // 2: images that are
+            enlarged more than twice teach the decoder to blur.
+        cache_mib: for small data sets: keep decoded images in memory, up to this many MiB in each worker. No image is
+            removed again, since in a shuffled order each is equally likely to come next.
         labels: (N,) int64, the class of each image, NO_LABEL for none; see `read_labels`.
-        label_dropout: probability of NO_LABEL instead.
+        label_dropout: probability that the label is replaced by NO_LABEL.
+
+    Raises:
+        InputError: for an empty source, or values that are out of range.
     """
 
     def __init__(
@@ -137,7 +141,11 @@ class TrainingImages(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        """Raises `InputError` where the image and all its substitutes are bad."""
+        """The sample of a key.
+
+        Raises:
+            InputError: when the image and all its substitutes are bad.
+        """
         epoch, index = key
         image, found, bad = self._good_image(epoch, index)
         generator = np.random.default_rng(sample_seed(self.seed, epoch, index, "augment"))
@@ -151,11 +159,15 @@ class TrainingImages(Dataset[Sample]):
         )
         if self.labels is not None:
             drop = np.random.default_rng(sample_seed(self.seed, epoch, index, "label")).random() < self.label_dropout
-            sample["label"] = NO_LABEL if drop else int(self.labels[found])  # of the substitute, where there is one
+            sample["label"] = NO_LABEL if drop else int(self.labels[found])  # of the substitute, if there is one
         return sample
 
     def _good_image(self, epoch: int, index: int) -> tuple[Image.Image, int, list[tuple[str, str]]]:
-        """The image, or the first good one of its substitutes; its index; (name, reason) of all bad ones before it."""
+        """Find the image, or the first good one of its substitutes.
+
+        Returns:
+            The image, its index, and (name, reason) of the bad images before it.
+        """
         bad: dict[str, str] = {}
         candidate = index
         for attempt in range(1 + MAX_SUBSTITUTES):
@@ -184,7 +196,7 @@ class TrainingImages(Dataset[Sample]):
         size = image.width * image.height * len(image.getbands())
         if size <= self._cache_bytes_left:
             self._cache_bytes_left -= size
-            self._cache[index] = image.copy()  # a file's image may still hold the file's bytes
+            self._cache[index] = image.copy()  # the original may still refer to the file's bytes
         return image
 
 
@@ -195,9 +207,9 @@ class EvaluationImages(Dataset[EvaluationSample]):
         source: the images.
         resolution: R, the side of the crops, in pixels.
         channels: 3 for RGB, 1 for grey.
-        background: RGB in 0..255 below transparent images.
-        min_side: images with a shorter side are bad; by default resolution // 2, as in training.
-        crop: of an image and R.
+        background: RGB in 0..255 behind transparent images.
+        min_side: images whose shorter side has fewer pixels are bad; by default resolution // 2, as in training.
+        crop: the function that crops an image to R x R.
         labels: (N,) int64, the class of each image, NO_LABEL for none; see `read_labels`.
     """
 
@@ -225,7 +237,7 @@ class EvaluationImages(Dataset[EvaluationSample]):
 
     def __getitem__(self, index: int) -> EvaluationSample:
         if not 0 <= index < len(self.source):
-            raise IndexError(f"image {index} of {len(self.source)}")  # or iteration over the data set would not end
+            raise IndexError(f"image {index} of {len(self.source)}")  # else a loop over the data set would not end
         name = self.source.name(index)
         try:
             data = self.source.read(index)
@@ -249,18 +261,26 @@ class BadImages:
         return len(self.reasons)
 
     def add(self, bad: Iterable[tuple[str, str]]) -> None:
-        """Take note of (name, reason) pairs; a name that is new is logged as a warning."""
+        """Record (name, reason) pairs. Each new name is logged as a warning."""
         for name, reason in bad:
             if name not in self.reasons:
                 self.reasons[name] = reason
                 logger.warning("bad image %s: %s", utf8(name), reason)
 
     def items(self) -> list[tuple[str, str]]:
-        """The (name, reason) of each, in the order they were met."""
+        """(name, reason) of each, in the order in which they were found."""
         return list(self.reasons.items())
 
     def check(self, total: int, max_fraction: float) -> None:
-        """Raise `InputError` where more than `max_fraction` of the `total` images of the data set are bad."""
+        """Check that few enough images are bad.
+
+        Args:
+            total: images in the data set.
+            max_fraction: of these, how many may be bad.
+
+        Raises:
+            InputError: when more are bad.
+        """
         if len(self) > max_fraction * total:
             some = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:3])
             raise InputError(
@@ -270,7 +290,7 @@ class BadImages:
 
 
 def collate_training(samples: Sequence[Sample]) -> Batch:
-    """Stack samples; the bad images of all of them come in one list."""
+    """Stack samples, and join their lists of bad images."""
     batch = Batch(
         image=torch.stack([sample["image"] for sample in samples]),
         index=torch.tensor([sample["index"] for sample in samples]),
@@ -284,7 +304,7 @@ def collate_training(samples: Sequence[Sample]) -> Batch:
 
 
 def collate_evaluation(samples: Sequence[EvaluationSample]) -> EvaluationBatch:
-    """Stack the good samples, list the bad ones."""
+    """Stack the good samples and list the bad ones."""
     images = [sample["image"] for sample in samples if sample["image"] is not None]
     batch = EvaluationBatch(
         image=torch.stack(images) if images else torch.empty(0, 0, 0, 0),
@@ -299,9 +319,18 @@ def collate_evaluation(samples: Sequence[EvaluationSample]) -> EvaluationBatch:
 
 
 def read_labels(source: ImageSource, column: str, num_classes: int) -> np.ndarray:
-    """(N,) int64: the class of each image of `source`, NO_LABEL where there is none.
+    """Read the class of each image.
 
-    Raises: InputError when there is no such column, or something else than 0 .. num_classes - 1 in it.
+    Args:
+        source: N images.
+        column: of the labels.
+        num_classes: how many classes there are.
+
+    Returns:
+        (N,) int64, NO_LABEL where an image has no label.
+
+    Raises:
+        InputError: when there is no such column, or it holds other things than 0 .. num_classes - 1 or NO_LABEL.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -325,18 +354,17 @@ def read_labels(source: ImageSource, column: str, num_classes: int) -> np.ndarra
 def training_loader(
     dataset: TrainingImages, batches: ShardedBatches, *, num_workers: int, pin_memory: bool = False
 ) -> DataLoader:
-    """Yields a `Batch` for each of `batches`, in order, with the same bits for any number of workers.
+    """A loader that yields a `Batch` for each of `batches`, in order, with the same bits for any number of workers.
 
-    Not to be given to `Accelerator.prepare`, which would divide the batches between processes a second time.
+    Do not pass it to `Accelerator.prepare`, which would divide the batches among the processes a second time.
     """
-    # torch lets each worker compute with one thread; the crops are Pillow's, which has none.
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=collate_training,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,  # what a worker has cached outlives an iteration
+        persistent_workers=num_workers > 0,  # keeps what a worker has cached
         prefetch_factor=4 if num_workers > 0 else None,
         worker_init_fn=_start_worker,
     )
@@ -345,7 +373,7 @@ def training_loader(
 def evaluation_loader(
     dataset: EvaluationImages, indices: Sequence[int], *, batch_size: int, num_workers: int, pin_memory: bool = False
 ) -> DataLoader:
-    """Yields an `EvaluationBatch` for each `batch_size` of `indices`, in their order, the last one perhaps smaller."""
+    """A loader that yields the images at `indices` in batches, in order. The last batch may be smaller."""
     batches = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
     return DataLoader(
         dataset,

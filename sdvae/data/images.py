@@ -1,21 +1,22 @@
-"""One image file -> pixels, and the crops of training and evaluation.
+"""Decoding an image file, and the crops of training and evaluation.
 
 What `read_image` does with each kind of file:
 
-- A file is named by its content; its extension is never looked at. `FORMATS` lists what is read. Formats without a
-  signature (TGA), vector formats and those that start other programs (EPS, WMF) are not images here.
-- EXIF orientation is applied, all eight of them.
-- Alpha is composited on `background` and never dropped: RGBA, LA, PA, premultiplied alpha, palettes with
+- The format is recognised by the content and never by the file name's extension. `FORMATS` lists what is read. Formats
+  without a signature (TGA), vector formats and those that start other programs (EPS, WMF) are refused.
+- The EXIF orientation is applied, all eight of them.
+- Alpha is composited on `background`, never dropped: RGBA, LA, PA, premultiplied alpha, palettes with
   transparency, and the single transparent colour (tRNS) of grey and RGB PNGs.
-- 16-bit grey is scaled, 0 -> 0 and 65535 -> 255, rounded. Of 16-bit colour Pillow decodes the high byte, which has
-  the same ends and is within one level of it. 32-bit integers are taken as 16-bit where all their values fit, floats
-  as fractions where all lie in [0, 1]; else their minimum..maximum is stretched over 0..255. Nothing is clipped.
+- 16-bit grey is scaled, 0 -> 0 and 65535 -> 255, rounded. Of 16-bit colour Pillow decodes the high byte, which
+  differs from that by one level at most. 32-bit integers count as 16-bit if all their values fit, floats as fractions
+  if all lie in [0, 1]; otherwise the range from their minimum to their maximum is stretched to 0..255. Nothing is
+  clipped.
 - CMYK, YCbCr, LAB and HSV are converted. ICC profiles are not applied.
 - 1-bit and grey become three equal channels, or stay grey where `channels` is 1; colour becomes ITU-R 601-2 luma.
 - Of an animation or a file of many pages the first is taken; of an icon file, the largest.
-- A damaged file is an `ImageError` wherever the damage can be told. A lossy stream with a flipped bit may still
-  decode: neither JPEG nor WebP holds a checksum. PNG does, and unlike Pillow we compare it for the pixels too. Rows
-  that a PNG's writer left out are black: to count them would take a second decompression.
+- A damaged file raises `ImageError` if the damage can be detected. JPEG and WebP have no checksum, so a file with a
+  flipped bit may still decode. PNG has checksums, and unlike Pillow we also compare those of the pixels. Rows that are
+  missing in a PNG's data come out black: counting them would take a second decompression.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM"),
     *("PSD", "QOI", "ICO", "ICNS", "DDS", "SGI", "PCX"),
 )
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses: half a gigabyte of RGB
+MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte of RGB
 
-# Antialiased by Pillow when it shrinks. Rings less than Lanczos: an autoencoder learns to draw the rings it is shown.
+# Pillow antialiases when it shrinks. Bicubic rings less than Lanczos, and an autoencoder learns to draw rings.
 RESAMPLING = Resampling.BICUBIC
 
+# PIL.ImageOps.exif_transpose does the same, but it also writes the rest of the EXIF data again, and raises an exception
+# where that holds a value of the wrong type. Cameras and editors write such files, and they can be read.
 _ORIENTATION_TAG = 0x0112  # EXIF 2.32, 4.6.4
 _UNDO_ORIENTATION = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -55,7 +58,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class ImageError(InputError):
-    """A file that cannot be used. The message is the reason alone, since only the caller knows the file's name."""
+    """A file cannot be used. The message is only the reason; the caller adds the name of the file."""
 
 
 def read_image(
@@ -66,17 +69,20 @@ def read_image(
     min_side: int = 1,
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """The image in a file, decoded and upright; see the module's list for what is done with each kind.
+    """Decode the image in a file and turn it upright. The list above says what is done with each kind of file.
 
     Args:
         data: the bytes of the file, or its path.
         channels: 3 for mode "RGB", 1 for "L".
-        background: RGB in 0..255, what shows through where the image is transparent.
-        min_side: the least length of the shorter side, in pixels.
-        max_pixels: the most pixels, compared with what the header claims before anything is decoded.
+        background: RGB in 0..255, the colour behind transparent parts.
+        min_side: the smallest permitted length of the shorter side, in pixels.
+        max_pixels: the largest permitted number of pixels; the header is checked before anything is decoded.
+
+    Returns:
+        An image of mode "RGB" or "L", without metadata.
 
     Raises:
-        ImageError: for any file that is no image, is damaged, or breaks a limit; the message is the reason.
+        ImageError: when the file is no image, is damaged, or breaks a limit; the message is the reason.
     """
     if channels not in (1, 3):
         raise InputError(f"channels is {channels}; need 1 (grey) or 3 (RGB)")
@@ -94,21 +100,26 @@ def read_image(
         image.load()
         if kind == "PNG" and "transparency" in image.info:
             _rescale_transparency(image, bit_depth=data[24])
-        # After load: PNG and WebP may carry EXIF behind the pixels, and TIFF turns itself and drops the tag.
+        # Read after `load`: PNG and WebP may hold EXIF behind the pixels, and Pillow's TIFF reader turns the image
+        # itself and removes the tag.
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
         image = _to_rgb_or_grey(image, channels, background)
     except (ImageError, MemoryError):
         raise
-    except Exception as error:  # Pillow's plugins let anything escape from a damaged file, and each of it is the file's
+    except Exception as error:  # for a damaged file, Pillow's plugins raise exceptions of any class
         raise ImageError(f"damaged {kind} file: {one_line(error)}") from error
     if orientation in _UNDO_ORIENTATION:
         image = image.transpose(_UNDO_ORIENTATION[orientation])
-    image.info = {}  # or a later reader of the EXIF within would turn the image once more
+    image.info = {}  # else whoever reads the EXIF data in it would turn the image again
     return image
 
 
 def read_file(path: str | PathLike[str]) -> bytes:
-    """All bytes of a file; `ImageError` where it cannot be read."""
+    """All bytes of a file.
+
+    Raises:
+        ImageError: when it cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -117,17 +128,23 @@ def read_file(path: str | PathLike[str]) -> bytes:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An "RGB" or "L" image -> (C, H, W) float32 in [-1, 1], contiguous; 0 -> -1 and 255 -> 1 exactly."""
+    """Convert an "RGB" or "L" image to a contiguous (C, H, W) float32 tensor; 0 becomes -1 and 255 becomes 1."""
     pixels = torch.from_numpy(np.array(image))  # (H, W, C) or (H, W) uint8
     pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 def to_image(tensor: Tensor) -> Image.Image:
-    """(C, H, W) float in [-1, 1], C in {1, 3} -> an "L" or "RGB" image. Values outside are clamped, then rounded.
+    """Convert a tensor to an "L" or "RGB" image.
+
+    Args:
+        tensor: (C, H, W) float in [-1, 1], C in {1, 3}. Values outside are clamped.
+
+    Returns:
+        The image, each value rounded to the nearest of 0..255.
 
     Raises:
-        InputError: for another shape, or NaN, for which there is no colour.
+        InputError: for another shape, or NaN, which has no colour.
     """
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
         raise InputError(f"image tensor has shape {tuple(tensor.shape)}; need (C, H, W) with C 1 or 3")
@@ -140,18 +157,19 @@ def to_image(tensor: Tensor) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square, resized to size x size with antialias: how evaluation sees an image.
+    """Cut out the largest centred square and resize it to size x size with antialiasing, as evaluation does.
 
-    The same as resizing the short side to `size` and cropping the middle, but the long side's ratio is exact, and
-    an image whose short side already is `size` keeps its pixels.
+    This is the same as resizing the short side to `size` and cropping the middle, except that both axes are scaled by
+    exactly the same factor. An image whose short side is `size` already keeps its pixels.
     """
     return cover(image, size, size)
 
 
 def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centre crop of ADM (Dhariwal & Nichol 2021), on which ImageNet figures at 256x256 are published.
+    """The centre crop of ADM (Dhariwal & Nichol 2021), with which ImageNet figures at 256x256 are published.
 
-    Halved by a box filter while twice too large, then the short side resized to `size` (bicubic), then cropped.
+    A box filter halves the image while its short side is at least twice `size`; then the short side is resized to
+    `size` (bicubic) and the middle is cropped.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -163,12 +181,21 @@ def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def cover(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centred part of that aspect ratio, resized to width x height with antialias."""
+    """Cut out the largest centred part of this aspect ratio and resize it to width x height with antialiasing."""
     return image.resize((width, height), RESAMPLING, box=cover_box(image.size, width, height))
 
 
 def cover_box(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of the part that `cover` takes, in whole pixels of an image of `size` (w, h)."""
+    """The part that `cover` cuts out.
+
+    Args:
+        size: (width, height) of the image.
+        width: of the result.
+        height: of the result.
+
+    Returns:
+        (left, top, right, bottom) in whole pixels of the image.
+    """
     w, h = size
     box_w = min(w, max(1, round(h * width / height)))
     box_h = min(h, max(1, round(w * height / width)))
@@ -183,15 +210,18 @@ def random_crop(
     scale: tuple[float, float] = (0.5, 1.0),
     flip: float = 0.5,
 ) -> Image.Image:
-    """A random square, resized to size x size with antialias, and perhaps mirrored.
+    """Cut out a random square, resize it to size x size with antialiasing, and perhaps mirror it.
 
     Args:
         image: "RGB" or "L".
         size: side of the result, in pixels.
-        generator: four numbers are drawn, whatever they lead to.
-        scale: the square's side is uniform in this range times the short side, but at least `size` pixels where
-            the image has them, so that no detail is invented; the place is uniform over all that fit.
+        generator: always gives four numbers.
+        scale: the square's side as a fraction of the short side, uniform in this range; but at least `size` pixels if
+            the image has them, so that it need not be enlarged. All places in the image are equally likely.
         flip: the probability of a left-right mirror image.
+
+    Returns:
+        An image of the same mode.
     """
     width, height = image.size
     short = min(width, height)
@@ -204,18 +234,25 @@ def random_crop(
 
 
 def color_jitter(image: Tensor, strength: float, generator: np.random.Generator) -> Tensor:
-    """Random brightness, contrast and saturation, and at times permuted channels.
+    """Change brightness, contrast and saturation at random, and sometimes the order of the channels.
 
-    On the image as fractions in [0, 1]: brightness multiplies all, contrast the distance from the mean luma,
-    saturation the distance from each pixel's luma, each by its own factor uniform in 1 ± `strength`; then, with
-    probability `strength`, the channels are put in a random order; then the result is clamped.
+    With values in [0, 1], brightness multiplies them, contrast multiplies their distance from the mean luma, and
+    saturation their distance from each pixel's luma. Each factor is uniform in 1 ± `strength`. Then the channels get a
+    random order with probability `strength`, and the result is clamped.
+
+    torchvision's `adjust_brightness` and its relatives clamp after each step and have other weights of luma, so they
+    give other pixels, and training would give other losses.
 
     Args:
         image: (C, H, W) float in [-1, 1], C in {1, 3}; grey has no saturation and no order of channels.
-        strength: in [0, 1]; 0 returns the image untouched.
-        generator: five numbers and one permutation are drawn, unless `strength` is 0.
+        strength: in [0, 1]; 0 returns the image itself.
+        generator: gives five numbers and a permutation, or nothing if `strength` is 0.
 
-    Returns: a new (C, H, W) tensor in [-1, 1].
+    Returns:
+        A new (C, H, W) tensor in [-1, 1].
+
+    Raises:
+        InputError: when `strength` is outside [0, 1].
     """
     if not 0.0 <= strength <= 1.0:
         raise InputError(f"color jitter has strength {strength}; need a number in [0, 1]")
@@ -237,17 +274,17 @@ def color_jitter(image: Tensor, strength: float, generator: np.random.Generator)
 
 
 def _luma(x: Tensor) -> Tensor:
-    """(3, H, W) or (1, H, W) -> (1, H, W), with the weights of ITU-R 601-2 that Pillow's "L" has too."""
+    """The luma (1, H, W) of (3, H, W) or (1, H, W), with the weights of ITU-R 601-2, as in Pillow's "L"."""
     return x if len(x) == 1 else 0.299 * x[:1] + 0.587 * x[1:2] + 0.114 * x[2:]
 
 
 def _open(data: bytes) -> Image.Image:
     """Read the header.
 
-    The plugins are called directly, since `Image.open` compares the size with a limit that is global to the process
-    and warns below it, and tries formats we do not want.
+    Pillow's plugins are called directly. `Image.open` would try formats that we do not want, and would compare the size
+    with a limit that is global to the process.
     """
-    Image.init()  # registers the plugins; free from the second call on
+    Image.init()  # registers the plugins, once
     failure = ""
     for kind in FORMATS:
         if kind not in Image.OPEN:  # a Pillow built without this codec
@@ -272,14 +309,14 @@ def _check_size(image: Image.Image, min_side: int, max_pixels: int) -> None:
 
 
 def _check_png(data: bytes) -> None:
-    """Compare the checksums of the pixel data, which Pillow skips: flipped bits would decode to a wrong picture."""
+    """Compare the checksums of the pixel data. Pillow does not, so flipped bits would decode to a wrong picture."""
     view = memoryview(data)
     start = len(_PNG_SIGNATURE)
     while start + 12 <= len(data):
         length = int.from_bytes(view[start : start + 4], "big")
         end = start + 8 + length  # length, kind, content; then 4 bytes of checksum over kind and content
         if end + 4 > len(data):
-            return  # cut off: decoding tells whether pixels are missing
+            return  # cut off; decoding will find out whether pixels are missing
         if view[start + 4 : start + 8] == b"IDAT":
             if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
                 raise ImageError("damaged PNG file: wrong checksum of the pixel data")
@@ -291,8 +328,8 @@ def _check_png(data: bytes) -> None:
 def _rescale_transparency(image: Image.Image, bit_depth: int) -> None:
     """Bring a PNG's transparent colour to the scale of the pixels.
 
-    Pillow leaves it at the file's depth although it scales 2- and 4-bit grey up and 16-bit colour down, and then
-    finds no pixel of that colour.
+    Pillow scales 2- and 4-bit grey up and 16-bit colour down, but leaves the transparent colour at the file's depth, so
+    that no pixel would have it.
     """
     color = image.info["transparency"]
     if image.mode == "L" and bit_depth in (2, 4):
@@ -317,7 +354,7 @@ def _to_rgb_or_grey(image: Image.Image, channels: int, background: tuple[int, in
 
 
 def _deep_grey_to_bytes(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits or floats -> "L", or "LA" where one value is transparent."""
+    """Convert grey of 16 or 32 bits or floats to "L", or to "LA" if one value is transparent."""
     values = np.asarray(image)
     if not np.isfinite(values).all():
         raise ImageError("holds NaN or infinite values")
@@ -325,7 +362,7 @@ def _deep_grey_to_bytes(image: Image.Image) -> Image.Image:
     top = 1.0 if image.mode == "F" else 65535.0
     if low >= 0.0 and high <= top:
         low, high = 0.0, top
-    gain = 255.0 / (high - low) if high > low else 0.0  # one value alone has no contrast to stretch: black
+    gain = 255.0 / (high - low) if high > low else 0.0  # an image of a single value becomes black
     deep = Image.fromarray(np.rint((values - low) * gain).astype(np.uint8))
     if "transparency" in image.info:
         alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)

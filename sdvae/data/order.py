@@ -1,8 +1,8 @@
-"""The order of samples: a function of the seed alone, whatever the number of processes or workers.
+"""The order of samples: it depends on the seed only, not on the number of processes or workers.
 
-Positions count samples over the whole run, all processes together. Position p lies in epoch p // n and names there
-one sample of that epoch's permutation. All randomness about a sample is keyed on (seed, epoch, index), so a run can
-be continued from a position without any saved random state, with another number of processes too.
+Positions count the samples of the whole run, of all processes together. With n images, position p is in epoch p // n
+and stands for one sample of that epoch's permutation. All randomness of a sample follows from (seed, epoch, index), so
+a run can be continued from a position without saved random state, also with another number of processes.
 """
 
 from __future__ import annotations
@@ -15,21 +15,25 @@ from torch.utils.data import Sampler
 
 from sdvae.errors import InputError
 
-_CACHED_EPOCHS = 2  # a batch that crosses into the next epoch needs both
+_CACHED_EPOCHS = 2  # a batch at the border of two epochs needs both
 
 
 class SampleKey(NamedTuple):
     """The `index`-th image of the data set, as seen in `epoch`."""
 
     epoch: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs of a key
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not needed
 
 
 class SampleOrder:
-    """An endless order of samples: each epoch is a permutation of all `num_samples`, drawn from (seed, epoch).
+    """An endless order of samples: each epoch is a permutation of all samples, which follows from (seed, epoch).
+
+    Args:
+        num_samples: images in the data set.
+        seed: 0 .. 2^32 - 1.
 
     Raises:
-        InputError: for an empty data set, or a seed outside 0 .. 2^32 - 1.
+        InputError: for an empty data set, or another seed.
     """
 
     def __init__(self, num_samples: int, seed: int):
@@ -58,16 +62,20 @@ class SampleOrder:
 class ShardedBatches(Sampler[list[SampleKey]]):
     """The batches of one process, as lists of keys: a `batch_sampler` for a DataLoader.
 
-    Global batch m covers the positions [start + m·G, start + (m+1)·G) with G = batch_size · world_size, of which each
-    rank takes its contiguous part. Batches run across the borders of epochs, so nothing is dropped or repeated to fill
-    one, and 1 x B, 2 x B/2 and 4 x B/4 see the same samples in each batch.
+    The m-th batches of all processes together cover the positions [start + m·G, start + (m+1)·G) with
+    G = batch_size · world_size; each rank takes a contiguous part of them. A batch may span two epochs, so no sample is
+    dropped or repeated, and 1 process with B samples sees the same samples in each step as 2 with B/2 or 4 with B/4.
 
     Args:
         order: the same in all processes.
-        batch_size: samples a batch of this process.
-        rank, world_size: this process, and how many there are.
-        start: the first position, by which a run is continued: the samples that all processes together consumed.
+        batch_size: samples in each batch of this process.
+        rank: of this process.
+        world_size: the number of processes.
+        start: the first position; to continue a run, the number of samples that all processes together have used.
         num_batches: how many batches to yield.
+
+    Raises:
+        InputError: for numbers that are out of range.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The image sources: folders, tar archives, tables, streams. `sdvae.data.sources` opens them."""
+"""The kinds of image sources: files, tar archives, tables, streams. `sdvae.data.sources` opens them."""
 
 from __future__ import annotations
 
@@ -33,37 +33,46 @@ logger = logging.getLogger(__name__)
 
 
 class ImageSource(Protocol):
-    """A sequence of image files. Implementations pickle, hold no open file, and may be read by many processes."""
+    """A sequence of image files. It can be pickled, holds no open file, and may be read by many processes."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """A stable id, such as the path within the folder."""
+        """A name that stays the same, such as the path within the folder."""
         ...
 
     def read(self, index: int) -> bytes:
-        """The bytes of one file, undecoded; `ImageError` where there are none to be had."""
+        """The bytes of one file, not decoded.
+
+        Raises:
+            ImageError: when they cannot be read.
+        """
         ...
 
     @property
     def features(self) -> Features:
-        """What else is known of each image: all other columns of a table; `caption`, from NAME.txt beside the file,
-        and `label`, from NAME.cls in an archive or the name of the image's folder."""
+        """The other columns: of a table all of them; else `caption`, from NAME.txt beside the image, and `label`, from
+        NAME.cls in an archive or from the name of the image's folder."""
         ...
 
     def columns(self, indices: Sequence[int]) -> pa.Table:
-        """Those of some images, in that order."""
+        """The other columns of some images, in the order of `indices`."""
         ...
 
 
 class ImageStream:
-    """An iterable data set, in the parts that its files make: each part can be read alone, from its start."""
+    """An iterable data set, divided into parts by its files. Each part can be read by itself, from its start.
+
+    Args:
+        dataset: of the `datasets` library.
+        column: of the images.
+    """
 
     def __init__(self, dataset: IterableDataset, column: str):
         self._dataset = dataset
         self._column = column
         names = {name: name for name in dataset.features if name != column}
-        if "__key__" in names:  # of a webdataset; under the names that `Tars` gives them
+        if "__key__" in names:  # a webdataset; its columns get the names that `Tars` gives them
             renamed = {"txt": "caption", "cls": "label"}
             names = {name: renamed.get(name, name) for name in names if not name.startswith("__")}
         self._names = names  # of the other columns, in the data set and here
@@ -74,13 +83,13 @@ class ImageStream:
 
     @property
     def features(self) -> Features:
-        """Of the other columns."""
+        """The other columns."""
         import datasets
 
         return datasets.Features({new: self._dataset.features[old] for old, new in self._names.items()})
 
     def part(self, number: int) -> Iterator[tuple[str, Callable[[], bytes], dict[str, Any]]]:
-        """(name, what reads the image, other columns) of each row."""
+        """(name, function that returns the image's bytes, other columns) of each row."""
         rows = self._dataset.shard(num_shards=self.num_parts, index=number)
         for position, row in enumerate(rows):
             value = row[self._column]
@@ -90,7 +99,13 @@ class ImageStream:
 
 
 class Names:
-    """Many strings in one buffer. A list of a million is copied into each worker, as its reference counts change."""
+    """Many strings in one buffer.
+
+    Forked workers share it. A list's memory would be copied into each of them, since its reference counts change.
+
+    Args:
+        names: the strings.
+    """
 
     def __init__(self, names: Iterable[str]):
         encoded = [os.fsencode(name) for name in names]
@@ -106,6 +121,8 @@ class Names:
 
 
 class Subset:
+    """Some images of a source."""
+
     def __init__(self, source: ImageSource, indices: np.ndarray):
         self._source = source
         self._indices = indices
@@ -128,9 +145,13 @@ class Subset:
 
 
 class Files:
-    """Image files below a folder; the names are their relative paths, or given.
+    """Image files below a folder.
 
-    Args: others: the other files of that folder, among which captions are looked for.
+    Args:
+        root: the folder.
+        files: paths below it.
+        names: of the images; by default these paths.
+        others: files below the folder among which captions are looked for.
     """
 
     def __init__(
@@ -143,7 +164,7 @@ class Files:
         captions = [text if (text := os.path.splitext(file)[0] + ".txt") in texts else "" for file in files]
         self._captions = Names(captions) if any(captions) else None
         folders = sorted({os.path.dirname(file) for file in files})
-        # as the imagefolder of `datasets` has it: two folders at least, and no image above them
+        # as in the imagefolder of `datasets`: at least two folders, and no image beside them
         is_labelled = len(folders) > 1 and all(folder.count("/") == 0 and folder for folder in folders)
         self._labels = folders if is_labelled and names is None else []
 
@@ -187,7 +208,15 @@ class Files:
 
 
 class Tars:
-    """Image files within uncompressed tar archives. Their places are looked up once, so that any can be read alone."""
+    """Image files in uncompressed tar archives. Their places are found once, so that each can be read by itself.
+
+    Args:
+        root: a folder above all archives.
+        tars: paths below it.
+
+    Raises:
+        InputError: when an archive is damaged or compressed.
+    """
 
     def __init__(self, root: Path, tars: Sequence[str]):
         self._root = str(root)
@@ -251,7 +280,7 @@ class Tars:
         if size < 0:  # there is no such member
             return b""
         try:
-            # Opened each time: a handle that forked workers share has one position for all of them.
+            # Opened each time, since forked workers would share the position of an open file.
             with open(os.path.join(self._root, self._tars[number]), "rb") as file:
                 file.seek(offset)
                 return file.read(size)
@@ -260,7 +289,12 @@ class Tars:
 
 
 class TableImages:
-    """One column of a `datasets.Dataset`: images that it is told not to decode, or raw bytes."""
+    """One column of a `datasets.Dataset`: images that the library does not decode, or raw bytes.
+
+    Args:
+        dataset: with all columns.
+        column: of the images.
+    """
 
     def __init__(self, dataset: Dataset, column: str):
         self._others = dataset.remove_columns([column]).with_format("arrow")
@@ -289,7 +323,14 @@ class TableImages:
 
 
 def _bytes_of(value: Any) -> bytes:
-    """Of a row's image: raw bytes, or bytes and a path of which one may be missing. Raises ImageError for none."""
+    """The bytes of an image in a row.
+
+    Args:
+        value: raw bytes, or a dict of bytes and path, of which one may be missing.
+
+    Raises:
+        ImageError: when there are none.
+    """
     if isinstance(value, dict):
         if value.get("bytes") is None and value.get("path"):
             return read_file(value["path"])
@@ -313,12 +354,12 @@ def _label(text: str) -> int | None:
 
 
 def _places(rows: list[tuple[int, int, int]]) -> np.ndarray:
-    """(N, 3) int64: archive, offset, size; the size is -1 where there is nothing."""
+    """(N, 3) int64: archive, offset, size; the size is -1 if there is no such member."""
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
 def _distinct_paths(dataset: Dataset, column: str) -> Names | None:
-    """The paths that the images of a column carry, or None where they are missing or do not tell rows apart."""
+    """The paths that are stored with the images of a column, or None if they are missing or not all different."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -335,7 +376,9 @@ def _distinct_paths(dataset: Dataset, column: str) -> Names | None:
 
 def _tar_members(path: str) -> list[tarfile.TarInfo]:
     try:
-        if os.path.getsize(path) % tarfile.BLOCKSIZE:  # tarfile takes a cut header, but the first, for the end
+        if (
+            os.path.getsize(path) % tarfile.BLOCKSIZE
+        ):  # tarfile takes a header that is cut off for the end, unless it is the first
             raise tarfile.ReadError("cut off")
         with tarfile.open(path, "r:") as tar:
             return tar.getmembers()

@@ -1,7 +1,7 @@
 """Where images come from: a folder, a data set of the `datasets` library, tar archives, scikit-image's photographs.
 
-A source hands out bytes and never decodes, so that one bad file is one bad sample and not the end of a run. What else
-it knows of an image, its caption and label, it hands out as a table.
+A source returns the bytes of a file and does not decode them, so a bad file is one bad sample and does not end a run.
+Captions, labels and other columns come as a table.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 TABLE_EXTENSIONS = frozenset((".parquet", ".arrow"))
 TAR_EXTENSIONS = frozenset((".tar",))
 
-# The photographs in scikit-image's wheel: file, width, height. Drawings, masks, text and crops of 100 pixels are left
-# out. The two motorcycles are one scene seen from two sides: hold out both or none.
+# The photographs in scikit-image's wheel: file, width, height. Its drawings, masks, texts and crops of 100 pixels are
+# left out. The two motorcycles are a stereo pair, so both or neither should be held out.
 SKIMAGE_PHOTOGRAPHS = {
     "astronaut": ("astronaut.png", 512, 512),
     "brick": ("brick.png", 512, 512),
@@ -50,7 +50,7 @@ SKIMAGE_PHOTOGRAPHS = {
 
 
 def open_source(spec: str, *, split: str = "train", image_column: str | None = None) -> ImageSource:
-    """The images that a string names.
+    """Open the images that a string names.
 
     Args:
         spec: one of
@@ -63,8 +63,11 @@ def open_source(spec: str, *, split: str = "train", image_column: str | None = N
         split: of a data set that has several.
         image_column: the column of images or of raw bytes; by default the only one of type `Image`.
 
+    Returns:
+        The source.
+
     Raises:
-        InputError: where there is no such thing, or nothing in it.
+        InputError: when there is no such source, or it is empty.
     """
     if spec == "skimage":
         return _open_skimage()
@@ -94,17 +97,20 @@ def subset(source: ImageSource, indices: Iterable[int]) -> ImageSource:
 def split_off(
     source: ImageSource, *, names: Sequence[str] | None = None, count: int = 0, seed: int = 0
 ) -> tuple[ImageSource, ImageSource]:
-    """Divide into (train, held out), both in the order of `source`.
+    """Divide a source into images to train on and images that are held out.
 
     Args:
         source: all images.
-        names: hold out these. Where given, `count` is not used.
-        count: hold out so many, those whose hash of (seed, name) is least; so an image that is added later
-            changes at most one of them.
+        names: of the images to hold out. If they are given, `count` is ignored.
+        count: how many to hold out. They are those with the smallest hash of (seed, name), so that an image which is
+            added later changes at most one of them.
         seed: of that hash.
 
+    Returns:
+        (train, held out), both in the order of `source`.
+
     Raises:
-        InputError: for a name that is not there, or where nothing would be left to train on.
+        InputError: when the source lacks a name, or nothing would be left to train on.
     """
     all_names = [source.name(index) for index in range(len(source))]
     if names:
@@ -135,11 +141,18 @@ def _name_hash(seed: int, name: str) -> bytes:
 
 
 def open_stream(spec: str, *, split: str = "train", image_column: str | None = None) -> ImageStream:
-    """A data set of the `datasets` library that is read as it comes, from its files or the hub, without a copy.
+    """Open a data set of the `datasets` library that is read as a stream, without a copy on this disk.
 
-    Args: as of `open_source`; `spec` is a folder or glob of .parquet or .arrow files, or the id of a data set.
+    Args:
+        spec: a folder or glob of .parquet or .arrow files, or the id of a data set on the hub.
+        split: of a data set that has several.
+        image_column: the column of images or of raw bytes; by default the only one of type `Image`.
 
-    Raises: InputError where it cannot be opened, or has no columns to be known before its rows.
+    Returns:
+        The stream.
+
+    Raises:
+        InputError: when it cannot be opened, or its columns cannot be found.
     """
     import datasets
 
@@ -158,9 +171,11 @@ def open_stream(spec: str, *, split: str = "train", image_column: str | None = N
     with _refusing(spec, split):
         dataset = datasets.load_dataset(**arguments, split=split, streaming=True)
         if dataset.features is None:
-            dataset = dataset._resolve_features()  # what a webdataset's columns are, only its first rows tell
+            dataset = (
+                dataset._resolve_features()
+            )  # reads the first rows of a webdataset, whose columns are not known otherwise
     column = _image_column(spec, dataset.features, image_column)
-    for name, feature in dataset.features.items():  # what is not to be looked at is not to be decoded
+    for name, feature in dataset.features.items():  # only the images are decoded, and not here
         if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
             dataset = dataset.cast_column(name, type(feature)(decode=False))
     return ImageStream(dataset, column)
@@ -206,7 +221,16 @@ def _open_files(
     image_column: str | None,
     others: Sequence[str] = (),
 ) -> ImageSource:
-    """Files given one by one, by their paths below `root`; `others` may be their captions."""
+    """Open files that are given one by one.
+
+    Args:
+        spec: how the user named them.
+        root: a folder above all of them.
+        files: paths below `root`.
+        split: name for the split of tables.
+        image_column: of tables.
+        others: files that may hold captions.
+    """
     kinds = _by_kind(files)
     kind = next((kind for kind, of_kind in kinds.items() if len(of_kind) == len(files)), None)
     if kind is None:
@@ -230,9 +254,10 @@ def _open_tars(spec: str, root: Path, files: Sequence[str]) -> ImageSource:
 
 
 def _table_files(folder: str, split: str) -> dict[str, Any]:
-    """What `load_dataset` needs for one split of a folder of tables, as its card or its file names divide them.
+    """Arguments of `load_dataset` for one split of a folder of tables, divided as its card or its file names say.
 
-    Given the folder alone, it would keep its copy under the folder's last name and take another folder's of that name.
+    With the folder alone as its argument, `load_dataset` names its cached copy after the last part of the path, and so
+    may return the copy of another folder of the same name.
     """
     import datasets
 
@@ -245,7 +270,7 @@ def _table_files(folder: str, split: str) -> dict[str, Any]:
 
 
 def _open_tables(spec: str, arguments: dict[str, Any], split: str, image_column: str | None) -> ImageSource:
-    """By `datasets.load_dataset`, which keeps a memory-mapped Arrow copy in its cache."""
+    """Open tables by `datasets.load_dataset`, which keeps a memory-mapped Arrow copy in its cache."""
     import datasets
 
     with _refusing(spec, split):
@@ -255,12 +280,12 @@ def _open_tables(spec: str, arguments: dict[str, Any], split: str, image_column:
 
 @contextmanager
 def _refusing(spec: str, split: str) -> Iterator[None]:
-    """What `datasets` says of an input it cannot open, as an InputError."""
+    """Raise what `datasets` raises for an input that it cannot open as an InputError."""
     import datasets
 
     try:
         yield
-    # Its ways to say «not found», «no such split», «not readable», «offline» are many; each is about this input.
+    # `datasets` raises many classes for «not found», «no such split», «not readable» or «offline».
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"data set {spec!r}, split {split!r} cannot be opened; {one_line(error)}") from error
 
@@ -295,7 +320,7 @@ def _open_rows(spec: str, dataset: Dataset, image_column: str | None) -> ImageSo
 
 
 def _image_column(spec: str, features: Features, image_column: str | None) -> str:
-    """The column that was named, or the only one of images, or of bytes."""
+    """The column that was named, or else the only one of images, or the only one of bytes."""
     import datasets
 
     if image_column is None:
@@ -317,14 +342,14 @@ def _image_column(spec: str, features: Features, image_column: str | None) -> st
 
 
 def _is_binary(feature: Any) -> bool:
-    """Raw bytes, or the pair of bytes and path in which Parquet files without the library's metadata hold images."""
+    """Is it raw bytes, or a pair of bytes and path, as images are in Parquet files without the library's metadata?"""
     if isinstance(feature, dict):
         return _is_binary(feature.get("bytes"))
     return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
 def _walk(root: Path) -> list[str]:
-    """All files below `root` as sorted posix paths, without hidden ones. Links are followed, into each folder once."""
+    """All files below `root` except hidden ones, as sorted posix paths. Links are followed, to each folder once."""
     files: list[str] = []
     seen = {os.path.realpath(root)}
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -354,7 +379,7 @@ def _by_kind(files: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _looks_like_path(spec: str) -> bool:
-    """Whether it cannot be a hub id, `name` or `owner/name`, or part of it lies on this disk."""
+    """Is it a path rather than a hub id (`name` or `owner/name`)? It is if its first part exists on this disk."""
     extensions = IMAGE_EXTENSIONS | TABLE_EXTENSIONS | TAR_EXTENSIONS
     return (
         re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec) is None
