@@ -17,6 +17,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -244,6 +245,20 @@ def test_in_bf16_the_rows_are_near_those_of_fp32_and_the_precision_is_remembered
     encode(dataclasses.replace(config, verify=True))
     with pytest.raises(InputError, match="precision: bf16 -> fp32"):
         encode(dataclasses.replace(config, precision="fp32"))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32", "bf16"])
+def test_rows_can_be_read_with_numpy_alone(vae, tmp_path, dtype):
+    encode(options(draw(tmp_path / "photos", 1), tmp_path / "out", vae, dtype=dtype))
+    (file,) = (tmp_path / "out" / "data").iterdir()
+    (row,) = pq.read_table(file).to_pylist()
+    readers = {
+        "fp16": lambda data: np.frombuffer(data, "<f2"),
+        "fp32": lambda data: np.frombuffer(data, "<f4"),
+        "bf16": lambda data: (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4"),
+    }
+    wanted = LatentDataset(tmp_path / "out", sample=False, scaling="none")[0]["latents"]
+    np.testing.assert_array_equal(readers[dtype](row["mean"]).reshape(row["shape"]), wanted.numpy())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
