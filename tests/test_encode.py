@@ -17,6 +17,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from sdvae.data import ImageError, ImageStream, center_crop, read_image, to_tens
 from sdvae.latents.dataset import LatentDataset
 from sdvae.latents.encode import encode
 from sdvae.latents.encoder import MomentEncoder
+from sdvae.latents.pipeline import Pipeline
 from sdvae.latents.task import EncodeTask
 from sdvae.latents.writer import LatentWriter
 from sdvae.model import DiagonalGaussian
@@ -246,6 +248,20 @@ def test_in_bf16_the_rows_are_near_those_of_fp32_and_the_precision_is_remembered
         encode(dataclasses.replace(config, precision="fp32"))
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "fp32", "bf16"])
+def test_rows_can_be_read_with_numpy_alone(vae, tmp_path, dtype):
+    encode(options(draw(tmp_path / "photos", 1), tmp_path / "out", vae, dtype=dtype))
+    (file,) = (tmp_path / "out" / "data").iterdir()
+    (row,) = pq.read_table(file).to_pylist()
+    readers = {
+        "fp16": lambda data: np.frombuffer(data, "<f2"),
+        "fp32": lambda data: np.frombuffer(data, "<f4"),
+        "bf16": lambda data: (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4"),
+    }
+    wanted = LatentDataset(tmp_path / "out", sample=False, scaling="none")[0]["latents"]
+    np.testing.assert_array_equal(readers[dtype](row["mean"]).reshape(row["shape"]), wanted.numpy())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_encoder_leaves_the_callers_vae_as_it_was_and_copies_no_decoder(precision):
     vae = tiny_vae().half().train()
@@ -294,6 +310,21 @@ def test_one_process_and_three_make_the_same_files(vae, photos, tmp_path):
         assert process.exitcode == 0
     encode(options(photos, tmp_path / "three", vae))  # whoever came last has finished it: nothing is left to do
     assert content(tmp_path / "three") == content(tmp_path / "one")
+
+
+@pytest.mark.parametrize("batches_in_flight", [2, 7])
+def test_batches_in_flight_change_no_file(vae, tmp_path, batches_in_flight):
+    """Seven batches span shards of two or three, some of them with images that cannot be read."""
+    photos = draw(tmp_path / "photos", 23, sizes=((60, 40), (40, 40)))
+    for number in (4, 10, 11, 12, 13, 14):  # the third shard has no good image at all
+        (photos / f"{number:04}.png").write_bytes(b"no image")
+    config = options(photos, tmp_path / "one", vae, buckets="area", bucket_step=8, batch_size=2)
+    encode(config)
+    task = EncodeTask(dataclasses.replace(config, output=str(tmp_path / "several")))
+    task.begin()
+    Pipeline(task, batches_in_flight).run()
+    assert task.folder.is_complete
+    assert content(tmp_path / "several") == content(tmp_path / "one")
 
 
 def test_killed_ten_times_and_continued_by_other_numbers_of_processes_it_equals_a_clean_run(vae, tmp_path, monkeypatch):

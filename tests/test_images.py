@@ -88,6 +88,17 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+@pytest.mark.parametrize("field", [(0x0132, 5, 1, 8), (0x0100, 9, 1, 0xFFFFFFFF), (0x010F, 2, 4000, 999999)])
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+def test_a_broken_exif_field_costs_neither_the_picture_nor_its_orientation(field):
+    """A date that is a fraction, a width of -1, a maker beyond the end: all can be read, and not written again."""
+    entries = [(0x0112, 3, 1, 6), field]
+    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, len(entries))
+    exif += b"".join(struct.pack("<HHLL", *entry) for entry in entries) + bytes(4)
+    plain, turned = (read_image(encode(photo(), "JPEG", exif=data)) for data in (b"", exif))
+    np.testing.assert_array_equal(np.asarray(turned), np.rot90(np.asarray(plain), -1))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
 def test_exif_orientation_is_applied_once(kind, orientation):

@@ -1,1 +1,1 @@
-"""Image data sets as latents on disk: encoding them, and training on them."""
+"""Data sets of images as latents on disk: encoding them, and training on them."""

@@ -1,4 +1,4 @@
-"""Image sizes: the one square, or aspect-ratio buckets, and which of them an image goes to."""
+"""The sizes to which images are brought: one square, or aspect-ratio buckets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdvae.latents.config import EncodeConfig
 
 Size = tuple[int, int]  # height, width, in pixels
 
-# Podell et al. 2023, «SDXL», appendix I: height x width of about 1024² pixels; each stands here for both orientations.
+# Podell et al. 2023, «SDXL», appendix I: height x width, about 1024² pixels each. Each stands for both orientations.
 SDXL_SIDE = 1024
 SDXL_PORTRAITS: tuple[Size, ...] = (
     *((2048, 512), (1984, 512), (1920, 512), (1856, 512), (1792, 576), (1728, 576), (1664, 576)),
@@ -23,18 +23,24 @@ SDXL_PORTRAITS: tuple[Size, ...] = (
 
 @dataclass(frozen=True)
 class Placement:
-    """What is cut out of an image. Pairs are height and width, or top and left, as SDXL's conditioning has them."""
+    """The part that is cut out of an image. Pairs are (height, width) and (top, left), as in SDXL's conditioning."""
 
     target_size: Size
     crop_top_left: Size  # in the resized image, in its pixels
 
 
 def bucket_sizes(config: EncodeConfig, multiple: int) -> tuple[Size, ...]:
-    """All sizes that images are brought to, in ascending order of height.
+    """All sizes to which images are brought.
 
-    Args: multiple: of pixels, which every side must be: the VAE's compression ratio.
+    Args:
+        config: the options.
+        multiple: pixels of which each side must be a multiple: the VAE's compression ratio.
 
-    Raises: InputError when a side is not such a multiple.
+    Returns:
+        (height, width) in pixels, in ascending order.
+
+    Raises:
+        InputError: when a side is not such a multiple.
     """
     if config.buckets == "none":
         sizes = {(config.resolution, config.resolution)}
@@ -59,10 +65,13 @@ def bucket_sizes(config: EncodeConfig, multiple: int) -> tuple[Size, ...]:
 
 
 def place(size: Size, sizes: Sequence[Size]) -> Placement:
-    """The bucket with the nearest aspect ratio (in its logarithm, so that both orientations are treated alike), and
-    where `cover` cuts it out.
+    """Choose the size with the nearest aspect ratio, and say where `cover` cuts it out.
 
-    Args: size: of the image, height and width.
+    Ratios are compared by their logarithm, so that both orientations are treated alike.
+
+    Args:
+        size: of the image, (height, width).
+        sizes: to choose from.
     """
     height, width = size
     aspect = math.log(width / height)
@@ -73,7 +82,7 @@ def place(size: Size, sizes: Sequence[Size]) -> Placement:
 
 
 def _sizes_of_area(resolution: int, step: int, max_aspect: float) -> set[Size]:
-    """The square, and for each width the largest height whose area is no more than the square's, and their turns."""
+    """The square, and for each smaller width the greatest height whose area is no more than its; and those turned."""
     if resolution % step:
         raise InputError(f"got resolution={resolution}, bucket_step={step}; need a resolution that the step divides")
     sizes = {(resolution, resolution)}

@@ -16,59 +16,59 @@ class EncodeConfig:
     """A folder of images (with NAME.txt beside them for captions, and folders for labels), a folder or glob of
     Parquet, Arrow or .tar (webdataset) files, a data set saved by `datasets`, or one on the Hugging Face hub."""
     output: str
-    """Folder for the latents. With one that is begun, the same command goes on where it stopped."""
+    """Folder for the latents. If it holds unfinished ones, the same command continues them."""
     vae: str | None = None
-    """Whatever `sdvae export` takes as SOURCE; by default the small VAE of this package."""
+    """A folder, file or hub id, as `sdvae export` takes for SOURCE; by default the small VAE in this package."""
     subfolder: str | None = None
     """Folder inside `vae` that holds the VAE."""
     vae_config: str | None = None
-    """A config.json whose keys win over those of `vae`: a single file does not tell its scaling factor."""
+    """A config.json whose keys replace those of `vae`. A single file does not say its scaling factor."""
     split: str = "train"
-    """Of a data set that has several."""
+    """Which split, of a data set that has several."""
     image_column: str | None = None
-    """Of a data set with several columns of images."""
+    """Which column, of a data set with several columns of images."""
     columns: tuple[str, ...] | None = None
-    """Columns to carry through; by default all that the source has besides the image."""
+    """Columns to copy beside the latents; by default all that the source has, except the image."""
     streaming: bool = False
-    """Read a data set as it comes, without a copy on this disk. It is divided by its files then."""
+    """Read a data set as a stream, without a copy on this disk. Each of its files becomes a shard."""
     resolution: int = 256
-    """Pixels: the side of the square that is resized and cropped from the centre, or with buckets the side of the
-    square whose area they have."""
+    """Pixels. Images are resized and cropped from the centre to a square with this side. With buckets: the side of a
+    square of their area."""
     buckets: Literal["none", "area", "sdxl"] = "none"
-    """Aspect-ratio buckets instead of the square: all sizes of about `resolution`² pixels whose sides are multiples of
-    `bucket_step`, or SDXL's list, scaled to `resolution`."""
+    """Aspect-ratio buckets instead of the square. area: all sizes of about `resolution`² pixels whose sides are
+    multiples of `bucket_step`. sdxl: SDXL's list, scaled to `resolution`."""
     bucket_step: int = 64
-    """Pixels between the sides of «area» buckets."""
+    """Pixels. The sides of «area» buckets are multiples of it."""
     max_aspect: float = 2.0
-    """Longer side over shorter, at most, of «area» buckets."""
+    """The largest ratio of the longer to the shorter side of «area» buckets."""
     mirror: bool = False
-    """Also encode the left-right mirror image. Latents cannot be mirrored themselves."""
+    """Also encode the left-right mirror image, since a mirrored latent does not decode to it."""
     store: Literal["moments", "sample"] = "moments"
-    """The posterior's mean and log-variance, from which any number of samples can be drawn; or one sample, drawn here,
-    at half the size."""
+    """moments: mean and log-variance of the posterior, from which any number of samples can be drawn. sample: one
+    sample, at half the size."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Of the stored values."""
+    """The dtype of the stored values."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the encoder. auto: bf16 where the hardware computes in it, else fp32."""
+    """The precision of the encoder. auto: bf16 if the hardware computes in it, else fp32."""
     batch_size: int = 8
-    """Images in a forward pass; the last ones of a shard and bucket may be fewer."""
+    """Images in a forward pass. The last one of a shard and bucket may have fewer."""
     num_workers: int = 2
     """Threads that read, decode and resize images, in each process."""
     shard_rows: int | None = None
-    """Images in a file, which is what an interruption can cost. By default 1/64 of all, within 64 to 4096 and
-    128 MiB."""
+    """Images in a file. An interruption costs at most one file for each process. By default 1/64 of all images, but 64
+    to 4096, and at most 128 MiB."""
     background: tuple[int, int, int] = (255, 255, 255)
-    """RGB below transparent images."""
+    """RGB, 0 to 255: the colour behind transparent images."""
     min_side: int | None = None
     """Pixels. Images with a shorter side are skipped; by default half of the resolution."""
     seed: int = 0
-    """Of the noise of `store: sample`."""
+    """Seed of the noise for `store: sample`."""
     device: str | None = None
-    """cpu, cuda, cuda:1, …; by default the accelerator of this process's local rank, else the CPU."""
+    """cpu, cuda, cuda:1, … By default the accelerator of this process's local rank, else the CPU."""
     verify: bool = False
-    """Encode nothing. Reread what is there: checksums, counts, finite values, and `verify_rows` rows encoded again."""
+    """Encode nothing. Check what is there: checksums, counts, finite values; and encode `verify_rows` rows again."""
     repair: bool = False
-    """Verify, then do again what is broken."""
+    """Verify, then encode broken files again."""
     verify_rows: int = 32
     """Rows that `verify` encodes again and compares."""
 

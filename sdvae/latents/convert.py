@@ -1,5 +1,4 @@
-"""`sdvae convert`: a finished latent data set in the formats of other trainers. The values stay what the VAE gave,
-unscaled."""
+"""`sdvae convert`: write a finished latent data set in the formats of other trainers. Latents stay unscaled."""
 
 from __future__ import annotations
 
@@ -38,11 +37,11 @@ logger = logging.getLogger(__name__)
 
 SIZE_COLUMNS = ("original_size", "crop_top_left", "target_size")
 FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a VAE's config
-CAPTION_COLUMNS = ("caption", "text", "txt")  # the first that is there becomes KEY.txt
-LABEL_COLUMNS = ("label", "cls")  # … and KEY.cls
-KEY_DIGITS = 15  # the rows of a stream's part p are numbered from p · 2³² on
+CAPTION_COLUMNS = ("caption", "text", "txt")  # the first of these that exists becomes KEY.txt
+LABEL_COLUMNS = ("label", "cls")  # and of these KEY.cls
+KEY_DIGITS = 15  # enough for a stream, whose part p has rows numbered from p · 2³² on
 SCALING_FACTORS = {"sd": 0.18215, "sdxl": 0.13025}  # sd-scripts' own; its train_network.py, library/sdxl_model_util.py
-LONGEST_NAME = 230  # bytes between two slashes; file systems take 255, and kohya's ending has up to 24
+LONGEST_NAME = 230  # bytes between two slashes: file systems allow 255, and kohya's ending has up to 24
 
 Shape = tuple[int, int, int]  # C, h, w
 
@@ -50,29 +49,31 @@ Shape = tuple[int, int, int]  # C, h, w
 def export_latents(
     folder: str | Path, target: str | Path, to: Literal["safetensors", "webdataset", "kohya"]
 ) -> list[Path]:
-    """Write the rows of a folder that `sdvae encode` wrote in another format, with one shard at most in memory.
+    """Write a data set of `sdvae encode` in another format. At most one shard is in memory at a time.
 
     Args:
         folder: of a finished data set.
-        target: a new or empty folder, which is written beside and renamed.
+        target: a new or empty folder. It is written under a temporary name and renamed.
         to: one of
             - «safetensors»: a file for each shard and latent shape, with the stored tensors (N, C, h, w) under their
               columns' names, `index` (N,) int64, `original_size`, `crop_top_left` and `target_size` (N, 2) int32, and
-              carried integers (N,) int64. What is no tensor (names, captions, numbers that some row has not) is in
-              the .jsonl of the same name, a line a row. stats.json has the statistics and the VAE's factors.
-            - «webdataset»: a .tar for each shard. Each row has KEY.mean.npy and so on (fp32 where bf16 is stored) and
-              KEY.json with all else; KEY.txt where there are captions, KEY.cls where every row has a label.
-            - «kohya»: what kohya-ss/sd-scripts' --cache_latents_to_disk would have written, to be copied over the
-              folder of the images. sd-scripts chooses sizes of its own and does not compare them: encode with
-              --buckets none, and train with that resolution and no buckets.
+              integer columns of the source (N,) int64. All else (names, captions, numbers that are missing in a row)
+              is in the .jsonl of the same name, a line for each row. stats.json has the statistics and the VAE's
+              factors.
+            - «webdataset»: a .tar for each shard. Each row has KEY.mean.npy and so on (fp32 if bf16 is stored) and
+              KEY.json with all else; KEY.txt if there are captions, and KEY.cls if every row has a label.
+            - «kohya»: the files that kohya-ss/sd-scripts writes with --cache_latents_to_disk, to be copied into the
+              folder of the images. sd-scripts chooses image sizes itself and does not compare them, so encode with
+              --buckets none, and train with the same resolution and without buckets.
 
-    Returns: the files; for kohya, which has one an image, the target folder alone.
+    Returns:
+        The files; for kohya, which has one for each image, only the target folder.
 
     Raises:
-        InputError: for a data set that is not finished or damaged, a target that is not empty, or what kohya cannot
-            take: other than 4 channels at 1/8 of the size, names that are no paths below the target, two images whose
-            names differ in the extension only. Nothing is written then.
-        OSError: when the disk does not take it. Nothing is left then.
+        InputError: when the data set is not finished or is damaged, when the target is not empty, or for what kohya
+            cannot take: other latents than 4 channels at 1/8 of the size, names that are no paths below the target,
+            two images whose names differ only in the extension. Nothing is written then.
+        OSError: when writing fails. Nothing is left then.
     """
     if to not in _WRITERS:
         raise InputError(f"got format {to!r}; need one of {', '.join(_WRITERS)}")
@@ -90,9 +91,13 @@ def export_latents(
 
 
 class _Source:
-    """The shards of a finished data set that have rows.
+    """The shards of a finished data set, except empty ones.
 
-    Raises: InputError where there is none.
+    Args:
+        root: the data set's folder.
+
+    Raises:
+        InputError: when there is no finished data set.
     """
 
     def __init__(self, root: str | Path):
@@ -108,14 +113,18 @@ class _Source:
         self._sha256 = {path: entry["sha256"] for path, entry in entries}
 
     def check(self) -> None:
-        """Raises: InputError when a file is not what was written."""
+        """Compare the checksums of all files.
+
+        Raises:
+            InputError: when a file is missing or damaged.
+        """
         for path, sha256 in self._sha256.items():
             if not path.is_file() or sha256_of(path) != sha256:
                 raise InputError(f"{path} is missing or damaged; run `sdvae encode` as before, with --repair true")
 
     @property
     def shards(self) -> dict[str, Path]:
-        """File by stem; numbered without gaps, which patterns such as {00000..00018} need."""
+        """The files by their stem. Numbers have no gaps, as patterns such as {00000..00018} need."""
         count = len(self._sha256)
         return {f"train-{number:05d}-of-{count:05d}": path for number, path in enumerate(self._sha256)}
 
@@ -135,7 +144,7 @@ class _Source:
         return [name for name in self.schema.names if name not in (*OUR_COLUMNS, *self.values)]
 
     def whole_integers(self) -> list[str]:
-        """The carried columns that int64 holds, with a number in every row of every shard."""
+        """The columns of the source that fit int64 and have a number in every row of every shard."""
         import pyarrow as pa
 
         types = {name: self.schema.field(name).type for name in self.carried}
@@ -151,7 +160,7 @@ class _Source:
             return file.read([name]).column(name)
 
     def rows(self, path: Path) -> Iterator[dict[str, Any]]:
-        """In their order, with the latents as tensors (C, h, w) in the stored dtype; a row group at a time."""
+        """The rows of a shard, with latents as tensors (C, h, w) in the stored dtype; read by row groups."""
         import pyarrow.parquet as pq
 
         values = self.values
@@ -169,7 +178,7 @@ class _Source:
 
 @dataclass
 class _Stack:
-    """Rows of one latent shape: tensors to be filled, and what is no tensor as JSON."""
+    """Rows of one latent shape: tensors that are filled row by row, and lines of JSON for all else."""
 
     tensors: dict[str, Tensor]
     lines: list[str] = field(default_factory=list)
@@ -209,7 +218,7 @@ def _write_safetensors(source: _Source, target: Path, bar: tqdm) -> None:
 
 
 def _write_webdataset(source: _Source, target: Path, bar: tqdm) -> None:
-    """Members of a row stand together and are the same for every row, as `datasets` asks."""
+    """Write a .tar for each shard. `datasets` needs the members of a row together, and the same ones for each row."""
     import pyarrow as pa
 
     texts = [name for name in source.carried if source.schema.field(name).type in (pa.string(), pa.large_string())]
@@ -219,7 +228,7 @@ def _write_webdataset(source: _Source, target: Path, bar: tqdm) -> None:
     for stem, path in source.shards.items():
         with tarfile.open(target / f"{stem}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for row in source.rows(path):
-                key = f"{row['index']:0{KEY_DIGITS}d}"  # names may hold anything, dots and slashes among it
+                key = f"{row['index']:0{KEY_DIGITS}d}"  # and not the name, which may have dots and slashes
                 for name in source.values:
                     _add(tar, f"{key}.{name}.npy", _npy(row.pop(name)))
                 _add(tar, f"{key}.json", _json(row).encode())
@@ -237,7 +246,7 @@ def _npy(values: Tensor) -> bytes:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # of no time and no user, so that the same rows make the same file
+    member = tarfile.TarInfo(name)  # without time and user, so that the same rows make the same file
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
@@ -273,7 +282,7 @@ def _check_kohya(source: _Source) -> None:
 
 
 def _write_kohya(source: _Source, target: Path, bar: tqdm) -> None:
-    """As SdSdxlLatentsCachingStrategy of sd-scripts (library/strategy_sd.py, strategy_base.py) names and fills them."""
+    """Write a file for each image, as sd-scripts does (SdSdxlLatentsCachingStrategy in library/strategy_sd.py)."""
     factor = source.vae.get("scaling_factor")
     model = next((name for name, its in SCALING_FACTORS.items() if math.isclose(factor or 0, its, rel_tol=1e-3)), None)
     if model is None:
@@ -295,7 +304,7 @@ def _write_kohya(source: _Source, target: Path, bar: tqdm) -> None:
             arrays: dict[str, Any] = {
                 "latents_flipped" if suffix else "latents": _one_sample(row, suffix).numpy() for suffix in suffixes
             }
-            with file.open("xb") as opened:  # and fail where upper and lower case are the same
+            with file.open("xb") as opened:  # which fails if two names differ only in case and the disk ignores it
                 np.savez(
                     opened,
                     original_size=np.array((width, height)),
@@ -306,7 +315,7 @@ def _write_kohya(source: _Source, target: Path, bar: tqdm) -> None:
 
 
 def _one_sample(row: Mapping[str, Any], suffix: str) -> Tensor:
-    """(C, h, w) fp32: the stored one, or one that follows from the row's index alone."""
+    """A sample (C, h, w) in fp32: the stored one, or one that follows from the row's index."""
     if f"sample{suffix}" in row:
         return row[f"sample{suffix}"].float()
     moments = torch.cat([row[f"mean{suffix}"], row[f"logvar{suffix}"]])[None].float()
@@ -315,11 +324,15 @@ def _one_sample(row: Mapping[str, Any], suffix: str) -> Tensor:
 
 
 def _crop_ltrb(original_size: Sequence[int], target_size: Sequence[int]) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom as sd-scripts has them (BucketManager.get_crop_ltrb), from (height, width) pairs.
+    """Left, top, right and bottom as in sd-scripts (BucketManager.get_crop_ltrb).
 
-    That is where the whole image would lie if it were shrunk into the target, not what is cut off: a wide image in a
-    square gets a top and no left. sd-scripts computes a flipped image's left as target width - right, which is wrong
-    of any other box.
+    This is not what is cut off. It is where the whole image would be if it were shrunk to fit into the target: a wide
+    image in a square has a top and no left. Only with this box is the left of a flipped image target width - right, as
+    sd-scripts computes it.
+
+    Args:
+        original_size: (height, width).
+        target_size: (height, width).
     """
     height, width = target_size
     aspect = original_size[1] / original_size[0]
@@ -334,7 +347,7 @@ def _stem(name: str) -> str:
 
 
 def _is_below(name: str) -> bool:
-    """The name is the path of a file below whatever folder, in its only spelling, on any system."""
+    """Is the name a relative path to a file, without another spelling, on every system?"""
     parts = name.split("/")
     return (
         not any(part in ("", ".", "..") or len(part.encode()) > LONGEST_NAME for part in parts)
@@ -344,12 +357,17 @@ def _is_below(name: str) -> bool:
 
 
 def _digest(name: str) -> int:
-    """64 bits stand for a stem, so that a hundred million names fit in memory."""
+    """64 bits that stand for a stem, so that those of a hundred million names fit in memory."""
     return int.from_bytes(hashlib.blake2b(_stem(name).encode(), digest_size=8).digest(), "little")
 
 
 def _same_stem(source: _Source, suspects: set[int]) -> list[str]:
-    """Names among those of some digests whose stem another one has too; the first few, together."""
+    """Names that share their stem with another name.
+
+    Args:
+        source: of the names.
+        suspects: digests that occur more than once.
+    """
     names: dict[str, list[str]] = {}
     for path in source.shards.values() if suspects else ():
         for name in source.column(path, "name").to_pylist():
@@ -373,7 +391,7 @@ def _json(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no bytes (here base64), no NaN or infinity (null) and no dates (their text)."""
+    """Replace what JSON lacks: bytes by base64, NaN and infinity by null, dates by their text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

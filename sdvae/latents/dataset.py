@@ -1,4 +1,4 @@
-"""A latent data set as a diffusion model trains on it."""
+"""A latent data set for training a diffusion model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdvae.latents.scaling import LatentScaling, channel_scaling, identity_scali
 from sdvae.model import DiagonalGaussian
 from sdvae.noise import sample_seed
 
-WINDOW = 64  # row groups, of 1 MiB or one row each, that are mixed with each other and kept in memory
+WINDOW = 64  # row groups (of 1 MiB, or of one row if that is larger) that are shuffled together and kept in memory
 NUMBERS = ("index", "mirrored", "original_size", "crop_top_left", "target_size")
 
 
@@ -28,22 +28,23 @@ class LatentDataset(Dataset[dict[str, Any]]):
     """The rows of a folder that `sdvae encode` wrote: `dataset[i]`, or batches by `loader`.
 
     A row is a dict with `latents` (C, h, w) fp32, scaled; `index`, `name` and `sha256` of the image; `mirrored`;
-    `original_size`, `crop_top_left` and `target_size` (height and width, top and left: SDXL's conditioning); and the
-    columns that were carried through.
+    `original_size`, `crop_top_left` and `target_size` (as (height, width) and (top, left), for SDXL's conditioning);
+    and the columns that were copied from the source.
 
     Args:
         folder: of a finished data set.
-        scaling: of `latents`. «vae»: by the factors of the VAE's config, as pipelines will; «measured»: by the
-            factors of these latents; «channels»: each channel to mean 0 and std 1; «none»: as the encoder gave them.
-        sample: draw z from the posterior, afresh each time (Kingma & Welling 2014, 2.4); false takes its mode.
-            Folders of one stored sample have neither.
-        mirror: probability of the mirror image; by default ½ where mirror images were encoded, else 0.
-        seed: of samples, mirrors and order.
+        scaling: of `latents`. «vae»: by the factors in the VAE's config, as pipelines do; «measured»: by the factors of
+            these latents; «channels»: each channel to mean 0 and standard deviation 1; «none»: unscaled.
+        sample: draw z from the posterior, newly each time (Kingma & Welling 2014, section 2.4); False takes its mode.
+            Where one sample is stored, this has no effect.
+        mirror: probability of the mirror image; by default 1/2 if mirror images were encoded, else 0.
+        seed: of samples, mirror images and order.
 
     Attributes:
-        scaling: its `denormalize` brings latents back to what the VAE decodes.
+        scaling: its `denormalize` turns scaled latents into those that the VAE decodes.
 
-    Raises: InputError when the folder is not a finished data set, or has no mirror images to be shown.
+    Raises:
+        InputError: when the folder is not a finished data set, or mirror images are wanted and there are none.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """A row.
 
         Args:
-            key: its place in the data set: noise and mirror are then drawn from torch's default generator. Or a
-                `SampleKey`, from which and the seed they follow.
+            key: its place in the data set; then noise and mirroring come from torch's default generator. Or a
+                `SampleKey`; then they follow from the key and the seed.
         """
         place = key.index if isinstance(key, SampleKey) else key
         if not -len(self) <= place < len(self):
@@ -114,9 +115,19 @@ class LatentDataset(Dataset[dict[str, Any]]):
         world_size: int | None = None,
         start: int = 0,
     ) -> DataLoader:
-        """Batches of one epoch for this process, each of latents of one size. See `LatentBatches` for the arguments.
+        """A loader for the batches of one epoch of this process. All latents of a batch have the same size.
 
-        Not to be given to `Accelerator.prepare`, which would divide the batches between processes a second time.
+        Do not pass it to `Accelerator.prepare`, which would divide the batches among the processes a second time.
+
+        Args:
+            batch_size: rows in a batch of this process.
+            epoch: see `LatentBatches`, as for the other arguments.
+            shuffle: a random order.
+            drop_last: full batches only.
+            num_workers: processes that read.
+            rank: of this process; by default the launcher's.
+            world_size: the number of processes; by default the launcher's.
+            start: batches to leave out at the beginning.
         """
         batches = LatentBatches(
             self,
@@ -132,7 +143,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
     @property
     def row_groups(self) -> list[tuple[int, int]]:
-        """(first row, rows) of what is read in one piece, in the order of the rows."""
+        """(first row, number of rows) of each group that is read at once, in the order of the rows."""
         return [(first, rows) for _, _, first, rows in self._groups]
 
     def size_numbers(self) -> np.ndarray:
@@ -152,19 +163,24 @@ class LatentDataset(Dataset[dict[str, Any]]):
 class LatentBatches(Sampler[list[SampleKey]]):
     """The batches of one epoch, as lists of keys: a `batch_sampler` for a DataLoader.
 
-    Every batch has latents of one size. The order is a function of (seed, epoch) alone: row groups in a random
-    order, and the rows of `WINDOW` groups in a row mixed; so the disk is read nearly in sequence. What fills no batch
-    within a window goes to the next one. Batch m goes to process m mod world_size.
+    All latents of a batch have the same size. The order follows from (seed, epoch): row groups come in a random order,
+    and the rows of `WINDOW` successive groups are shuffled, so that the disk is read nearly in sequence. Rows that do
+    not fill a batch within a window are left to the next one. Batch m goes to process m mod world_size.
 
     Args:
         dataset: the same in all processes.
-        batch_size: of each process.
-        shuffle: false gives the rows in their order, those of a size together within a window.
-        drop_last: all processes get the same number of full batches; the few rows that are left out differ from
-            epoch to epoch. False gives every row once, in batches of which the last of each size may be smaller,
-            and of which one process may get one more than another.
-        rank, world_size: by default the launcher's, from the environment variables RANK and WORLD_SIZE.
-        start: batches of this process to leave out at the beginning, by which an epoch is continued.
+        batch_size: rows in a batch of each process.
+        epoch: the number of the epoch, from 0.
+        shuffle: False keeps the order of the rows, except that rows of one size are brought together within a window.
+        drop_last: all processes get the same number of full batches; the few rows that are left out differ from epoch
+            to epoch. False gives every row once; then the last batch of each size may be smaller, and some processes
+            may get one batch more than others.
+        rank: of this process; by default the environment variable RANK, which launchers set.
+        world_size: the number of processes; by default the environment variable WORLD_SIZE.
+        start: batches of this process to leave out at the beginning, to continue an epoch.
+
+    Raises:
+        InputError: for numbers that are out of range, or when the rows do not fill a batch for each process.
     """
 
     def __init__(
@@ -219,7 +235,7 @@ class LatentBatches(Sampler[list[SampleKey]]):
                 yield [SampleKey(self.epoch, int(row)) for row in rows]
 
     def _all(self) -> Iterator[np.ndarray]:
-        """The batches of all processes."""
+        """The batches of all processes, in order."""
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, self.epoch])))
         order = generator.permutation(len(self._groups)) if self.shuffle else np.arange(len(self._groups))
         left: dict[int, np.ndarray] = {}
@@ -245,7 +261,7 @@ class LatentBatches(Sampler[list[SampleKey]]):
 
 
 def collate_latents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack rows: latents (B, C, h, w), numbers and sizes as tensors, everything else as a list."""
+    """Stack rows: latents to (B, C, h, w), numbers and sizes to tensors; everything else becomes a list."""
     batch: dict[str, Any] = {"latents": torch.stack([row["latents"] for row in rows])}
     for name in rows[0]:
         values = [row[name] for row in rows]
@@ -258,7 +274,7 @@ def collate_latents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class _Reader:
-    """Rows of Parquet files by row group; the last `WINDOW` groups stay in memory."""
+    """Reads rows of Parquet files by row group. The last `WINDOW` groups stay in memory."""
 
     def __init__(self, folder: LatentFolder):
         self._folder = folder
@@ -290,7 +306,7 @@ class _Reader:
     def _file(self, shard: int) -> Any:
         import pyarrow.parquet as pq
 
-        if self._process != os.getpid():  # a forked worker opens its own
+        if self._process != os.getpid():  # a forked worker opens files of its own
             self._forget()
         if shard not in self._files:
             self._files[shard] = pq.ParquetFile(self._folder.shard_path(shard), memory_map=True)

@@ -33,11 +33,9 @@ from sdvae.statistics import LatentMoments
 
 logger = logging.getLogger(__name__)
 
-BATCHES_IN_FLIGHT = 2  # on a GPU: started and not yet read back
-
 
 @dataclass
-class Shard:
+class ClaimedShard:
     """A shard that this process has claimed and encodes.
 
     Attributes:
@@ -60,7 +58,7 @@ class Shard:
 class Turn(NamedTuple):
     """An image that a thread decodes; without one, the end of its shard."""
 
-    shard: Shard
+    shard: ClaimedShard
     image: SourceImage | None = None
     decoded: Future[DecodedImage] | None = None
 
@@ -68,22 +66,28 @@ class Turn(NamedTuple):
 class Batch(NamedTuple):
     """Images that the encoder was started on."""
 
-    shard: Shard
+    shard: ClaimedShard
     images: list[tuple[SourceImage, DecodedImage]]
     moments: PendingMoments
 
 
 class Pipeline:
-    """One process's part in encoding a data set."""
+    """One process's part in encoding a data set.
 
-    def __init__(self, task: EncodeTask):
+    Args:
+        task: what to encode.
+        batches_in_flight: that are started before the first of them is read back; by default 2 on a GPU, which then
+            always has work, else 1.
+    """
+
+    def __init__(self, task: EncodeTask, batches_in_flight: int | None = None):
         self.task = task
         self._is_main = os.environ.get("RANK", "0") == "0"
-        self._depth = BATCHES_IN_FLIGHT - 1 if task.device.type == "cuda" else 0
+        self._batches_in_flight = batches_in_flight or (2 if task.device.type == "cuda" else 1)
         self._waiting: dict[Size, list[tuple[SourceImage, DecodedImage]]] = defaultdict(list)  # for a full batch
         self._in_flight: deque[Batch] = deque()
         self._written: deque[Future[None]] = deque()
-        self._held: dict[int, Shard] = {}  # whose lock this process has
+        self._held: dict[int, ClaimedShard] = {}  # whose lock this process has
         self._num_skipped = 0
 
     def run(self) -> None:
@@ -128,7 +132,7 @@ class Pipeline:
             lock = self.task.folder.claim(number)
             if lock is None:
                 continue
-            shard = self._held[number] = Shard(number, lock, LatentMoments(self.task.latent_channels))
+            shard = self._held[number] = ClaimedShard(number, lock, LatentMoments(self.task.latent_channels))
             for image in self.task.shards.images(number):
                 yield Turn(shard, image, self._decoders.submit(self.task.decode, image))
             yield Turn(shard)
@@ -143,7 +147,7 @@ class Pipeline:
                 yield window.popleft()
         yield from window
 
-    def _add(self, shard: Shard, image: SourceImage, future: Future[DecodedImage]) -> None:
+    def _add(self, shard: ClaimedShard, image: SourceImage, future: Future[DecodedImage]) -> None:
         """Put an image into the batch of its size, and start that batch when it is full."""
         try:
             decoded = future.result()
@@ -157,7 +161,7 @@ class Pipeline:
         if len(self._waiting[size]) == self.task.config.batch_size:
             self._launch(shard, self._waiting.pop(size))
 
-    def _end(self, shard: Shard) -> None:
+    def _end(self, shard: ClaimedShard) -> None:
         """Start the batches that did not become full. The next shard's images are not added to them."""
         for size in sorted(self._waiting):
             self._launch(shard, self._waiting[size])
@@ -165,11 +169,11 @@ class Pipeline:
         shard.is_read = True
         self._write_if_encoded(shard)
 
-    def _launch(self, shard: Shard, images: list[tuple[SourceImage, DecodedImage]]) -> None:
+    def _launch(self, shard: ClaimedShard, images: list[tuple[SourceImage, DecodedImage]]) -> None:
         moments = self.task.encoder.launch([decoded.pixels for _, decoded in images])
         shard.pending += 1
         self._in_flight.append(Batch(shard, images, moments))
-        self._collect(down_to=self._depth)
+        self._collect(down_to=self._batches_in_flight - 1)
 
     def _collect(self, down_to: int) -> None:
         """Wait for the oldest batches until so many are left in flight; make rows of them."""
@@ -201,14 +205,14 @@ class Pipeline:
             )
             shard.rows.append((row, replace(image, read=bytes)))  # an image of a stream holds its file's bytes
 
-    def _write_if_encoded(self, shard: Shard) -> None:
+    def _write_if_encoded(self, shard: ClaimedShard) -> None:
         if not shard.is_read or shard.pending:
             return
         self._written.append(self._writer.submit(self._write, shard))
         while len(self._written) > 1 or (self._written and self._written[0].done()):
             self._written.popleft().result()  # no more than one shard waits in memory; a full disk is seen early
 
-    def _write(self, shard: Shard) -> None:
+    def _write(self, shard: ClaimedShard) -> None:
         task = self.task
         rows = sorted(shard.rows, key=lambda pair: pair[0].index)
         others = task.shards.columns([image for _, image in rows])

@@ -1,4 +1,15 @@
-"""The columns of a latent data set."""
+"""The columns of a latent data set.
+
+`mean` and `logvar` (or `sample`), each also with the ending `_mirrored`, are binary: the bytes of a contiguous
+(C, h, w) array, little-endian, in the dtype that manifest.json has under fingerprint.stored.dtype. The column `shape`
+is [C, h, w]. To read them without this package:
+
+    row = pyarrow.parquet.read_table("data/train-00000-of-00001.parquet").to_pylist()[0]
+    np.frombuffer(row["mean"], "<f2").reshape(row["shape"])                             # fp16; "<f4" for fp32
+    torch.frombuffer(bytearray(row["mean"]), dtype=torch.bfloat16).reshape(row["shape"])  # bf16, which NumPy lacks
+
+or, with NumPy alone, bf16 as the upper half of fp32: (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").
+"""
 
 from __future__ import annotations
 
@@ -21,8 +32,8 @@ if TYPE_CHECKING:
 
 OUR_COLUMNS = ("index", "name", "sha256", "shape", "original_size", "crop_top_left", "target_size")
 VALUE_COLUMNS = ("mean", "logvar", "sample")  # each also with the ending _mirrored
-ROW_KEYS = ("latents", "mirrored")  # of a `LatentDataset`
-PREFIX = "source_"  # of a carried column whose name is one of ours
+ROW_KEYS = ("latents", "mirrored")  # that `LatentDataset` adds to a row
+PREFIX = "source_"  # for a column of the source whose name is one of ours
 
 
 def is_value(column: str) -> bool:
@@ -35,12 +46,14 @@ class LatentRow:
     """One image's row.
 
     Attributes:
-        index: of the row in its source.
+        index: of the image in its source.
+        name: of the image in its source.
         sha256: of the image file.
         shape: of the latents, (C, h, w).
-        original_size, target_size: of the image and of what was encoded, height and width in pixels.
-        crop_top_left: where the crop lay in the resized image, in its pixels.
-        values: name -> bytes of a contiguous (C, h, w) array in the stored dtype, little-endian.
+        original_size: height and width of the image, in pixels.
+        crop_top_left: top and left of the crop in the resized image, in pixels.
+        target_size: height and width of the crop, which was encoded, in pixels.
+        values: for each column of latents the bytes of a contiguous (C, h, w) array in the stored dtype, little-endian.
     """
 
     index: int
@@ -54,19 +67,33 @@ class LatentRow:
 
 
 def value_columns(config: EncodeConfig) -> list[str]:
+    """The columns of latents that these options give."""
     names = ["mean", "logvar"] if config.store == "moments" else ["sample"]
     return names + [f"{name}_mirrored" for name in names if config.mirror]
 
 
 def row_bytes(sizes: Sequence[Size], compression: int, latent_channels: int, config: EncodeConfig) -> int:
-    """Of the values of a row, with the largest of the image sizes."""
+    """The bytes of a row's latents, for the largest of the image sizes.
+
+    Args:
+        sizes: of the images, height and width in pixels.
+        compression: pixels for each latent, along one side.
+        latent_channels: C.
+        config: the options.
+    """
     pixels = max(height * width for height, width in sizes)
     elements = pixels // compression**2 * latent_channels
     return elements * DTYPES[config.dtype].itemsize * len(value_columns(config))
 
 
 def posterior_values(posterior: DiagonalGaussian, dtype: torch.dtype, suffix: str) -> dict[str, Tensor]:
-    """The columns of one image's posterior."""
+    """The columns of one image's posterior.
+
+    Args:
+        posterior: of one image.
+        dtype: to store.
+        suffix: of the columns' names.
+    """
     return {f"mean{suffix}": posterior.mean.to(dtype), f"logvar{suffix}": posterior.logvar.to(dtype)}
 
 
@@ -75,12 +102,32 @@ def to_bytes(values: Tensor) -> bytes:
 
 
 def from_bytes(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """(C, h, w) in fp32. Raises: RuntimeError or ValueError when the bytes are not as many as the shape says."""
+    """Read the bytes of latents.
+
+    Args:
+        data: as stored.
+        dtype: of these bytes.
+        shape: (C, h, w).
+
+    Returns:
+        (C, h, w) in fp32.
+
+    Raises:
+        ValueError: when the number of bytes does not fit the dtype.
+        RuntimeError: when it does not fit the shape.
+    """
     return torch.frombuffer(bytearray(data), dtype=dtype).float().reshape(*shape)
 
 
 def table_of(rows: Sequence[LatentRow], others: pa.Table, others_features: Features, config: EncodeConfig) -> pa.Table:
-    """A shard: our columns, the latents and the carried columns, with the features that `datasets` reads."""
+    """The table of a shard, with the features that `datasets` reads.
+
+    Args:
+        rows: the latents.
+        others: the columns that are carried through from the source, in the same order.
+        others_features: of these columns.
+        config: the options.
+    """
     import pyarrow as pa
 
     features = _features(others_features, config)

@@ -1,4 +1,4 @@
-"""The one place where latents are brought to the scale that a diffusion model sees, and back."""
+"""Scaling latents to what a diffusion model is trained on, and back."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from sdvae.errors import InputError
 
 @dataclass(frozen=True)
 class LatentScaling:
-    """normalize(z) = (z - shift) · scale, and back.
+    """normalize(z) = (z - shift) · scale, and its inverse.
 
     Attributes:
-        shift, scale: (C, 1, 1) fp32, or (1, 1, 1) where all channels have the same.
+        shift: (C, 1, 1) fp32, or (1, 1, 1) if it is the same for all channels.
+        scale: likewise.
     """
 
     shift: Tensor
     scale: Tensor
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """(…, C, h, w), as the encoder gives them -> as a diffusion model is trained on them."""
+        """Scale latents (…, C, h, w) of the encoder for a diffusion model."""
         return (latents - self.shift.to(latents)) * self.scale.to(latents)
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """(…, C, h, w), as a diffusion model gives them -> as the decoder takes them."""
+        """Scale latents (…, C, h, w) of a diffusion model for the decoder."""
         return latents / self.scale.to(latents) + self.shift.to(latents)
 
 
@@ -38,12 +39,16 @@ def identity_scaling() -> LatentScaling:
 
 
 def scaling_of(config: Mapping[str, Any]) -> LatentScaling:
-    """What diffusers' pipelines do with this VAE's config.
+    """The scaling that diffusers' pipelines apply to the latents of a VAE.
 
-    (z - shift_factor) · scaling_factor (SD, SD3, Flux), or where there are latents_mean and latents_std
+    It is (z - shift_factor) · scaling_factor (SD, SD3, Flux), or with latents_mean and latents_std
     (z - latents_mean) · scaling_factor / latents_std (StableDiffusionXLPipeline).
 
-    Raises: InputError when there is no scaling_factor.
+    Args:
+        config: of the VAE.
+
+    Raises:
+        InputError: when there is no scaling_factor.
     """
     factor = config.get("scaling_factor")
     if not factor or not math.isfinite(factor):
@@ -55,11 +60,13 @@ def scaling_of(config: Mapping[str, Any]) -> LatentScaling:
 
 
 def channel_scaling(statistics: Mapping[str, Any]) -> LatentScaling:
-    """Mean 0 and standard deviation 1 in every channel.
+    """Scale each channel to mean 0 and standard deviation 1.
 
-    Args: statistics: latents_mean and latents_std, a number a channel.
+    Args:
+        statistics: latents_mean and latents_std, each a number for each channel.
 
-    Raises: InputError when a channel does not vary.
+    Raises:
+        InputError: when a channel does not vary.
     """
     std = _column(statistics["latents_std"])
     if not (std > 0).all():
