@@ -1,4 +1,4 @@
-"""accelerate launch train_sdvae.py --config configs/sd_f8c4.yaml [--dotted.key=value …]; same as `sdvae train`."""
+"""Train a VAE like `sdvae train`: accelerate launch train_sdvae.py --config configs/sd_f8c4.yaml [--key=value …]"""
 
 import sys
 

@@ -3,22 +3,27 @@
     python scripts/benchmark.py                        # SD's 83.65 M parameters at 256x256
     python scripts/benchmark.py --config configs/quickstart.yaml --size 64 --batch 4 --perceptual FILE
 
-The training rows compare our step (sdvae/training/step.py) with a straightforward loop over diffusers' class that has
-the same losses: L1 + LPIPS + KL, and with them the PatchGAN with LDM's adaptive weight. That loop is what one writes
-from the papers: fp32 as loaded, the loss as one sum, the adaptive weight by two more backward passes, AdamW as it
-comes. Our side has the recipe's `mixed_precision`, or `--mixed_precision`; where that is bf16, there are rows against
-the loop under autocast too.
+The training rows compare a step of this package (sdvae/training/step.py) with a plain loop over diffusers' class that
+has the same losses: L1 + LPIPS + KL, and the same with a PatchGAN and LDM's adaptive weight. The loop is written as the
+papers state it: fp32 weights as loaded, one sum of losses, two more backward passes for the adaptive weight, and AdamW
+with its defaults. This package's side trains in the recipe's `mixed_precision`, or in `--mixed_precision`. If that is
+bf16, there are also rows against the loop under autocast.
 
-Each row alternates the two sides, A B A B …, and gives the median of the pairwise ratios, which a drifting machine
-moves less than the times themselves. diffusers' side runs in a process of its own: ours keeps the memory that it frees
-(sdvae/allocator.py), and the other's allocator is to be as glibc has it.
+Each row alternates the two sides, A B A B …, and gives the median of the pairwise ratios, which depends less on the
+changing load of the machine than the times do. diffusers' side runs in a process of its own with glibc's default
+allocator, because this package's side keeps the memory that it frees (`keep_freed_memory` in sdvae/runtime.py).
 
---parts chooses: «passes», encode and decode, ours after `speed_up` on a CPU, against diffusers' class as
-`from_pretrained` gives it (fp32, contiguous layout) and with channels last; «rewrites» (on a CPU), what each of this
-package's rewrites is worth: the model with all of them against the model without that one, and what it is worth to
-keep freed memory, against a process that does not; «peak», the decoder's share of what matrix products reach here;
-«training». `--dtype bf16` adds rows in which both sides, or ours alone, compute in bf16; `--compile`, rows against
-diffusers' class under torch.compile.
+--parts chooses what to measure:
+
+- passes: encode and decode, after `speed_up` on a CPU, against diffusers' class as `from_pretrained` gives it (fp32,
+  contiguous layout) and with channels last.
+- rewrites (on a CPU): the model with all of this package's optimisations against the model without one of them, and a
+  process that keeps freed memory against one that does not.
+- peak: the decoder's speed as a share of that of matrix products on this machine.
+- training: the training rows.
+
+`--dtype bf16` adds rows in which both sides, or only this package's side, compute in bf16. `--compile` adds rows
+against diffusers' class under torch.compile.
 """
 
 from __future__ import annotations
@@ -56,13 +61,13 @@ from sdvae.training.players import Players
 from sdvae.training.step import train_step
 
 BOTH = ("encode", "decode")
-PRODUCTS = 10  # in a row, as a pass has its convolutions
+PRODUCTS = 10  # matrix products per timing, one after the other like the convolutions of a pass
 PARTS = ("passes", "rewrites", "peak", "training")
 HEAD = "| | {} (s) | {} (s) | speed-up, median | range |\n|---|---|---|---|---|"
 
 
 def seconds(function: Callable[[], object]) -> float:
-    time.sleep(0.1)  # until the other process's threads are at rest
+    time.sleep(0.1)  # let the threads of the other process come to rest
     start = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -70,7 +75,7 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-Timer = Callable[[], float]  # seconds of one pass or step
+Timer = Callable[[], float]  # runs one pass or step and returns its seconds
 
 
 def warmed(call: Callable[[], object]) -> Timer:
@@ -89,12 +94,16 @@ def compare(name: str, ours: Timer, theirs: Timer, repeats: int) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the `Peer`: a pass of diffusers' class in a dtype, layout and mode, or a training step.
+    """What the `Peer` is to time: by default a pass of diffusers' class.
 
     Attributes:
-        what: «encode», «decode» or «training».
-        ours: this package's class after `speed_up` instead, as it is without the memory that it keeps.
-        autocast: the training loop under autocast to bf16.
+        what: "encode", "decode" or "training".
+        ours: time this package's class after `speed_up` instead, without keeping freed memory.
+        dtype: of weights and images.
+        channels_last: the memory layout of the weights.
+        compiled: use torch.compile.
+        gan_weight: of the training step; 0 trains without a discriminator.
+        autocast: run the training step under autocast to bf16.
     """
 
     what: str
@@ -107,15 +116,15 @@ class Request:
 
 
 class Peer:
-    """The other side, in a process that builds the same weights and images from the same arguments."""
+    """The side to compare with: a process that builds the same weights and images from the same arguments."""
 
     def __init__(self) -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--answer"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._read()  # it is built, and leaves the processor to our side
+        self._read()  # wait until it is built, so that it does not compete for the processor
 
     def timer(self, request: Request) -> Timer:
-        self._ask(request)  # warms up
+        self._ask(request)  # warm-up
         return partial(self._ask, request)
 
     def _ask(self, request: Request) -> float:
@@ -135,13 +144,13 @@ class Peer:
 
 
 def answer(build: Callable[[Request], Callable[[], object]]) -> None:
-    """The other end of a `Peer`: a line of seconds for each line that asks."""
+    """The process behind a `Peer`: answer each request on standard input by a line with its seconds."""
     asked, call = None, None
-    replies, sys.stdout = sys.stdout, sys.stderr  # where libraries print what they download
+    replies, sys.stdout = sys.stdout, sys.stderr  # keep what libraries print out of the replies
     print(0.0, file=replies, flush=True)  # ready
     for line in sys.stdin:
         if line != asked:
-            call = None  # its memory first
+            call = None  # free the memory of the last request first
             asked, call = line, build(Request(**json.loads(line)))
         assert call is not None
         print(seconds(call), file=replies, flush=True)
@@ -149,14 +158,14 @@ def answer(build: Callable[[Request], Callable[[], object]]) -> None:
 
 @torch.no_grad()
 def one_pass(model: nn.Module, what: str, images: Tensor) -> Callable[[], object]:
-    """encode(images), or decode of their latents, in the model's dtype."""
+    """A call of `model.encode` on the images, or of `model.decode` on their latents, in the model's dtype."""
     x = images.to(model.dtype)
     argument = x if what == "encode" else model.encode(x).latent_dist.mode()
     return torch.no_grad()(partial(getattr(model, what), argument))
 
 
 def undo_class(fast: type[nn.Module]) -> Callable[[AutoencoderKL], None]:
-    """Give the modules of this class of sdvae/cpu/kernels.py their ordinary class back."""
+    """A function that gives all modules of a class of sdvae/cpu/kernels.py their ordinary class back."""
 
     def undo(vae: AutoencoderKL) -> None:
         for module in vae.modules():
@@ -167,14 +176,14 @@ def undo_class(fast: type[nn.Module]) -> Callable[[AutoencoderKL], None]:
 
 
 def undo_in_place(vae: AutoencoderKL) -> None:
-    """Hooks that do nothing: what they could have kept is not written over (sdvae/model/blocks.py)."""
+    """Add hooks that do nothing: sdvae/model/blocks.py writes in place only where no hook could keep the input."""
     for module in vae.modules():
         if isinstance(module, (nn.GroupNorm, nn.Conv2d)):
             module.register_forward_hook(lambda *_: None)
 
 
-# what `speed_up` does (sdvae/cpu/kernels.py), and blocks.py: how to undo it, and the passes that have it.
-# Without Winograd, a VAE's upsamplers take four taps.
+# Each optimisation of sdvae/cpu/kernels.py and sdvae/model/blocks.py: how to undo it, and the passes that use it.
+# The upsamplers compute with four taps only in a VAE without Winograd convolutions.
 Rewrites = dict[str, tuple[Callable[[AutoencoderKL], object], Sequence[str]]]
 IN_PLACE: Rewrites = {"activations and sums in place": (undo_in_place, BOTH)}
 WITH_WINOGRAD: Rewrites = {
@@ -190,7 +199,7 @@ WITHOUT_WINOGRAD: Rewrites = {
 
 
 def compare_rewrites(vae: AutoencoderKL, images: Tensor, peer: Peer, repeats: int) -> None:
-    """Rows for encode and decode: without one rewrite against with all of them."""
+    """Rows of encode and decode with all optimisations against all but one."""
     whole = copy.deepcopy(vae).to(memory_format=torch.contiguous_format).eval()
     speed_up(whole)
     for name, (undo, passes) in (WITH_WINOGRAD if takes_winograd(vae) else WITHOUT_WINOGRAD).items():
@@ -216,7 +225,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module, images: Tensor) -> None:
 
 @torch.no_grad()
 def peak_line(vae: AutoencoderKL, x: Tensor, side: int, repeats: int) -> str:
-    """The decoder's direct FLOPs over its time, beside those of products of (side, side) matrices in its dtype."""
+    """The decoder's FLOP/s, counted for direct convolutions, beside those of (side, side) matrix products."""
     stock = vae.to_diffusers().eval()
     z = stock.encode(x).latent_dist.mode()
     counter = FlopCounterMode(display=False)
@@ -245,7 +254,7 @@ def peak_line(vae: AutoencoderKL, x: Tensor, side: int, repeats: int) -> str:
 def our_step(
     vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator, perceptual: Perceptual, images: Tensor
 ) -> Callable[[], None]:
-    """A step of this package's training, after the discriminator's start where there is one."""
+    """A step of this package's training; if the recipe has a discriminator, one after it has started."""
     config = lay_out(vae, config, accelerator)
     players = Players(vae.train(), config, accelerator)
     batch = {
@@ -265,7 +274,7 @@ def our_step(
 def plain_step(
     vae: nn.Module, config: TrainConfig, perceptual: Perceptual, images: Tensor, *, autocast: bool
 ) -> Callable[[], None]:
-    """The same losses over diffusers' class, as one writes them down."""
+    """A step with the same losses over diffusers' class, written in the simplest way."""
     vae.train()
     half = partial(torch.autocast, images.device.type, dtype=torch.bfloat16, enabled=autocast)
     gan = config.loss.discriminator
@@ -311,17 +320,17 @@ def main() -> None:
     parser.add_argument("--size", type=PositiveInt, default=256, help="side of the images in pixels")
     parser.add_argument("--batch", type=PositiveInt, default=1)
     parser.add_argument("--repeats", type=PositiveInt, default=5)
-    parser.add_argument("--perceptual", default=None, help="local file with the trunk's weights; default: random")
+    parser.add_argument("--perceptual", default=None, help="local file with LPIPS's network; default: random weights")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of encode and decode, beside fp32")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of encode and decode, beside fp32")
     parser.add_argument(
         "--mixed_precision",
         choices=("auto", "no", "bf16"),
         default=None,
-        help="of our training steps; default: the recipe's",
+        help="precision of this package's training steps; default: the recipe's",
     )
-    parser.add_argument("--compile", action="store_true", help="rows against diffusers' class under torch.compile too")
-    parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)  # be the Peer
+    parser.add_argument("--compile", action="store_true", help="also compare with diffusers' class under torch.compile")
+    parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)  # run as the Peer
     parser.add_argument("--gemm", type=PositiveInt, default=2048, help="side of the matrices whose product is the peak")
     arguments = parser.parse_args()
 
@@ -364,7 +373,7 @@ def main() -> None:
 
 
 def compare_passes(vae: AutoencoderKL, images: Tensor, dtype: str, peer: Peer, repeats: int, *, compiled: bool) -> None:
-    """Rows for encode and decode."""
+    """Rows of encode and decode against diffusers' class."""
 
     def rows(label: str, ours: AutoencoderKL, stock: Request) -> None:
         for what in BOTH:
@@ -425,7 +434,9 @@ def other_side(
         keep_freed_memory(False)
         return one_pass(ours, request.what, images)
     model, layout = vae.to_diffusers(), torch.channels_last if request.channels_last else torch.contiguous_format
-    nn.Module.to(model, dtype=DTYPES[request.dtype], memory_format=layout)  # diffusers' own speaks of the dtype
+    nn.Module.to(
+        model, dtype=DTYPES[request.dtype], memory_format=layout
+    )  # diffusers' `to` logs a warning about the dtype
     if request.what == "training":
         config = with_gan(config, request.gan_weight)
         return plain_step(model, config, perceptual(), images, autocast=request.autocast)

@@ -1,14 +1,15 @@
-"""Time `sdvae encode` against the bare encoder and against the loop one writes without it; and watch its memory.
+"""Time `sdvae encode` against the encoder alone and against a plain loop, or watch its memory.
 
     python scripts/benchmark_encode.py --images FOLDER                          # the packaged VAE, 256x256
     python scripts/benchmark_encode.py --images FOLDER --config configs/sd_f8c4.yaml --count 12 --batch 4
     python scripts/benchmark_encode.py --memory_rows 1000000
 
-«bare encoder»: the same weights, precision and batches, on images that lie decoded in memory; nothing is written.
-«plain loop»: diffusers' class as it is loaded, torchvision's transforms, a DataLoader, one file an image by torch.save.
-Each repetition runs the three one after the other; the ratios are taken within it.
+- bare encoder: the same weights, precision and batches, with images already decoded in memory; nothing is written.
+- plain loop: diffusers' class as loaded, torchvision's transforms, a DataLoader, and torch.save of one file per image.
 
---memory_rows encodes so many synthetic images of 16x16 with a tiny VAE and prints the resident memory on the way.
+Each repetition runs all three, one after the other, and the ratios are taken within a repetition.
+
+--memory_rows N encodes N synthetic images of 16x16 pixels with a tiny VAE and prints the resident memory ten times.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from sdvae.training.build import build_vae
 
 
 class Files(Dataset[tuple[torch.Tensor, str]]):
-    """Images as torchvision's users prepare them."""
+    """Images prepared by torchvision's transforms, with their names."""
 
     def __init__(self, paths: Sequence[Path], size: int):
         self.paths = paths
@@ -95,7 +96,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
         Pipeline(once).run()
         return count / (time.perf_counter() - start)
 
-    def bare() -> float:  # right after `ours`, whose memory it finds
+    def bare() -> float:  # runs right after `ours` and reuses the memory that it freed
         start = time.perf_counter()
         for _ in range(whole // arguments.batch):
             task.encoder.launch(pixels).moments()
@@ -103,7 +104,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
 
     def plain() -> float:
         (scratch / "plain").mkdir(exist_ok=True)
-        keep_freed_memory(False)  # the other two do, by sdvae encode's doing
+        keep_freed_memory(False)  # `sdvae encode` keeps it, for the two sides above as well
         start = time.perf_counter()
         plain_loop(stock, files, arguments.batch, arguments.workers, scratch / "plain")
         return count / (time.perf_counter() - start)
@@ -128,7 +129,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
 
 
 def prepared(arguments: argparse.Namespace, output: Path, vae: str) -> EncodeTask:
-    """Our side, on the first `count` images."""
+    """`sdvae encode` on the first `count` images, ready to run."""
     config = EncodeConfig(
         source=arguments.images,
         output=str(output),
@@ -145,7 +146,7 @@ def prepared(arguments: argparse.Namespace, output: Path, vae: str) -> EncodeTas
 
 
 class Synthetic:
-    """Any number of images, each of one colour."""
+    """Any number of images of one colour each."""
 
     def __init__(self, count: int):
         self.count = count
@@ -170,7 +171,7 @@ class Synthetic:
 
 
 def watch_memory(rows: int, scratch: Path) -> None:
-    """Resident memory of this process after every tenth of the rows."""
+    """Print the resident memory of this process after every tenth of the rows."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -209,10 +210,13 @@ def main() -> None:
     parser.add_argument("--size", type=PositiveInt, default=256, help="side of the images in pixels")
     parser.add_argument("--count", type=PositiveInt, default=192, help="images")
     parser.add_argument("--batch", type=PositiveInt, default=8)
-    parser.add_argument("--workers", type=int, default=2, help="of either side")
+    parser.add_argument("--workers", type=int, default=2, help="processes or threads that read images, on either side")
     parser.add_argument("--repeats", type=PositiveInt, default=3)
     parser.add_argument(
-        "--memory_rows", type=PositiveInt, default=None, help="watch the memory over so many rows instead"
+        "--memory_rows",
+        type=PositiveInt,
+        default=None,
+        help="instead, encode this many synthetic images and print the memory",
     )
     arguments = parser.parse_args()
     torch.manual_seed(0)

@@ -2,10 +2,10 @@
 
     python scripts/latent_diffusion.py [--output runs/latent_diffusion] [--vae SOURCE] [--steps N]
 
-Cuts a few thousand crops out of the photographs in scikit-image's wheel, a folder for each class; encodes them as
-`sdvae encode` does; trains a small class-conditional UNet on `LatentDataset`; and samples it through a diffusers
-pipeline that decodes with the VAE. `samples.png` shows each class: crops as the VAE decodes them, beside new pictures.
-`pipeline/` is what `DiTPipeline.from_pretrained` loads, without this package. About 20 minutes of one core.
+Cuts 400 crops per class out of the photographs in scikit-image's wheel, encodes them as `sdvae encode` does, trains a
+small class-conditional UNet on `LatentDataset`, and samples it through a diffusers pipeline that decodes with the VAE.
+`samples.png` has a row per class: crops after the VAE beside new pictures. `pipeline/` can be loaded by
+`DiTPipeline.from_pretrained` without this package. Takes about 20 minutes of one core.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from sdvae.latents.dataset import LatentDataset
 from sdvae.latents.encode import encode
 
 SIDE = 128  # pixels of a crop after resizing
-# Class: photograph, side of its crops, margins that no crop touches, in pixels. `encode` numbers folders in this order.
+# Class: photograph, side of its crops, and margins without crops, in pixels. `encode` numbers folders in this order.
 CLASSES: dict[str, tuple[str, int, int | tuple[int, ...]]] = {
     "brick": ("brick", 128, 0),
     "coins": ("coins", 128, 0),
     "galaxies": ("hubble_deep_field", 128, 0),
     "gravel": ("gravel", 128, 0),
-    "retina": ("retina", 256, (206, 206, 205, 205)),  # the picture is round
+    "retina": ("retina", 256, (206, 206, 205, 205)),  # the corners are black
     "tissue": ("ihc", 192, 0),
 }
-NO_CLASS = 1000  # the label that DiTPipeline gives to the unconditional half of guidance
+NO_CLASS = 1000  # the label that DiTPipeline uses for the unconditional half of guidance
 GUIDANCE = 1.5  # v = v(no class) + GUIDANCE (v(class) - v(no class))
 DROP_LABEL = 0.1  # probability of NO_CLASS in training; Ho & Salimans 2022, «Classifier-free guidance», section 4
 WARM_UP, LOG_EVERY = 100, 100  # steps
-SHOWN_CROPS, SHOWN_SAMPLES = 3, 5  # in a row of the grid
+SHOWN_CROPS, SHOWN_SAMPLES = 3, 5  # per row of the grid
 GAP, CAPTION = 4, 24  # pixels
 
 
@@ -87,8 +87,8 @@ def new_denoiser(latent_channels: int, latent_side: int, widths: Sequence[int] =
 def new_scheduler() -> DDIMScheduler:
     """z_t = sqrt(ᾱ_t) z + sqrt(1 - ᾱ_t) ε, t = 0 … 999, with the cosine ᾱ of Nichol & Dhariwal 2021, equation 17.
 
-    The model predicts v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) z (Salimans & Ho 2022, appendix D), which tells something at
-    the highest noise too. Sampling is DDIM (Song et al. 2021), from the last t downwards (Lin et al. 2024, 3.3).
+    The model predicts v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) z (Salimans & Ho 2022, appendix D), which depends on
+    z even at the highest noise. Sampling is DDIM (Song et al. 2021), from the last t downwards (Lin et al. 2024, 3.3).
     """
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
@@ -99,15 +99,20 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def batches(dataset: LatentDataset, batch_size: int) -> Iterator[dict]:
-    """Epoch after epoch; each has its own order, mirrors and samples of the posteriors."""
+    """Batches without end; each epoch has its own order, mirror images and samples of the posteriors."""
     for epoch in itertools.count():
         yield from dataset.loader(batch_size, epoch=epoch)
 
 
 def denoising_loss(model: UNet2DModel, scheduler: DDIMScheduler, z: Tensor, labels: Tensor) -> Tensor:
-    """E |v - v_θ(z_t, t, class)|² with t uniform: Ho et al. 2020, equation 14, with v in the place of ε.
+    """E |v - v_θ(z_t, t, class)|² with uniform t: Ho et al. 2020, equation 14, with v instead of ε.
 
-    Args: z: (B, C, h, w), scaled latents; labels: (B,), of which some are dropped.
+    Args:
+        z: (B, C, h, w) scaled latents.
+        labels: (B,); each is replaced by NO_CLASS with probability DROP_LABEL.
+
+    Returns:
+        The mean over all elements, a scalar.
     """
     t = torch.randint(scheduler.config.num_train_timesteps, labels.shape)
     noise = torch.randn_like(z)
@@ -125,7 +130,11 @@ def train(
     batch_size: int,
     learning_rate: float = 1e-3,
 ) -> list[float]:
-    """AdamW, a linear warm-up, then a cosine to zero. Returns the loss of each step."""
+    """Train with AdamW, a linear warm-up and a cosine schedule to zero.
+
+    Returns:
+        The loss of each step.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARM_UP, total_iters=WARM_UP)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -150,7 +159,7 @@ def train(
 
 @torch.inference_mode()
 def decoded_crops(dataset: LatentDataset, vae: AutoencoderKL, count: int) -> list[list[Image.Image]]:
-    """For each class `count` of its crops, from the data set back through the decoder."""
+    """`count` crops of each class, decoded from the data set of latents."""
     rows: list[list[Image.Image]] = [[] for _ in CLASSES]
     for i in np.random.default_rng(0).permutation(len(dataset)):
         row = dataset[int(i)]
@@ -161,7 +170,7 @@ def decoded_crops(dataset: LatentDataset, vae: AutoencoderKL, count: int) -> lis
 
 
 def draw(pipe: DiTPipeline, count: int, *, sampling_steps: int, seed: int) -> list[list[Image.Image]]:
-    """For each class `count` new pictures."""
+    """`count` new pictures of each class."""
     labels = [label for label in range(len(CLASSES)) for _ in range(count)]
     generator = torch.Generator().manual_seed(seed)
     images = pipe(labels, guidance_scale=GUIDANCE, num_inference_steps=sampling_steps, generator=generator).images
@@ -169,7 +178,7 @@ def draw(pipe: DiTPipeline, count: int, *, sampling_steps: int, seed: int) -> li
 
 
 def grid(crops: list[list[Image.Image]], samples: list[list[Image.Image]]) -> Image.Image:
-    """A row a class: crops as the VAE decodes them | new pictures."""
+    """One row per class: crops decoded by the VAE on the left, new pictures on the right."""
     tops = [CAPTION + row * (SIDE + GAP) for row in range(len(crops))]
     lefts = [column * (SIDE + GAP) for column in range(len(crops[0]) + len(samples[0]))]
     lefts[len(crops[0]) :] = [left + 2 * GAP for left in lefts[len(crops[0]) :]]
@@ -187,8 +196,8 @@ def grid(crops: list[list[Image.Image]], samples: list[list[Image.Image]]) -> Im
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/latent_diffusion"))
-    parser.add_argument("--vae", help="whatever load_vae takes; by default the VAE inside this package")
-    parser.add_argument("--crops", type=PositiveInt, default=400, help="of each class")
+    parser.add_argument("--vae", help="VAE, as load_vae takes it; default: the one inside this package")
+    parser.add_argument("--crops", type=PositiveInt, default=400, help="number of crops of each class")
     parser.add_argument("--steps", type=PositiveInt, default=1500)
     parser.add_argument("--batch_size", type=PositiveInt, default=32)
     parser.add_argument(
@@ -214,11 +223,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"a denoiser of {model.num_parameters() / 1e6:.2f} M parameters")
     train(model, scheduler, dataset, steps=arguments.steps, batch_size=arguments.batch_size)
 
-    # DiTPipeline is diffusers' class-conditional one; of its «transformer» it needs no more than a UNet2DModel has.
+    # DiTPipeline is diffusers' class-conditional pipeline. A UNet2DModel has all that it uses of its `transformer`.
     pipe = DiTPipeline(transformer=model, vae=vae.float(), scheduler=scheduler)
     samples = draw(pipe, SHOWN_SAMPLES, sampling_steps=arguments.sampling_steps, seed=arguments.seed)
     grid(decoded_crops(dataset, vae, SHOWN_CROPS), samples).save(arguments.output / "samples.png")
-    pipe.vae = vae.to_diffusers()  # so that the folder loads where sdvae is not installed
+    pipe.vae = vae.to_diffusers()  # the saved folder then loads without sdvae
     pipe.save_pretrained(arguments.output / "pipeline")
     print(f"{arguments.output / 'samples.png'} and {arguments.output / 'pipeline'}")
 

@@ -1,16 +1,19 @@
-"""The tutorials' VAEs on MNIST, theirs and ours side by side, and what beta does; docs/vae.md explains the figures.
+"""Train the VAEs of the usual tutorials on MNIST beside those of this package, and show what beta does.
 
     python scripts/mnist.py [--output runs/mnist] [--train ylecun/mnist] [--test ylecun/mnist] [--parts table sweep …]
 
-- table: the tutorials' MLP (scripts/mnist_baseline.py) and configs/mnist_vae.yaml and mnist_cvae.yaml, each trained for
-  20 epochs of batch 64 and measured on the whole test set: table.md.
-- digits: each digit drawn from the prior by the conditional VAE, with three strengths of guidance, how many of them a
-  classifier of real digits recognises, and how much those of one class differ; those without guidance in digits.png.
-- sweep: the rate and the distortion of short runs with other betas: rate_distortion.png.
-- collapse: a recipe whose posterior collapses, and the same with KL warm-up and with free bits: collapse.png.
+docs/vae.md explains the results. --parts chooses among:
 
-All figures go to OUTPUT/figures.json too. The same command again continues what was interrupted and keeps what is done.
-Options of `sdvae train` at the end hold for every run: --steps 1000, --data.num_workers 0.
+- table: the tutorials' MLP (scripts/mnist_baseline.py), configs/mnist_vae.yaml and configs/mnist_cvae.yaml, each
+  trained for 20 epochs with a batch of 64 and measured on the whole test set. Writes table.md.
+- digits: the conditional VAE draws each digit from the prior with three strengths of guidance. Measures how many of
+  them a classifier of real digits recognises, and how much digits of one class differ. Writes digits.png, which shows
+  those without guidance.
+- sweep: rate and distortion of short runs with different betas. Writes rate_distortion.png.
+- collapse: a recipe whose posterior collapses, alone, with KL warm-up and with free bits. Writes collapse.png.
+
+All numbers are also written to OUTPUT/figures.json. The same command continues an interrupted run and does not repeat
+what is finished. Further options are passed to `sdvae train` in every run: --steps 1000, --data.num_workers 0.
 """
 
 from __future__ import annotations
@@ -51,18 +54,19 @@ MODELS = {
 }
 GUIDANCE = (1.0, 1.5, 2.0)
 BETAS = (0.1, 0.3, 1.0, 3.0, 10.0)
-# a narrow net, whose initial weights let no signal of the image through before the KL term has acted
+# A narrow network: with its initial weights, the KL term acts before any signal of the image reaches the decoder.
 COLLAPSING = {
     "loss.kl_weight": 3,
     "model.initialisation": "torch",
     "model.block_out_channels": [4, 8, 16],
     "model.latent_channels": 4,
 }
-WARM_UP, FREE_NATS = 0.75, 0.5  # of the run's steps; for a latent channel
+WARM_UP = 0.75  # share of the run's steps
+FREE_NATS = 0.5  # per latent channel
 
 
 def trained(recipe: str, output: Path, options: Sequence[str], **changes: object) -> tuple[AutoencoderKL, list[dict]]:
-    """The VAE of a run, begun, continued or found finished; and the lines of its log."""
+    """Train a recipe, continue its training, or read the finished VAE; with the lines of its log."""
     given = [f"--{key}={value}" for key, value in changes.items()]
     config = parse_train_config(
         ["--config", str(ROOT / "configs" / f"{recipe}.yaml"), f"--output_dir={output}", *options, *given]
@@ -74,7 +78,7 @@ def trained(recipe: str, output: Path, options: Sequence[str], **changes: object
 
 
 def baseline(conditional: bool, arguments: argparse.Namespace) -> TutorialVAE:
-    """The tutorials' MLP, trained, or read from where it was saved."""
+    """The tutorials' MLP: read from OUTPUT if it was trained before, else trained."""
     path = arguments.output / ("mlp_labels.safetensors" if conditional else "mlp.safetensors")
     if path.is_file():
         vae = TutorialVAE(conditional)
@@ -94,9 +98,10 @@ def parts(images: Tensor, labels: Tensor | None, size: int) -> Iterator[tuple[Te
 
 @torch.no_grad()
 def measure(vae: Any, images: Tensor, labels: Tensor | None, weighted: int, samples: int) -> dict[str, float]:
-    """Means in nats an image; log p(x) of the first `weighted` images only, with `samples` each.
+    """Means over images, in nats per image, and the number of parameters.
 
-    «at_mean» is the tutorials' test loss (`sample_posterior` of `elbo`).
+    `minus_log_p` is estimated on the first `weighted` images, with `samples` samples each. `at_mean` is the test loss
+    of the tutorials, which decodes the posterior's mean (see `sample_posterior` of `elbo`).
     """
     generator = torch.Generator().manual_seed(0)
     terms = [elbo(vae, x, y, generator) for x, y in parts(images, labels, 500)]
@@ -114,7 +119,7 @@ def measure(vae: Any, images: Tensor, labels: Tensor | None, weighted: int, samp
 
 
 def model_of(name: str, arguments: argparse.Namespace) -> tuple[Any, bool]:
-    """A model of the table, trained or found trained; and whether it is given the label."""
+    """A model of the table, and whether it is given the label."""
     if name.startswith("mlp"):
         return baseline(name == "mlp_labels", arguments), name == "mlp_labels"
     recipe = name.removesuffix("_null")
@@ -122,7 +127,7 @@ def model_of(name: str, arguments: argparse.Namespace) -> tuple[Any, bool]:
 
 
 def table(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The chosen models on the test set, one row each."""
+    """Measure the chosen models on the test set, one row each."""
     x, y = load_digits(arguments.test, "test", arguments.test_images)
     rows = {}
     for name in arguments.models:
@@ -160,7 +165,7 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> nn.Sequenti
 
 
 def diversity(images: Tensor, labels: Tensor) -> float:
-    """Euclidean distance of two pictures of one class, brightness in [0, 1]: the mean over pairs, then over classes."""
+    """Mean Euclidean distance of two pictures of a class, with values in [0, 1]: over pairs, then over classes."""
     flat = images.flatten(1) / 2
     return float(torch.stack([torch.pdist(flat[labels == c]).mean() for c in range(CLASSES)]).mean())
 
@@ -172,7 +177,7 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def digits(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Draw, recognise, compare."""
+    """Draw digits from the prior, and measure how many are recognised and how much they differ."""
     vae, _ = trained("mnist_cvae", arguments.output / "cvae", arguments.options)
     classifier = train_classifier(*load_digits(arguments.train, "train"), epochs=arguments.classifier_epochs)
     x, y = load_digits(arguments.test, "test", arguments.test_images)
@@ -199,7 +204,7 @@ def digits(arguments: argparse.Namespace) -> dict[str, Any]:
 def short(
     arguments: argparse.Namespace, name: str, steps: int, **changes: object
 ) -> tuple[dict[str, float], list[dict]]:
-    """A short run of the plain VAE: its figures on test images, and its log."""
+    """A short run of the VAE without labels: its measurements on test images, and its log."""
     changes |= {"steps": steps, "validate_every": steps, "checkpoint.every_steps": steps}
     changes |= {"data.validation_count": arguments.iw_images}
     vae, lines = trained("mnist_vae", arguments.output / name, arguments.options, log_every=10, **changes)
@@ -216,7 +221,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def draw_rate_distortion(found: dict[str, dict[str, float]], png: Path, steps: int) -> None:
-    """Distortion over rate, a point a beta; the dashed line has the best ELBO of all."""
+    """Plot distortion over rate, one point per beta. All points on the dashed line have the best ELBO found."""
     figure = Figure(figsize=(5.2, 3.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -253,7 +258,7 @@ def collapse(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def draw_collapse(logs: dict[str, list[dict]], png: Path) -> None:
-    """KL of the training batches over the steps."""
+    """Plot the KL of the training batches over the steps."""
     figure = Figure(figsize=(5.2, 3.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -269,21 +274,21 @@ def draw_collapse(logs: dict[str, list[dict]], png: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/mnist"))
-    parser.add_argument("--train", default="ylecun/mnist", help="whatever data.source takes")
-    parser.add_argument("--test", default="ylecun/mnist")
+    parser.add_argument("--output", type=Path, default=Path("runs/mnist"), help="folder for everything")
+    parser.add_argument("--train", default="ylecun/mnist", help="training images, as data.source takes them")
+    parser.add_argument("--test", default="ylecun/mnist", help="test images, as data.source takes them")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS), help="rows of the table")
     parser.add_argument("--baseline_epochs", type=PositiveInt, default=20)
     parser.add_argument("--classifier_epochs", type=PositiveInt, default=3)
-    parser.add_argument("--short_steps", type=PositiveInt, default=500, help="of a run of the sweep")
-    parser.add_argument("--collapse_steps", type=PositiveInt, default=300, help="of a run of the collapse")
+    parser.add_argument("--short_steps", type=PositiveInt, default=500, help="steps of each run of the sweep")
+    parser.add_argument("--collapse_steps", type=PositiveInt, default=300, help="steps of each run of the collapse")
     parser.add_argument("--test_images", type=PositiveInt, default=10_000)
     parser.add_argument(
         "--iw_images", type=PositiveInt, default=1000, help="test images for log p(x) and the short runs"
     )
     parser.add_argument("--iw_samples", type=PositiveInt, default=200, help="K of the importance-weighted estimate")
-    parser.add_argument("--drawn", type=PositiveInt, default=200, help="digits of each class to be recognised")
+    parser.add_argument("--drawn", type=PositiveInt, default=200, help="digits of each class to draw")
     arguments, options = parser.parse_known_args(argv)
     sources = [f"--data.source={arguments.train}", f"--data.validation_source={arguments.test}", "--trackers=[]"]
     arguments.options = [*sources, *options]

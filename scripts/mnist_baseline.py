@@ -1,9 +1,10 @@
-"""The tutorials' VAE on MNIST: an MLP, 784-400-20-400-784, binary cross-entropy + KL, Adam at 1e-3, 20 epochs.
+"""Train the VAE of the usual tutorials on MNIST: an MLP, binary cross-entropy + KL, Adam at 1e-3, 20 epochs.
 
     python scripts/mnist_baseline.py --train ylecun/mnist --test ylecun/mnist [--labels]
 
-Two to three minutes of one CPU core. `--labels` gives the digit to encoder and decoder, one-hot. The model has the
-methods of `sdvae.AutoencoderKL` that sdvae/tutorial/likelihood.py calls: scripts/mnist.py measures both alike.
+The layers are 784-400-20-400-784. Takes two to three minutes of one CPU core. With `--labels`, encoder and decoder also
+get the digit, one-hot. The model has the methods of `sdvae.AutoencoderKL` that sdvae/tutorial/likelihood.py calls, so
+that scripts/mnist.py measures both in the same way.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BATCH, LEARNING_RATE = 64, 1e-3
 class TutorialVAE(nn.Module):
     """x (784), y (10) -> 400, relu -> mean and log-variance (20 each); z (20), y (10) -> 400, relu -> logits (784)."""
 
-    spatial_compression_ratio = SIDE  # one position of latents an image
+    spatial_compression_ratio = SIDE  # an image has one position of latents
     config = SimpleNamespace(latent_channels=LATENTS)
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -56,7 +57,14 @@ class TutorialVAE(nn.Module):
 
 
 def train_baseline(images: Tensor, labels: Tensor | None, epochs: int, seed: int = 0) -> TutorialVAE:
-    """Args: images: (N, 1, 28, 28) in [-1, 1]. labels: (N,), or None for the plain VAE."""
+    """Train a new model and print the mean loss of each epoch.
+
+    Args:
+        images: (N, 1, 28, 28) in [-1, 1].
+        labels: (N,), or None for the VAE without labels.
+        epochs: passes over the images.
+        seed: of the weights, the order and the noise.
+    """
     torch.manual_seed(seed)
     vae = TutorialVAE(labels is not None)
     optimizer = torch.optim.Adam(vae.parameters(), LEARNING_RATE)
@@ -76,14 +84,23 @@ def train_baseline(images: Tensor, labels: Tensor | None, epochs: int, seed: int
 
 @torch.no_grad()
 def mean_nelbo(vae: TutorialVAE, images: Tensor, labels: Tensor | None) -> float:
-    """Nats an image, with one posterior sample each."""
+    """Mean of -ELBO in nats per image, with one posterior sample each."""
     parts = range(0, len(images), 1000)
     pairs = [(images[i : i + 1000], None if labels is None else labels[i : i + 1000]) for i in parts]
     return float(torch.cat([elbo(vae, x, y).nelbo for x, y in pairs]).mean())
 
 
 def load_digits(source: str, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """(N, 1, 28, 28) in [-1, 1] and (N,) labels of whatever `data.source` takes; the first `limit` of them."""
+    """Read digits.
+
+    Args:
+        source: a data set, as `data.source` takes it.
+        split: of the data set.
+        limit: read at most this many; None reads all.
+
+    Returns:
+        (N, 1, 28, 28) images in [-1, 1], and (N,) labels.
+    """
     opened = open_source(source, split=split)
     count = min(limit or len(opened), len(opened))
     labels = torch.from_numpy(read_labels(opened, "label", CLASSES))[:count]
@@ -94,8 +111,8 @@ def load_digits(source: str, split: str, limit: int | None = None) -> tuple[Tens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", default="ylecun/mnist", help="whatever data.source takes")
-    parser.add_argument("--test", default="ylecun/mnist")
+    parser.add_argument("--train", default="ylecun/mnist", help="training images, as data.source takes them")
+    parser.add_argument("--test", default="ylecun/mnist", help="test images, as data.source takes them")
     parser.add_argument("--epochs", type=PositiveInt, default=20)
     parser.add_argument("--labels", action="store_true", help="give the digit to encoder and decoder")
     arguments = parser.parse_args()

@@ -2,9 +2,9 @@
 
     python scripts/pipeline_demo.py runs/quickstart/model pipeline.png
 
-Stable Diffusion's image-to-image pipeline encodes the photograph with the VAE, scales the latents by
-`scaling_factor`, adds a little noise, denoises, unscales and decodes. The UNet here is tiny and predicts no
-noise at all, so the picture that comes out shows what the VAE and its scaling factor make of the photograph.
+Stable Diffusion's image-to-image pipeline encodes the photograph with the VAE, multiplies the latents by
+`scaling_factor`, adds a little noise, denoises, divides by `scaling_factor` and decodes. The UNet here is tiny and
+always predicts zero noise, so the result shows only what the VAE and its scaling factor do to the photograph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEXT_WIDTH = 8
 
 
 def silent_unet(latent_channels: int) -> UNet2DConditionModel:
-    """A UNet of the right shape whose noise prediction is zero everywhere."""
+    """A UNet of the right shape that always predicts zero noise."""
     unet = UNet2DConditionModel(
         sample_size=64,
         in_channels=latent_channels,
@@ -46,7 +46,7 @@ def silent_unet(latent_channels: int) -> UNet2DConditionModel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("vae", help="folder or file of the VAE")
-    parser.add_argument("output", help="PNG: photograph beside what the pipeline made of it")
+    parser.add_argument("output", help="PNG to write: the photograph beside the result of the pipeline")
     parser.add_argument("--image", help="photograph; by default scikit-image's astronaut")
     parser.add_argument("--size", type=PositiveInt, default=256, help="side of the square crop in pixels")
     arguments = parser.parse_args()

@@ -1,10 +1,11 @@
-"""Train the plain baseline beside a recipe: diffusers' AutoencoderKL, L1 + KL, its training script's optimizer.
+"""Train a plain baseline for a recipe: diffusers' AutoencoderKL with L1 + KL and its training script's optimizer.
 
     python scripts/plain_baseline.py --config configs/small_f8c4.yaml --data.source photos/train --output out.json
 
-Same model shape, images, crops, number of steps and validation as the recipe. What the recipe adds is left out:
-LPIPS, pass-through initialisation, warm-ups, schedule, EMA. Optimizer settings are the defaults of diffusers'
-examples/research_projects/autoencoderkl/train_autoencoderkl.py: AdamW, 4.5e-6, (0.9, 0.999), decay 1e-2, clip 1.
+It has the recipe's model shape, images, crops, number of steps and validation, and leaves out LPIPS, pass-through
+initialisation, warm-ups, schedule and EMA. The optimizer has the defaults of diffusers'
+examples/research_projects/autoencoderkl/train_autoencoderkl.py: AdamW, learning rate 4.5e-6, betas (0.9, 0.999), weight
+decay 1e-2, gradients clipped to norm 1. All other options are those of `sdvae train`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ KL_WEIGHT = 1e-6
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--learning_rate", type=float, default=4.5e-6)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the figures")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     arguments, recipe = parser.parse_known_args()
     config = parse_train_config(recipe)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())

@@ -1,14 +1,14 @@
-"""Peak memory, time and error of decoding at large sizes: strips, whole image, and diffusers' class, whole and tiled.
+"""Measure memory, time and error of decoding large images: in strips, whole, and by diffusers' class.
 
     python scripts/streaming.py                                  # SD's 83.65 M parameters at 512² and 1024²
     python scripts/streaming.py --vae "" --sizes 1024 2048       # the packaged VAE
     python scripts/streaming.py --sizes 4096 --only "strips after speed_up"
     python scripts/streaming.py --sizes 4096 --only strips --memory_bytes 2147483648     # on a GPU
 
-Each measurement runs in a process of its own, one after the other. Memory is the most that was resident (CPU) or
-allocated (CUDA) during the pass, above what was with the weights loaded. The error is the greatest difference to the
-whole image by this package's class, in units of its standard deviation. Latents are a photograph's (scikit-image's
-retina, enlarged where the size asks for it); with --config the weights are random and so are the images.
+Each measurement runs in its own process, one after the other. Memory is the peak of resident (CPU) or allocated (CUDA)
+memory during the pass, less what the process used once the weights were loaded. The error is the largest difference
+from the image that this package's class decodes as a whole, in units of that image's standard deviation. With --vae,
+the latents are those of scikit-image's photograph «retina», resized. With --config, weights and latents are random.
 """
 
 from __future__ import annotations
@@ -61,14 +61,24 @@ def photograph_latents(vae: AutoencoderKL, side: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run in a process of its own. Writes or reads the reference image in `folder`."""
+    """Make one measurement, in this process.
+
+    Args:
+        arguments: those of the command line.
+        folder: has the latents; the reference image is written there or read from there.
+
+    Returns:
+        seconds, bytes and, if there is a reference image, error.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae: Any = build(arguments)
     z = load_file(folder / f"{arguments.side}.safetensors")["z"].to(device)
     if arguments.measure.startswith("diffusers"):
         vae = vae.to_diffusers()
     vae = vae.to(device)
-    if arguments.measure.endswith("speed_up") and device == "cpu":  # Winograd's rounding adds to the error
+    if (
+        arguments.measure.endswith("speed_up") and device == "cpu"
+    ):  # its Winograd convolutions add rounding to the error
         speed_up(vae)
     vae.decode(z[:, :, :8, :8])  # warm-up
     if arguments.measure.startswith("strips"):
@@ -97,7 +107,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Memory and time against the side of the image."""
+    """Plot memory and time over the side of the image."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -121,13 +131,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/sd_f8c4.yaml", help="recipe whose model is measured")
-    parser.add_argument("--vae", default=None, help="trained VAE to take instead; an empty string: the packaged one")
+    parser.add_argument(
+        "--vae", default=None, help="trained VAE to measure instead; an empty string takes the packaged one"
+    )
     parser.add_argument(
         "--sizes", type=PositiveInt, nargs="+", default=[512, 1024], help="sides of the image in pixels"
     )
     parser.add_argument("--memory_bytes", type=PositiveInt, default=None, help="budget of the strips; default: none")
-    parser.add_argument("--plot", default=None, help="PNG to draw the figures into")
-    parser.add_argument("--skip", nargs="*", default=[], help="«NAME@SIZE» of measurements that would not fit")
+    parser.add_argument("--plot", default=None, help="PNG file to plot the results into")
+    parser.add_argument("--skip", nargs="*", default=[], help="measurements to leave out, NAME@SIZE")
     parser.add_argument("--only", nargs="*", choices=SIDES, default=[], help="measurements to make; default: all")
     parser.add_argument("--measure", choices=SIDES, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
@@ -163,7 +175,10 @@ def main() -> None:
                     [*command, "--folder", folder], capture_output=True, text=True, env=os.environ, check=False
                 )
                 if finished.returncode != 0:
-                    said = [f"exit code {finished.returncode}", *finished.stderr.split("\n")]  # killed, it says nothing
+                    said = [
+                        f"exit code {finished.returncode}",
+                        *finished.stderr.split("\n"),
+                    ]  # a killed process prints nothing
                     print(f"| {name} | {side} | failed: {[line for line in said if line][-1]} | | |", flush=True)
                     continue
                 row = {"name": name, "side": side, **json.loads(finished.stdout.splitlines()[-1])}

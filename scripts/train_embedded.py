@@ -3,10 +3,10 @@
     python scripts/train_embedded.py path/to/photographs [--validation FOLDER] [--output runs/embedded]
         [--perceptual WEIGHTS] [--install] [any recipe override, for both parts]
 
-First configs/small_f8c4.yaml, then configs/small_f8c4_gan.yaml from its VAE; both can be interrupted and continued by
-the same command. Then the result is converted to fp16, measured on the validation photographs as it will be shipped,
-and, with --install, put into sdvae/pretrained/ if it reaches 23 dB. The figures in its card came from 1,203 training
-and 200 validation photographs of 256 pixels and more, and an ImageNet SqueezeNet as perceptual trunk (uniform heads).
+Trains configs/small_f8c4.yaml, then configs/small_f8c4_gan.yaml from the resulting VAE; the same command continues an
+interrupted run. Converts the result to fp16 and measures those weights on the validation photographs. With --install
+it is copied into sdvae/pretrained/ if it reaches 23 dB. The VAE there was trained on 1,203 photographs of at least 256
+pixels and measured on 200 others, with an ImageNet SqueezeNet for LPIPS (uniform heads).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sdvae.training.validation import validate
 from sdvae.weights.load import PACKAGED_VAE
 
 ROOT = Path(__file__).parents[1]
-MIN_PSNR = 23.0  # dB on held-out photographs at 256x256: below, it is not worth looking at
+MIN_PSNR = 23.0  # dB on held-out photographs at 256x256; worse weights are not installed
 MAX_BYTES = 8_000_000
 SHOWN = ("astronaut", "chelsea", "coffee", "rocket")
 
@@ -79,7 +79,9 @@ weights computed in fp32.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("photographs", help="folder to train on")
-    parser.add_argument("--validation", help="folder to measure on; default: 200 held out of the first")
+    parser.add_argument(
+        "--validation", help="folder to measure on; default: 200 photographs held out of the first folder"
+    )
     parser.add_argument("--output", default="runs/embedded", help="folder of both runs")
     parser.add_argument("--perceptual", help="local weights of SqueezeNet 1.1; default: torchvision's download")
     parser.add_argument("--install", action="store_true", help="put the result into the package")
@@ -119,7 +121,7 @@ def recipe(arguments: argparse.Namespace, name: str, overrides: list[str]) -> Tr
 
 
 def measure(shipped_weights: AutoencoderKL, config: TrainConfig) -> tuple[dict[str, float], Perceptual]:
-    """Means over the validation images of the rounded weights, computed in fp32."""
+    """Means over the validation images, computed in fp32 with the weights as rounded to fp16."""
     settings = config.loss.perceptual
     perceptual = load_perceptual(settings.net, settings.weights, settings.heads, settings.allow_random)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -135,7 +137,7 @@ def measure(shipped_weights: AutoencoderKL, config: TrainConfig) -> tuple[dict[s
 
 @torch.inference_mode()
 def grid(vae: AutoencoderKL) -> Image.Image:
-    """Photographs of scikit-image's wheel, which no recipe here trains on, through the shipped weights."""
+    """Photographs of scikit-image, which are not trained on, beside their reconstructions by the shipped weights."""
     source = open_source("skimage")
     names = [source.name(i) for i in range(len(source))]
     images = torch.stack([to_tensor(center_crop(read_image(source.read(names.index(name))), 256)) for name in SHOWN])
