@@ -208,7 +208,7 @@ def test_the_spectrum_holds_the_covariance_and_its_samples_have_it_at_every_dist
         )
         torch.testing.assert_close(of_samples, of_data, rtol=0, atol=0.15)
     assert neighbour_correlation(z) == pytest.approx(neighbour_correlation(data), abs=0.03)
-    with pytest.raises(InputError, match="crop alike"):
+    with pytest.raises(InputError, match="crop all images to one size"):
         spectrum.update(DiagonalGaussian(torch.zeros(1, 6, width, height)))
 
 
@@ -474,7 +474,7 @@ def test_a_defect_that_changes_nothing_is_left_out_and_said(tmp_path, capsys):
     assert found["images_unchanged_by_defect"] == {"patch": 1}
     assert set(found["pixel_auroc"]) == {"scratch", "speckle"}
     assert found["raised_by_defect"]["mse"] == 1.0, "each against its own image"
-    assert "left out, since the defect changed nothing, images by its kind: patch 1" in capsys.readouterr().out
+    assert "images left out because the defect changed nothing: patch 1" in capsys.readouterr().out
 
 
 def test_pixels_in_a_defect_are_told_apart_as_by_all_errors_at_once(explored):

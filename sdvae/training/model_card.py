@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import sdvae
-from sdvae.io import HUB_ID
+from sdvae.io import HUB_ID, version
 from sdvae.model import AutoencoderKL
 from sdvae.pictures import AMPLIFICATION
 from sdvae.training.config import TrainConfig
@@ -53,8 +52,7 @@ posterior = vae.encode(images, labels=labels).latent_dist
 """
 
 LOGITS_TEXT = """
-What the decoder gives are logits of each pixel's brightness: `sdvae.tutorial.likelihood.pictures` takes them to
-[-1, 1].
+The decoder's output is the logit of each pixel's brightness: `sdvae.roundtrip.link` maps it to images in [-1, 1].
 """
 
 LDM_TEXT = """
@@ -108,7 +106,7 @@ def model_card(
         vae,
         run_title(config),
         base_model=base_model(config.fine_tune.source),
-        maker=f", trained with sdvae {sdvae.__version__}",
+        maker=f", trained with sdvae {version()}",
         origin_of_factor=f" is {origin}" + ("" if shift is None else f"; `shift_factor` {shift:.5f} is their mean"),
     )
     return head + "\n".join(

@@ -1,4 +1,4 @@
-"""What a VAE's latents are like, as functions and as pictures: the end of every tutorial, for VAEs of images."""
+"""`sdvae explore`: what a VAE's latents are like, as functions and as pictures."""
 
 from sdvae.statistics import LatentCovariance, PrincipalComponents
 from sdvae.studio.explore.anomaly import add_defect, anomaly_scores, auroc, error_map

@@ -1,9 +1,9 @@
 """Reconstruction errors as a sign that something is wrong with an image.
 
-An autoencoder that has only ever seen good parts cannot draw a scratch, so the scratch stays in the difference
-(Bergmann et al. 2019, «Improving Unsupervised Defect Segmentation by Applying Structural Similarity to
-Autoencoders», is the usual form). It takes an autoencoder with a narrow view of the world. A VAE for Stable Diffusion
-is made to reconstruct anything, defects included.
+An autoencoder that was trained on flawless parts only cannot reconstruct a scratch, so the scratch remains in the
+difference (Bergmann et al. 2019, «Improving Unsupervised Defect Segmentation by Applying Structural Similarity to
+Autoencoders»). That needs an autoencoder of narrow training data. A VAE for Stable Diffusion is trained to reconstruct
+anything, including defects.
 """
 
 from __future__ import annotations
@@ -20,21 +20,36 @@ from sdvae.model import DiagonalGaussian
 
 DEFECTS = ("scratch", "speckle", "patch")
 WINDOW = 8  # pixels a side of the local error: one position of f8 latents
-PATCHES = 8  # places to copy from
+PATCHES = 8  # places to choose from for a copied patch
 ERROR_RANGE = (1e-12, 4.0)  # of squared errors of values in [-1, 1]
 ERROR_BINS = 4096
 
 
 def error_map(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """(N, C, H, W) twice, in [-1, 1] -> (N, H, W): the squared error, its mean over the colours."""
+    """The squared error, averaged over channels.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        reconstructions: the same shape.
+
+    Returns:
+        (N, H, W).
+    """
     return (images - reconstructions).square().mean(dim=1)
 
 
 def anomaly_scores(images: Tensor, reconstructions: Tensor, posterior: DiagonalGaussian) -> dict[str, Tensor]:
-    """Three scores of each image, (N,) each; the higher, the stranger.
+    """Three scores of each image, which are higher for images that the VAE finds unusual.
 
-    mse: the mean squared error. local: the largest mean over any 8×8 pixels, which a small defect does not have to
-    share with a large image. kl: KL(q(z|x) || N(0, I)) in nats divided by C·H·W, what the encoder alone says.
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        reconstructions: the same shape.
+        posterior: of the images.
+
+    Returns:
+        (N,) each: `mse`, the mean squared error; `local`, the largest mean squared error in any 8×8 pixels, which
+        finds small defects in large images; and `kl`, KL(q(z|x) || N(0, I)) in nats divided by C·H·W, which depends
+        on the encoder only.
     """
     errors = error_map(images, reconstructions)
     window = min(WINDOW, *errors.shape[1:])
@@ -48,10 +63,15 @@ def anomaly_scores(images: Tensor, reconstructions: Tensor, posterior: DiagonalG
 def auroc(normal: Tensor, anomalous: Tensor) -> float:
     """The probability that an anomaly scores higher than a normal image, a tie counted as half.
 
-    Args: normal, anomalous: (N,) and (M,) scores of any scale: torchmetrics takes what leaves [0, 1] for logits and
-        rounds it together by a sigmoid, so it is given their ranks.
+    torchmetrics takes scores outside [0, 1] for logits and applies a sigmoid, which makes large ones equal. So it gets
+    the ranks of the scores.
 
-    Raises: InputError when one of them is empty, or a score is not finite.
+    Args:
+        normal: (N,) scores, of any scale.
+        anomalous: (M,) scores.
+
+    Raises:
+        InputError: when one of them is empty, or a score is not finite.
     """
     scores = torch.cat([normal.flatten(), anomalous.flatten()]).double()
     if not normal.numel() or not anomalous.numel() or not scores.isfinite().all():
@@ -65,35 +85,48 @@ def auroc(normal: Tensor, anomalous: Tensor) -> float:
 
 
 def count_errors(errors: Tensor) -> Tensor:
-    """Values of `error_map`, in any shape -> (ERROR_BINS,) int64: how many are in each bin.
+    """A histogram of values of `error_map`, for `auroc_of_counts`.
 
-    The bins are of one width in the error's logarithm, 0.7 % of an error; those outside ERROR_RANGE are in the
-    outermost. Unlike the errors of all pixels of many images, counts do not grow.
+    Unlike the errors of all pixels of many images, it needs little memory, and histograms can be added. Its bins are
+    equally wide in the logarithm of the error, 0.7 % of an error each; the outermost ones hold what is outside
+    ERROR_RANGE. torchmetrics' binned AUROC compares every pixel with every threshold, which is far slower.
+
+    Args:
+        errors: of any shape.
+
+    Returns:
+        (ERROR_BINS,) int64.
     """
     low, high = (math.log(end) for end in ERROR_RANGE)
-    places = (errors.flatten().double().log() - low) / (high - low) * ERROR_BINS  # -inf of an exact pixel
+    places = (errors.flatten().double().log() - low) / (high - low) * ERROR_BINS  # -inf for an error of 0
     return places.clamp(0, ERROR_BINS - 1).long().bincount(minlength=ERROR_BINS)
 
 
 def auroc_of_counts(normal: Tensor, anomalous: Tensor) -> float:
-    """`auroc` of values that are counted in bins, neither all zero; those of one bin are equal."""
+    """`auroc` from histograms of `count_errors`, neither of them empty; values in the same bin count as equal."""
     normal, anomalous = normal.double(), anomalous.double()
     below = normal.cumsum(0) - normal / 2
     return float((anomalous * below).sum() / (normal.sum() * anomalous.sum()))
 
 
 def add_defect(image: Tensor, kind: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """An image with something wrong in it.
+    """Give an image a defect at a random place.
 
-    scratch: a straight line as long as a third of the side and as thick as 1/128 of it (2 pixels at 256), black or
-    white, whichever is farther from the image. speckle: a square of a tenth of the side in which each value is drawn
-    at random. patch: a square of a quarter of the side, copied from elsewhere in the image (CutPaste, Li et al.
-    2021), from that of eight places which is least like what it covers: a black sky on a black sky would be no defect.
+    A «scratch» is a straight line, a third of the side long and 1/128 of it thick (2 pixels at 256), in black or white,
+    whichever differs more from the image. A «speckle» is a square, a tenth of the side wide, of random values. A
+    «patch» is a square, a quarter of the side wide, copied from elsewhere in the image (CutPaste, Li et al. 2021): of
+    eight places the one that differs most from what it covers, since black sky pasted on black sky is not a defect.
 
-    Args: image: (C, H, W) in [-1, 1]. kind: one of DEFECTS.
+    Args:
+        image: (C, H, W) in [-1, 1].
+        kind: one of DEFECTS.
+        generator: of the place and the values.
 
-    Returns: the image, and (H, W) bool, where a value changed.
-    Raises: InputError for another kind.
+    Returns:
+        The image, and (H, W) bool: where a value changed.
+
+    Raises:
+        InputError: for another kind.
     """
     if kind not in DEFECTS:
         raise InputError(f"got defect {kind!r}; need one of {', '.join(DEFECTS)}")
@@ -124,7 +157,7 @@ def add_defect(image: Tensor, kind: str, generator: torch.Generator) -> tuple[Te
 
 
 def _line(height: int, width: int, thickness: float, generator: torch.Generator) -> Tensor:
-    """(H, W) bool: a stroke of a third of the shorter side, anywhere inside, in any direction."""
+    """(H, W) bool: a stroke as long as a third of the shorter side, at a random place and angle."""
     length = min(height, width) / 3
     angle, u, v = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
     direction = torch.tensor([torch.pi * angle], dtype=torch.float64)

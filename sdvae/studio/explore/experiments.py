@@ -1,10 +1,11 @@
-"""The experiments of `sdvae explore`: each takes a study and gives a picture, figures, and a few lines about them."""
+"""The experiments of `sdvae explore`. Each takes a `Study` and returns a picture, figures and a few lines of text."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,16 +31,16 @@ from sdvae.studio.explore.moves import analogy, angle_between, lerp, mean_analog
 from sdvae.studio.explore.prior import gaussian_kl, neighbour_correlation, sample_moments
 from sdvae.studio.explore.study import MOST_SHOWN, Finding, Study, caption, contrast, rounded
 
-REACH = 3.0  # standard deviations to each side, of a traversal
-SHOWN_STD = 2.5  # a principal component's colour is full so many standard deviations from the mean
-SAMPLES = 5  # of each distribution
-NEEDED = {"interpolate": 2, "arithmetic": 3}  # photographs to draw; of the others 1
+REACH = 3.0  # standard deviations to each side, in a traversal
+SHOWN_STD = 2.5  # standard deviations from the mean at which a principal component has its full colour
+SAMPLES = 5  # from each distribution
+NEEDED = {"interpolate": 2, "arithmetic": 3}  # photographs to draw; the other experiments need 1
 SHOWN_ANOMALIES = 6
-WHITE_QUANTILE = 0.998  # of the errors; those above are drawn the same
+WHITE_QUANTILE = 0.998  # of the errors; larger errors get the same colour
 
 
 def explore_interpolation(study: Study) -> Finding:
-    """Pixels cross-faded, latents on a line, latents on an arc; all between the two reconstructions."""
+    """Go from one reconstruction to another: a cross-fade of pixels, latents on a line, latents on an arc."""
     names, images = study.shown(2, needed=NEEDED["interpolate"])
     a, b = study.encode(images).mode()
     t = torch.linspace(0, 1, study.settings.steps)
@@ -82,7 +83,7 @@ def explore_interpolation(study: Study) -> Finding:
 
 
 def explore_arithmetic(study: Study) -> Finding:
-    """a - b + c in latents, in pixels, and with the channels' means alone."""
+    """a - b + c in latents, in pixels, and in the channels' means only."""
     names, images = study.shown(3, needed=NEEDED["arithmetic"])
     a, b, c = study.encode(images).mode()
     (*decoded, of_latents, of_means) = study.decode(torch.stack([a, b, c, analogy(a, b, c), mean_analogy(a, b, c)]))
@@ -92,14 +93,14 @@ def explore_arithmetic(study: Study) -> Finding:
     picture = tile_grid(
         [[*decoded, of_latents, of_pixels, of_means]],
         [f"a: {x}", f"b: {y}", f"c: {z}", "a - b + c in latents", "a - b + c in pixels", "c + mean(a) - mean(b)"],
-        note=f"Latents against pixels: {distance:.1f} dB. The last tile moves the mean of each latent channel alone.",
+        note=f"Latents against pixels: {distance:.1f} dB. The last tile moves only the mean of each latent channel.",
     )
     figures = {"images": names, "psnr_latents_to_pixels": round(distance, 2)}
     return Finding(picture, figures, [f"a - b + c in latents is {distance:.1f} dB from the same sum of pixels"])
 
 
 def explore_traversal(study: Study) -> Finding:
-    """One row a channel; the slopes of the mean colour say what a channel does to the picture as a whole."""
+    """Move one channel after the other, and measure how that changes the mean colour of the picture."""
     (name,), images = study.shown(1)
     z = study.encode(images).mode()[0]
     std = study.statistics.moments.channel_std
@@ -135,7 +136,7 @@ def explore_traversal(study: Study) -> Finding:
 
 
 def explore_components(study: Study) -> Finding:
-    """Photographs, their first three components as colours, and what the decoder makes of the first few alone."""
+    """Draw the first three principal components as colours, and decode latents from the first few components."""
     names, images = study.shown(MOST_SHOWN)
     components = study.statistics.covariance.principal_components()
     z = study.encode(images).mode()
@@ -183,7 +184,7 @@ def explore_components(study: Study) -> Finding:
 
 
 def explore_prior(study: Study) -> Finding:
-    """What the decoder makes of noise: from the prior, and from what the data's latents are like."""
+    """Decode samples: from the prior, and from distributions that resemble the latents of photographs."""
     statistics, seed = study.statistics, study.settings.seed
     moments, spectrum = statistics.moments, statistics.spectrum
     names, images = study.shown(SAMPLES)
@@ -234,81 +235,134 @@ def explore_prior(study: Study) -> Finding:
     return Finding(picture, figures, lines)
 
 
-def explore_anomalies(study: Study) -> Finding:
-    """Scores of normal images against those of a second set, or against the same images with defects."""
-    settings = study.settings
-    normal: list[dict[str, float]] = []
-    strange: list[dict[str, float]] = []
-    tiles: list[tuple[str, dict[str, float], list[Tensor]]] = []  # the pictures of the strange ones
-    inside = {kind: count_errors(torch.empty(0)) for kind in DEFECTS}  # errors of pixels in a defect of each kind
-    outside = count_errors(torch.empty(0))  # and of the others in those images
-    damaged_ones: list[int] = []  # places of the normal images that have a strange one beside them
-    unchanged: Counter[str] = Counter()  # images in which a defect cannot be seen, by its kind
-    for index, (name, image) in enumerate(study.measured()):
-        normal.append(_judge(study, image)[0])
-        if settings.anomalies is None:
-            kind = DEFECTS[index % len(DEFECTS)]
-            generator = torch.Generator().manual_seed(sample_seed(settings.seed, 0, index, "defect"))
-            damaged, where = add_defect(image, kind, generator)
-            if not where.any():
-                unchanged[kind] += 1
-                continue
-            damaged_ones.append(index)
-            scores, reconstruction, errors = _judge(study, damaged)
-            strange.append(scores)
-            inside[kind] += count_errors(errors[where])
-            outside += count_errors(errors[~where])
-            tiles.append((f"{caption(name)}, {kind}", scores, [image, damaged, reconstruction, errors]))
-            tiles = tiles[:SHOWN_ANOMALIES]
-    if settings.anomalies is not None:
-        for name, image in study.measured(settings.anomalies):
-            scores, reconstruction, errors = _judge(study, image)
-            strange.append(scores)
-            tiles.append((caption(name), scores, [image, reconstruction, errors]))
-            tiles = sorted(tiles, key=lambda tile: -tile[1]["local"])[:SHOWN_ANOMALIES]
+@dataclass
+class Scored:
+    """Scores of normal images and of abnormal ones.
 
-    columns = {kind: (_column(normal, kind), _column(strange, kind)) for kind in normal[0]}
+    Attributes:
+        normal: `anomaly_scores` of each normal image.
+        abnormal: the same of each abnormal one.
+        tiles: of abnormal images that are drawn: a name, the score `local`, and the pictures, of which the last is the
+            error map (R, R).
+    """
+
+    normal: list[dict[str, float]] = field(default_factory=list)
+    abnormal: list[dict[str, float]] = field(default_factory=list)
+    tiles: list[tuple[str, float, list[Tensor]]] = field(default_factory=list)
+
+    def columns(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each kind of score, those of the normal images and those of the abnormal ones."""
+        return {kind: (_column(self.normal, kind), _column(self.abnormal, kind)) for kind in self.normal[0]}
+
+
+@dataclass
+class Defects:
+    """What is known of images to which a defect was given, beside their scores.
+
+    Attributes:
+        inside: for each kind of defect, errors of the pixels inside, counted by `count_errors`.
+        outside: errors of all other pixels of those images.
+        damaged: places of the normal images to which a defect could be given.
+        unchanged: for each kind, the number of images in which the defect would not be visible; they are left out.
+    """
+
+    inside: dict[str, Tensor] = field(default_factory=lambda: {kind: count_errors(torch.empty(0)) for kind in DEFECTS})
+    outside: Tensor = field(default_factory=lambda: count_errors(torch.empty(0)))
+    damaged: list[int] = field(default_factory=list)
+    unchanged: Counter[str] = field(default_factory=Counter)
+
+    def summary(self, columns: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[dict[str, object], list[str], str]:
+        """Figures, lines and a note for the picture.
+
+        Args:
+            columns: of `Scored.columns`.
+        """
+        raised = {kind: float((b > a[self.damaged]).float().mean()) for kind, (a, b) in columns.items()}
+        pixels = {kind: auroc_of_counts(self.outside, counts) for kind, counts in self.inside.items() if counts.any()}
+        figures = {
+            "raised_by_defect": {kind: round(value, 4) for kind, value in raised.items()},
+            "pixel_auroc": {kind: round(value, 4) for kind, value in pixels.items()},
+            "images_unchanged_by_defect": dict(self.unchanged),
+        }
+        lines = [
+            "share of images whose score is higher with a defect than without: " + _named(raised, ".0%"),
+            "AUROC of the error over pixels, inside a defect against outside: " + _named(pixels, ".3f"),
+        ]
+        if self.unchanged:
+            lines.append("images left out because the defect changed nothing: " + _named(self.unchanged, "d"))
+        return figures, lines, " Over pixels, inside a defect against outside: " + _named(pixels, ".2f") + "."
+
+
+def explore_anomalies(study: Study) -> Finding:
+    """Compare the scores of normal images with those of a second set, or of the same images with defects."""
+    source = study.settings.anomalies
+    scored, defects = _score_with_defects(study) if source is None else (_score_second_set(study, source), None)
+    columns = scored.columns()
     area = {kind: auroc(*pair) for kind, pair in columns.items()}
     figures: dict[str, object] = {
-        "normal": len(normal),
-        "anomalous": len(strange),
-        "anomalies": settings.anomalies or "synthetic",
+        "normal": len(scored.normal),
+        "anomalous": len(scored.abnormal),
+        "anomalies": source or "synthetic",
         "auroc": {kind: round(value, 4) for kind, value in area.items()},
     }
-    lines = [f"{len(normal)} normal, {len(strange)} with anomalies; AUROC " + _named(area, ".3f")]
+    lines = [f"{len(scored.normal)} normal, {len(scored.abnormal)} with anomalies; AUROC " + _named(area, ".3f")]
     note = "AUROC over images: " + _named(area, ".2f") + "."
     headings = ["image", "reconstruction", "squared error"]
-    if settings.anomalies is None:
-        raised = {kind: float((b > a[damaged_ones]).float().mean()) for kind, (a, b) in columns.items()}
-        place = {kind: auroc_of_counts(outside, counts) for kind, counts in inside.items() if counts.any()}
-        figures |= {
-            "raised_by_defect": {kind: round(value, 4) for kind, value in raised.items()},
-            "pixel_auroc": {kind: round(value, 4) for kind, value in place.items()},
-            "images_unchanged_by_defect": dict(unchanged),
-        }
-        lines += [
-            "of the same image with and without a defect, the score is higher with it: " + _named(raised, ".0%"),
-            "AUROC of the error over pixels, inside a defect against outside: " + _named(place, ".3f"),
-        ]
-        if unchanged:
-            lines.append("left out, since the defect changed nothing, images by its kind: " + _named(unchanged, "d"))
-        note += " Over pixels, inside a defect against outside: " + _named(place, ".2f") + "."
+    if defects is not None:
+        more_figures, more_lines, more_note = defects.summary(columns)
+        figures, lines, note = figures | more_figures, lines + more_lines, note + more_note
         headings = ["photograph", "with a defect", "reconstruction", "squared error"]
-    shown_errors = torch.cat([tile[-1].flatten() for *_, tile in tiles])
-    white = float(np.quantile(shown_errors.numpy(), WHITE_QUANTILE)) or 1.0  # torch's takes 16 million values at most
+    shown_errors = torch.cat([images[-1].flatten() for *_, images in scored.tiles])
+    # NumPy's quantile, since torch's takes 16 million values at most
+    white = float(np.quantile(shown_errors.numpy(), WHITE_QUANTILE)) or 1.0
     picture = tile_grid(
-        [[*images, _heat(errors / white)] for *_, (*images, errors) in tiles],
+        [[*images, _heat(errors / white)] for *_, (*images, errors) in scored.tiles],
         headings,
-        rows=[name for name, *_ in tiles],
+        rows=[name for name, *_ in scored.tiles],
         note=note,
     )
     return Finding(picture, figures, lines)
 
 
+def _score_with_defects(study: Study) -> tuple[Scored, Defects]:
+    """Score each measured image, and the same image with a defect; the kinds of defects take turns."""
+    scored, defects = Scored(), Defects()
+    for index, (name, image) in enumerate(study.measured()):
+        scored.normal.append(_score(study, image)[0])
+        kind = DEFECTS[index % len(DEFECTS)]
+        generator = torch.Generator().manual_seed(sample_seed(study.settings.seed, 0, index, "defect"))
+        damaged, where = add_defect(image, kind, generator)
+        if not where.any():
+            defects.unchanged[kind] += 1
+            continue
+        defects.damaged.append(index)
+        scores, reconstruction, errors = _score(study, damaged)
+        scored.abnormal.append(scores)
+        defects.inside[kind] += count_errors(errors[where])
+        defects.outside += count_errors(errors[~where])
+        if len(scored.tiles) < SHOWN_ANOMALIES:
+            tiles = [image, damaged, reconstruction, errors]
+            scored.tiles.append((f"{caption(name)}, {kind}", scores["local"], tiles))
+    return scored, defects
+
+
+def _score_second_set(study: Study, source: str) -> Scored:
+    """Score the measured images and those of `source`, of which the ones with the largest errors are drawn."""
+    scored = Scored([_score(study, image)[0] for _, image in study.measured()])
+    for name, image in study.measured(source):
+        scores, reconstruction, errors = _score(study, image)
+        scored.abnormal.append(scores)
+        scored.tiles.append((caption(name), scores["local"], [image, reconstruction, errors]))
+        scored.tiles = sorted(scored.tiles, key=lambda tile: -tile[1])[:SHOWN_ANOMALIES]
+    return scored
+
+
 def explore_denoising(study: Study) -> Finding:
-    """PSNR of noisy images, and of what the VAE and the best blur make of them, all against the clean ones."""
+    """Compare noisy images, their reconstructions and their best blur with the clean images."""
     sigmas, seed = study.settings.sigmas, study.settings.seed
-    rows: dict[float, list[Tensor]] = {sigma: [] for sigma in sigmas}  # for each image: noisy, VAE, each blur
+    rows: dict[float, list[Tensor]] = {
+        sigma: [] for sigma in sigmas
+    }  # PSNR for each image: noisy, reconstructed, each blur
     ceiling, count = 0.0, 0
     for index, (_, image) in enumerate(study.measured()):
         x = image[None]
@@ -365,8 +419,8 @@ EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {
 }
 
 
-def _judge(study: Study, image: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
-    """(C, R, R) -> its scores, its reconstruction, its error map (R, R)."""
+def _score(study: Study, image: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
+    """(C, R, R) -> its scores, its reconstruction (C, R, R) and its error map (R, R)."""
     posterior = study.encode(image[None])
     reconstruction = study.decode(posterior.mode())
     scores = anomaly_scores(image[None], reconstruction, posterior)
@@ -379,13 +433,13 @@ def _column(rows: list[dict[str, float]], kind: str) -> Tensor:
 
 
 def _heat(values: Tensor) -> Tensor:
-    """(H, W), 0 dark to 1 bright -> (3, H, W) in [-1, 1]."""
+    """A picture of (H, W) values from 0, dark, to 1, bright: (3, H, W) in [-1, 1]."""
     colours = colormaps["inferno"](values.clamp(0, 1).numpy())[..., :3]
     return torch.from_numpy(2 * colours - 1).permute(2, 0, 1).float()
 
 
 def _noise_of(seed: int, index: int) -> torch.Generator:
-    """An image's noise does not depend on the others, nor on their number."""
+    """For the noise of one image, which does not depend on the other images."""
     return torch.Generator().manual_seed(sample_seed(seed, 0, index, "noise"))
 
 

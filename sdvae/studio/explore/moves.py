@@ -1,8 +1,8 @@
-"""Ways through latent space: between two points, along a channel, by a difference.
+"""Moves in latent space: between two points, along a channel, by a difference.
 
-What a tutorial shows on digits, where one vector stands for a whole image, is another thing here: the latents of a
-Stable Diffusion VAE are a small picture, (c, H/8, W/8), and the decoder is nearly local. Halfway between two latents
-it draws both photographs at once, much as a cross-fade of pixels does. No object turns into another.
+In tutorials on digits, one vector stands for a whole image. Here the latents are a small picture, (c, H/8, W/8), and
+the decoder is nearly local. So halfway between the latents of two photographs it draws both at once, much like a
+cross-fade of pixels. No object turns into another.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ OPPOSITE = 1e-5  # radians from 180 degrees; fp32 latents have their direction t
 def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """(1 - t) a + t b, the straight line.
 
-    Args: a, b: (…) of one shape. t: (T,); 0 gives a, 1 gives b.
+    Args:
+        a: of any shape.
+        b: the same shape.
+        t: (T,); 0 gives a, 1 gives b.
 
-    Returns: (T, …).
+    Returns:
+        (T, …).
     """
     t = t.to(a).view(-1, *[1] * a.ndim)
     return (1 - t) * a + t * b
@@ -32,14 +36,20 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """sin((1 - t) θ) / sin θ · a  +  sin(t θ) / sin θ · b, the arc of a circle around the origin.
 
     θ is the angle between a and b, each taken as one long vector (Shoemake 1985, «Animating rotation with quaternion
-    curves», for unit vectors; with others the length goes smoothly from one to the other as well). Samples of N(0, I)
-    in many dimensions all have nearly the same length, and a straight line between two leaves that shell: halfway it
-    is shorter by √2. The latents of a photograph are no such sample: see the module's words.
+    curves», for unit vectors; if the lengths differ, the length changes smoothly too). Samples of N(0, I) in many
+    dimensions all have nearly the same length, and the straight line between two of them has shorter points: halfway
+    by a factor of √2. The latents of a photograph are not such a sample; see the module's docstring.
 
-    Args: a, b: (…) of one shape; computed in float64. t: (T,); 0 gives a, 1 gives b.
+    Args:
+        a: of any shape; computed in float64.
+        b: the same shape.
+        t: (T,); 0 gives a, 1 gives b.
 
-    Returns: (T, …) in the dtype of a. Parallel vectors give the straight line, which is the limit.
-    Raises: InputError for vectors without an angle, or opposite ones, between which any great circle would do.
+    Returns:
+        (T, …) in the dtype of a. Parallel vectors give the straight line, which is the limit.
+
+    Raises:
+        InputError: for vectors without an angle between them, or opposite ones, which have no single arc.
     """
     x, y, s = a.double().flatten(), b.double().flatten(), t.double()
     angle = angle_between(a, b)
@@ -52,9 +62,10 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def angle_between(a: Tensor, b: Tensor) -> float:
-    """In radians, 0 … π. By 2 atan2(|u - v|, |u + v|) of the unit vectors, exact where acos(u · v) has no digits.
+    """In radians, 0 … π: 2 atan2(|u - v|, |u + v|) of the unit vectors, precise where acos(u · v) is not.
 
-    Raises: InputError for a vector of zeros, or with values that are not finite.
+    Raises:
+        InputError: for a vector of zeros, or one with values that are not finite.
     """
     x, y = a.double().flatten(), b.double().flatten()
     lengths = float(x.norm()), float(y.norm())
@@ -65,28 +76,37 @@ def angle_between(a: Tensor, b: Tensor) -> float:
 
 
 def analogy(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a - b + c: what a has and b has not, given to c (Mikolov et al. 2013 for words; Radford et al. 2016 for faces).
+    """a - b + c: what a has and b does not, added to c (Mikolov et al. 2013 for words; Radford et al. 2016 for faces).
 
-    Args: a, b, c: (…, C, h, w) of one shape. Position by position, so it means something where a and b are aligned.
+    It is computed at each position on its own, so it is meaningful only for images that are aligned.
+
+    Args:
+        a: (…, C, h, w).
+        b: the same shape.
+        c: the same shape.
     """
     return a - b + c
 
 
 def mean_analogy(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """c + mean(a) - mean(b), the mean of each channel over all positions: moves colours and leaves objects."""
+    """c + mean(a) - mean(b), with each channel's mean over all positions: changes colours and keeps objects."""
     over = (-2, -1)
     return c + a.mean(over, keepdim=True) - b.mean(over, keepdim=True)
 
 
 def traverse(z: Tensor, std: Tensor, reach: Tensor) -> Tensor:
-    """z + k · std_c · e_c: the channel c is moved by k of its standard deviations at every position alike.
+    """z + k · std_c · e_c: channel c moved by k of its standard deviations, by the same amount at every position.
 
-    After the latent traversals of Higgins et al. 2017, «beta-VAE», where a latent dimension is a number;
-    here it is a channel of numbers, and a move that is the same everywhere keeps the picture's content.
+    After the latent traversals of Higgins et al. 2017, «beta-VAE», in which a latent dimension is one number. Here it
+    is a channel, and a move that is the same everywhere keeps the content of the picture.
 
-    Args: z: (C, h, w). std: (C,), as LatentMoments.channel_std has it. reach: (K,), the values of k.
+    Args:
+        z: (C, h, w).
+        std: (C,), as LatentMoments.channel_std.
+        reach: (K,), the values of k.
 
-    Returns: (C, K, C, h, w): for each channel and each k the whole latents.
+    Returns:
+        (C, K, C, h, w): whole latents for each channel and each k.
     """
     channels = z.shape[0]
     moves = torch.einsum("c,k,cd->ckd", std.to(z), reach.to(z), torch.eye(channels).to(z))

@@ -1,10 +1,10 @@
-"""What to decode when there is no photograph: three distributions to draw latents from.
+"""Distributions to draw latents from when there is no photograph.
 
-A tutorial's VAE is sampled from its prior N(0, I), because its KL term has a weight of one and holds the latents of
-all images together, the aggregate posterior q(z) = E_x q(z|x), near to it. Stable Diffusion's has a weight of 1e-6:
-q(z) is wider than the prior and its positions depend on each other, and samples from the prior are in no place that
-the decoder has seen. Hoffman & Johnson 2016, «ELBO surgery»: the KL of the ELBO is I(x; z) + KL(q(z) || p(z)), so a
-latent that says much of its image has to pay for it in either.
+A tutorial's VAE can be sampled from its prior N(0, I): its KL term has a weight of one, which keeps the latents of all
+images together, the aggregate posterior q(z) = E_x q(z|x), close to the prior. Stable Diffusion's VAE has a weight of
+1e-6. Its q(z) is wider than the prior and its positions depend on each other, so the decoder has never seen anything
+like a sample from the prior. By Hoffman & Johnson 2016, «ELBO surgery», the KL of the ELBO is
+I(x; z) + KL(q(z) || p(z)): a latent that tells much about its image increases one of the two.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from sdvae.statistics import LatentMoments
 
 
 def sample_moments(moments: LatentMoments, size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """N(mean_c, std_c²) at each position on its own: the scale of the data's latents and nothing else of them.
+    """Samples of N(mean_c, std_c²), independent at each position: only mean and scale are those of the data's latents.
 
-    Args: moments: of C channels. size: (N, h, w).
+    Args:
+        moments: of C channels.
+        size: (N, h, w).
+        generator: of the samples.
 
-    Returns: (N, C, h, w) float32.
+    Returns:
+        (N, C, h, w) float32.
     """
     count, height, width = size
     noise = torch.randn(count, len(moments.channel_std), height, width, generator=generator)
@@ -34,8 +38,8 @@ def sample_moments(moments: LatentMoments, size: tuple[int, int, int], generator
 def gaussian_kl(moments: LatentMoments) -> Tensor:
     """KL(N(mean_c, std_c²) || N(0, 1)) of each channel in nats, (C,): ½ (mean² + std² - 1 - log std²).
 
-    A lower bound of KL(q(z) || p(z)) for each element, whatever else q(z) is like: of all distributions with this mean
-    and variance the Gaussian is the nearest to N(0, 1), and elements that know of each other are farther from it.
+    It is a lower bound of KL(q(z) || p(z)) for each element: of all distributions with this mean and variance the
+    Gaussian is the closest to N(0, 1), and dependence between elements only increases the KL.
     """
     variance = moments.channel_std.square()
     return 0.5 * (moments.channel_mean.square() + variance - 1 - variance.log())
@@ -44,18 +48,23 @@ def gaussian_kl(moments: LatentMoments) -> Tensor:
 class LatentSpectrum:
     """Mean and cross-spectral density of latents of one size: which channels vary together, at which frequencies.
 
-    S(f) = E[ẑ(f) ẑ(f)ᴴ] / (4·h·w), a C×C matrix for each frequency f of the Fourier transform ẑ of z - mean. It holds
-    the covariance between any two channels at any distance, of latents that are alike everywhere (the Wiener-Khinchin
-    theorem). The transform takes an image for periodic, so z is mirrored first, to (2h, 2w): its borders then meet
-    their own likes, where a photograph's left and right would meet in an edge that is not there. Mirrored images make
-    S real, one diagonal direction as frequent as the other, and neighbours a little more alike, since one pair in h
-    is a latent beside itself. The posterior's variance is white, and adds to the diagonal.
+    S(f) = E[ẑ(f) ẑ(f)ᴴ] / (4·h·w), a C×C matrix for each frequency f of the Fourier transform ẑ of z - mean. For
+    stationary latents it determines the covariance between any two channels at any distance (the Wiener-Khinchin
+    theorem). The transform treats an image as periodic, so z is mirrored to (2h, 2w) first; otherwise the left and
+    right borders of a photograph would form an edge that does not exist. Mirroring makes S real and both diagonal directions
+    equally frequent. It also makes neighbours a little more similar, since one pair in h is a latent beside its own
+    mirror image. The posterior's variance is white noise, which adds to the diagonal.
 
-    Args: channels, height, width: C, h, w of the latents.
+    Args:
+        channels: C of the latents.
+        height: h of the latents.
+        width: w of the latents.
 
     Attributes:
-        sums: (2h, w + 1, C, C) float64: Σ ẑ ẑᴴ over images. mean_sum, noise_sum: (C,) float64, Σ z and Σ var over
-            images and positions. count: of images. All on the CPU.
+        sums: (2h, w + 1, C, C) float64, Σ ẑ ẑᴴ over images; like the others on the CPU.
+        mean_sum: (C,) float64, Σ z over images and positions.
+        noise_sum: (C,) float64, Σ var over images and positions.
+        count: number of images.
     """
 
     def __init__(self, channels: int, height: int, width: int):
@@ -66,10 +75,16 @@ class LatentSpectrum:
         self.count = 0
 
     def update(self, posterior: DiagonalGaussian) -> None:
-        """Raises: InputError for latents of another size."""
+        """Add the posteriors of a batch.
+
+        Raises:
+            InputError: for latents of another size.
+        """
         z = posterior.mean.detach().cpu().double()
         if z.shape[2:] != self.size:
-            raise InputError(f"got latents of {tuple(z.shape[2:])}; need {self.size}, as those before; crop alike")
+            raise InputError(
+                f"got latents of {tuple(z.shape[2:])}; need {self.size}, as before; crop all images to one size"
+            )
         mirrored = torch.cat([z, z.flip(3)], dim=3)
         transform = torch.fft.rfft2(torch.cat([mirrored, mirrored.flip(2)], dim=2))  # (B, C, 2h, w + 1)
         self.sums += torch.einsum("bcxy,bdxy->xycd", transform, transform.conj()).real
@@ -87,13 +102,18 @@ class LatentSpectrum:
         """S(f): (2h, w + 1, C, C) float64, symmetric; its mean over all 2h·2w frequencies is the covariance."""
         positions = math.prod(self.size)
         density = self.sums / (self.count * 4 * positions)
-        density[0, 0] -= 4 * positions * torch.outer(self.mean, self.mean)  # a constant has frequency zero alone
+        density[0, 0] -= 4 * positions * torch.outer(self.mean, self.mean)  # a constant has frequency zero only
         return density + torch.diag(self.noise_sum / (self.count * positions))
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Gaussian fields with this mean and spectrum: white noise through the filter S(f)^½, cut to h·w.
+        """Gaussian fields with this mean and spectrum: white noise filtered with S(f)^½, cropped to (h, w).
 
-        Returns: (count, C, h, w) float32.
+        Args:
+            count: how many.
+            generator: of the noise.
+
+        Returns:
+            (count, C, h, w) float32.
         """
         height, width = self.size
         power, vectors = torch.linalg.eigh(self.density)
@@ -105,10 +125,16 @@ class LatentSpectrum:
 
 
 def neighbour_correlation(z: Tensor) -> float:
-    """Correlation of a latent with the next one to the right or below: (N, C, h, w), the mean over channels.
+    """Correlation of a latent with its right and lower neighbours, averaged over channels.
 
-    Each channel less its mean over all images and positions. 0 for white noise, near 1 for smooth fields.
-    Raises: InputError for latents of a single position, which have no neighbours.
+    It is 0 for white noise and close to 1 for smooth fields. Each channel's mean over all images and positions is
+    subtracted first.
+
+    Args:
+        z: (N, C, h, w).
+
+    Raises:
+        InputError: for latents with a single row or column.
     """
     if min(z.shape[2:]) < 2:
         raise InputError(f"got latents of {tuple(z.shape[2:])}; need at least 2 positions a side; raise the resolution")

@@ -1,4 +1,4 @@
-"""`sdvae explore`: experiments to pictures and JSON files."""
+"""`sdvae explore`: run experiments and write their pictures and JSON files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ from sdvae.weights import load_vae
 
 
 def explore(what: str, settings: Settings, *, vae: str | None, subfolder: str | None, output: Path) -> list[Path]:
-    """Write WHAT.png and WHAT.json into `output` as soon as they are computed, and print the figures.
+    """Run experiments, write WHAT.png and WHAT.json of each as soon as it is done, and print the main figures.
 
     Args:
-        what: a key of EXPERIMENTS, or "all" for all of them; what one has written stays where a later one fails.
-        vae: whatever `load_vae` reads; None takes the VAE of this package.
+        what: a key of EXPERIMENTS, or "all". If one experiment fails, the files of those before it stay.
+        settings: those of the experiments.
+        vae: a source for `load_vae`; None is the VAE of this package.
+        subfolder: folder inside the source that holds the VAE.
+        output: folder for the files.
 
-    Raises: InputError for settings that do not fit, or photographs that cannot be read.
+    Returns:
+        The written files.
+
+    Raises:
+        InputError: for settings that do not fit, or a VAE or images that cannot be read.
     """
     if what != "all" and what not in EXPERIMENTS:
         raise InputError(f"got {what!r} to explore; need one of {', '.join(EXPERIMENTS)}, or all")
