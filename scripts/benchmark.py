@@ -53,7 +53,7 @@ from sdvae.training.build import build_vae, lay_out
 from sdvae.training.config import TrainConfig
 from sdvae.training.discriminator import PatchDiscriminator
 from sdvae.training.players import Players
-from sdvae.training.step import train_step
+from sdvae.training.step import TrainStep
 
 BOTH = ("encode", "decode")
 PRODUCTS = 10  # in a row, as a pass has its convolutions
@@ -255,8 +255,10 @@ def our_step(
         "bad": [],
     }
 
+    train_step = TrainStep(config, players, perceptual, accelerator)
+
     def step() -> None:
-        result = train_step(1, players, iter([batch]), config, accelerator, perceptual)
+        result = train_step(1, iter([batch]))
         assert not result.skipped
 
     return step
