@@ -374,9 +374,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_ranges()
-        self._check_resolutions()
         self._check_likelihood()
         self._check_labels()
+        self._check_resolutions()
         if self.fine_tune.freeze_encoder and self.fine_tune.source is None:
             raise InputError("got fine_tune.freeze_encoder=true without fine_tune.source; need a VAE to start from")
         if self.optimizer.warmup_steps > self.steps:
