@@ -58,7 +58,7 @@ from sdvae.training.build import build_vae, lay_out
 from sdvae.training.config import TrainConfig
 from sdvae.training.discriminator import PatchDiscriminator
 from sdvae.training.players import Players
-from sdvae.training.step import train_step
+from sdvae.training.step import TrainStep
 
 BOTH = ("encode", "decode")
 PRODUCTS = 10  # matrix products per timing, one after the other like the convolutions of a pass
@@ -264,8 +264,10 @@ def our_step(
         "bad": [],
     }
 
+    train_step = TrainStep(config, players, perceptual, accelerator)
+
     def step() -> None:
-        result = train_step(1, players, iter([batch]), config, accelerator, perceptual)
+        result = train_step(1, iter([batch]))
         assert not result.skipped
 
     return step

@@ -1,4 +1,4 @@
-"""Random numbers keyed on a seed and a sample, so that no result depends on batches, workers or processes."""
+"""Random numbers that depend on a seed and a sample alone, and not on batches, workers or processes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from torch import Tensor
 
 
 def sample_seed(seed: int, epoch: int, index: int, purpose: str) -> int:
-    """A 63-bit seed for one purpose ("augment", "posterior", …) of one sample; the same on any machine.
+    """A seed for one purpose of one sample, the same on any machine.
 
-    63 bits, since `torch.Generator.manual_seed` and int64 tensors hold them.
+    Args:
+        seed: of the run.
+        epoch: the sample's.
+        index: of the sample in the data set.
+        purpose: «augment», «posterior», …
+
+    Returns:
+        63 bits, which `torch.Generator.manual_seed` and int64 tensors can hold.
     """
     # crc32, because Python's own hash of a string differs from process to process
     sequence = np.random.SeedSequence([seed, epoch, index, zlib.crc32(purpose.encode())])
@@ -22,6 +29,7 @@ def sample_seed(seed: int, epoch: int, index: int, purpose: str) -> int:
 def posterior_generators(noise_seeds: Tensor) -> list[torch.Generator]:
     """One CPU generator for each image, so that its posterior noise does not depend on its batch.
 
-    Args: noise_seeds: (B,) int64.
+    Args:
+        noise_seeds: (B,) int64.
     """
     return [torch.Generator().manual_seed(seed) for seed in noise_seeds.tolist()]

@@ -119,11 +119,13 @@ def decode_output(
 
 
 def link(vae: AutoencoderKL, output: Tensor) -> Tensor:
-    """Map the decoder's output to images in [-1, 1], according to the VAE's likelihood.
+    """Map the decoder's output to images in [-1, 1], according to the VAE's likelihood."""
+    return bernoulli_mean(output) if vae.likelihood == "bernoulli" else output
 
-    A Bernoulli's mean is sigmoid(l) in [0, 1], which is 2 sigmoid(l) - 1 = tanh(l / 2) in [-1, 1].
-    """
-    return torch.tanh(output / 2) if vae.likelihood == "bernoulli" else output
+
+def bernoulli_mean(logits: Tensor) -> Tensor:
+    """The mean of a Bernoulli as an image: sigmoid(l) in [0, 1] is 2 sigmoid(l) - 1 = tanh(l / 2) in [-1, 1]."""
+    return torch.tanh(logits / 2)
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

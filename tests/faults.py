@@ -14,25 +14,30 @@ from contextlib import contextmanager
 from PIL import Image
 
 from sdvae.cli import main
-from sdvae.training import loop
+from sdvae.training import save
+from sdvae.training.step import TrainStep
 
 SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sigkill": signal.SIGKILL}
 
 
 class Crash(Exception):
-    """Stands for whatever ends a process without a word."""
+    """Stands for whatever ends a process without a message."""
 
 
 @contextmanager
 def fault(kind: str, step: int, rank: int = 0, until: int | None = None) -> Iterator[None]:
-    """In step `step` (counted from 0) of process `rank`: a signal, a crash, images of NaN, or "none".
+    """A context in which a training run meets a fault.
 
-    Args: until: the fault stays up to and including this step.
+    Args:
+        kind: a signal, a crash, images of NaN, or "none".
+        step: in which it happens, counted from 0.
+        rank: of the process that it happens to.
+        until: the last step in which it happens; the same as `step` when not given.
     """
-    real = loop.train_step
+    real = TrainStep.__call__
     mine = int(os.environ.get("RANK", "0")) == rank
 
-    def faulty(at, players, batches, *args, **kwargs):
+    def faulty(self, at, batches, *args, **kwargs):
         if mine and step <= at <= (step if until is None else until):
             if kind in SIGNALS:
                 os.kill(os.getpid(), SIGNALS[kind])
@@ -40,13 +45,13 @@ def fault(kind: str, step: int, rank: int = 0, until: int | None = None) -> Iter
                 raise Crash
             elif kind == "nan":
                 batches = spoilt(batches)
-        return real(at, players, batches, *args, **kwargs)
+        return real(self, at, batches, *args, **kwargs)
 
-    loop.train_step = faulty
+    TrainStep.__call__ = faulty
     try:
         yield
     finally:
-        loop.train_step = real
+        TrainStep.__call__ = real
 
 
 def spoilt(batches):
@@ -55,13 +60,13 @@ def spoilt(batches):
 
 
 def blank(*_) -> Image.Image:
-    """In place of the loop's `draw`: pictures have their own tests, and take most of a tiny run's time."""
+    """In place of `save.draw`: pictures have their own tests, and take most of a tiny run's time."""
     return Image.new("RGB", (8, 8))
 
 
 def run_with_fault(argv: list[str]) -> None:
     """KIND STEP RANK [sdvae train arguments …], in a process of its own."""
-    loop.draw = blank
+    save.draw = blank
     with fault(argv[0], int(argv[1]), int(argv[2])):
         sys.exit(main(["train", *argv[3:]]))
 

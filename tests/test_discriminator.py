@@ -16,7 +16,6 @@ from sdvae.training.discriminator import (
     generator_loss,
     generator_weight_at,
     r1_penalty,
-    smallest_side,
 )
 
 
@@ -34,7 +33,7 @@ def test_a_score_sees_a_patch_of_the_published_size(layers, patch):
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 def test_the_smallest_image_has_one_score(layers):
     discriminator = PatchDiscriminator(3, layers, width=4)
-    side = smallest_side(layers)
+    side = DiscriminatorConfig(layers=layers).smallest_side
     assert discriminator(torch.rand(1, 3, side, side)).shape == (1, 1, 1, 1)
 
 

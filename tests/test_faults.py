@@ -24,6 +24,8 @@ from sdvae.data.dataset import TrainingImages
 from sdvae.errors import Stopped
 from sdvae.training import loop
 from sdvae.training.checkpoint import checkpoints, newest_whole, read_checkpoint
+from sdvae.training.state import RunState
+from sdvae.training.step import TrainStep
 from sdvae.weights import load_vae
 from tests.conftest import draw_photographs, tiny_arguments
 from tests.faults import fault, run_with_fault
@@ -70,14 +72,14 @@ def test_a_process_that_is_signalled_continues_with_the_same_command(whole, tmp_
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(whole, tmp_path, monkeypatch, capsys):
     source, wanted = whole
-    real = loop.Training._checkpoint
+    real = RunState.save
 
-    def checkpoint_on_a_full_disk(self):
+    def save_on_a_full_disk(self, *args):
         if self.progress.step > 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        real(self)
+        real(self, *args)
 
-    monkeypatch.setattr(loop.Training, "_checkpoint", checkpoint_on_a_full_disk)
+    monkeypatch.setattr(RunState, "save", save_on_a_full_disk)
     try:
         code = main(["train", *everything(source, tmp_path / "run")])
     finally:
@@ -165,7 +167,7 @@ def test_an_exception_at_the_worst_moment_does_not_leave_gradients_off(whole, tm
         torch._C._set_grad_enabled(False)
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
-    monkeypatch.setattr(loop, "train_step", struck)
+    monkeypatch.setattr(TrainStep, "__call__", struck)
     with pytest.raises(OSError, match="the same command continues"):
         run(whole[0], tmp_path / "run", data__num_workers="0")
     assert torch.is_grad_enabled()

@@ -29,7 +29,7 @@ from sdvae.data.dataset import NO_LABEL, read_labels, training_loader
 from sdvae.model import tiling
 from sdvae.model.blocks import NORM_EPS, ResnetBlock
 from sdvae.noise import posterior_generators, sample_seed
-from sdvae.roundtrip import decode_output, encode_images
+from sdvae.roundtrip import bernoulli_mean, decode_output, encode_images
 from sdvae.statistics import LatentHealth
 from sdvae.training.build import build_vae
 from sdvae.training.config import (
@@ -41,12 +41,19 @@ from sdvae.training.config import (
     TrainConfig,
 )
 from sdvae.training.loop import train
-from sdvae.training.objective import free_bits_kl, kl_weight_at, loss_terms
+from sdvae.training.objective import kl_weight_at, loss_terms
 from sdvae.training.players import Players
-from sdvae.training.step import discriminator_pass, generator_pass, train_step
+from sdvae.training.step import TrainStep
 from sdvae.tutorial.adversary import prior_samples
 from sdvae.tutorial.conditional import ConditionalAutoencoderKL
-from sdvae.tutorial.likelihood import bernoulli_nll, draw_from_prior, elbo, log_likelihood, pictures, probabilities
+from sdvae.tutorial.likelihood import (
+    bernoulli_nll,
+    draw_from_prior,
+    elbo,
+    free_bits_kl,
+    log_likelihood,
+    probabilities,
+)
 from tests.faults import Crash, blank, fault
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +85,7 @@ def digits(tmp_path_factory) -> Path:
 def undrawn(request, monkeypatch):
     """Pictures take most of a tiny run's time; one test draws them."""
     if "reports_the_elbo_of_what_it_saves[mnist_cvae]" not in request.node.name:
-        monkeypatch.setattr("sdvae.training.loop.draw", blank)
+        monkeypatch.setattr("sdvae.training.save.draw", blank)
 
 
 def arguments(recipe: str, digits: Path, output: Path, **changes: object) -> list[str]:
@@ -135,7 +142,7 @@ def test_the_bernoulli_likelihood_is_torchs_on_black_and_white_and_linear_in_gre
 
 def test_pictures_are_the_probabilities_of_the_logits_and_stay_finite():
     logits = torch.tensor([[-200.0, -3.0, 0.0, 0.7, 200.0]])
-    torch.testing.assert_close(probabilities(pictures(logits)), torch.sigmoid(logits))
+    torch.testing.assert_close(probabilities(bernoulli_mean(logits)), torch.sigmoid(logits))
     image = torch.tensor([[[[-1.0, 1.0]]]])
     assert float(bernoulli_nll(image, torch.tensor([[[[-200.0, 200.0]]]]))) == 0.0
     assert float(bernoulli_nll(image, torch.tensor([[[[200.0, -200.0]]]]))) == 400.0
@@ -348,7 +355,7 @@ def test_guidance_moves_the_logits_along_what_the_label_changes():
     with torch.no_grad():
         given, none = (2 * torch.atanh(drawn(which).double()) for which in (labels, None))
         for w in (0.0, 1.0, 2.5):
-            want = pictures(none + w * (given - none))
+            want = bernoulli_mean(none + w * (given - none))
             torch.testing.assert_close(drawn(labels, guidance=w).double(), want, atol=1e-5, rtol=1e-4)
     with pytest.raises(InputError, match="without labels"):
         drawn(None, guidance=2.0)
@@ -427,14 +434,13 @@ def test_the_gradient_does_not_depend_on_how_labels_and_free_bits_are_divided(di
     for world, size in ((1, 4), (2, 2)):
         accelerator = Accelerator(cpu=True)
         players = Players(vae_of(CONDITIONAL).train(), config, accelerator)
+        step = TrainStep(config, players, None, accelerator)
         seen = []
         for rank in range(world):
             order = ShardedBatches(SampleOrder(len(source), 3), size, rank, world, num_batches=1)
             for batch in training_loader(images, order, num_workers=0):
                 seen += batch["label"].tolist()
-                generator_pass(
-                    0, players, batch["image"], batch["noise_seed"], config, accelerator, None, batch["label"]
-                )
+                step.generator_pass(0, batch["image"], batch["noise_seed"], labels=batch["label"])
         gradients = [p.grad / world for p in players.vae.parameters()]
         found.append((seen, torch.cat([g.flatten() for g in gradients])))
     assert found[0][0] == found[1][0]
@@ -518,19 +524,20 @@ def test_the_adversary_pulls_the_encoder_and_learns_from_draws_of_the_prior():
     nll = bernoulli_nll(x, decode_output(vae, z, x.shape[2:])).mean() / SIDE**2
     want = torch.autograd.grad(nll - 0.3 * network(z).mean(), list(vae.parameters()))
 
-    values, fake = generator_pass(0, players, x, seeds, config, accelerator, None)
+    step = TrainStep(config, players, None, accelerator)
+    values, real, fake = step.generator_pass(0, x, seeds)
     assert torch.equal(fake, z.detach())
+    assert torch.equal(real, prior_samples(fake, seeds))
     torch.testing.assert_close(values["loss"], nll + 0.3 * values["generator"])
     for parameter, gradient in zip(vae.parameters(), want, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-8)
     assert all(p.grad is None for p in network.parameters())
 
-    real = prior_samples(fake, seeds)
     want = torch.autograd.grad(
         0.5 * (F.softplus(-network(real)).mean() + F.softplus(network(fake)).mean()), list(network.parameters())
     )
     vae.zero_grad()
-    discriminator_pass(players, real, fake, config, accelerator)
+    step.discriminator_pass(real, fake)
     for parameter, gradient in zip(network.parameters(), want, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-8)
     assert all(p.grad is None for p in vae.parameters())
@@ -559,8 +566,9 @@ def test_an_adversary_in_the_kls_place_brings_all_latents_to_the_prior():
         batches = iter(
             {"image": x[pick], "noise_seed": pick + 2000 * step, "index": pick} for step, pick in enumerate(picks)
         )
+        train_step = TrainStep(config, players, None, accelerator)
         for step in range(config.steps):
-            train_step(step, players, batches, config, accelerator, None)
+            train_step(step, batches)
         with torch.no_grad():
             z = encode_images(players.vae.eval(), x).sample(torch.Generator().manual_seed(0))
         moments = torch.stack([z.mean(0), z.square().mean(0), z.pow(4).mean(0) / 3])
@@ -601,8 +609,9 @@ def test_a_run_of_each_recipe_reports_the_elbo_of_what_it_saves(recipe, digits, 
         want = float(elbo(vae, x, labels, posterior_generators(seeds)).nelbo.mean())
     assert last["validation/nelbo"] == pytest.approx(want, rel=1e-4)
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert f"import {kind.__name__}\n" in card
-    assert "are logits" in card
+    (snippet,) = [line for line in card.splitlines() if line.endswith(f"import {kind.__name__}")]
+    exec(snippet)  # what the card tells its reader to type
+    assert "gives the logits" in card
     if recipe == "mnist_cvae":
         with Image.open(tmp_path / "run" / "images" / "step-00000006.png") as picture:
             assert picture.width >= 3 * 96, "small digits are drawn large enough for their captions"

@@ -15,8 +15,8 @@ from sdvae import InputError
 from sdvae.cli import parse_train_config
 from sdvae.data import SampleOrder
 from sdvae.errors import Stopped
-from sdvae.training import loop
-from sdvae.training.checkpoint import checkpoints, read_checkpoint
+from sdvae.training import loop, save
+from sdvae.training.checkpoint import Checkpoint, checkpoints, read_checkpoint, write_checkpoint
 from sdvae.training.config import LossConfig, TrainConfig
 from sdvae.training.run_folder import RunFolder, plain
 from sdvae.weights import load_vae
@@ -53,7 +53,7 @@ EVERYTHING = {
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
-    monkeypatch.setattr(loop, "draw", blank)
+    monkeypatch.setattr(save, "draw", blank)
 
 
 def run(source: Path, output: Path, **changes: str) -> Path:
@@ -113,6 +113,44 @@ def test_the_whole_run_has_everything_on(whole):
     assert kept["state"]["position"] == STEPS * 4
     named = {name for line in kept["metrics"] for name in line}
     assert {"train/equivariance", "train/r1", "train/gan_weight", "validation/psnr", "validation_raw/psnr"} <= named
+
+
+def test_a_checkpoint_has_the_files_and_keys_that_earlier_versions_wrote(whole, tmp_path):
+    """So that either version continues the other's runs."""
+    source, wanted = whole
+    with fault("sigterm", 3), pytest.raises(Stopped):
+        run(source, tmp_path / "run", data__num_workers="0")
+    (newest, _) = checkpoints(tmp_path / "run" / "checkpoints")
+    written = read_checkpoint(newest)
+    networks, state = ("generator", "discriminator"), written.state
+    assert {path.name for path in newest.iterdir()} == {
+        "state.json",
+        "ema.safetensors",
+        *(f"{name}.safetensors" for name in networks),
+        *(f"{name}_optimizer.pt" for name in networks),
+    }
+    by_hand = {
+        "step": 4,
+        "position": 16,
+        "skipped_in_a_row": 0,
+        "validated": False,
+        "best": {},
+        "config": plain(parse_train_config(tiny_arguments(source, tmp_path / "run", **EVERYTHING))),
+        "images_per_step": 4,
+        "train_images": 7,
+        "train_names": state["train_names"],
+        "perceptual": None,
+        "ema_updates": 4,
+        "lecam": [float(score) for score in state["lecam"]],
+        "loss_scaler": None,
+        "meters": [{name: [float(total), count] for name, (total, count) in state["meters"][0].items()}],
+        "bad_images": [],
+    }
+    assert by_hand.keys() == state.keys() - {"format", "files"}
+    assert by_hand["meters"][0]["loss"] == [pytest.approx(state["meters"][0]["loss"][0]), 2]
+    write_checkpoint(newest, Checkpoint(written.weights, written.optimizers, by_hand))
+    run(source, tmp_path / "run", data__num_workers="0")
+    assert not differences(result(tmp_path / "run"), wanted)
 
 
 @pytest.mark.parametrize("step", [0, 2, 3, 4, 6], ids=lambda step: f"step-{step}")

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.model import DiagonalGaussian
 from sdvae.noise import posterior_generators
-from sdvae.training import step as step_module
 from sdvae.training.build import build_vae
 from sdvae.training.config import (
     DiscriminatorConfig,
@@ -26,7 +25,7 @@ from sdvae.training.config import (
 )
 from sdvae.training.objective import learning_rate_at, loss_terms, transformation_at
 from sdvae.training.players import Player, Players, freeze_encoder, frozen
-from sdvae.training.step import discriminator_pass, generator_pass, train_step
+from sdvae.training.step import TrainStep
 
 SEEDS = torch.tensor([5, 6])
 MODEL = ModelConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
@@ -125,7 +124,7 @@ def test_the_vaes_gradient_is_that_of_ldms_loss(accelerator, perceptual, adaptiv
         with torch.no_grad():
             players.generator.network.logvar.fill_(-0.7)
     wanted, loss = plainly(config, players, perceptual, adaptive)
-    values, _ = generator_pass(0, players, images(), SEEDS, config, accelerator, perceptual)
+    values, *_ = TrainStep(config, players, perceptual, accelerator).generator_pass(0, images(), SEEDS)
     assert relative_error(gradients(players.generator.network), wanted) < 1e-5
     assert float(values["loss"]) == pytest.approx(loss, rel=1e-5)
 
@@ -133,7 +132,7 @@ def test_the_vaes_gradient_is_that_of_ldms_loss(accelerator, perceptual, adaptiv
 def test_generator_step_leaves_discriminator_gradients_empty(accelerator, perceptual):
     config = recipe()
     players = players_of(config, accelerator)
-    generator_pass(0, players, images(), SEEDS, config, accelerator, perceptual)
+    TrainStep(config, players, perceptual, accelerator).generator_pass(0, images(), SEEDS)
     assert gradients(players.vae)
     assert not gradients(players.discriminator.network)
     assert all(p.requires_grad for p in players.discriminator.network.parameters()), "frozen for the step only"
@@ -143,9 +142,9 @@ def test_generator_step_leaves_discriminator_gradients_empty(accelerator, percep
 def test_discriminator_step_leaves_vae_gradients_empty(accelerator, perceptual, extras):
     config = recipe(discriminator=extras)
     players = players_of(config, accelerator)
-    _, reconstruction = generator_pass(0, players, images(), SEEDS, config, accelerator, perceptual)
+    _, _, reconstruction = TrainStep(config, players, perceptual, accelerator).generator_pass(0, images(), SEEDS)
     players.generator.forget_gradients()
-    discriminator_pass(players, images(), reconstruction, config, accelerator)
+    TrainStep(config, players, None, accelerator).discriminator_pass(images(), reconstruction)
     assert gradients(players.discriminator.network)
     assert not gradients(players.generator.network)
 
@@ -156,7 +155,7 @@ def test_r1_and_lecam_are_in_the_discriminators_gradient(accelerator, perceptual
         config = recipe(discriminator=extras)
         players = players_of(config, accelerator)
         players.lecam.update(0.5, -0.5)
-        discriminator_pass(players, images(), images().flip(0), config, accelerator)
+        TrainStep(config, players, None, accelerator).discriminator_pass(images(), images().flip(0))
         found[name] = gradients(players.discriminator.network)
     assert relative_error(found["r1"], found["plain"]) > 1e-3
     assert relative_error(found["lecam"], found["plain"]) > 1e-3
@@ -167,28 +166,28 @@ def test_lpips_gradient_reaches_the_decoder(accelerator, perceptual):
     with_lpips, without = {}, {}
     for found, trunk in ((with_lpips, perceptual), (without, None)):
         players = Players(players_of(recipe(), accelerator).vae, config, accelerator)
-        generator_pass(0, players, images(), SEEDS, config, accelerator, trunk)
+        TrainStep(config, players, trunk, accelerator).generator_pass(0, images(), SEEDS)
         found.update(gradients(players.vae.decoder))
     assert relative_error(with_lpips, without) > 1e-2
 
 
-def test_before_the_gan_starts_nothing_of_it_is_computed(accelerator, perceptual, monkeypatch):
+def test_before_the_gan_starts_nothing_of_it_is_computed(accelerator, perceptual):
     config = recipe(discriminator={"start_step": 2, "warmup_steps": 1})
     players = players_of(config, accelerator)
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("computed too early")
-
-    monkeypatch.setattr(step_module, "adversarial_pull", refuse)
+    calls = []
+    players.discriminator.network.register_forward_pre_hook(lambda *_: calls.append(1))
+    train_step = TrainStep(config, players, perceptual, accelerator)
     batch = {"image": images(), "noise_seed": SEEDS, "index": torch.tensor([0, 1]), "bad": []}
     before = [p.clone() for p in players.discriminator.network.parameters()]
-    for step in range(3):
-        result = train_step(step, players, iter([batch]), config, accelerator, perceptual)
-        assert ("discriminator" in result.values[0]) == (step == 2)
-    after = list(players.discriminator.network.parameters())
-    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "it learns alone in step 2"
-    with pytest.raises(AssertionError, match="too early"):
-        train_step(3, players, iter([batch]), config, accelerator, perceptual)
+    for step, learns, acts in ((0, False, False), (1, False, False), (2, True, False), (3, True, True)):
+        calls.clear()
+        result = train_step(step, iter([batch]))
+        assert ("discriminator" in result.values[0]) == learns
+        assert ("generator" in result.values[0]) == acts
+        assert len(calls) == learns + acts
+        if step == 2:
+            after = list(players.discriminator.network.parameters())
+            assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "it learns alone"
 
 
 def test_accumulated_halves_give_both_players_the_whole_batchs_gradient(accelerator, perceptual, monkeypatch):
@@ -208,7 +207,7 @@ def test_accumulated_halves_give_both_players_the_whole_batchs_gradient(accelera
             {"image": images()[part], "noise_seed": SEEDS[part], "index": torch.arange(2)[part], "bad": []}
             for part in parts
         ]
-        train_step(0, players, iter(batches), config, accelerator, perceptual)
+        TrainStep(config, players, perceptual, accelerator)(0, iter(batches))
     for whole, halves in zip(found["whole"], found["halves"], strict=True):
         assert relative_error(halves, whole) < 1e-5
 
@@ -218,10 +217,23 @@ def test_a_learned_logvar_is_optimised_towards_the_error(accelerator):
     config = recipe(learn_logvar=True, lpips_weight=0.0, kl_weight=0.0, discriminator={"weight": 0.0})
     torch.manual_seed(0)
     players = Players(build_vae(config.model).train(), config, accelerator)
-    values, _ = generator_pass(0, players, images(), SEEDS, config, accelerator, None)
+    values, *_ = TrainStep(config, players, None, accelerator).generator_pass(0, images(), SEEDS)
     logvar = players.generator.network.logvar
     assert float(logvar.grad) == pytest.approx(1 - float(values["reconstruction"]), rel=1e-4)
     assert any(p is logvar for p in players.generator.trained)
+
+
+def test_the_logged_logvar_is_the_one_that_the_logged_loss_was_computed_with(accelerator):
+    config = recipe(learn_logvar=True, lpips_weight=0.0, kl_weight=0.0, discriminator={"weight": 0.0})
+    torch.manual_seed(0)
+    players = Players(build_vae(config.model).train(), config, accelerator)
+    batch = {"image": images(), "noise_seed": SEEDS, "index": torch.tensor([0, 1]), "bad": []}
+    train_step = TrainStep(config, players, None, accelerator)
+    for step in range(2):
+        logged = train_step(step, iter([batch])).values[0]
+        s = logged["logvar"]
+        assert logged["loss"] == pytest.approx(logged["reconstruction"] * math.exp(-s) + s, rel=1e-6)
+    assert s != 0
 
 
 def test_a_frozen_encoder_gets_no_gradient_and_no_place_in_the_optimizer(accelerator):
@@ -232,7 +244,7 @@ def test_a_frozen_encoder_gets_no_gradient_and_no_place_in_the_optimizer(acceler
     players = Players(vae, config, accelerator)
     before = {name: p.clone() for name, p in vae.named_parameters()}
     batch = {"image": images(), "noise_seed": SEEDS, "index": torch.tensor([0, 1]), "bad": []}
-    train_step(0, players, iter([batch]), config, accelerator, None)
+    TrainStep(config, players, None, accelerator)(0, iter([batch]))
     changed = {name for name, p in vae.named_parameters() if not torch.equal(p, before[name])}
     assert changed
     assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
@@ -249,7 +261,7 @@ def test_a_step_with_nan_changes_nothing(accelerator):
     spoilt = images()
     spoilt[1, 0, 0, 0] = math.nan
     batch = {"image": spoilt, "noise_seed": SEEDS, "index": torch.tensor([3, 4]), "bad": []}
-    result = train_step(0, players, iter([batch]), config, accelerator, None)
+    result = TrainStep(config, players, None, accelerator)(0, iter([batch]))
     assert result.skipped
     assert "reconstruction nan" in result.culprits
     assert result.indices == [3, 4]
@@ -263,7 +275,7 @@ def test_gradients_are_found_in_fp16s_range(accelerator, perceptual):
     """With a loss scaler the pulls are computed from scaled losses, and are the same numbers."""
     config = recipe()
     players = players_of(config, accelerator)
-    generator_pass(0, players, images(), SEEDS, config, accelerator, perceptual)
+    TrainStep(config, players, perceptual, accelerator).generator_pass(0, images(), SEEDS)
     wanted = gradients(players.generator.network)
     players.generator.forget_gradients()
     scale = 1024.0
@@ -273,7 +285,7 @@ def test_gradients_are_found_in_fp16s_range(accelerator, perceptual):
         reduce=accelerator.reduce,
         backward=lambda loss: (loss * scale).backward(),
     )
-    generator_pass(0, players, images(), SEEDS, config, scaled, perceptual)
+    TrainStep(config, players, perceptual, scaled).generator_pass(0, images(), SEEDS)
     found = {name: gradient / scale for name, gradient in gradients(players.generator.network).items()}
     assert relative_error(found, wanted) < 1e-5
 
@@ -318,6 +330,6 @@ def test_a_rotation_and_a_scale_take_image_and_latents_alike(accelerator):
 def test_kl_of_the_posterior_is_untouched_by_the_discriminator(accelerator):
     config = recipe(lpips_weight=0.0)
     players = players_of(config, accelerator)
-    values, _ = generator_pass(0, players, images(), SEEDS, config, accelerator, None)
+    values, *_ = TrainStep(config, players, None, accelerator).generator_pass(0, images(), SEEDS)
     moments = players.generator.network(images(), posterior_generators(SEEDS), None)[1]
     assert float(values["kl"]) == pytest.approx(float(DiagonalGaussian(moments).kl().mean()) / 12288, rel=1e-5)

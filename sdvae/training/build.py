@@ -35,7 +35,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Raises: InputError when a tracker is missing, or the launcher's processes would not train together."""
+    """The Accelerator of a run.
+
+    Raises:
+        InputError: when a tracker is not installed, or the launcher's processes would not train together.
+    """
     available = sorted(tracker.value for tracker in get_available_trackers())
     for name in config.trackers:
         if name not in available:
@@ -43,16 +47,19 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
                 f"tracker {name!r} is not installed (installed: {', '.join(available) or 'none'}); "
                 f"pip install {name}, or choose none with --trackers=[]"
             )
-    # Left to itself, accelerate runs torchrun's N processes as N separate trainings on a machine without a GPU.
+    # Without cpu=True, accelerate runs torchrun's N processes as N separate trainings on a machine without a GPU.
     device_type = accelerator_type()
     precision = resolve_precision(config.mixed_precision, device_type or "cpu")
-    AcceleratorState._reset_state()  # or the process's first Accelerator decides, and another precision is refused
+    # accelerate keeps one state for each process and refuses to change its precision. This run may follow another one
+    # in the same process, with another precision, so the state is forgotten; accelerate has no public way to do so.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=device_type is None,
         mixed_precision=precision,
         log_with=list(config.trackers) or None,
         project_dir=RunFolder(config.output_dir).root,
-        # Ours is the only division by accumulation steps; accelerate's would come on top, from its launcher's option.
+        # TrainStep divides the loss by the accumulation steps. accelerate would divide it a second time where its
+        # launcher has such an option.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
@@ -72,9 +79,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
-    """The VAE before the first step, in fp32 on the CPU, and the recipe with the model section that it has.
+    """The VAE before the first step, in fp32 on the CPU, and the recipe with the model section of this VAE.
 
-    Raises: InputError when the VAE to be fine-tuned cannot be read, or does not fit the recipe.
+    Raises:
+        InputError: when the VAE to be fine-tuned cannot be read.
     """
     tune = config.fine_tune
     likelihood = "bernoulli" if config.loss.reconstruction == "bce" else "gaussian"
@@ -83,15 +91,6 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
         vae.set_likelihood(likelihood)
         return vae, config
     vae = load_vae(tune.source, subfolder=tune.subfolder, config=tune.config, dtype=torch.float32)
-    factor = vae.spatial_compression_ratio
-    for key, side in (
-        ("resolution", config.data.resolution),
-        ("validation_resolution", config.data.evaluation_resolution),
-    ):
-        if side % factor and not config.data.pad:
-            raise InputError(
-                f"got data.{key}={side}; need a multiple of {factor}, the compression ratio of {tune.source}"
-            )
     if tune.freeze_encoder:
         freeze_encoder(vae)
     vae.set_likelihood(likelihood)
@@ -127,10 +126,15 @@ def lay_out(vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator) -
 
 
 def build_perceptual(config: TrainConfig, accelerator: Accelerator) -> Perceptual | None:
+    """LPIPS on the accelerator's device, or None where it is off.
+
+    Raises:
+        InputError: when the trunk's weights cannot be had, or the processes do not have the same.
+    """
     if config.loss.lpips_weight == 0:
         return None
     settings = config.loss.perceptual
-    with accelerator.local_main_process_first():  # the others find the download in torch hub's cache
+    with accelerator.local_main_process_first():  # the others find its download in torch hub's cache
         perceptual = load_perceptual(settings.net, settings.weights, settings.heads, settings.allow_random)
     names = set(gather_object([perceptual.name]))
     if len(names) > 1:  # one process could download the trunk, another could not

@@ -1,12 +1,12 @@
-"""Checkpoints: a folder a step, written beside and renamed, and read without executing anything.
+"""Checkpoints: one folder for each, which gets its name when it is complete. Reading one executes no code.
 
     checkpoints/step-00001000/
-        state.json                    counters, the recipe, and size and SHA-256 of every other file
-        generator.safetensors         weights in fp32; ema.safetensors, discriminator.safetensors
-        generator_optimizer.pt        moments; read with torch.load(weights_only=True); discriminator_optimizer.pt
+        state.json                    counters, the recipe, and the size and SHA-256 of every other file
+        generator.safetensors         weights in fp32; also ema.safetensors and discriminator.safetensors
+        generator_optimizer.pt        moments, read with torch.load(weights_only=True); also discriminator_optimizer.pt
 
-A folder counts only when every file is there with the size and hash that state.json gives. Nothing is loaded into a
-model before the whole checkpoint has been read and found to fit.
+A checkpoint is used only when every file has the size and hash that state.json gives, and nothing of it is loaded into
+a network before all of it has been read and found to fit.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run is continued from, on the CPU.
+    """Everything that a run is continued from, on the CPU.
 
     Attributes:
         weights: {"generator": state dict, "ema": …, "discriminator": …}.
         optimizers: {"generator": torch's state dict of the optimizer, …}.
-        state: what JSON holds: step, position, recipe, counters.
+        state: the content of state.json: step, position, recipe, counters.
     """
 
     weights: dict[str, dict[str, Tensor]]
@@ -51,7 +51,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write all files beside `folder`, flush them to the disk, then give them its name."""
+    """Write all files into a temporary folder, flush them to the disk, and rename it to `folder`."""
     with replacing(folder) as temporary:
         temporary.mkdir(parents=True)
         for name, tensors in checkpoint.weights.items():
@@ -65,7 +65,11 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Raises: InputError naming what is missing, damaged, or not plain data."""
+    """Read a checkpoint.
+
+    Raises:
+        InputError: naming what is missing, damaged, or not plain data.
+    """
     state = read_state(folder)
     weights: dict[str, dict[str, Tensor]] = {}
     optimizers: dict[str, dict[str, Any]] = {}
@@ -83,34 +87,42 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 optimizers[path.stem.removesuffix("_optimizer")] = torch.load(
                     path, weights_only=True, map_location="cpu"
                 )
-        except Exception as error:  # safetensors' and pickle's, whatever damaged or hostile bytes lead to
+        except Exception as error:  # damaged or hostile bytes may raise any error in safetensors and pickle
             reason = one_line(error)[:120]
             raise InputError(f"{path} does not hold plain tensors ({type(error).__name__}: {reason})") from error
     return Checkpoint(weights, optimizers, state)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json alone. Raises: InputError."""
+    """Read state.json alone.
+
+    Raises:
+        InputError: when it cannot be read, or has another format.
+    """
     path = folder / STATE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__})") from error
     if not isinstance(state, dict) or not {"format", "step", "config", "files"} <= state.keys():
-        raise InputError(f"{path} is no checkpoint's")
+        raise InputError(f"{path} is not that of a checkpoint")
     if state["format"] != FORMAT:
         raise InputError(f"{path} has format {state['format']}; this version reads {FORMAT}")
     return state
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The folders under `root` that have a checkpoint's name, newest first."""
+    """The folders in `root` that have the name of a checkpoint, newest first."""
     named = [(int(found[1]), path) for path in _entries(root) if (found := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(named, reverse=True)]
 
 
 def newest_whole(root: Path) -> tuple[Path | None, Checkpoint | None, list[tuple[Path, str]]]:
-    """The newest checkpoint that can be read, and each newer one with the reason why it cannot."""
+    """The newest checkpoint that can be read.
+
+    Returns:
+        Its folder and its content, or None for both; and each newer folder with the reason why it cannot be read.
+    """
     damaged: list[tuple[Path, str]] = []
     for folder in checkpoints(root):
         try:
@@ -121,7 +133,10 @@ def newest_whole(root: Path) -> tuple[Path | None, Checkpoint | None, list[tuple
 
 
 def prune(root: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last`. Each loses its name first, so that none is ever half there."""
+    """Remove all checkpoints except the newest `keep_last`.
+
+    Each is renamed first, so that no incomplete one ever has the name of a checkpoint.
+    """
     for folder in checkpoints(root)[keep_last:]:
         doomed = folder.with_name(f".{folder.name}.old")
         os.replace(folder, doomed)

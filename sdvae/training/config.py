@@ -6,13 +6,42 @@ Only the standard library is imported here, so that a misspelt key is refused be
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 from sdvae.errors import InputError
+from sdvae.metrics import SMALLEST_LPIPS_SIDE, SMALLEST_SIDE
 from sdvae.model.config import ModelShape
 
-MIN_RESOLUTION = 16  # pixels: SSIM's windows have 11, LPIPS's smallest trunk pools three times
+# What a value must be, whether it is, and the keys of TrainConfig for which that holds. Null is allowed everywhere.
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "a number above 0",
+        lambda x: x > 0,
+        "steps batch_size gradient_accumulation_steps log_every validate_every max_skipped_steps scale_images "
+        "grid_images data.validation_count data.resolution data.validation_resolution optimizer.learning_rate "
+        "optimizer.grad_clip_norm checkpoint.every_steps checkpoint.keep_last loss.discriminator.layers "
+        "loss.discriminator.width loss.discriminator.learning_rate",
+    ),
+    (
+        "0 or more",
+        lambda x: x >= 0,
+        "data.num_workers data.cache_mib loss.lpips_weight loss.kl_weight loss.kl_warmup_steps loss.free_bits "
+        "loss.discriminator.weight loss.discriminator.start_step loss.discriminator.warmup_steps "
+        "loss.discriminator.ramp_steps loss.discriminator.r1_weight loss.discriminator.lecam_weight "
+        "loss.equivariance.weight optimizer.warmup_steps optimizer.weight_decay",
+    ),
+    (
+        "a number from 0 to 1",
+        lambda x: 0 <= x <= 1,
+        "data.flip data.color_jitter data.max_bad_fraction data.label_dropout optimizer.ema_decay",
+    ),
+    ("numbers from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.betas loss.discriminator.betas"),
+    ("factors above 0 and up to 1", lambda x: 0 < x <= 1, "loss.equivariance.scales"),
+    ("three numbers from 0 to 255", lambda x: 0 <= x <= 255, "data.background"),
+)
 
 
 @dataclass(frozen=True)
@@ -37,24 +66,24 @@ class DataConfig:
     image_column: str | None = None
     """Image column of a data set; null finds it by its type."""
     validation_source: str | None = None
-    """Like source, for validation; null holds images of `source` out of training."""
+    """Images for validation, given like source; null takes some of `source` out of training."""
     validation_split: str = "validation"
     """Split of validation_source."""
     validation_names: tuple[str, ...] = ()
-    """Images of `source` to hold out, by name; when empty, validation_count of them are chosen by a hash."""
+    """Images of `source` to take for validation, by name; when empty, validation_count of them are chosen by a hash."""
     validation_count: int = 16
-    """How many images validate, from either place."""
+    """Number of validation images."""
     resolution: int = 256
     """Side in pixels of the square training crops."""
     validation_resolution: int | None = None
-    """Side in pixels of the centre crops that validate, and that scaling_factor is measured on; null: resolution."""
+    """Side in pixels of the centre crops that validation and scaling_factor are computed from; null: resolution."""
     pad: bool = False
-    """Allow a resolution that is no multiple of the compression ratio, as MNIST's 28 is none of 8: the encoder sees
-    the image with its last row and column repeated, and the reconstruction is cropped before the loss."""
+    """Allow a resolution that is not a multiple of the compression ratio, such as MNIST's 28. The last row and column
+    are repeated for the encoder, and the reconstruction is cropped before the loss."""
     label_column: str = "label"
-    """Column of class labels, integers; read where model.num_classes asks for them. -1 and null are no label."""
+    """Column of class labels, integers, where model.num_classes is above 0. -1 and null mean «no label»."""
     label_dropout: float = 0.0
-    """Probability that a training image comes without its label, so that the null label learns too."""
+    """Probability that a training image is given without its label, so that «no label» is trained too."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """A training crop's side as a fraction of the image's short side, drawn uniformly."""
     flip: float = 0.5
@@ -70,7 +99,7 @@ class DataConfig:
     num_workers: int = 4
     """Loader processes for each training process; 0 loads in the training process."""
     cache_mib: int = 0
-    """Memory in MiB for each worker to keep decoded images in; for small data sets. 0 is off."""
+    """Memory in MiB in which each worker keeps decoded images, for small data sets; 0 is off."""
 
     @property
     def evaluation_resolution(self) -> int:
@@ -80,7 +109,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PerceptualConfig:
-    """LPIPS (Zhang et al. 2018): the trunk and how its layers are weighed."""
+    """LPIPS (Zhang et al. 2018): the trunk, and how its layers are weighted."""
 
     net: Literal["vgg", "alex", "squeeze"] = "vgg"
     """Trunk: VGG16, AlexNet or SqueezeNet 1.1."""
@@ -88,58 +117,64 @@ class PerceptualConfig:
     """Local file with the trunk's weights in torchvision's names (.pth or .safetensors); null lets torchvision
     download them."""
     heads: Literal["lpips", "uniform"] = "lpips"
-    """«lpips»: the published linear heads, right for torchvision's weights. «uniform»: every feature counts the
-    same, for any other trunk."""
+    """«lpips»: the published linear heads, which fit torchvision's weights. «uniform»: every feature has the same
+    weight, for any other trunk."""
     allow_random: bool = False
-    """Without weights, go on with a randomly initialised trunk (and uniform heads) instead of stopping."""
+    """When no weights can be had, use a randomly initialised trunk (and uniform heads) instead of stopping."""
 
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """The second player: a PatchGAN (Isola et al. 2017) that tells reconstructions from images, patch by patch."""
+    """The discriminator: a PatchGAN (Isola et al. 2017), which tells reconstructions from images patch by patch."""
 
     sees: Literal["images", "latents"] = "images"
-    """«latents»: instead, an MLP that tells posterior samples from draws of the prior, the adversarial autoencoder's
-    (Makhzani et al. 2016); with kl_weight 0 it stands in the KL term's place."""
+    """«latents»: instead, an MLP that tells samples of the posterior from samples of the prior, as in the adversarial
+    autoencoder (Makhzani et al. 2016). With kl_weight 0 it replaces the KL term."""
     weight: float = 0.0
-    """Weight of the generator's term; 0 is no discriminator. LDM: 0.5."""
+    """Weight of the adversarial term in the VAE's objective; 0 is no discriminator. LDM: 0.5."""
     adaptive: bool = True
-    """Where it sees images, multiply weight by |grad of the reconstruction loss| / |grad of the GAN loss| at the
-    decoder's last layer (Esser et al. 2021, eq. 7)."""
+    """Multiply weight by |gradient of the reconstruction loss| / |gradient of the adversarial loss| at the decoder's
+    last layer (Esser et al. 2021, eq. 7). Of no effect on a discriminator of latents."""
     start_step: int = 50_000
     """The first step, counted from 0, in which the discriminator learns. LDM's 50001 counts two a batch in some
     versions; here one step is one step of both players."""
     warmup_steps: int = 0
-    """Steps that it learns alone before the decoder hears of it."""
+    """Steps in which the discriminator alone learns, before its term is in the VAE's objective."""
     ramp_steps: int = 0
-    """Steps over which the generator's weight then grows linearly from 0."""
+    """Steps over which weight then grows linearly from 0."""
     loss: Literal["hinge", "vanilla"] = "hinge"
     """Hinge (Lim & Ye 2017) or binary cross-entropy (Goodfellow et al. 2014)."""
     layers: int = 3
-    """Strided layers: 3 see patches of 70x70 pixels. Hidden layers of the MLP."""
+    """Strided layers of the PatchGAN: with 3, patches have 70x70 pixels. Hidden layers of the MLP."""
     width: int = 64
-    """Channels of the first layer; doubled in each up to eight times as many. Of all hidden layers of the MLP."""
+    """Channels of the PatchGAN's first layer; doubled in each layer, up to eight times as many. Units of each hidden
+    layer of the MLP."""
     norm: Literal["group", "none"] = "group"
-    """The PatchGAN's. Group norm looks at one image only, so that gradients do not depend on how a batch is divided;
-    LDM's batch norm would."""
+    """Norm of the PatchGAN. Group norm uses one image only, so gradients do not depend on how a batch is divided, as
+    they would with LDM's batch norm."""
     r1_weight: float = 0.0
-    """Weight gamma/2 of R1, the squared gradient at real images (Mescheder et al. 2018); 0 is off."""
+    """Weight γ/2 of R1, the squared gradient at real images (Mescheder et al. 2018); 0 is off."""
     lecam_weight: float = 0.0
     """Weight of LeCam regularisation (Tseng et al. 2021), for little data; 0 is off."""
     learning_rate: float | None = None
-    """Peak learning rate; null: the VAE's. It follows the VAE's schedule, after optimizer.warmup_steps of its own."""
+    """Peak learning rate; null: the VAE's. The schedule is the VAE's, after optimizer.warmup_steps of its own."""
     betas: tuple[float, float] = (0.5, 0.9)
     """Adam's moment decays."""
 
     @property
     def generator_start_step(self) -> int:
-        """The first step, counted from 0, in which the decoder hears of the discriminator."""
+        """The first step, counted from 0, in which the VAE's objective has the adversarial term."""
         return self.start_step + self.warmup_steps
+
+    @property
+    def smallest_side(self) -> int:
+        """Pixels along one side below which the PatchGAN has no score: H/2^layers - 2 must be 1."""
+        return 3 * 2**self.layers
 
 
 @dataclass(frozen=True)
 class EquivarianceConfig:
-    """Latents that transform as their image does: D(t(z)) is compared with t(x) beside D(z) with x.
+    """Latents that transform as their image does: besides D(z) with x, D(t(z)) is compared with t(x).
 
     Scales: Skorokhodov et al. 2025, «Improving the Diffusability of Autoencoders» (arXiv 2502.14831). With rotations
     too: Kouzelis et al. 2025, «EQ-VAE» (arXiv 2502.09509).
@@ -171,8 +206,8 @@ class LossConfig:
     kl_warmup_steps: int = 0
     """Steps over which kl_weight grows linearly from 0."""
     free_bits: float = 0.0
-    """Nats that each latent channel of an image may carry for nothing: against posterior collapse
-    (Kingma et al. 2016). 0 is off."""
+    """Nats that each latent channel of an image may have without a cost, against posterior collapse
+    (Kingma et al. 2016); 0 is off."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """LPIPS's trunk."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -188,9 +223,9 @@ class OptimizerConfig:
     kind: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
     """torch's AdamW; its fused kernel; or bitsandbytes' with 8-bit moments (GPU; pip install bitsandbytes)."""
     learning_rate: float = 1e-4
-    """Peak learning rate, used as it stands: nothing scales it by batch or processes."""
+    """Peak learning rate. It is not scaled by batch size or number of processes."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: stay, or fall to 0 along a half cosine."""
+    """After the warm-up: constant, or falling to 0 along a half cosine."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     betas: tuple[float, float] = (0.5, 0.9)
@@ -198,7 +233,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     grad_clip_norm: float = 1.0
-    """Largest global gradient norm; the norm before clipping is logged."""
+    """Gradients are clipped to this global norm; the norm before clipping is logged."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, which is what is validated and saved;
     it warms up as min(ema_decay, (1 + n) / (10 + n))."""
@@ -206,7 +241,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class FineTuneConfig:
-    """Start from a VAE instead of from new weights. Its own shape counts then, and model.* is not read."""
+    """Start from an existing VAE instead of from new weights. Its own shape counts then; model.* is not read."""
 
     source: str | None = None
     """Whatever `load_vae` reads: a diffusers folder, a hub id, a .safetensors or .ckpt file. Null: train anew."""
@@ -215,8 +250,8 @@ class FineTuneConfig:
     config: str | None = None
     """config.json for a source that is a single file, whose scaling factor cannot be read from its shapes."""
     freeze_encoder: bool = False
-    """Train the decoder only. Latents, scaling_factor and shift_factor stay what they are, so that every diffusion
-    model that uses the VAE goes on working."""
+    """Train the decoder only. Latents, scaling_factor and shift_factor stay as they are, so that every diffusion
+    model for this VAE can still use it."""
 
 
 @dataclass(frozen=True)
@@ -224,14 +259,14 @@ class CheckpointConfig:
     """What an interrupted run is continued from, and which model counts as the best."""
 
     every_steps: int = 1_000
-    """Steps between checkpoints; the last step always has one, and so has a run that is told to stop."""
+    """Steps between checkpoints. There is always one after the last step, and when a run is told to stop."""
     keep_last: int = 2
-    """How many checkpoints stay; an old one goes only after the new one is whole."""
+    """Number of checkpoints to keep; an old one is removed only when the new one is complete."""
     best_metric: str = "psnr"
     """The validation metric by which best_model/ is chosen: psnr, ssim, lpips_… or, with «bce», nelbo; the last two
     are better when lower."""
     accept_changed_config: bool = False
-    """Continue with another recipe than the run was started with, instead of refusing it."""
+    """Continue a run with a changed recipe instead of refusing it."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +289,7 @@ class TrainConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast dtype over fp32 weights. «auto»: bf16 where the hardware computes in it, else fp32."""
     channels_last: bool = True
-    """Keep activations in channels-last memory format; where fast_convolutions act, these choose the format."""
+    """Keep activations in channels-last memory format. On a CPU with fast_convolutions, these choose the format."""
     fast_convolutions: bool = True
     """On a CPU: 3x3 convolutions by Winograd's algorithm, for wide models in fp32, and upsampling with four taps
     instead of nine, the same function to rounding (sdvae/cpu/kernels.py)."""
@@ -265,17 +300,18 @@ class TrainConfig:
     log_every: int = 50
     """Steps between lines of metrics."""
     validate_every: int = 2_000
-    """Steps between validations; the last step always validates."""
+    """Steps between validations; there is always one after the last step."""
     validate_raw: bool = False
-    """Validate the raw weights too, beside their moving average, as validation_raw/…"""
+    """Also validate the weights themselves, besides their moving average, as validation_raw/…"""
     max_skipped_steps: int = 20
-    """Steps in a row without a finite loss and gradient that are skipped; then the run stops."""
+    """Steps without a finite loss and gradient are skipped; after so many in a row the run stops."""
     scale_images: int = 512
     """Training images over which scaling_factor = 1/std of the latents is measured at the end."""
     grid_images: int = 8
     """Validation images drawn in the reconstruction grid."""
-    trackers: tuple[str, ...] = ("tensorboard",)
-    """accelerate's trackers: tensorboard, wandb, trackio, mlflow, …"""
+    trackers: tuple[str, ...] = ()
+    """accelerate's trackers, where they are installed: tensorboard (`pip install sdvae[tensorboard]`), wandb, trackio,
+    mlflow, … metrics.jsonl and curves.png are always written."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the autoencoder."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -290,94 +326,57 @@ class TrainConfig:
     """Checkpoints."""
 
     def __post_init__(self) -> None:
-        discriminator, equivariance = self.loss.discriminator, self.loss.equivariance
-        positive: dict[str, float] = {
-            "steps": self.steps,
-            "batch_size": self.batch_size,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "log_every": self.log_every,
-            "validate_every": self.validate_every,
-            "scale_images": self.scale_images,
-            "grid_images": self.grid_images,
-            "data.validation_count": self.data.validation_count,
-            "optimizer.learning_rate": self.optimizer.learning_rate,
-            "optimizer.grad_clip_norm": self.optimizer.grad_clip_norm,
-            "max_skipped_steps": self.max_skipped_steps,
-            "checkpoint.every_steps": self.checkpoint.every_steps,
-            "checkpoint.keep_last": self.checkpoint.keep_last,
-            "loss.discriminator.layers": discriminator.layers,
-            "loss.discriminator.width": discriminator.width,
-        }
-        if discriminator.learning_rate is not None:
-            positive["loss.discriminator.learning_rate"] = discriminator.learning_rate
-        for key, value in positive.items():
-            if not value > 0:
-                raise InputError(f"got {key}={value}; need a number above 0")
-        # of a VAE to be fine-tuned the factor is known only once it is loaded
-        factor = self.model.compression_ratio if self.fine_tune.source is None else 1
-        factor = 1 if self.data.pad else factor
-        for key in ("resolution", "validation_resolution"):
-            side = getattr(self.data, key)
-            if side is not None and (side <= 0 or side % factor):
-                raise InputError(
-                    f"got data.{key}={side}; need a positive multiple of {factor}, the compression ratio of "
-                    f"{len(self.model.block_out_channels)} levels"
-                )
-            if side is not None and side < MIN_RESOLUTION:
-                raise InputError(f"got data.{key}={side}; need at least {MIN_RESOLUTION}, or SSIM has no window")
-        not_negative = {
-            "loss.lpips_weight": self.loss.lpips_weight,
-            "loss.kl_weight": self.loss.kl_weight,
-            "loss.kl_warmup_steps": self.loss.kl_warmup_steps,
-            "loss.free_bits": self.loss.free_bits,
-            "optimizer.warmup_steps": self.optimizer.warmup_steps,
-            "optimizer.weight_decay": self.optimizer.weight_decay,
-            "data.num_workers": self.data.num_workers,
-            "data.cache_mib": self.data.cache_mib,
-            "loss.discriminator.weight": discriminator.weight,
-            "loss.discriminator.start_step": discriminator.start_step,
-            "loss.discriminator.warmup_steps": discriminator.warmup_steps,
-            "loss.discriminator.ramp_steps": discriminator.ramp_steps,
-            "loss.discriminator.r1_weight": discriminator.r1_weight,
-            "loss.discriminator.lecam_weight": discriminator.lecam_weight,
-            "loss.equivariance.weight": equivariance.weight,
-        }
-        for key, value in not_negative.items():
-            if not value >= 0:
-                raise InputError(f"got {key}={value}; need 0 or more")
-        fractions = {
-            "data.flip": self.data.flip,
-            "data.color_jitter": self.data.color_jitter,
-            "data.max_bad_fraction": self.data.max_bad_fraction,
-            "data.label_dropout": self.data.label_dropout,
-            "optimizer.ema_decay": self.optimizer.ema_decay,
-        }
-        for key, value in fractions.items():
-            if not 0 <= value <= 1:
-                raise InputError(f"got {key}={value}; need a number from 0 to 1")
-        for key, betas in (
-            ("optimizer.betas", self.optimizer.betas),
-            ("loss.discriminator.betas", discriminator.betas),
-        ):
-            if not all(0 <= beta < 1 for beta in betas):
-                raise InputError(f"got {key}={list(betas)}; need numbers from 0 to below 1")
-        if not equivariance.scales or not all(0 < scale <= 1 for scale in equivariance.scales):
-            raise InputError(
-                f"got loss.equivariance.scales={list(equivariance.scales)}; need factors above 0 and up to 1"
-            )
+        self._check_ranges()
         self._check_likelihood()
         self._check_labels()
+        self._check_resolutions()
         if self.fine_tune.freeze_encoder and self.fine_tune.source is None:
             raise InputError("got fine_tune.freeze_encoder=true without fine_tune.source; need a VAE to start from")
         if self.optimizer.warmup_steps > self.steps:
             raise InputError(
                 f"got optimizer.warmup_steps={self.optimizer.warmup_steps} in steps={self.steps}; need fewer than steps"
             )
-        if not all(0 <= value <= 255 for value in self.data.background):
-            raise InputError(f"got data.background={list(self.data.background)}; need three numbers from 0 to 255")
         low, high = self.data.crop_scale
         if not 0 < low <= high <= 1:
             raise InputError(f"got data.crop_scale=[{low}, {high}]; need 0 < low <= high <= 1")
+
+    def _check_ranges(self) -> None:
+        for need, in_range, keys in RANGES:
+            for key in keys.split():
+                value = attrgetter(key)(self)
+                several = isinstance(value, tuple | list)
+                if value is not None and not all(in_range(x) for x in (value if several else [value])):
+                    raise InputError(f"got {key}={list(value) if several else value}; need {need}")
+        if not self.loss.equivariance.scales:
+            raise InputError("got loss.equivariance.scales=[]; need one factor or more")
+
+    def _check_resolutions(self) -> None:
+        # the compression ratio of a VAE to be fine-tuned is known only when it is loaded
+        factor = self.model.compression_ratio if self.fine_tune.source is None and not self.data.pad else 1
+        for key in ("resolution", "validation_resolution"):
+            side = getattr(self.data, key)
+            if side is not None and side % factor:
+                raise InputError(
+                    f"got data.{key}={side}; need a positive multiple of {factor}, the compression ratio of "
+                    f"{len(self.model.block_out_channels)} levels"
+                )
+            if side is not None and side < SMALLEST_SIDE:
+                raise InputError(f"got data.{key}={side}; need at least {SMALLEST_SIDE}, or SSIM has no window")
+        side, gan, equivariance = self.data.resolution, self.loss.discriminator, self.loss.equivariance
+        if gan.weight > 0 and gan.sees == "images" and side < gan.smallest_side:
+            raise InputError(
+                f"got data.resolution={side} with loss.discriminator.layers={gan.layers}; need crops of "
+                f"{gan.smallest_side} pixels or more for one patch; take fewer layers"
+            )
+        if (
+            equivariance.weight > 0
+            and self.loss.lpips_weight > 0
+            and side * min(equivariance.scales) < SMALLEST_LPIPS_SIDE
+        ):
+            raise InputError(
+                f"got loss.equivariance.scales={list(equivariance.scales)} on crops of {side}; need images of "
+                f"{SMALLEST_LPIPS_SIDE} pixels or more for LPIPS; take larger factors or crops"
+            )
 
     def _check_likelihood(self) -> None:
         loss = self.loss

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sdvae.data import (
@@ -17,17 +22,23 @@ from sdvae.data import (
     evaluation_loader,
     open_source,
     split_off,
+    subset,
     training_loader,
 )
-from sdvae.data.dataset import read_labels
+from sdvae.data.dataset import Batch, collate_training, read_labels
 from sdvae.errors import InputError
 from sdvae.training.config import DataConfig, TrainConfig
 
 
 def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
-    """Training and validation images, with no image in both when they come from one source.
+    """Training and validation images. When they come from one source, no image is in both.
 
-    Raises: InputError when a source cannot be opened or is too small to be divided.
+    Args:
+        config: the recipe's data section.
+        seed: of the choice of validation images.
+
+    Raises:
+        InputError: when a source cannot be opened or is too small to be divided.
     """
     if not config.source:
         raise InputError("data.source is not set; give a folder of images, a data set, or «skimage» for a first try")
@@ -44,7 +55,15 @@ def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSourc
 def training_batches(
     source: ImageSource, config: TrainConfig, accelerator: Accelerator, *, start: int = 0, steps: int | None = None
 ) -> DataLoader:
-    """This process's micro-batches, in order, of `steps` steps (all of the run's) from position `start` on."""
+    """This process's micro-batches, in order.
+
+    Args:
+        source: training images.
+        config: the recipe.
+        accelerator: gives this process's place among all.
+        start: position of the first sample, counted over all processes.
+        steps: how many optimizer steps; by default those of the whole run.
+    """
     batches = ShardedBatches(
         SampleOrder(len(source), config.seed),
         config.batch_size,
@@ -76,15 +95,37 @@ def training_images(source: ImageSource, config: TrainConfig) -> TrainingImages:
     )
 
 
+def first_batch(source: ImageSource, config: TrainConfig, count: int) -> Batch:
+    """The first `count` training images of the run, the same on every process."""
+    images = training_images(source, config)
+    order = SampleOrder(len(source), config.seed)
+    return collate_training([images[order.at(i)] for i in range(count)])
+
+
+def first_images(source: ImageSource, count: int, seed: int) -> ImageSource:
+    """`count` images of `source`: the first ones in the order of the first epoch, which are spread over it."""
+    order = SampleOrder(len(source), seed)
+    return subset(source, [order.at(i).index for i in range(min(count, len(source)))])
+
+
 def labels_of(source: ImageSource, config: TrainConfig) -> np.ndarray | None:
-    """The class of each image, where the recipe conditions on it."""
+    """The class of each image, where the VAE is given one.
+
+    Raises:
+        InputError: when the source has no such labels.
+    """
     if config.model.num_classes == 0:
         return None
     return read_labels(source, config.data.label_column, config.model.num_classes)
 
 
+def conditioning_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """What encoder and decoder are given besides images and latents: `labels` (B,) int64 for a conditional VAE."""
+    return {"labels": batch["label"].to(device, non_blocking=True)} if "label" in batch else {}
+
+
 def evaluation_batches(source: ImageSource, config: TrainConfig, accelerator: Accelerator) -> DataLoader:
-    """This process's share of all images of `source`, each once: every num_processes-th, centre-cropped."""
+    """This process's share of all images of `source`, centre-cropped: every num_processes-th, each once."""
     images = EvaluationImages(
         source,
         resolution=config.data.evaluation_resolution,
@@ -98,9 +139,15 @@ def evaluation_batches(source: ImageSource, config: TrainConfig, accelerator: Ac
 
 
 def stop_if_too_many_are_bad(bad_images: BadImages, total: int, max_fraction: float) -> None:
-    """Raise on every process alike when the processes together met too many bad images.
+    """End the run, on every process, when all processes together have met too many bad images.
 
-    Args: total: images of training and validation together.
+    Args:
+        bad_images: those that this process has met; it gets those of the others too.
+        total: number of images, of training and validation together.
+        max_fraction: of them that may be bad.
+
+    Raises:
+        InputError: with some of the bad images.
     """
     bad_images.add(gather_object(bad_images.items()))
     bad_images.check(total, max_fraction)

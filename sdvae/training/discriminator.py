@@ -3,14 +3,15 @@
 A PatchGAN (Isola et al. 2017, «pix2pix», section 3.2.2 and appendix 6.1.2) scores overlapping patches, 70x70 pixels
 with three strided layers, as real or reconstructed. LDM and VQGAN train their decoders against it.
 
-An MLP on latents takes draws of the prior for real and samples of the posterior for fake. Where it can no longer tell
-them apart, q(z) = E_x[q(z|x)] is the prior: what the KL term asks of each image, the adversarial autoencoder asks of
-all together (Makhzani et al. 2016, section 2).
+The losses are also those of a discriminator of latents (sdvae/tutorial/adversary.py), for which samples of the prior
+are real and samples of the posterior fake. When it cannot tell them apart, q(z) = E_x[q(z|x)] is the prior: what the KL
+term asks for each image, the adversarial autoencoder asks for all images together (Makhzani et al. 2016, section 2).
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +21,15 @@ from sdvae.training.config import DiscriminatorConfig
 
 INIT_STD = 0.02  # DCGAN (Radford et al. 2016, section 3), kept by pix2pix and LDM
 SLOPE = 0.2
-MAX_WIDENING = 8  # the widest layer against the first
-GROUP_WIDTH = 16  # channels a group of the norm
+MAX_WIDENING = 8  # width of the widest layer divided by that of the first
+GROUP_WIDTH = 16  # channels in each group of the norm
 LECAM_DECAY = 0.999  # Tseng et al. 2021, section 3.2: moving averages of the scores
 
 
 class PatchDiscriminator(nn.Module):
-    """Convs of 4x4: `layers` of stride 2, one of stride 1, and one to a single channel.
+    """4x4 convolutions: `layers` of stride 2, one of stride 1, and one to a single channel.
 
-    (B, C, H, W) in [-1, 1] -> (B, 1, h, w) logits: above zero means «real». With 3 layers h = H/8 - 2.
+    (B, C, H, W) in [-1, 1] -> (B, 1, h, w) logits, above zero for «real». With 3 layers h = H/8 - 2.
     """
 
     def __init__(self, in_channels: int, layers: int = 3, width: int = 64, norm: str = "group"):
@@ -53,18 +54,13 @@ class PatchDiscriminator(nn.Module):
         return self.layers(images)
 
 
-def smallest_side(layers: int) -> int:
-    """Pixels along one side below which no patch has a score: h = H/2^layers - 2 must be 1."""
-    return 3 * 2**layers
-
-
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """g = -E[D(x̂)] (or -E[D(z)]), for the hinge and for the vanilla game, as in LDM."""
+    """g = -E[D(x̂)] (or -E[D(z)] for latents), with both kinds of discriminator loss, as in LDM."""
     return -fake_logits.float().mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str) -> Tensor:
-    """Half the sum over both sides, as in LDM.
+    """Half the sum of the losses on real and on fake inputs, as in LDM.
 
     hinge: ½ E[max(0, 1 - D(x))] + ½ E[max(0, 1 + D(x̂))]; vanilla: ½ E[-log σ(D(x))] + ½ E[-log σ(-D(x̂))].
     """
@@ -75,18 +71,25 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str) -> T
 
 
 def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
-    """E[|∇_x Σ D(x)|²] over an image's values (Mescheder et al. 2018, eq. 9); `images` must require grad."""
+    """E[|∇_x Σ D(x)|²], the mean over images (Mescheder et al. 2018, eq. 9).
+
+    Args:
+        real_logits: D(x).
+        images: x, (B, C, H, W), which must require gradients.
+    """
     (gradient,) = torch.autograd.grad(real_logits.float().sum(), images, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
 class LeCam:
-    """Pulls scores towards moving averages of the other side's (Tseng et al. 2021, eq. 3 and 4).
+    """A penalty on the distance of real scores from the average fake one, and of fake from the average real one.
+
+    Tseng et al. 2021, eq. 3 and 4:
 
     E[(D(x) - a_fake)²] + E[(D(x̂) - a_real)²].
 
     Attributes:
-        averages: a_real and a_fake; None before the first update.
+        averages: a_real and a_fake, moving averages of the scores; None before the first update.
     """
 
     def __init__(self) -> None:
@@ -102,7 +105,7 @@ class LeCam:
         ).square().mean()
 
     def update(self, real_mean: float, fake_mean: float) -> None:
-        """Args: the means of the step's logits over all processes."""
+        """Take the means of a step's logits over all processes into the averages."""
         if self.averages is None:
             self.averages = (real_mean, fake_mean)
         else:
@@ -110,9 +113,15 @@ class LeCam:
             real, fake = (LECAM_DECAY * a + (1 - LECAM_DECAY) * b for a, b in means)
             self.averages = (real, fake)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"lecam": self.averages}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.averages = tuple(state["lecam"]) if state["lecam"] is not None else None
+
 
 def generator_weight_at(step: int, config: DiscriminatorConfig) -> float:
-    """The generator's weight in step `step`, counted from 0: zero, then a linear ramp, then `weight`."""
+    """The weight of the adversarial term in step `step`, counted from 0: zero, a linear ramp, then `weight`."""
     since = step - config.generator_start_step
     if config.weight == 0 or since < 0:
         return 0.0
@@ -120,4 +129,5 @@ def generator_weight_at(step: int, config: DiscriminatorConfig) -> float:
 
 
 def discriminator_learns_at(step: int, config: DiscriminatorConfig) -> bool:
+    """Whether the discriminator learns in step `step`, counted from 0."""
     return config.weight > 0 and step >= config.start_step

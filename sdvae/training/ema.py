@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 
@@ -10,21 +11,21 @@ from sdvae.model import AutoencoderKL
 
 
 def ema_decay_at(update: int, decay: float) -> float:
-    """Decay of update `update`, counted from 0: early weights are soon forgotten.
+    """The decay of update n, counted from 0: min(decay, (1 + n) / (10 + n)), so that early weights are soon forgotten.
 
-    min(decay, (1 + n) / (10 + n)), TensorFlow's ExponentialMovingAverage with num_updates.
+    It is that of TensorFlow's ExponentialMovingAverage with num_updates.
     """
     return min(decay, (1 + update) / (10 + update))
 
 
 class WeightAverage:
-    """ema <- d·ema + (1 - d)·weights after every step, with d = ema_decay_at(n): in the weights' own fp32.
+    """ema <- d·ema + (1 - d)·weights after every step, with d = ema_decay_at(n).
 
-    In bf16 an update of 1e-4 of the difference would be rounded away, so this never follows autocast.
+    It is computed in fp32 whatever autocast does, since bf16 would round an update of 1e-4 of the difference away.
 
     Attributes:
-        model: the average: a frozen copy in evaluation mode.
-        updates: how many it has had.
+        model: the average, a frozen copy in evaluation mode.
+        updates: how many times it was updated.
     """
 
     def __init__(self, model: AutoencoderKL, decay: float):
@@ -38,3 +39,10 @@ class WeightAverage:
         for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(weight, step)
         self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates. The weights are those of `model`."""
+        return {"ema_updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["ema_updates"]

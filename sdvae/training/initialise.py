@@ -1,13 +1,13 @@
-"""Initial weights: a new VAE starts as a coarse copy of its input instead of as noise.
+"""Initial weights with which a new VAE gives a coarse copy of its input instead of noise.
 
-With PyTorch's default weights a deep encoder-decoder spends its first hundreds of steps on getting any signal
-through, and sampling from a posterior of variance one drowns what arrives. Here, before the first step,
+With PyTorch's default weights, a deep encoder-decoder needs hundreds of steps before any signal comes through, and the
+noise of a posterior of variance one hides what does. Here, before the first step,
 
 - every residual branch ends in zero (Goyal et al. 2017, section 5.1), so each block is its shortcut;
-- resampling convs and shortcuts copy their input, and the convs where the width changes for good (into and out of
-  encoder and decoder) mix channels at one pixel, so colours reach the latents and come back at latent resolution;
-- the posterior starts narrow, with log-variance INITIAL_LOGVAR at every element;
-- labels, where a VAE takes them, do nothing yet.
+- resampling convolutions and shortcuts copy their input, and the first and last convolutions of encoder and decoder mix
+  channels at one pixel, so colours reach the latents and come back at the resolution of the latents;
+- the posterior is narrow, with log-variance INITIAL_LOGVAR at every element;
+- labels, where a VAE is given them, have no effect.
 
 A little noise breaks the symmetry between channels. The KL term and the data widen the posterior again.
 """
@@ -26,7 +26,7 @@ SYMMETRY_NOISE = 0.3  # of LeCun's standard deviation 1/sqrt(fan_in)
 
 @torch.no_grad()
 def initialise(vae: AutoencoderKL) -> None:
-    """Set all weights in place, from torch's global generator. Norms keep scale 1 and bias 0."""
+    """Set all weights in place, with noise from torch's global generator. Norms keep scale 1 and bias 0."""
     for name, parameter in vae.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=fan_in(parameter) ** -0.5)
@@ -41,7 +41,7 @@ def initialise(vae: AutoencoderKL) -> None:
                 pass_through(module.conv_shortcut)
         elif isinstance(module, SelfAttention):
             nn.init.zeros_(module.get_parameter("to_out.0.weight"))
-        elif isinstance(module, nn.Embedding):  # of labels: as large as the features, and silent until it is learned
+        elif isinstance(module, nn.Embedding):  # of labels: as large as the features
             nn.init.normal_(module.weight)
     for name, parameter in vae.named_parameters():
         if name.endswith("label_proj.weight"):

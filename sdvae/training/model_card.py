@@ -1,4 +1,7 @@
-"""The README.md beside weights: what the VAE is, its figures, and how to load it. The hub reads its head."""
+"""The README.md beside the weights: what the VAE is, its figures, and how to load it.
+
+The hub reads the YAML at its head.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ vae = AutoencoderKL.from_pretrained("{place}")
 CONDITIONAL_TEXT = """It is given class labels, 0 to {last}, which diffusers' `AutoencoderKL` does not know:
 
 ```python
-from sdvae.model import ConditionalAutoencoderKL
+from sdvae.tutorial.conditional import ConditionalAutoencoderKL
 
 vae = ConditionalAutoencoderKL.from_pretrained("{place}")
 posterior = vae.encode(images, labels=labels).latent_dist
@@ -52,7 +55,7 @@ posterior = vae.encode(images, labels=labels).latent_dist
 """
 
 LOGITS_TEXT = """
-The decoder's output is the logit of each pixel's brightness: `sdvae.roundtrip.link` maps it to images in [-1, 1].
+Its decoder gives the logits of each pixel's brightness; `sdvae.roundtrip.decode_images` gives images in [-1, 1].
 """
 
 LDM_TEXT = """
@@ -60,10 +63,10 @@ LDM_TEXT = """
 
 {ways}
 
-These programs take the scaling factor from the diffusion model, which has to be one of this VAE's latents.
+These programs take the scaling factor from the diffusion model, which must have been trained on latents of this VAE.
 """
 
-# What export_targets calls a program -> what its user does with LDM_NAME
+# The name of a program in export_targets -> how its user loads LDM_NAME
 LDM_PROGRAMS = {
     "comfyui": "ComfyUI: put it into `models/vae`, and choose it in a «Load VAE» node",
     "a1111": "A1111: put it into `models/VAE`, and choose it as «SD VAE» in the settings",
@@ -81,15 +84,23 @@ the posterior's mode{with_weights}.
 {perceptual_note}"""
 
 RANDOM_NOTE = """
-`{name}` was computed with a randomly initialised trunk, because no ImageNet weights could be had: it compares
-with no published LPIPS.
+`{name}` was computed with a randomly initialised trunk, because no ImageNet weights could be had. It cannot be
+compared with published LPIPS values.
 """
 
 
 def model_card(
     config: TrainConfig, vae: AutoencoderKL, result: ValidationResult, *, step: int, images_seen: int
 ) -> str:
-    """Markdown with the figures, the data and the whole recipe."""
+    """Markdown with the figures, the data and the whole recipe.
+
+    Args:
+        config: the recipe.
+        vae: with its final scaling factor.
+        result: of the validation that is reported.
+        step: steps done.
+        images_seen: crops that all processes have consumed together.
+    """
     frozen = config.fine_tune.freeze_encoder
     shift = vae.config.shift_factor
     origin = "1/std of the latents of the training images"
@@ -147,7 +158,7 @@ def section(heading: str, text: str) -> str:
 
 
 def ldm_programs(vae: AutoencoderKL) -> list[str]:
-    """Those that load LDM_NAME of this VAE."""
+    """The programs that can load this VAE from LDM_NAME."""
     targets = export_targets(vae)
     return [program for program in LDM_PROGRAMS if targets[program] is None]
 
@@ -157,7 +168,8 @@ def loading_text(place: str, *, what: str = "this folder", programs: Sequence[st
 
     Args:
         place: its folder, or its id on the hub.
-        programs: of LDM_PROGRAMS, where LDM_NAME is beside the card.
+        what: is loaded, in words.
+        programs: keys of LDM_PROGRAMS, where LDM_NAME is beside the card.
     """
     text = LOADING_TEXT.format(what=what, place=place)
     if programs:
@@ -170,7 +182,12 @@ def figures_text(
 ) -> str:
     """The grid and the table.
 
-    Args: conditions: «Means over», with what stands before it.
+    Args:
+        result: gives the figures.
+        conditions: the beginning of the sentence, up to «means over».
+        source: of the images.
+        resolution: of the images, in pixels.
+        with_weights: the end of the sentence.
     """
     random_names = [name for name in result.metrics if name.endswith("_random")]
     return FIGURES_TEXT.format(
@@ -191,7 +208,7 @@ def figures_text(
 
 
 def base_model(source: str | None) -> str | None:
-    """The id on the hub of what a VAE was made from, for the hub's tree of models; None for a file or folder."""
+    """The hub id of the VAE that a VAE was made from, for the hub's tree of models; None for a file or folder."""
     if source is None or Path(source).expanduser().exists() or not HUB_ID.fullmatch(source):
         return None
     return source

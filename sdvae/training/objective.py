@@ -1,18 +1,19 @@
-"""The objective: terms first, unweighted, then one line that weighs them.
+"""The training objective: terms first, unweighted, then one line that weighs them.
 
-LDM minimises, for an image x of C·H·W values and its reconstruction x̂ (ldm/modules/losses/contperceptual.py),
+For an image x of C·H·W values and its reconstruction x̂, LDM minimises (ldm/modules/losses/contperceptual.py)
 
     Σ|x - x̂| + C·H·W · w_lpips · LPIPS(x, x̂) + w_kl · KL(q(z|x) || N(0, I)).
 
-Everything here is that divided by C·H·W, so that the published weights keep their meaning and the values
-do not change with resolution. It is the negative ELBO (Kingma & Welling 2014, eq. 3) with a Laplace
-likelihood, a perceptual term added, and w_kl in the role of beta (Higgins et al. 2017). With `reconstruction: bce`,
-no LPIPS and w_kl = 1 it is the negative ELBO itself, of a Bernoulli likelihood, in nats a value.
+Everything here is that divided by C·H·W, so that the published weights keep their meaning and the values do not change
+with resolution. It is the negative ELBO (Kingma & Welling 2014, eq. 3) with a Laplace likelihood and a perceptual term,
+where w_kl has the role of beta (Higgins et al. 2017). With `reconstruction: bce`, no LPIPS and w_kl = 1 it is the
+negative ELBO itself, of a Bernoulli likelihood, in nats for each value.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,47 +23,55 @@ from torch import Tensor
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
 from sdvae.model.posterior import at_least_fp32
+from sdvae.roundtrip import bernoulli_mean
 from sdvae.training.config import EquivarianceConfig, LossConfig, OptimizerConfig
-from sdvae.tutorial.likelihood import bernoulli_nll, pictures
+from sdvae.tutorial.likelihood import bernoulli_error, free_bits_kl
 
 CHARBONNIER_EPS = 1e-3  # Lai et al. 2017, «LapSRN», section 3.3: sqrt(error² + eps²)
+
+# (images, decoder's output) -> mean over all values. The output is the image, except with «bce», where it is logits.
+RECONSTRUCTION_ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": lambda images, output: (output - images).abs().mean(),
+    "l2": lambda images, output: (output - images).square().mean(),
+    "charbonnier": lambda images, output: ((output - images).square() + CHARBONNIER_EPS**2).sqrt().mean(),
+    "bce": bernoulli_error,
+}
 
 
 @dataclass(frozen=True)
 class LossTerms:
     """Unweighted terms, each a scalar in fp32, averaged over the batch.
 
-    reconstruction: mean absolute, squared or Charbonnier error a value. lpips: LPIPS an image, 0 when it is off.
-    kl: nats an image divided by C·H·W. equivariance: reconstruction + lpips_weight · LPIPS of the transformed
-    image. logvar: s, the log-variance of the likelihood, where it is learned. priced_kl: the KL that the objective
-    counts, which free bits make larger. nelbo: nats an image at weight 1, where the likelihood is Bernoulli.
+    Attributes:
+        reconstruction: error for each value, of the kind that `loss.reconstruction` names.
+        lpips: LPIPS of an image; 0 when it is off.
+        kl: nats of an image, divided by C·H·W.
+        kl_penalty: the KL that the objective counts, which free bits make larger.
+        equivariance: reconstruction + lpips_weight · LPIPS of the transformed image.
+        logvar: s, the log-variance of the likelihood, where it is learned.
+        nelbo: nats of an image with a KL weight of 1, where the likelihood is Bernoulli.
     """
 
     reconstruction: Tensor
     lpips: Tensor
     kl: Tensor
+    kl_penalty: Tensor
     equivariance: Tensor | None
     logvar: Tensor | None
-    priced_kl: Tensor
     nelbo: Tensor | None
 
     def logged(self, perceptual: Perceptual | None) -> dict[str, Tensor]:
-        """The terms under the names they have in logs: LPIPS under its trunk's, and only what is on."""
+        """The terms that are on, under the names they have in the log: LPIPS has that of its trunk."""
         named = {"reconstruction": self.reconstruction, "kl": self.kl}
         if perceptual is not None:
             named[perceptual.name] = self.lpips
-        if self.equivariance is not None:
-            named["equivariance"] = self.equivariance
-        if self.logvar is not None:
-            named["logvar"] = self.logvar
-        if self.nelbo is not None:
-            named["nelbo"] = self.nelbo
-        return named
+        optional = {"equivariance": self.equivariance, "logvar": self.logvar, "nelbo": self.nelbo}
+        return named | {name: term for name, term in optional.items() if term is not None}
 
     def nll(self, config: LossConfig) -> Tensor:
-        """What pulls on the reconstruction: everything but the KL term and the discriminator.
+        """All of the objective except the KL term and the discriminator's.
 
-        With a learned s, LDM's likelihood: (reconstruction + w·LPIPS) / e^s + s.
+        With a learned s it is LDM's likelihood, (reconstruction + w·LPIPS) / e^s + s.
         """
         nll = self.reconstruction + config.lpips_weight * self.lpips
         if self.equivariance is not None:
@@ -70,12 +79,13 @@ class LossTerms:
         return nll if self.logvar is None else nll * torch.exp(-self.logvar) + self.logvar
 
     def total(self, config: LossConfig, kl_weight: float) -> Tensor:
-        return self.nll(config) + kl_weight * self.priced_kl
+        """The objective without the discriminator's term."""
+        return self.nll(config) + kl_weight * self.kl_penalty
 
 
 def loss_terms(
     images: Tensor,
-    reconstruction: Tensor,
+    output: Tensor,
     posterior: DiagonalGaussian,
     config: LossConfig,
     perceptual: Perceptual | None,
@@ -85,62 +95,57 @@ def loss_terms(
     """The terms of one batch.
 
     Args:
-        images, reconstruction: (B, C, H, W) in [-1, 1]; any float dtype, reduced in fp32.
+        images: (B, C, H, W) in [-1, 1]; any float dtype, reduced in fp32.
+        output: what the decoder gives for them, in the same shape: reconstructions, or logits with «bce».
+        posterior: of the latents that were decoded.
+        config: which terms there are.
+        perceptual: None leaves LPIPS out.
         transformed: t(x) and D(t(z)), for the equivariance term.
         logvar: s, a scalar.
     """
-    pixels, perceived = compare(images, reconstruction, config.reconstruction, perceptual)
+    reconstruction, lpips = compare(images, output, config.reconstruction, perceptual)
     equivariance = None
     if transformed is not None:
-        other_pixels, other_perceived = compare(*transformed, config.reconstruction, perceptual)
-        equivariance = other_pixels + config.lpips_weight * other_perceived
+        other_reconstruction, other_lpips = compare(*transformed, config.reconstruction, perceptual)
+        equivariance = other_reconstruction + config.lpips_weight * other_lpips
     values = images[0].numel()
     kl = posterior.kl().mean() / values
-    priced = free_bits_kl(posterior, config.free_bits).mean() / values if config.free_bits > 0 else kl
-    nelbo = (pixels + kl).detach() * values if config.reconstruction == "bce" else None
-    return LossTerms(pixels, perceived, kl, equivariance, logvar, priced, nelbo)
+    return LossTerms(
+        reconstruction=reconstruction,
+        lpips=lpips,
+        kl=kl,
+        kl_penalty=free_bits_kl(posterior, config.free_bits).mean() / values if config.free_bits > 0 else kl,
+        equivariance=equivariance,
+        logvar=logvar,
+        nelbo=(reconstruction + kl).detach() * values if config.reconstruction == "bce" else None,
+    )
 
 
-def free_bits_kl(posterior: DiagonalGaussian, nats: float) -> Tensor:
-    """Σ_c max(λ, KL_c) of each image: below λ nats a latent channel costs the same, and has no pull to the prior.
+def compare(images: Tensor, output: Tensor, kind: str, perceptual: Perceptual | None) -> tuple[Tensor, Tensor]:
+    """Mean reconstruction error and mean LPIPS (0 when it is off) of a batch, in fp32.
 
-    Kingma et al. 2016, «Improving variational inference with inverse autoregressive flow», equation 15, with each
-    image's own KL in the place of the mini-batch's mean: so the gradient does not depend on how a batch is divided.
-
-    Returns: (B,), nats.
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        output: as in `loss_terms`.
+        kind: a key of RECONSTRUCTION_ERRORS.
+        perceptual: None leaves LPIPS out.
     """
-    return posterior.kl_map().sum(dim=(2, 3)).clamp(min=nats).sum(dim=1)
-
-
-def compare(images: Tensor, reconstruction: Tensor, kind: str, perceptual: Perceptual | None) -> tuple[Tensor, Tensor]:
-    """Mean pixel error and mean LPIPS (0 when it is off) of a batch, in fp32.
-
-    Args: reconstruction: in [-1, 1]; with «bce», logits.
-    """
-    images, reconstruction = images.float(), reconstruction.float()
-    error = reconstruction - images
-    if kind == "bce":
-        pixels = bernoulli_nll(images, reconstruction).mean() / images[0].numel()
-        reconstruction = pictures(reconstruction)
-    elif kind == "l1":
-        pixels = error.abs().mean()
-    elif kind == "l2":
-        pixels = error.square().mean()
-    else:
-        pixels = (error.square() + CHARBONNIER_EPS**2).sqrt().mean()
-    lpips = images.new_zeros(()) if perceptual is None else perceptual(reconstruction, images).mean()
-    return pixels, lpips
+    images, output = images.float(), output.float()
+    error = RECONSTRUCTION_ERRORS[kind](images, output)
+    if perceptual is None:
+        return error, images.new_zeros(())
+    return error, perceptual(bernoulli_mean(output) if kind == "bce" else output, images).mean()
 
 
 @dataclass(frozen=True)
 class Transformation:
-    """What equivariance compares: shrink by `scale`, after rotating by `quarter_turns` · 90 degrees."""
+    """A transformation of images and latents: rotate by `quarter_turns` · 90 degrees, then shrink by `scale`."""
 
     scale: float
     quarter_turns: int
 
-    def __call__(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, C, H, W) images or latents -> (B, C, *size), filtered against aliasing, which is computed in fp32."""
+    def __call__(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        """(B, C, H, W) images or latents -> (B, C, *size), with an antialiasing filter that is computed in fp32."""
         x = torch.rot90(x, self.quarter_turns, dims=(2, 3))
         if x.shape[2:] == size:
             return x
@@ -177,7 +182,7 @@ def kl_weight_at(step: int, config: LossConfig) -> float:
 def learning_rate_at(step: int, peak: float, config: OptimizerConfig, steps: int) -> float:
     """The learning rate of step `step` of `steps`, counted from 0: linear warm-up, then constant or a half cosine.
 
-    A function of the step alone, so a continued run needs no schedule's state.
+    It depends on the step alone, so a run can be continued without a scheduler's state.
     """
     if step < config.warmup_steps:
         return peak * (step + 1) / (config.warmup_steps + 1)

@@ -1,18 +1,18 @@
-"""The two players, the VAE and its discriminator, and what each needs to learn."""
+"""The two networks that learn, VAE and discriminator, each with its optimizer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdvae.errors import InputError
-from sdvae.model import AutoencoderKL
+from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.roundtrip import decode_output, encode_images
 from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
 from sdvae.training.discriminator import LeCam, PatchDiscriminator
@@ -23,8 +23,35 @@ from sdvae.tutorial.adversary import LatentDiscriminator
 FROZEN_PARTS = ("encoder.", "quant_conv.")  # all that latents depend on
 
 
+class VAEOutput(NamedTuple):
+    """What a training step gets from the VAE.
+
+    It is a tuple of tensors, because accelerate converts those to fp32 where the VAE ran under autocast.
+
+    Attributes:
+        reconstruction: (B, C, H, W), what the decoder gives: images in [-1, 1], or logits.
+        moments: (B, 2C_z, h, w), parameters of the posterior.
+        transformed: D(t(z)), where a transformation was given.
+        logvar: s, the log-variance of the likelihood, where it is learned.
+    """
+
+    reconstruction: Tensor
+    moments: Tensor
+    transformed: Tensor | None
+    logvar: Tensor | None
+
+    @property
+    def posterior(self) -> DiagonalGaussian:
+        return DiagonalGaussian(self.moments)
+
+    @property
+    def nll_depends_on(self) -> list[Tensor]:
+        """The outputs that the objective without its KL term is a function of; the reconstruction is first."""
+        return [x for x in (self.reconstruction, self.transformed, self.logvar) if x is not None]
+
+
 class TrainingForward(nn.Module):
-    """Everything of a step that has a gradient in the VAE, in one forward: DDP and autocast wrap this.
+    """Everything in a step that has a gradient in the VAE, in one forward pass, which DDP and autocast wrap.
 
     Attributes:
         logvar: s, the log-variance of the likelihood, where it is learned.
@@ -40,28 +67,32 @@ class TrainingForward(nn.Module):
         images: Tensor,
         generators: list[torch.Generator],
         transformation: Transformation | None,
-        labels: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(B, C, H, W) in [-1, 1] -> reconstruction (B, C, H, W), moments (B, 2C_z, h, w), D(t(z)), s.
+        **conditioning: Tensor,
+    ) -> VAEOutput:
+        """Encode, sample, and decode the sample and its transformation.
 
-        Args: labels: (B,) int64, for a conditional VAE.
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+            generators: of the posterior's noise, one for each image.
+            transformation: of the equivariance term.
+            conditioning: what else `encode` and `decode` take, such as labels.
         """
-        posterior = encode_images(self.vae, images, labels)
+        posterior = encode_images(self.vae, images, **conditioning)
         z = posterior.sample(generators)
         transformed = None
         if transformation is not None:
             small = transformation(z, transformation.latent_size(z))
-            given = {} if labels is None else {"labels": labels}
-            transformed = self.vae.decode(small, **given).sample
-        return decode_output(self.vae, z, images.shape[2:], labels), posterior.parameters, transformed, self.logvar
+            transformed = self.vae.decode(small, **conditioning).sample
+        reconstruction = decode_output(self.vae, z, images.shape[2:], **conditioning)
+        return VAEOutput(reconstruction, posterior.parameters, transformed, self.logvar)
 
 
 class Player:
-    """A network that learns.
+    """A network that learns, with its optimizer.
 
     Attributes:
-        network: its weights and their names.
-        wrapped: the same under DDP and autocast; every forward pass of its own step goes through it.
+        network: the module itself.
+        wrapped: the module under DDP and autocast, through which every forward pass of its own training goes.
         optimizer: over the parameters that train.
     """
 
@@ -79,7 +110,7 @@ class Player:
             group["lr"] = learning_rate
 
     def clip(self, scaler: Any, max_norm: float) -> Tensor:
-        """Clip the gradients to a global norm; returns the norm before."""
+        """Clip the gradients to a global norm, and return the norm that they had."""
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         return nn.utils.clip_grad_norm_(self.trained, max_norm)
@@ -90,16 +121,26 @@ class Player:
         else:
             scaler.step(self.optimizer)
 
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take the moments from an optimizer's state, and leave its settings as the recipe has them now."""
+        groups = self.optimizer.param_groups
+        settings = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
+        self.optimizer.load_state_dict(state)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
 
 class Players:
-    """The VAE, its moving average, and the discriminator where there is one.
+    """The VAE, the moving average of its weights, and the discriminator where there is one.
 
     Args:
-        vae: on the accelerator's device; parameters that do not train are frozen already, since DDP counts
-            on that.
+        vae: on the accelerator's device. Parameters that do not train must be frozen already, since DDP expects a
+            gradient from all others.
+        config: the recipe.
+        accelerator: wraps the networks.
     """
 
     def __init__(self, vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator):
@@ -130,12 +171,12 @@ class Players:
             yield "discriminator", self.discriminator
 
     def set_learning_rates(self, step: int, config: TrainConfig) -> dict[str, float]:
-        """Set both for step `step`, counted from 0, and return them under their names in logs."""
+        """Set the learning rates of step `step`, counted from 0, and return them under their names in the log."""
         optimizer, settings = config.optimizer, config.loss.discriminator
         rates = {"learning_rate": learning_rate_at(step, optimizer.learning_rate, optimizer, config.steps)}
         self.generator.set_learning_rate(rates["learning_rate"])
         if self.discriminator is not None:
-            # the VAE's schedule, and a warm-up of its own
+            # the schedule of the VAE, after a warm-up of its own
             peak = settings.learning_rate or optimizer.learning_rate
             warmup = min(1.0, max(0, step - settings.start_step + 1) / (optimizer.warmup_steps + 1))
             rate = warmup * learning_rate_at(max(step, optimizer.warmup_steps), peak, optimizer, config.steps)
@@ -145,7 +186,13 @@ class Players:
 
 
 def build_discriminator(vae: AutoencoderKL, settings: DiscriminatorConfig, resolution: int) -> nn.Module:
-    """Args: resolution: side in pixels of the training crops."""
+    """A discriminator for the images or the latents of a VAE.
+
+    Args:
+        vae: gives the number of channels.
+        settings: what it sees, and its size.
+        resolution: side in pixels of the training crops.
+    """
     if settings.sees == "images":
         return PatchDiscriminator(vae.config.in_channels, settings.layers, settings.width, settings.norm)
     side = math.ceil(resolution / vae.spatial_compression_ratio)
@@ -153,7 +200,7 @@ def build_discriminator(vae: AutoencoderKL, settings: DiscriminatorConfig, resol
 
 
 def freeze_encoder(vae: AutoencoderKL) -> None:
-    """Leave the latent space as it is: only decoder and post_quant_conv train."""
+    """Train only the decoder and post_quant_conv, so that the latent space stays as it is."""
     for name, parameter in vae.named_parameters():
         if name.startswith(FROZEN_PARTS):
             parameter.requires_grad_(False)
@@ -161,7 +208,7 @@ def freeze_encoder(vae: AutoencoderKL) -> None:
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """In here `network` passes gradients on to its input and keeps none for itself."""
+    """A context in which `network` passes gradients on to its input, and its parameters get none."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -173,7 +220,11 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """Raises: InputError when bitsandbytes is asked for and not installed."""
+    """AdamW over the parameters that train.
+
+    Raises:
+        InputError: when bitsandbytes is asked for and not installed.
+    """
     trained = [p for p in network.parameters() if p.requires_grad]
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": betas, "weight_decay": config.weight_decay}
     if config.kind == "adamw_8bit":

@@ -1,4 +1,8 @@
-"""What looks wrong before the first step: each finding is one line with its numbers and a remedy."""
+"""What can be seen to be wrong before the first step: each finding is one line with its numbers and a remedy.
+
+config.py checks the recipe by itself; `check_recipe`, the recipe with the VAE, the data and LPIPS's trunk; `probe`, the
+first images.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ from sdvae.model import AutoencoderKL
 from sdvae.noise import posterior_generators
 from sdvae.roundtrip import decode_images, decode_output, encode_images
 from sdvae.training.config import TrainConfig
-from sdvae.training.discriminator import smallest_side
 from sdvae.training.objective import loss_terms
 
 LARGE = 20e6  # parameters; a VAE as large as SD's has 84 million
@@ -22,25 +25,48 @@ FEW_VALIDATION_IMAGES = 8
 SMALLEST_LATENT_STD, LARGEST_LATENT_STD = 1e-3, 1e3
 RECOGNISABLE_PSNR = 15.0  # dB; kl-f8 has 23.4 on COCO
 PROBED_IMAGES = 4
-SMALLEST_LPIPS_SIDE = 32  # pixels; below, the trunks' last pooling has nothing left
 
 
 def check_recipe(
-    config: TrainConfig, *, images_per_step: int, train_images: int, validation_images: int, parameters: int
+    config: TrainConfig,
+    *,
+    images_per_step: int,
+    train_images: int,
+    validation_images: int,
+    parameters: int,
+    compression_ratio: int,
+    perceptual: str | None,
 ) -> list[str]:
     """Findings that need no forward pass.
 
-    Raises: InputError where the run could not work at all.
+    Args:
+        config: the recipe.
+        images_per_step: of all processes together.
+        train_images: how many there are.
+        validation_images: how many there are.
+        parameters: of the VAE.
+        compression_ratio: of the VAE, which may be one to be fine-tuned.
+        perceptual: LPIPS's name in the log, where it is on.
+
+    Raises:
+        InputError: where the run cannot work at all.
     """
+    metrics = ["psnr", "ssim"] + ([perceptual] if perceptual is not None else [])
+    metrics += ["nelbo"] if config.loss.reconstruction == "bce" else []
+    if config.checkpoint.best_metric not in metrics:
+        raise InputError(
+            f"got checkpoint.best_metric={config.checkpoint.best_metric!r}; need one of {', '.join(metrics)}"
+        )
+    sides = {"resolution": config.data.resolution, "validation_resolution": config.data.evaluation_resolution}
+    for key, side in sides.items():
+        if side % compression_ratio and not config.data.pad:
+            raise InputError(
+                f"got data.{key}={side}; need a multiple of {compression_ratio}, the compression ratio of "
+                f"{config.fine_tune.source}"
+            )
     findings = []
     gan = config.loss.discriminator
     if gan.weight > 0:
-        side = smallest_side(gan.layers)
-        if gan.sees == "images" and config.data.resolution < side:
-            raise InputError(
-                f"got data.resolution={config.data.resolution} with loss.discriminator.layers={gan.layers}; need "
-                f"crops of {side} pixels or more for one patch; take fewer layers"
-            )
         if gan.generator_start_step >= config.steps:
             findings.append(
                 f"the discriminator reaches the VAE in step {gan.generator_start_step + 1}, after the last, "
@@ -51,13 +77,6 @@ def check_recipe(
                 f"the discriminator's ramp ends in step {gan.generator_start_step + gan.ramp_steps + 1}, after the "
                 f"last, {config.steps}: its weight never reaches {gan.weight}; shorten loss.discriminator.ramp_steps"
             )
-    equivariance = config.loss.equivariance
-    shrunk = config.data.resolution * min(equivariance.scales)
-    if equivariance.weight > 0 and config.loss.lpips_weight > 0 and shrunk < SMALLEST_LPIPS_SIDE:
-        raise InputError(
-            f"got loss.equivariance.scales={list(equivariance.scales)} on crops of {config.data.resolution}; need "
-            f"images of {SMALLEST_LPIPS_SIDE} pixels or more for LPIPS; take larger factors or crops"
-        )
     rate = config.optimizer.learning_rate
     if parameters > LARGE and rate > LARGE_LEARNING_RATE:
         findings.append(
@@ -97,30 +116,38 @@ def probe(
     noise_seeds: Tensor,
     config: TrainConfig,
     perceptual: Perceptual | None,
-    labels: Tensor | None = None,
+    **conditioning: Tensor,
 ) -> list[str]:
-    """Findings from one forward pass over training images (B, C, H, W) in [-1, 1], with labels (B,) if there are."""
-    images = images[:PROBED_IMAGES]
-    labels = None if labels is None else labels[:PROBED_IMAGES]
-    posterior = encode_images(vae, images, labels)
-    z = posterior.sample(posterior_generators(noise_seeds[:PROBED_IMAGES]))
-    reconstruction = decode_output(vae, z, images.shape[2:], labels)
-    terms = loss_terms(images, reconstruction, posterior, config.loss, perceptual)
+    """Findings from one forward pass.
+
+    Args:
+        vae: before its first step.
+        images: (B, C, H, W) in [-1, 1], of the training images; PROBED_IMAGES are enough.
+        noise_seeds: (B,) int64.
+        config: the recipe.
+        perceptual: LPIPS, where it is on.
+        conditioning: what else the VAE is given.
+    """
+    posterior = encode_images(vae, images, **conditioning)
+    z = posterior.sample(posterior_generators(noise_seeds))
+    output = decode_output(vae, z, images.shape[2:], **conditioning)
+    terms = loss_terms(images, output, posterior, config.loss, perceptual)
     findings = []
     std = float(posterior.mean.std())
-    if not torch.isfinite(reconstruction).all():
+    if not torch.isfinite(output).all():
         findings.append("the first reconstruction is not finite: the weights or the precision are wrong")
     if not SMALLEST_LATENT_STD < std < LARGEST_LATENT_STD:
         what = "exploding" if std > 1 else "collapsing"
         findings.append(f"{what} latents: their std is {std:.3g} before the first step; check the starting weights")
-    pull, kl = float(terms.nll(config.loss)), config.loss.kl_weight * float(terms.kl)
-    if kl > pull:
+    nll, kl = float(terms.nll(config.loss)), config.loss.kl_weight * float(terms.kl)
+    if kl > nll:
         findings.append(
-            f"the weighed KL term, {kl:.3g}, is more than all of the reconstruction, {pull:.3g}: the posterior will "
+            f"the weighed KL term, {kl:.3g}, is more than all of the reconstruction, {nll:.3g}: the posterior will "
             "collapse; loss.kl_weight multiplies nats an image (LDM: 1e-6), as a beta near 1 would not"
         )
     if config.fine_tune.source is not None:
-        rows = image_metrics(images, decode_images(vae, posterior.mode(), images.shape[2:], labels), posterior, None)
+        reconstruction = decode_images(vae, posterior.mode(), images.shape[2:], **conditioning)
+        rows = image_metrics(images, reconstruction, posterior, None)
         psnr = sum(row["psnr"] for row in rows) / len(rows)
         if psnr < RECOGNISABLE_PSNR:
             findings.append(

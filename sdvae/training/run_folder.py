@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and where; and whether the next one continues it."""
+"""The run folder: what lies where, and whether a command continues the run in it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from sdvae.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# Fields that change nothing of what is learned. How a step's images are divided is free too, but with an adaptive
-# GAN weight, which is that of one forward pass.
+# Fields that may be changed when a run is continued, because they do not change what is learned. How a step's images
+# are divided into batches is one too, except with an adaptive GAN weight, which is computed for each forward pass.
 FREE_FIELDS = frozenset(
     {"output_dir", "overwrite", "checkpoint", "trackers", "log_every", "grid_images", "max_skipped_steps"}
     | {"data.num_workers", "data.cache_mib", "data.max_bad_fraction"}
@@ -34,10 +34,10 @@ BATCH_FIELDS = frozenset({"batch_size", "gradient_accumulation_steps"})
 class RunFolder:
     """config.yaml, metrics.jsonl, curves.png, images/, checkpoints/, model/, best_model/ and tracker logs.
 
-    Only the main process looks and writes here.
+    Only the main process reads and writes here.
     """
 
-    TRACKER = "sdvae"  # trackers' project name, and the folder of those that write files
+    TRACKER = "sdvae"  # project name for trackers, and the folder of those that write files
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
@@ -53,7 +53,11 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Raises: InputError when another process trains into this folder. A killed process's lock is gone with it."""
+        """A context in which no other process can train into this folder. The system frees a killed process's lock.
+
+        Raises:
+            InputError: when another process trains into it.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.lock, timeout=0):
@@ -64,9 +68,14 @@ class RunFolder:
             ) from error
 
     def find(self, config: TrainConfig, images_per_step: int) -> Path | None:
-        """The checkpoint to continue from, or None for a start from step 0. Loses and changes nothing.
+        """The checkpoint to continue from, or None for a start from step 0. No result of the run is changed.
 
-        Raises: InputError when the folder is not a run's, or is the run of another recipe.
+        Args:
+            config: the recipe, as the user wrote it.
+            images_per_step: of all processes together.
+
+        Raises:
+            InputError: when the folder is not that of a run, or is that of another recipe.
         """
         self.check_ours()
         if config.overwrite or not self.config.is_file():
@@ -85,14 +94,14 @@ class RunFolder:
         return found
 
     def open(self, config: TrainConfig, step: int) -> None:
-        """Make the folder that of a run which has done `step` steps; what it will write again goes."""
+        """Make the folder ready for a run that has done `step` steps: later lines of the log are removed."""
         if config.overwrite:
             self._sweep()
             self._remove(self.curves, self.images, self.root / self.TRACKER)
             self._remove(self.checkpoints, self.model, self.best_model)
-            self.metrics.write_bytes(b"")  # killed here, the folder is still known as a run's
+            self.metrics.write_bytes(b"")  # if the process is killed here, `check_ours` still accepts the folder
             self._remove(self.config)
-        for path, _ in self.damaged:  # out of the way of new ones, and of counting them
+        for path, _ in self.damaged:  # renamed, so that new ones can have their names, and `prune` does not count them
             path.rename(path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}"))
         self._forget_after(step)
         with replacing(self.config) as temporary:
@@ -105,9 +114,12 @@ class RunFolder:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def check_ours(self) -> None:
-        """A run's folder has its recipe and its log; one killed in its first moments may have an empty log only.
+        """Refuse a folder that is neither empty nor that of a run, which has a recipe and a log.
 
-        Raises: InputError when the folder holds something else, with which a run would mix.
+        A run that was killed in its first moments may have left an empty log only.
+
+        Raises:
+            InputError: when it holds files of something else.
         """
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"output_dir={self.root} is a file; need the path of a folder")
@@ -149,7 +161,7 @@ class RunFolder:
         return yaml.safe_load(self.config.read_text(encoding="utf-8"))
 
     def _forget_after(self, step: int) -> None:
-        """Drop lines of metrics.jsonl, and a torn last one, that the run will write again."""
+        """Remove the lines of metrics.jsonl that the run will write again, and an incomplete last one."""
         kept = []
         text = self.metrics.read_text(encoding="utf-8") if self.metrics.is_file() else ""
         for line in text.splitlines(keepends=True):
@@ -162,7 +174,7 @@ class RunFolder:
             temporary.write_text("".join(kept), encoding="utf-8")
 
     def _sweep(self) -> None:
-        """Put right what a killed process left beside its targets."""
+        """Finish or undo the replacements of files and folders in which a process was killed."""
         for folder in (self.root, self.checkpoints):
             for retired in folder.glob(".*.old-*"):
                 target = folder / retired.name[1:].partition(".old-")[0]
@@ -181,7 +193,7 @@ class RunFolder:
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
-    """The recipe as JSON and YAML hold it: tuples become lists."""
+    """The recipe as JSON and YAML hold it, with lists for tuples."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 

@@ -1,25 +1,130 @@
-"""What a run draws and saves. Called on the main process only."""
+"""What a validation leaves: figures in the log, pictures, model/ and best_model/."""
 
 from __future__ import annotations
 
+import logging
 import shutil
+from typing import Any
 
+from accelerate import Accelerator
 from PIL import Image
 
+from sdvae.data import BadImages, ImageSource
 from sdvae.io import replacing
+from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
 from sdvae.pictures import latent_figure, reconstruction_grid, training_curves
 from sdvae.training.config import TrainConfig
+from sdvae.training.data import evaluation_batches, first_images
+from sdvae.training.log import RunLog
 from sdvae.training.model_card import GRID_NAME, model_card
+from sdvae.training.players import Players
 from sdvae.training.run_folder import RunFolder
-from sdvae.training.validation import ValidationResult
+from sdvae.training.state import Progress
+from sdvae.training.validation import ValidationResult, measure_latents, validate
 from sdvae.weights.read import check_tensors
+
+logger = logging.getLogger(__name__)
 
 SMALLEST_TILE = 96  # pixels: room for a caption
 
 
+class Validator:
+    """Validates the moving average of the weights, and saves it.
+
+    Args:
+        config: the recipe, with the model section of the VAE that trains.
+        players: of the run.
+        source: validation images.
+        train_source: the first of these, in the order of the first epoch, measure the scaling factor.
+        perceptual: LPIPS, where it is on.
+        bad_images: takes note of images that cannot be read.
+        run: where pictures and models go.
+        log: takes the figures.
+        accelerator: of the run.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        players: Players,
+        source: ImageSource,
+        train_source: ImageSource,
+        perceptual: Perceptual | None,
+        bad_images: BadImages,
+        run: RunFolder,
+        log: RunLog,
+        accelerator: Accelerator,
+    ):
+        self.config = config
+        self.players = players
+        self.source = source
+        self.measured = first_images(train_source, config.scale_images, config.seed)
+        self.perceptual = perceptual
+        self.bad_images = bad_images
+        self.run = run
+        self.log = log
+        self.accelerator = accelerator
+
+    def __call__(self, progress: Progress) -> None:
+        """Measure, draw, and save model/, and best_model/ too where it is the best so far.
+
+        Every process must call it.
+        """
+        config, step, average = self.config, progress.step, self.players.ema.model
+        if config.validate_raw:
+            self.players.vae.eval()
+            self.log.report("validation_raw", self._validate(self.players.vae).metrics, step)
+            self.players.vae.train()
+        result = self._validate(average)
+        self.log.report("validation", result.metrics, step)
+        if not config.fine_tune.freeze_encoder:  # else the latents, and with them the factors, are what they were
+            batches = evaluation_batches(self.measured, config, self.accelerator)
+            moments = measure_latents(average, batches, self.accelerator, self.bad_images)
+            scaling_factor, shift_factor = moments.factors(with_shift=config.model.measure_shift)
+            average.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
+        improved = is_better(result.metrics, progress.best, config.checkpoint.best_metric)
+        if improved:
+            name = config.checkpoint.best_metric
+            progress.best = {"metric": name, "value": result.metrics[name], "step": step}
+        if self.accelerator.is_main_process:
+            for complaint in result.health.complaints():
+                logger.warning("latents: %s", complaint)
+            self.log.picture("reconstructions", draw(result, self.run, step), step)
+            save_model(self.run, average, config, result, step, progress.position)
+            if improved:
+                keep_best(self.run)
+        progress.validated = True
+
+    def _validate(self, vae: AutoencoderKL) -> ValidationResult:
+        batches = evaluation_batches(self.source, self.config, self.accelerator)
+        keep, seed = self.config.grid_images, self.config.seed
+        return validate(vae, batches, self.accelerator, self.perceptual, self.bad_images, keep, seed)
+
+
+def is_better(metrics: dict[str, float], best: dict[str, Any], name: str) -> bool:
+    """Whether a validation is better than the best so far, or than none by this metric.
+
+    Args:
+        metrics: of the validation.
+        best: `Progress.best`.
+        name: the metric that counts.
+    """
+    if best.get("metric") != name:
+        return True
+    return metrics[name] < best["value"] if lower_is_better(name) else metrics[name] > best["value"]
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric.startswith("lpips") or metric == "nelbo"
+
+
 def draw(result: ValidationResult, run: RunFolder, step: int) -> Image.Image:
-    """Write the reconstruction grid and the latents of this step, and the curves so far; returns the grid."""
+    """Draw the reconstruction grid and the latents of this step, and the curves so far.
+
+    Returns:
+        The grid.
+    """
     grid = grid_of(result)
     grid.save(run.images / f"step-{step:08d}.png")
     latent_figure(result.health).save(run.images / f"latents-{step:08d}.png")
@@ -28,7 +133,7 @@ def draw(result: ValidationResult, run: RunFolder, step: int) -> Image.Image:
 
 
 def grid_of(result: ValidationResult) -> Image.Image:
-    """The reconstruction grid; images as small as MNIST's in larger pixels."""
+    """The reconstruction grid. Small images, such as MNIST's, are enlarged."""
     times = -(-SMALLEST_TILE // result.images.shape[-1])
     larger = [
         x.repeat_interleave(times, 2).repeat_interleave(times, 3) for x in (result.images, result.reconstructions)
@@ -41,16 +146,15 @@ def save_model(
     vae: AutoencoderKL,
     config: TrainConfig,
     result: ValidationResult,
-    factors: tuple[float, float | None],
     step: int,
     images_seen: int,
 ) -> None:
-    """Write model/: weights, config.json, model card and grid; whole or not at all.
+    """Write model/, whole or not at all: weights, config.json, model card and reconstruction grid.
 
-    Args: factors: scaling_factor and shift_factor.
+    Raises:
+        InputError: when a weight is not finite.
     """
     check_tensors(vae.state_dict(), "the trained VAE")
-    vae.register_to_config(scaling_factor=factors[0], shift_factor=factors[1])
     card = model_card(config, vae, result, step=step, images_seen=images_seen)
     with replacing(run.model) as folder:
         vae.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: finish the step, write a checkpoint, leave with 128 + the signal's number."""
+"""SIGTERM and SIGINT: finish the step, write a checkpoint, exit with 128 + the signal's number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """While entered, a first signal is noted and a second one acts as it would have without this.
+    """A context in which the first signal is noted, and a second one has its usual effect.
 
     Attributes:
         received: the signal's number, or None.
@@ -23,7 +23,7 @@ class StopSignal:
         self._former: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             for number in SIGNALS:
                 self._former[number] = signal.signal(number, self._note)
         return self
@@ -44,5 +44,5 @@ class StopSignal:
         return self.received is not None
 
     def stopped(self, message: str) -> Stopped:
-        """The exception that ends the run. A process that only heard of it from the others takes SIGTERM's code."""
+        """The exception that ends the run, with the exit code of SIGTERM where only another process got the signal."""
         return Stopped(message, self.received or signal.SIGTERM)

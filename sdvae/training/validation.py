@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -19,15 +19,25 @@ from sdvae.metrics.image import image_metrics
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
 from sdvae.noise import posterior_generators, sample_seed
-from sdvae.roundtrip import decode_images, decode_output, encode_images
-from sdvae.statistics import LatentHealth, LatentMoments
-from sdvae.tutorial.likelihood import bernoulli_nll
+from sdvae.roundtrip import decode_images, encode_images
+from sdvae.statistics import LatentHealth, LatentMoments, Sums
+from sdvae.training.data import conditioning_of
+from sdvae.tutorial.likelihood import elbo_figures
+
+StatisticsT = TypeVar("StatisticsT", bound=Sums)
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Means over the validation images, the state of their latents, and the first few images with their
-    reconstructions (CPU, fp32)."""
+    """What a validation found.
+
+    Attributes:
+        metrics: means over the validation images, and figures of their latents.
+        health: statistics of their latents.
+        per_image: the figures of each image, with its `index` and `name`.
+        images: the first few images, (N, C, R, R) in [-1, 1], fp32 on the CPU.
+        reconstructions: theirs, in the same shape.
+    """
 
     metrics: dict[str, float]
     health: LatentHealth
@@ -44,22 +54,26 @@ def validate(
     perceptual: Perceptual | None,
     bad_images: BadImages,
     keep: int,
-    bernoulli_seed: int | None = None,
+    seed: int = 0,
     *,
     full_precision: bool = False,
 ) -> ValidationResult:
-    """Reconstruct each process's share of the images from the posterior's mode, and merge the figures.
+    """Reconstruct each process's share of the images from the posterior's mode, and average over all processes.
 
     Args:
-        batches: this process's part: `image` (B, C, R, R), `name`, `index`, the place in the whole set, and `bad`.
+        vae: on the accelerator's device.
+        batches: this process's share: `image` (B, C, R, R), `name`, `index`, the place in the whole set, and `bad`.
+        accelerator: of the run.
+        perceptual: LPIPS, where it is on.
         bad_images: takes note of the images that could not be read.
         keep: how many images, from the first on, come back as tensors.
-        bernoulli_seed: given for a VAE whose output is logits: then `nelbo`, `distortion` and `rate` are measured too,
-            in nats an image, with one posterior sample keyed on this seed and the image.
-        full_precision: without the accelerator's autocast, which one that was made for training in this process
-            hands on to all later ones.
+        seed: of the posterior sample that the ELBO of a VAE with a Bernoulli likelihood is estimated from. Its
+            `nelbo`, `distortion` and `rate` are then among the metrics, in nats an image.
+        full_precision: compute without autocast, whatever the accelerator says. (Accelerators share one precision in
+            a process: that of a training before this would count.)
 
-    Raises: InputError when no image can be read, or when a figure is not finite.
+    Raises:
+        InputError: when no image can be read, or when a figure is not finite.
     """
     health = LatentHealth(vae.config.latent_channels)
     rows: list[dict[str, Any]] = []
@@ -67,19 +81,17 @@ def validate(
     autocast = nullcontext if full_precision else accelerator.autocast
     for batch in readable(batches, bad_images):
         images = batch["image"].to(accelerator.device)
-        labels = batch["label"].to(accelerator.device) if "label" in batch else None
+        conditioning = conditioning_of(batch, accelerator.device)
         with autocast():
-            posterior = encode_images(vae, images, labels)
-            reconstruction = decode_images(vae, posterior.mode(), images.shape[2:], labels)
+            posterior = encode_images(vae, images, **conditioning)
+            reconstruction = decode_images(vae, posterior.mode(), images.shape[2:], **conditioning)
         health.update(posterior)
         figures: list[dict[str, float]] = [{} for _ in images]
-        if bernoulli_seed is not None:
-            seeds = [sample_seed(bernoulli_seed, 0, index, "validation") for index in batch["index"]]
+        if vae.likelihood == "bernoulli":
+            seeds = [sample_seed(seed, 0, index, "validation") for index in batch["index"]]
+            noise = posterior_generators(torch.tensor(seeds))
             with autocast():
-                z = posterior.sample(posterior_generators(torch.tensor(seeds)))
-                distortion = bernoulli_nll(images, decode_output(vae, z, images.shape[2:], labels))
-            for row, d, r in zip(figures, distortion.tolist(), posterior.kl().tolist(), strict=True):
-                row |= {"nelbo": d + r, "distortion": d, "rate": r}
+                figures = elbo_figures(vae, images, posterior, noise, **conditioning)
         for i, metrics in enumerate(image_metrics(images, reconstruction, posterior, perceptual)):
             rows.append({"index": batch["index"][i], "name": batch["name"][i], **figures[i], **metrics})
             if len(kept) < keep:
@@ -89,7 +101,7 @@ def validate(
     kept = sorted(gather_object(kept), key=lambda entry: entry[0])[:keep]
     if not rows:
         raise InputError("no validation image can be read; give others with data.validation_source or …_names")
-    health.sums = _sum_over_processes(health.sums, accelerator)
+    health = merged(health)
     names = [name for name in rows[0] if name not in ("index", "name")]
     metrics = {name: sum(row[name] for row in rows) / len(rows) for name in names}
     broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
@@ -111,20 +123,27 @@ def measure_latents(
     """Moments of the latents over every process's share of the images."""
     moments = LatentMoments(vae.config.latent_channels)
     for batch in readable(batches, bad_images):
-        labels = batch["label"].to(accelerator.device) if "label" in batch else None
+        conditioning = conditioning_of(batch, accelerator.device)
         with accelerator.autocast():
-            moments.update(encode_images(vae, batch["image"].to(accelerator.device), labels))
-    moments.sums = _sum_over_processes(moments.sums, accelerator)
-    return moments
+            moments.update(encode_images(vae, batch["image"].to(accelerator.device), **conditioning))
+    return merged(moments)
 
 
 def readable(batches: Iterable[dict[str, Any]], bad_images: BadImages) -> Iterator[dict[str, Any]]:
-    """The batches less those in which no image could be read."""
+    """The batches in which at least one image could be read. All bad images are noted."""
     for batch in batches:
         bad_images.add(batch["bad"])
         if batch["name"]:
             yield batch
 
 
-def _sum_over_processes(sums: Tensor, accelerator: Accelerator) -> Tensor:
-    return torch.stack(gather_object([sums])).sum(dim=0) if accelerator.num_processes > 1 else sums
+def merged(share: StatisticsT) -> StatisticsT:
+    """The statistics of all processes together. Every process must call it.
+
+    Args:
+        share: what this process has seen.
+    """
+    first, *others = gather_object([share])
+    for other in others:
+        first.merge(other)
+    return first

@@ -1,17 +1,20 @@
-"""The adversarial autoencoder's second player (Makhzani et al. 2016): it tells latents from draws of the prior."""
+"""The adversarial autoencoder's discriminator (Makhzani et al. 2016), which tells latents from draws of the prior."""
 
 from __future__ import annotations
 
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from sdvae.model import DiagonalGaussian
 from sdvae.noise import posterior_generators
 
 SLOPE = 0.2  # of the leaky ReLUs
 
 
 class LatentDiscriminator(nn.Module):
-    """All latents of an image -> `layers` of `width` units -> one logit: above zero means «from the prior».
+    """An MLP with `layers` hidden layers of `width` units over all latents of an image.
+
+    Its logit is above zero for «from the prior».
 
     (B, C_z, h, w) -> (B, 1).
     """
@@ -27,6 +30,22 @@ class LatentDiscriminator(nn.Module):
         return self.layers(latents)
 
 
+def posterior_and_prior_samples(posterior: DiagonalGaussian, noise_seeds: Tensor) -> tuple[Tensor, Tensor]:
+    """What the discriminator is to tell apart: samples of the posterior, with gradients, and as many of the prior.
+
+    Args:
+        posterior: over (B, C_z, h, w).
+        noise_seeds: (B,) int64; the posterior's samples are those that these seeds give everywhere else.
+    """
+    z = posterior.sample(posterior_generators(noise_seeds))
+    return z, prior_samples(z, noise_seeds)
+
+
 def prior_samples(like: Tensor, noise_seeds: Tensor) -> Tensor:
-    """z ~ N(0, I) in the shape of `like`, (B, C_z, h, w); each image has its own, other than its posterior's noise."""
+    """z ~ N(0, I) in the shape of `like`, (B, C_z, h, w), from noise that is independent of the posterior's.
+
+    Args:
+        like: gives shape, device and dtype.
+        noise_seeds: (B,) int64, one for each image.
+    """
     return randn_tensor(like.shape, posterior_generators(~noise_seeds), like.device, like.dtype)

@@ -1,11 +1,11 @@
 """The ELBO of a VAE with a Bernoulli likelihood, a tighter bound on log p(x), and pictures drawn from the prior.
 
-This is the one place that says what the decoder's output means when `loss.reconstruction` is «bce»: the logit of each
-pixel's brightness. Images stay in [-1, 1] as everywhere; `probabilities` takes them to [0, 1], where the cross-entropy
-counts a grey value as the probability of white, as the tutorials on MNIST do, and `pictures` takes logits to [-1, 1].
+With a Bernoulli likelihood («bce» in `loss.reconstruction`) the decoder gives the logit of each pixel's brightness.
+Images are in [-1, 1] as everywhere. `probabilities` maps them to [0, 1], where the cross-entropy takes a grey value for
+the probability of white, as the tutorials on MNIST do; `sdvae.roundtrip.bernoulli_mean` maps logits to [-1, 1].
 
-All figures are in nats an image, summed over its values. An image that was padded for the encoder is compared over its
-own pixels only, so MNIST's figures are over 28 · 28 of them.
+All figures are in nats for each image, summed over its values. An image that was padded for the encoder is compared
+over its own pixels only, so MNIST's figures are over 28 · 28 of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL, DiagonalGaussian
-from sdvae.roundtrip import crop_to, decode_output, encode_images
+from sdvae.roundtrip import bernoulli_mean, crop_to, decode_output, encode_images
 
 
 def probabilities(images: Tensor) -> Tensor:
@@ -27,27 +27,48 @@ def probabilities(images: Tensor) -> Tensor:
     return (images + 1) / 2
 
 
-def pictures(logits: Tensor) -> Tensor:
-    """Logits -> [-1, 1]: the Bernoulli's mean, 2 sigmoid(l) - 1 = tanh(l / 2)."""
-    return torch.tanh(logits / 2)
-
-
 def bernoulli_nll(images: Tensor, logits: Tensor) -> Tensor:
     """-log p(x|z) = -Σ x log p + (1 - x) log(1 - p), in nats (Kingma & Welling 2014, appendix C.1).
 
-    Args: images: (B, C, H, W) in [-1, 1]. logits: of p, in the same shape.
+    Args:
+        images: x, (B, C, H, W) in [-1, 1].
+        logits: of p, in the same shape.
 
-    Returns: (B,) in fp32 or wider.
+    Returns:
+        (B,) in fp32 or wider.
     """
     targets = probabilities(images.to(torch.promote_types(images.dtype, torch.float32)))
     return F.binary_cross_entropy_with_logits(logits.to(targets), targets, reduction="none").sum(dim=(1, 2, 3))
 
 
+def bernoulli_error(images: Tensor, logits: Tensor) -> Tensor:
+    """The mean of `bernoulli_nll` over the batch, in nats for each value: a scalar."""
+    return bernoulli_nll(images, logits).mean() / images[0].numel()
+
+
+def free_bits_kl(posterior: DiagonalGaussian, nats: float) -> Tensor:
+    """Σ_c max(λ, KL_c) for each image: a latent channel that costs less than λ nats counts as λ and has no gradient.
+
+    Kingma et al. 2016, «Improving variational inference with inverse autoregressive flow», equation 15, with the KL of
+    each image in place of the mean over the mini-batch, so that the gradient does not depend on how a batch is divided.
+
+    Args:
+        posterior: over (B, C, h, w).
+        nats: λ.
+
+    Returns:
+        (B,), nats.
+    """
+    return posterior.kl_map().sum(dim=(2, 3)).clamp(min=nats).sum(dim=1)
+
+
 @dataclass(frozen=True)
 class Elbo:
-    """The two terms of the negative ELBO of each image, in nats, (B,) each.
+    """The two terms of the negative ELBO of each image, in nats, with the names of Alemi et al. 2018.
 
-    distortion: -log p(x|z) for a z from the posterior. rate: KL(q(z|x) || p(z)). (Alemi et al. 2018 name them so.)
+    Attributes:
+        distortion: -log p(x|z) for a z from the posterior, (B,).
+        rate: KL(q(z|x) || p(z)), (B,).
     """
 
     distortion: Tensor
@@ -66,19 +87,42 @@ def elbo(
     generator: torch.Generator | list[torch.Generator] | None = None,
     sample_posterior: bool = True,
 ) -> Elbo:
-    """One sample's estimate of the ELBO of each image (Kingma & Welling 2014, equation 7 with L = 1).
+    """The ELBO of each image, estimated from one sample (Kingma & Welling 2014, equation 7 with L = 1).
 
     Args:
+        vae: of a Bernoulli likelihood.
         images: (B, C, H, W) in [-1, 1].
-        labels: (B,), of a conditional VAE: then all is given the label, log p(x|y) >= …
+        labels: (B,), of a conditional VAE; the ELBO is then a bound on log p(x|y).
         generator: of the posterior's noise; a list has one for each image.
-        sample_posterior: False takes z = μ instead: what tutorials print as the test loss, since their models sample
-            in training only. It bounds nothing.
+        sample_posterior: False takes z = μ instead, which gives no bound. Many tutorials print it as their test loss,
+            since their models sample in training only.
     """
     posterior = encode_images(vae, images, labels)
     z = posterior.sample(generator) if sample_posterior else posterior.mode()
     logits = decode_output(vae, z, images.shape[2:], labels)
     return Elbo(bernoulli_nll(images, logits), posterior.kl())
+
+
+def elbo_figures(
+    vae: AutoencoderKL,
+    images: Tensor,
+    posterior: DiagonalGaussian,
+    generators: list[torch.Generator],
+    labels: Tensor | None = None,
+) -> list[dict[str, float]]:
+    """`nelbo`, `distortion` and `rate` of each image, from one sample of a posterior that is known already.
+
+    Args:
+        vae: as in `elbo`, and so are `images` and `labels`.
+        images: (B, C, H, W) in [-1, 1].
+        posterior: of these images.
+        generators: of the posterior's noise, one for each image.
+        labels: (B,), of a conditional VAE.
+    """
+    z = posterior.sample(generators)
+    distortion = bernoulli_nll(images, decode_output(vae, z, images.shape[2:], labels)).tolist()
+    pairs = zip(distortion, posterior.kl().tolist(), strict=True)
+    return [{"nelbo": d + r, "distortion": d, "rate": r} for d, r in pairs]
 
 
 def log_likelihood(
@@ -89,13 +133,19 @@ def log_likelihood(
     samples: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The importance-weighted estimate of log p(x), in nats: a lower bound in expectation, tighter with each sample.
+    """The importance-weighted estimate of log p(x), in nats: in expectation a lower bound, tighter with more samples.
 
     log 1/K Σ_k p(x|z_k) p(z_k) / q(z_k|x) with z_k from q (Burda et al. 2016, equation 8); K = 1 is the ELBO.
 
-    Args: as of `elbo`; samples: K, at least 1.
+    Args:
+        vae: of a Bernoulli likelihood.
+        images: (B, C, H, W) in [-1, 1].
+        labels: (B,), of a conditional VAE.
+        samples: K, at least 1.
+        generator: of the posterior's noise.
 
-    Returns: (B,).
+    Returns:
+        (B,).
     """
     posterior = encode_images(vae, images, labels)
     prior = DiagonalGaussian(torch.zeros_like(posterior.parameters))
@@ -115,15 +165,22 @@ def draw_from_prior(
     generator: torch.Generator | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """Pictures from z ~ N(0, I), not from any image: (count, C, side, side) in [-1, 1].
+    """Pictures from z ~ N(0, I).
 
     Args:
-        side: pixels, of the images that the VAE was trained on.
+        vae: of a Bernoulli likelihood.
+        count: how many.
+        side: of the images that the VAE was trained on, in pixels.
         labels: (count,), of a conditional VAE: what to draw.
-        guidance: w, which exaggerates what the label changes in p(x|z, y)^w p(x|z)^(1 - w), for a VAE trained with
-            data.label_dropout: Ho & Salimans 2022, equation 6, on the decoder's logits. 1 draws from p(x|z, y).
+        generator: of z.
+        guidance: w in p(x|z, y)^w p(x|z)^(1 - w), for a VAE trained with data.label_dropout: above 1 it exaggerates
+            what the label changes (Ho & Salimans 2022, equation 6, on the decoder's logits). 1 draws from p(x|z, y).
 
-    Raises: InputError for guidance without labels.
+    Returns:
+        (count, C, side, side) in [-1, 1].
+
+    Raises:
+        InputError: for guidance without labels.
     """
     if guidance != 1 and labels is None:
         raise InputError(f"got guidance={guidance} without labels; need labels to be guided by, or leave it out")
@@ -133,4 +190,4 @@ def draw_from_prior(
     logits = vae.decode(z, **given).sample
     if guidance != 1:
         logits = torch.lerp(vae.decode(z).sample, logits, guidance)
-    return pictures(crop_to(logits, side, side))
+    return bernoulli_mean(crop_to(logits, side, side))

@@ -1,0 +1,61 @@
+"""The adversarial term of the VAE's objective, and the weight that LDM gives it.
+
+The VAE minimises nll + w · g + kl_weight · KL with g = -E[D(x̂)]. LDM multiplies w by
+
+    |∂nll/∂W| / |∂g/∂W|,    W: the weight of the decoder's last convolution (Esser et al. 2021, eq. 7),
+
+so that both terms pull equally hard on W. Taken literally, that costs two more backward passes through LPIPS and the
+discriminator. But x̂ is the output of that convolution, so by the chain rule ∂nll/∂W follows from ∂nll/∂x̂, a tensor as
+large as the images, by the backward pass of one convolution, and so does ∂g/∂W from ∂g/∂x̂. Each of the two gradients at
+x̂ is therefore computed once. The last layer's gradients, and so the weight, follow from them, and the backward pass
+through the VAE starts from their weighted sum.
+"""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+# LDM, ldm/modules/losses/contperceptual.py, calculate_adaptive_weight. Both hold for its sums over C·H·W.
+ADAPTIVE_EPS = 1e-4
+ADAPTIVE_MAX = 1e4
+
+
+def adaptively_weighted(
+    outputs: list[Tensor], nll: Tensor, g: Tensor, weight: float, last_layer: Tensor, accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """nll + weight · adaptive weight · g, as a function of the VAE's outputs.
+
+    Args:
+        outputs: the outputs of the VAE that nll depends on, the reconstruction (B, C, H, W) first.
+        nll: a scalar, a function of all outputs.
+        g: a scalar, a function of the reconstruction.
+        weight: a factor of the adaptive weight.
+        last_layer: the weight W of the convolution that gives the reconstruction.
+
+    Returns:
+        A scalar that has the gradient of the weighted sum with respect to the outputs (its value means nothing), and
+        the weight of g, which is the same on every process.
+    """
+    reconstruction = outputs[0]
+    # fp16 loses small gradients, so they are computed from scaled losses and divided by the scale again
+    scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+    nll_gradients = [gradient / scale for gradient in torch.autograd.grad(nll * scale, outputs)]
+    g_gradient = torch.autograd.grad(g * scale, reconstruction)[0] / scale
+
+    layer_gradients = [
+        torch.autograd.grad(reconstruction, last_layer, grad_outputs=gradient * scale, retain_graph=True)[0] / scale
+        for gradient in (nll_gradients[0], g_gradient)
+    ]
+    # averaged over processes before the norms are taken, so that the weight is that of the whole batch
+    nll_norm, g_norm = accelerator.reduce(torch.stack(layer_gradients), reduction="mean").flatten(1).norm(dim=1)
+    values = reconstruction[0].numel()  # here nll is divided by C·H·W
+    adaptive = (values * nll_norm / (g_norm + ADAPTIVE_EPS)).clamp(max=ADAPTIVE_MAX) / values
+    gan_weight = torch.tensor(weight, device=reconstruction.device) * adaptive
+
+    gradients = [nll_gradients[0] + gan_weight * g_gradient, *nll_gradients[1:]]
+    objective = reconstruction.new_zeros(())
+    for output, gradient in zip(outputs, gradients, strict=True):
+        objective = objective + (output * gradient).sum()  # its gradient at `output` is `gradient`
+    return objective, gan_weight

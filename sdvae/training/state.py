@@ -1,0 +1,247 @@
+"""The state of a run: what a checkpoint holds, and how a run is continued from one.
+
+It is made of objects with `state_dict` and `load_state_dict`, as in torch. Networks and optimizers have a file each.
+The others share state.json, where each has keys of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from sdvae.data import BadImages, ImageSource
+from sdvae.errors import InputError
+from sdvae.training.checkpoint import Checkpoint, checkpoint_name, prune, read_checkpoint, write_checkpoint
+from sdvae.training.config import TrainConfig
+from sdvae.training.log import Meter
+from sdvae.training.players import Players
+
+logger = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """An object with keys in state.json."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its keys and their values, as JSON holds them. Every process must call it."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take its keys from the whole of state.json."""
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        step: steps done, skipped ones included.
+        position: samples consumed by all processes together.
+        skipped_in_a_row: how many of the last steps were skipped.
+        validated: whether the validation due at this step is done.
+        best: metric, value and step of the best validation.
+    """
+
+    step: int = 0
+    position: int = 0
+    skipped_in_a_row: int = 0
+    validated: bool = True
+    best: dict[str, Any] = field(default_factory=dict)
+
+    def advance(self, images: int, *, skipped: bool, validation_due: bool) -> None:
+        """Count a step of `images` samples."""
+        self.step += 1
+        self.position += images
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.validated = not validation_due
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key in asdict(self):
+            setattr(self, key, state[key])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run was begun with. A checkpoint that was begun with something else is refused.
+
+    Attributes:
+        config: the recipe.
+        images_per_step: of all processes together.
+        train_images: number of training images, which with the seed gives their order.
+        train_names: digest of the names of the training images.
+        perceptual: name of LPIPS's trunk.
+    """
+
+    config: dict[str, Any]
+    images_per_step: int
+    train_images: int
+    train_names: str
+    perceptual: str | None
+
+    def check(self, state: dict[str, Any], accept_changed_config: bool) -> None:
+        """Compare with the state.json of a checkpoint, except for the recipe, which `RunFolder.find` has compared.
+
+        Raises:
+            InputError: when images or trunk differ.
+        """
+        if state["train_images"] != self.train_images:
+            raise InputError(
+                f"data.source has {self.train_images} training images and had {state['train_images']} when the "
+                "run began, so its order would be another; restore them, or start anew with --overwrite=true"
+            )
+        if accept_changed_config:
+            return
+        if state["train_names"] != self.train_names:
+            raise InputError(
+                "data.source has other images than when the run began, by their names; restore them, start anew "
+                "with --overwrite=true, or continue with --checkpoint.accept_changed_config=true"
+            )
+        if state["perceptual"] != self.perceptual:
+            raise InputError(
+                f"the run began with {state['perceptual']} and would go on with {self.perceptual}; give the same trunk "
+                "with loss.perceptual.weights, or continue with --checkpoint.accept_changed_config=true"
+            )
+
+
+class RunState:
+    """Everything that a run is continued from."""
+
+    def __init__(
+        self,
+        origin: Origin,
+        players: Players,
+        progress: Progress,
+        meter: Meter,
+        bad_images: BadImages,
+        accelerator: Accelerator,
+    ):
+        self.origin = origin
+        self.accelerator = accelerator
+        self.players = dict(players)
+        self.networks: dict[str, nn.Module] = {name: player.network for name, player in players}
+        self.networks["ema"] = players.ema.model
+        self.progress = progress
+        self.in_json: list[Stateful] = [
+            progress,
+            players.ema,
+            players.lecam,
+            _LossScaler(accelerator.scaler),
+            meter,
+            _BadImages(bad_images),
+        ]
+
+    def save(self, root: Path, keep_last: int) -> None:
+        """Write a checkpoint into `root`, and remove old ones when it is whole.
+
+        Every process must call it; the main one writes.
+        """
+        state = asdict(self.origin)
+        for part in self.in_json:
+            state |= part.state_dict()
+        if self.accelerator.is_main_process:
+            weights = {name: network.state_dict() for name, network in self.networks.items()}
+            optimizers = {name: player.optimizer.state_dict() for name, player in self.players.items()}
+            folder = root / checkpoint_name(self.progress.step)
+            write_checkpoint(folder, Checkpoint(weights, optimizers, state))
+            prune(root, keep_last)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, folder: Path, config: TrainConfig) -> None:
+        """Continue from the checkpoint in `folder`.
+
+        Raises:
+            InputError: when the checkpoint does not fit, before anything of it is loaded.
+        """
+        checkpoint = read_checkpoint(folder)
+        for name, network in self.networks.items():
+            if name in checkpoint.weights:
+                check_fit(network.state_dict(), checkpoint.weights[name], f"{folder}/{name}.safetensors")
+            elif name != "discriminator":  # a changed recipe may add one
+                raise InputError(f"{folder} lacks {name}.safetensors")
+        self.origin.check(checkpoint.state, config.checkpoint.accept_changed_config)
+        optimizers = self._optimizers_that_fit(checkpoint, config.optimizer.kind)
+
+        for name, network in self.networks.items():
+            if name in checkpoint.weights:
+                network.load_state_dict(checkpoint.weights[name])
+        for name, player in self.players.items():
+            if name in optimizers:
+                player.load_optimizer(optimizers[name])
+        for part in self.in_json:
+            part.load_state_dict(checkpoint.state)
+        logger.info("continuing from %s", folder)
+
+    def _optimizers_that_fit(self, checkpoint: Checkpoint, kind: str) -> dict[str, dict[str, Any]]:
+        """The optimizers' states; none where the recipe now has an optimizer that cannot take them.
+
+        Raises:
+            InputError: when the number of trained parameters has changed.
+        """
+        kinds = {kind, checkpoint.state["config"]["optimizer"]["kind"]}
+        if len(kinds) > 1 and "adamw_8bit" in kinds:
+            logger.warning("optimizer.kind has changed: the optimizer's moments start anew")
+            return {}
+        for name, player in self.players.items():
+            if name in checkpoint.optimizers:
+                groups = checkpoint.optimizers[name]["param_groups"]
+                before, now = sum(len(group["params"]) for group in groups), len(player.trained)
+                if before != now:
+                    raise InputError(
+                        f"{now} parameters of the {name} train and {before} did when the run began; start a new run "
+                        "from its model with fine_tune.source"
+                    )
+        return checkpoint.optimizers
+
+
+class _LossScaler:
+    """fp16's loss scale."""
+
+    def __init__(self, scaler: Any):
+        self._scaler = scaler
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss_scaler": self._scaler.state_dict() if self._scaler is not None else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._scaler is not None and state["loss_scaler"] is not None:
+            self._scaler.load_state_dict(state["loss_scaler"])
+
+
+class _BadImages:
+    """The bad images that all processes have met, so that they are reported and counted once in a run."""
+
+    def __init__(self, bad_images: BadImages):
+        self._bad_images = bad_images
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"bad_images": sorted(set(gather_object(self._bad_images.items())))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._bad_images.add([(name, reason) for name, reason in state["bad_images"]])
+
+
+def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str) -> None:
+    """Compare the names and shapes of weights.
+
+    Raises:
+        InputError: when they differ.
+    """
+    wrong = sorted(expected.keys() ^ found.keys())
+    wrong += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
+    if wrong:
+        raise InputError(f"{origin} does not fit the recipe's network: {len(wrong)} weights differ, such as {wrong[0]}")
+
+
+def digest_of_names(source: ImageSource) -> str:
+    """A digest of up to 10,000 names spread over the source, which changes when images come or go."""
+    step = max(1, len(source) // 10_000)
+    return f"{zlib.crc32(chr(10).join(source.name(i) for i in range(0, len(source), step)).encode()):08x}"
