@@ -52,7 +52,7 @@ posterior = vae.encode(images, labels=labels).latent_dist
 """
 
 LOGITS_TEXT = """
-The decoder's output is the logit of each pixel's brightness: `sdvae.roundtrip.link` maps it to images in [-1, 1].
+The decoder's output is the logit of each pixel's brightness. `sdvae.roundtrip.link` maps it to images in [-1, 1].
 """
 
 LDM_TEXT = """

@@ -8,7 +8,7 @@ from PIL import Image
 
 from sdvae.io import replacing
 from sdvae.model import AutoencoderKL
-from sdvae.pictures import latent_figure, reconstruction_grid, training_curves
+from sdvae.pictures import latent_plot, reconstruction_grid, training_curves
 from sdvae.training.config import TrainConfig
 from sdvae.training.model_card import GRID_NAME, model_card
 from sdvae.training.run_folder import RunFolder
@@ -22,7 +22,7 @@ def draw(result: ValidationResult, run: RunFolder, step: int) -> Image.Image:
     """Write the reconstruction grid and the latents of this step, and the curves so far; returns the grid."""
     grid = grid_of(result)
     grid.save(run.images / f"step-{step:08d}.png")
-    latent_figure(result.health).save(run.images / f"latents-{step:08d}.png")
+    latent_plot(result.health).save(run.images / f"latents-{step:08d}.png")
     training_curves(run.metrics, run.curves)
     return grid
 

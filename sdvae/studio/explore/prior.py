@@ -51,9 +51,9 @@ class LatentSpectrum:
     S(f) = E[ẑ(f) ẑ(f)ᴴ] / (4·h·w), a C×C matrix for each frequency f of the Fourier transform ẑ of z - mean. For
     stationary latents it determines the covariance between any two channels at any distance (the Wiener-Khinchin
     theorem). The transform treats an image as periodic, so z is mirrored to (2h, 2w) first; otherwise the left and
-    right borders of a photograph would form an edge that does not exist. Mirroring makes S real and both diagonal directions
-    equally frequent. It also makes neighbours a little more similar, since one pair in h is a latent beside its own
-    mirror image. The posterior's variance is white noise, which adds to the diagonal.
+    right borders of a photograph would form an edge that does not exist. Mirroring makes S real and both diagonal
+    directions equally frequent. It also makes neighbours a little more similar, since one pair in h is a latent beside
+    its own mirror image. The posterior's variance is white noise, which adds to the diagonal.
 
     Args:
         channels: C of the latents.
