@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sdvae.errors import InputError
+from sdvae.metrics import SMALLEST_SIDE
 
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")  # what diffusers' get_activation knows
-MIN_RESOLUTION = 16  # pixels: SSIM's windows have 11, LPIPS's smallest trunk pools three times
 
 
 @dataclass(frozen=True)
@@ -369,8 +369,8 @@ class TrainConfig:
                     f"got data.{key}={side}; need a positive multiple of {factor}, the compression ratio of "
                     f"{len(self.model.block_out_channels)} levels"
                 )
-            if side is not None and side < MIN_RESOLUTION:
-                raise InputError(f"got data.{key}={side}; need at least {MIN_RESOLUTION}, or SSIM has no window")
+            if side is not None and side < SMALLEST_SIDE:
+                raise InputError(f"got data.{key}={side}; need at least {SMALLEST_SIDE}, or SSIM has no window")
         not_negative = {
             "loss.lpips_weight": self.loss.lpips_weight,
             "loss.kl_weight": self.loss.kl_weight,

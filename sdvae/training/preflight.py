@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sdvae.errors import InputError
+from sdvae.metrics import SMALLEST_LPIPS_SIDE
 from sdvae.metrics.image import image_metrics
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
@@ -22,7 +23,6 @@ FEW_VALIDATION_IMAGES = 8
 SMALLEST_LATENT_STD, LARGEST_LATENT_STD = 1e-3, 1e3
 RECOGNISABLE_PSNR = 15.0  # dB; kl-f8 has 23.4 on COCO
 PROBED_IMAGES = 4
-SMALLEST_LPIPS_SIDE = 32  # pixels; below, the trunks' last pooling has nothing left
 
 
 def check_recipe(
