@@ -1,4 +1,4 @@
-"""Pictures: grids of images, training curves, the state of the latents."""
+"""Pictures: grids of images, training curves, and plots of the latents' statistics."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ from sdvae.statistics import BINS, DEAD_KL, LatentHealth
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-AMPLIFICATION = 4  # of the difference column
+AMPLIFICATION = 4  # of the difference between original and reconstruction
 GAP = 4  # pixels between tiles
-CAPTION_HEIGHT = 28  # pixels, at least
-LABEL_WIDTH = 120  # pixels, at most, left of a row
+CAPTION_HEIGHT = 28  # minimum height in pixels of the words above the tiles
+LABEL_WIDTH = 120  # maximum width in pixels of the words left of a row
 
 
 def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Image.Image:
-    """One row an image: original | reconstruction | amplified absolute difference.
+    """A row for each image: original | reconstruction | amplified absolute difference.
 
-    Args: images, reconstructions: (N, C, H, W) in [-1, 1], values outside are clamped; C = 1 is drawn grey,
-        of more than three channels the first three are drawn.
+    Args:
+        images: (N, C, H, W) in [-1, 1]; values outside are clamped. C = 1 is drawn in grey; of more than three channels
+            the first three are drawn.
+        reconstructions: the same shape.
     """
     x, y = (_as_drawn(batch) for batch in (images, reconstructions))
-    difference = 2 * AMPLIFICATION * (x - y).abs() - 1  # what is above 1 is white
+    difference = 2 * AMPLIFICATION * (x - y).abs() - 1  # values above 1 are white
     rows = list(zip(images, reconstructions, difference, strict=True))
     return tile_grid(rows, ["original", "reconstruction", f"{AMPLIFICATION} x |difference|"])
 
@@ -46,15 +48,18 @@ def tile_grid(
     captions: Sequence[Sequence[str]] = (),
     note: str = "",
 ) -> Image.Image:
-    """Pictures of one size in rows and columns, with words around them.
+    """Images of one size in rows and columns, with words around them.
+
+    Every pixel of an image becomes one pixel of the picture, so that artefacts are seen as they are. A grid of
+    matplotlib's subplots would resample them.
 
     Args:
-        tiles: one list a row of (C, H, W) float in [-1, 1], drawn as by `reconstruction_grid`; None leaves the
+        tiles: for each row a list of (C, H, W) float in [-1, 1], drawn as by `reconstruction_grid`; None leaves a
             place empty.
         columns: words above each column.
         rows: words left of each row.
         captions: words below each tile, in the shape of `tiles`.
-        note: words below all of it.
+        note: words below the grid.
     """
     height, width = next(tile.shape[-2:] for row in tiles for tile in row if tile is not None)
     size = min(16, max(8, width // 10))
@@ -62,7 +67,7 @@ def tile_grid(
     line = round(1.25 * size)
 
     def wrapped(texts: Sequence[str], room: float) -> tuple[list[str], int]:
-        """The texts with line breaks, and the pixels that the longest takes."""
+        """The texts with line breaks, and the height in pixels of the one with the most lines."""
         broken = [_wrap(text, font, room) for text in texts]
         return broken, line * max((text.count("\n") + 1 for text in broken if text), default=0)
 
@@ -103,7 +108,7 @@ def tile_grid(
 
 
 def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, room: float) -> str:
-    """Line breaks at spaces where a line would be wider than `room` pixels; inside a word that alone is wider."""
+    """Break lines at spaces so that none is wider than `room` pixels. A word that is wider is broken too."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".lstrip()
@@ -128,7 +133,12 @@ def _to_uint8(images: Tensor) -> np.ndarray:
 
 
 def training_curves(metrics_file: Path, png: Path) -> None:
-    """Draw metrics.jsonl: everything about training, and every validation metric but those of single channels."""
+    """Draw the metrics of training and validation, except those of single channels.
+
+    Args:
+        metrics_file: the trainer's metrics.jsonl.
+        png: the picture's file.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -145,9 +155,16 @@ def training_curves(metrics_file: Path, png: Path) -> None:
 
 
 def read_curves(metrics_file: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """{name: (steps, values)} of what `training_curves` draws; a last line that is being written is left out.
+    """The curves that `training_curves` draws. An incomplete last line, which is being written, is ignored.
 
-    Raises: InputError when the file holds something else.
+    Args:
+        metrics_file: the trainer's metrics.jsonl.
+
+    Returns:
+        {name: (steps, values)}.
+
+    Raises:
+        InputError: when the file holds something else.
     """
     lines = metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
     series: dict[str, tuple[list[int], list[float]]] = {}
@@ -158,7 +175,9 @@ def read_curves(metrics_file: Path) -> dict[str, tuple[list[int], list[float]]]:
             record = json.loads(line)
             step = record["step"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{metrics_file}: line {number} is no line of metrics; need the trainer's own") from error
+            raise InputError(
+                f"{metrics_file}: line {number} is not a line of metrics; need a file that the trainer wrote"
+            ) from error
         for name, value in record.items():
             wanted = name.startswith(("train/", "validation/")) and "/channel_kl" not in name
             if wanted and isinstance(value, (int, float)):
@@ -169,7 +188,14 @@ def read_curves(metrics_file: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def draw_curve(axes: Axes, name: str, steps: Sequence[int], values: Sequence[float]) -> None:
-    """One curve over steps; losses that span decades on a logarithmic scale."""
+    """Draw one curve over the steps, on a logarithmic scale for losses, which span decades.
+
+    Args:
+        axes: matplotlib's, to draw on.
+        name: of the metric, such as «train/loss».
+        steps: of the values.
+        values: as many.
+    """
     log_scale = {"train/loss", "train/reconstruction", "train/grad_norm", "train/kl"}
     axes.plot(steps, values, linewidth=1.4, marker="o" if len(steps) < 12 else None, markersize=3)
     if name in log_scale and min(values) > 0:
@@ -179,8 +205,8 @@ def draw_curve(axes: Axes, name: str, steps: Sequence[int], values: Sequence[flo
     axes.grid(alpha=0.3)
 
 
-def latent_figure(health: LatentHealth) -> Image.Image:
-    """Histogram of the log-variance | KL of each channel | mean ± std of each channel; complaints above."""
+def latent_plot(health: LatentHealth) -> Image.Image:
+    """Histogram of the log-variance | KL of each channel | mean ± std of each channel; complaints are written above."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -195,12 +221,14 @@ def latent_figure(health: LatentHealth) -> Image.Image:
     left, middle, right = figure.subplots(1, 3)
     edges = np.linspace(*LOGVAR_RANGE, BINS + 1)
     counts = health.logvar_histogram.numpy()
-    left.set(yscale="log", ylim=(0.5, 2 * max(1, counts.max())))  # from below one element, so that one is seen
+    left.set(yscale="log", ylim=(0.5, 2 * max(1, counts.max())))  # 0.5: a bar of one is visible
     left.bar(edges[:-1], counts, width=1.0, align="edge", color=["firebrick"] + ["C0"] * (BINS - 1))  # red: the clamp
     left.set(xlim=(edges[0] - 1, edges[-1] + 1), xlabel="log-variance of the posterior, nats", ylabel="elements")
     middle.bar(channels, health.channel_kl.numpy())
-    middle.axhline(DEAD_KL, color="firebrick", linewidth=1.0, linestyle="--")  # below it a channel carries nothing
-    middle.set(xlabel="channel", ylabel="KL, nats an element")
+    middle.axhline(
+        DEAD_KL, color="firebrick", linewidth=1.0, linestyle="--"
+    )  # a channel below it carries no information
+    middle.set(xlabel="channel", ylabel="KL, nats per element")
     right.errorbar(channels, health.channel_mean.numpy(), yerr=health.channel_std.numpy(), fmt="o", capsize=4)
     right.set(xlabel="channel", ylabel="latents, mean ± std")
     for axes in (middle, right):

@@ -1,12 +1,11 @@
-"""Statistics of latents over many images: sums of posteriors, in float64, that can be merged.
+"""Statistics of latents over many images: sums over posteriors, in float64.
 
-`LatentMoments`     mean and variance of each channel; the scaling factor
-`LatentHealth`      the same, with KL and log-variances, and the names of what can go wrong
-`LatentCovariance`  which channels vary together; principal components
-`LatentMaps`        where in the image the latents vary
+`LatentMoments`     mean and variance of each channel, and the scaling factor
+`LatentHealth`      the same with KL and log-variances, and complaints about what is wrong
+`LatentCovariance`  covariance between channels, and principal components
+`LatentMaps`        statistics by position in the image
 
-Each takes posteriors with `update`. Two that were fed different images are joined with `merge`, which is how
-processes put their parts together.
+`update` adds a batch of posteriors. `merge` adds the sums of other images, such as those of another process.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from sdvae.model import DiagonalGaussian
 from sdvae.model.posterior import LOGVAR_RANGE
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, «Importance weighted autoencoders», section 5: active units
-DEAD_KL = 0.01  # nats; what a mean of 0.14 costs, or a std of 0.9: next to nothing about the image
-BLACK_HOLE_LOGVAR = LOGVAR_RANGE[0] + 0.5  # half a nat above the clamp; SD-1's other elements sit at -23 to -13
+DEAD_KL = 0.01  # nats; the KL of a mean of 0.14, or of a std of 0.9: almost no information about the image
+BLACK_HOLE_LOGVAR = LOGVAR_RANGE[0] + 0.5  # half a nat above the clamp; SD-1's other elements are at -23 to -13
 EXPLODED_STD = 50.0  # several times any in use: SD-1 has 1/0.18215 = 5.5, SDXL 1/0.13025 = 7.7, SD3 1/1.5305 = 0.65
-PRIOR_LIKE_KL = 1.0  # nats; a constant posterior that costs more than this was not pulled there by the KL term
-ROUNDING = 1e-12  # of E[x²] - E[x]² relative to E[x²] in float64, with room for the sums' own
-NAMED_CHANNELS = 8  # at most, in one complaint
+PRIOR_LIKE_KL = 1.0  # nats; if a constant posterior has more, the KL term did not make it constant
+ROUNDING = 1e-12  # bound on the rounding error of E[x²] - E[x]² relative to E[x²] in float64
+NAMED_CHANNELS = 8  # that one complaint lists, at most
 
 BINS = round(LOGVAR_RANGE[1] - LOGVAR_RANGE[0])  # of the histogram, one nat each
 KL, LOGVAR, DEAD, BLACK_HOLES, HISTOGRAM = range(4, 9)  # rows of the sums, after the four of LatentMoments
@@ -38,12 +37,12 @@ HISTOGRAM_BINS = 100
 
 
 class Sums:
-    """Statistics that add up: the tensors named in `ADDS` are sums over images."""
+    """Base class: the attributes named in `ADDS` are sums over images."""
 
     ADDS: tuple[str, ...] = ("sums",)
 
     def merge(self, other: Any) -> None:
-        """Add what `other`, of the same kind and shape, has seen."""
+        """Add the sums of `other`, which has the same class and shape."""
         for name in self.ADDS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -66,8 +65,8 @@ def merged(parts: Sequence[SumsT]) -> SumsT:
 class LatentMoments(Sums):
     """Mean and variance of the latents over images and positions, channel by channel, in float64.
 
-    A latent element is N(mean, var) with its own mean and var, so over all elements, by the law of total
-    variance, Var[z] = Var[mean] + E[var]: exact, with no sample drawn.
+    Each latent element is N(mean, var) with its own mean and var. By the law of total variance, over all elements
+    Var[z] = Var[mean] + E[var]: this is exact and needs no samples.
 
     Attributes:
         sums: (4, C) float64 on the CPU: count, Σ mean, Σ mean², Σ var.
@@ -77,7 +76,7 @@ class LatentMoments(Sums):
         self.sums = torch.zeros(4, channels, dtype=torch.float64)
 
     def update(self, posterior: DiagonalGaussian) -> None:
-        mean = posterior.mean.detach().cpu().double()  # in this order: MPS has no float64
+        mean = posterior.mean.detach().cpu().double()  # CPU first: MPS has no float64
         var = posterior.logvar.detach().cpu().double().exp()
         count = torch.full((mean.shape[1],), mean.numel() / mean.shape[1], dtype=torch.float64)
         over = (0, 2, 3)
@@ -99,13 +98,17 @@ class LatentMoments(Sums):
 
     @property
     def std(self) -> float:
-        """Over all channels together: 1/std is LDM's scaling factor (appendix G)."""
+        """Standard deviation over all channels together: 1/std is LDM's scaling factor (appendix G)."""
         return float((self.sums[2:].sum() / self.sums[0].sum() - self.mean**2).clamp(min=0).sqrt())
 
     def factors(self, with_shift: bool) -> tuple[float, float | None]:
-        """scaling_factor = 1/std, and the mean as shift_factor, or None.
+        """The scaling factor, 1/std, and the shift factor, which is the mean.
 
-        Raises: InputError when there is no std: no image was read, or the latents are all the same.
+        Args:
+            with_shift: without it, the shift factor is None.
+
+        Raises:
+            InputError: when no image was counted, or the latents do not vary.
         """
         if not 0 < self.std < math.inf:
             raise InputError(
@@ -121,10 +124,10 @@ class LatentMoments(Sums):
 
 
 class LatentHealth(Sums):
-    """Sums over the elements of posteriors, one for each (image, channel, position), in float64.
+    """Statistics over the elements of posteriors, one for each (image, channel, position), in float64.
 
-    An element is dead when its KL is below DEAD_KL: it is the prior, whatever the image. It is a black hole when
-    its log-variance lies at the lower clamp, where it gets no gradient; SD-1's VAE has some in every image.
+    An element is «dead» when its KL is below DEAD_KL: it equals the prior, whatever the image. It is a «black hole»
+    when its log-variance is at the lower clamp, where it gets no gradient; SD-1's VAE has some in every image.
 
     Args:
         channels: C of the latents.
@@ -138,15 +141,16 @@ class LatentHealth(Sums):
         self.sums = torch.zeros(HISTOGRAM + BINS, channels, dtype=torch.float64)
 
     def update(self, posterior: DiagonalGaussian) -> None:
-        """Add a batch. Elements that are not finite make their channel's sums so; the histogram leaves them out.
+        """Add a batch. Elements that are not finite make the sums of their channel NaN or infinite.
 
-        Raises: InputError when the posterior has another number of channels.
+        Raises:
+            InputError: when the posterior has another number of channels.
         """
         channels = self.sums.shape[1]
         if posterior.mean.shape[1] != channels:
             got = posterior.mean.shape[1]
             raise InputError(f"got a posterior of {got} channels; need {channels}, or LatentHealth(channels={got})")
-        posterior = DiagonalGaussian(posterior.parameters.detach().cpu().double())  # in this order: MPS has no float64
+        posterior = DiagonalGaussian(posterior.parameters.detach().cpu().double())  # CPU first: MPS has no float64
         self.moments.update(posterior)
         kl, logvar = posterior.kl_map(), posterior.logvar
         summed = (kl, logvar, kl < DEAD_KL, logvar <= BLACK_HOLE_LOGVAR)  # (B, C, h, w) each
@@ -155,7 +159,7 @@ class LatentHealth(Sums):
 
     @property
     def moments(self) -> LatentMoments:
-        """The first four rows: a view, so that what is added to its sums is added to these."""
+        """The first four rows, as a view: what is added to its sums is added here."""
         moments = LatentMoments(self.sums.shape[1])
         moments.sums = self.sums[:KL]
         return moments
@@ -172,7 +176,7 @@ class LatentHealth(Sums):
 
     @property
     def channel_kl(self) -> Tensor:
-        """(C,) float64: nats an element."""
+        """(C,) float64: nats per element."""
         return self.sums[KL] / self.sums[0]
 
     @property
@@ -186,7 +190,7 @@ class LatentHealth(Sums):
 
     @property
     def logvar_min(self) -> float:
-        """Rounded down to a nat: the lower edge of the lowest bin that is not empty, since a minimum does not add."""
+        """The minimum, rounded down to a nat: the lower edge of the lowest bin that is not empty."""
         filled = self.logvar_histogram.nonzero()
         return LOGVAR_RANGE[0] + int(filled[0]) if len(filled) else float("nan")
 
@@ -200,10 +204,10 @@ class LatentHealth(Sums):
 
     @property
     def collapsed(self) -> Tensor:
-        """(C,) bool: channels without use: the mean hardly varies and drowns in its noise, or all elements are dead.
+        """(C,) bool: useless channels. Their mean hardly varies, by less than its noise, or all elements are dead.
 
-        Inactive (Burda et al. 2016) alone would not do: that measures against the prior's variance of one, and
-        calls a channel collapsed which is small but precise.
+        That a channel is not active (Burda et al. 2016) is not enough: the threshold assumes the prior's variance of
+        one, and a channel may be small but precise.
         """
         mean_variance, noise_variance = self._variances()
         hidden = (mean_variance <= ACTIVE_VARIANCE) & (mean_variance < noise_variance)
@@ -211,19 +215,20 @@ class LatentHealth(Sums):
 
     @property
     def vanished(self) -> Tensor:
-        """(C,) bool: channels that vary more than their noise, but by too little to count as active."""
+        """(C,) bool: channels that vary by more than their noise, but too little to count as active."""
         mean_variance, noise_variance = self._variances()
         return (mean_variance <= ACTIVE_VARIANCE) & (mean_variance >= noise_variance) & ~self.collapsed
 
     @property
     def exploded(self) -> Tensor:
-        """(C,) bool: channels many times wider than those of any VAE in use."""
+        """(C,) bool: channels with a std many times larger than in any VAE in use."""
         return self.channel_std > EXPLODED_STD
 
     def metrics(self) -> dict[str, float]:
-        """Scalars for logs; the KL is in nats a latent element.
+        """Scalars for logs; the KL is in nats per latent element.
 
-        Raises: InputError when there was no update.
+        Raises:
+            InputError: when there was no update.
         """
         self._need_elements()
         values = {
@@ -238,9 +243,10 @@ class LatentHealth(Sums):
         return values | {f"channel_kl_{c}": kl for c, kl in enumerate(self.channel_kl.tolist())}
 
     def complaints(self) -> list[str]:
-        """What is wrong, one line each: its name, how much of it, and the remedy. Empty when all is well.
+        """What is wrong with the latents: a line for each fault, with its extent and a remedy.
 
-        Raises: InputError when there was no update.
+        Raises:
+            InputError: when there was no update.
         """
         self._need_elements()
         broken = ~self.sums.isfinite().all(dim=0)
@@ -253,7 +259,7 @@ class LatentHealth(Sums):
             kl = float(self.channel_kl[collapsed].min())
             if kl < PRIOR_LIKE_KL:
                 remedy = "lower loss.kl_weight"
-            else:  # the mean is a constant, but a costly one
+            else:  # a constant mean far from the prior's
                 remedy = "check that the images differ, or lower optimizer.learning_rate"
             verb = "does" if collapsed.sum() == 1 else "do"
             found.append(f"{name}: {_named(collapsed)} {verb} not depend on the image, KL ≥ {kl:.2g} nats; {remedy}")
@@ -266,7 +272,7 @@ class LatentHealth(Sums):
                 f"latents explode: std up to {largest:.3g} in {_named(exploded)}; "
                 "raise loss.kl_weight or lower optimizer.learning_rate"
             )
-        if self.black_hole_fraction > 0:  # one is enough to name: the clamp passes no gradient that could free it
+        if self.black_hole_fraction > 0:  # even a single one: it gets no gradient and stays
             found.append(
                 f"black holes: {100 * self.black_hole_fraction:.2g} % of elements have log-variance at the clamp "
                 f"of {LOGVAR_RANGE[0]:.0f}; raise loss.kl_weight"
@@ -274,7 +280,7 @@ class LatentHealth(Sums):
         return found
 
     def _variances(self) -> tuple[Tensor, Tensor]:
-        """Var[mean] and E[var], (C,) each: of the signal over images and positions, and of the noise on it."""
+        """Var[mean] and E[var], (C,) each: the variance of the signal, and of the noise on it."""
         count, mean, square, noise = self.sums[:KL]
         signal = square / count - (mean / count).square()
         resolved = signal > ROUNDING * square / count
@@ -290,11 +296,12 @@ class LatentHealth(Sums):
 
 @dataclass(frozen=True)
 class PrincipalComponents:
-    """Directions of the latents at one position, by falling variance.
+    """Directions of the latents at one position, in order of decreasing variance. All tensors are float64.
 
     Attributes:
-        mean: (C,). axes: (C, C), one unit vector a row, the sign such that its largest number is positive.
-        variance: (C,), along each. All float64.
+        mean: (C,).
+        axes: (C, C), a unit vector in each row, whose largest component is positive.
+        variance: (C,), along each axis.
     """
 
     mean: Tensor
@@ -303,25 +310,25 @@ class PrincipalComponents:
 
     @property
     def explained(self) -> Tensor:
-        """(C,): the share of the variance that is each one's."""
+        """(C,): each component's share of the variance."""
         return self.variance / self.variance.sum()
 
     def coefficients(self, z: Tensor) -> Tensor:
-        """axes · (z - mean): (N, C, h, w) -> (N, C, h, w), along each axis."""
+        """axes · (z - mean), the coordinates along the axes: (N, C, h, w) -> (N, C, h, w)."""
         return torch.einsum("kc,nchw->nkhw", self.axes.to(z), z - self.mean.to(z)[:, None, None])
 
     def keep(self, z: Tensor, count: int) -> Tensor:
-        """The latents with all components but the first `count` at their mean: (N, C, h, w) -> the same."""
+        """The latents from only their first `count` components, (N, C, h, w) -> (N, C, h, w)."""
         kept = self.coefficients(z)[:, :count]
         return torch.einsum("kc,nkhw->nchw", self.axes[:count].to(z), kept) + self.mean.to(z)[:, None, None]
 
 
 class LatentCovariance(Sums):
-    """Mean and covariance of the posterior's mean over images and positions, between channels, in float64.
+    """Mean of each channel and covariance between channels, of the posterior's mean over images and positions.
 
     Attributes:
-        sums: (C + 1, C) float64 on the CPU: Σ z zᵀ, and Σ z below.
-        count: of positions.
+        sums: (C + 1, C) float64 on the CPU: Σ z zᵀ, and in the last row Σ z.
+        count: number of positions, over all images.
     """
 
     ADDS = ("sums", "count")
@@ -347,12 +354,13 @@ class LatentCovariance(Sums):
         return self.sums[:-1] / self.count - torch.outer(self.mean, self.mean)
 
     def principal_components(self) -> PrincipalComponents:
-        """The eigenvectors of the covariance (Pearson 1901; Bishop 2006, section 12.1). Exact: C is small.
+        """The eigenvectors of the covariance (Pearson 1901; Bishop 2006, section 12.1).
 
-        Raises: InputError when nothing varies.
+        Raises:
+            InputError: when the latents do not vary.
         """
         if not self.count or not float(self.covariance.trace()) > 0:
-            raise InputError("got latents that do not vary; need photographs; take other --data")
+            raise InputError("got latents that do not vary; need photographs; choose other --data")
         variance, axes = torch.linalg.eigh(self.covariance)  # rising; eigenvectors in columns
         variance, axes = variance.flip(0).clamp(min=0), axes.flip(1).T
         largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
@@ -360,16 +368,19 @@ class LatentCovariance(Sums):
 
 
 class LatentMaps(Sums):
-    """Sums over images of posteriors of one size, by position, in float64.
+    """Statistics of posteriors of one size by position, in float64.
+
+    A diffusion model gets scaled latents, (z - shift_factor) · scaling_factor.
 
     Args:
         shape: (C, h, w) of the latents.
-        scaling_factor, shift_factor: of the VAE's configuration: (z - shift) · scaling is what a diffusion model sees.
+        scaling_factor: of the VAE's configuration.
+        shift_factor: of the VAE's configuration; None counts as 0.
 
     Attributes:
-        images: how many.
+        images: how many were counted.
         histogram: (C, HISTOGRAM_BINS) int64, of scaled samples.
-        outside: (C,) int64, samples beyond HISTOGRAM_RANGE.
+        outside: (C,) int64, number of scaled samples outside HISTOGRAM_RANGE.
     """
 
     ADDS = ("images", "histogram", "outside", "_kl", "_sums")
@@ -390,7 +401,12 @@ class LatentMaps(Sums):
         self._covariance.merge(other._covariance)
 
     def update(self, posterior: DiagonalGaussian, generator: torch.Generator) -> None:
-        """Add a batch. Args: generator: of the samples that the histogram counts."""
+        """Add a batch.
+
+        Args:
+            posterior: over (B, C, h, w).
+            generator: of the samples that the histogram counts.
+        """
         posterior = DiagonalGaussian(posterior.parameters.detach().cpu().double())
         mean, var = posterior.mean, posterior.var
         self.images += len(mean)
@@ -403,20 +419,21 @@ class LatentMaps(Sums):
         self.outside += ((scaled < low) | (scaled > high)).sum(dim=1)
 
     def scaled(self, z: Tensor) -> Tensor:
-        """Latents as a diffusion model sees them."""
+        """Latents as a diffusion model gets them."""
         return (z - self.shift_factor) * self.scaling_factor
 
     def kl(self) -> Tensor:
-        """(h, w): nats at each position, summed over channels; the mean over images."""
+        """(h, w): KL in nats at each position, summed over channels and averaged over images."""
         return self._kl / self.images
 
     def std(self, moments: LatentMoments) -> Tensor:
         """(h, w): standard deviation of scaled latents at each position, over images and channels.
 
-        About the mean of each channel, which is that of all positions, so that a place that is always brighter
-        than the rest counts as one that varies.
+        Deviations are taken from the mean of each channel over all positions. So a position that is always brighter
+        than the others has a larger value.
 
-        Args: moments: over the same images.
+        Args:
+            moments: over the same images.
         """
         mean, square, var = self._sums / self.images  # (C, h, w) each
         centre = moments.channel_mean[:, None, None]
@@ -424,20 +441,27 @@ class LatentMaps(Sums):
         return self.scaling_factor * variance.clamp(min=0).sqrt()
 
     def covariance(self, moments: LatentMoments) -> Tensor:
-        """(C, C): of unscaled latents over images and positions; its diagonal is the square of their channel_std.
+        """(C, C), of unscaled latents over images and positions; the diagonal is channel_std².
 
-        By the law of total covariance, Cov[mean] + diag(E[var]): an element's noise is its own.
+        By the law of total covariance it is Cov[mean] + diag(E[var]), since the noise of elements is independent.
+
+        Args:
+            moments: over the same images.
         """
         return self._covariance.covariance + torch.diag(moments.sums[3] / moments.sums[0])
 
     def correlation(self, moments: LatentMoments) -> Tensor:
-        """(C, C) in [-1, 1]; NaN along a channel that does not vary."""
+        """(C, C) in [-1, 1]; NaN in the row and column of a channel that does not vary.
+
+        Args:
+            moments: over the same images.
+        """
         std = moments.channel_std
         return self.covariance(moments) / (std[:, None] * std)
 
 
 def _named(mask: Tensor) -> str:
-    """(C,) bool -> «3 of 16 channels (0, 4, 7)», counted from 0."""
+    """(C,) bool -> «3 of 16 channels (0, 4, 7)»; channels are numbered from 0."""
     channels = mask.nonzero().flatten().tolist()
     listed = ", ".join(str(c) for c in channels[:NAMED_CHANNELS]) + (", …" if len(channels) > NAMED_CHANNELS else "")
     return f"{len(channels)} of {len(mask)} channels ({listed})"

@@ -10,7 +10,7 @@ import torch
 
 from sdvae.errors import InputError
 from sdvae.model import DiagonalGaussian
-from sdvae.pictures import latent_figure
+from sdvae.pictures import latent_plot
 from sdvae.statistics import BINS, LatentHealth, LatentMoments
 
 
@@ -226,7 +226,7 @@ def test_another_number_of_channels_is_refused():
         LatentHealth(4).update(DiagonalGaussian(torch.zeros(1, 2, 2, 2)))
 
 
-@pytest.mark.parametrize("use", [LatentHealth.metrics, LatentHealth.complaints, latent_figure])
+@pytest.mark.parametrize("use", [LatentHealth.metrics, LatentHealth.complaints, latent_plot])
 def test_no_image_is_an_error_and_not_a_nan(use):
     with pytest.raises(InputError, match="got no posterior"):
         use(LatentHealth(4))
@@ -239,9 +239,9 @@ RED = np.array([178, 34, 34])  # firebrick
 @pytest.mark.parametrize("channels", [1, 4, 32])
 def test_the_figure_shows_black_holes_in_red(channels):
     parameters = healthy(channels)
-    before = np.asarray(latent_figure(health_of(parameters)))
+    before = np.asarray(latent_plot(health_of(parameters)))
     parameters[:, channels:, :2, :2] = -40
-    after = np.asarray(latent_figure(health_of(parameters)))
+    after = np.asarray(latent_plot(health_of(parameters)))
     assert before.shape == after.shape == (374, 1320, 3)
     below_title = (slice(40, None), slice(0, 440))  # the histogram
     assert not (before[below_title] == RED).all(axis=-1).any()
@@ -250,5 +250,5 @@ def test_the_figure_shows_black_holes_in_red(channels):
 
 @pytest.mark.filterwarnings("error")
 def test_the_figure_of_broken_latents_is_drawn_too():
-    latent_figure(health_of(healthy() * math.nan))
-    latent_figure(health_of(with_values(healthy(), ONE_LOGVAR, math.inf)))
+    latent_plot(health_of(healthy() * math.nan))
+    latent_plot(health_of(with_values(healthy(), ONE_LOGVAR, math.inf)))

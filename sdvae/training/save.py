@@ -13,7 +13,7 @@ from sdvae.data import BadImages, ImageSource
 from sdvae.io import replacing
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
-from sdvae.pictures import latent_figure, reconstruction_grid, training_curves
+from sdvae.pictures import latent_plot, reconstruction_grid, training_curves
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import evaluation_batches, first_images
 from sdvae.training.log import RunLog
@@ -127,7 +127,7 @@ def draw(result: ValidationResult, run: RunFolder, step: int) -> Image.Image:
     """
     grid = grid_of(result)
     grid.save(run.images / f"step-{step:08d}.png")
-    latent_figure(result.health).save(run.images / f"latents-{step:08d}.png")
+    latent_plot(result.health).save(run.images / f"latents-{step:08d}.png")
     training_curves(run.metrics, run.curves)
     return grid
 
