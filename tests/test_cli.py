@@ -39,6 +39,7 @@ def test_a_saved_recipe_reads_back_the_same(recipe, tmp_path):
     saved = tmp_path / "config.yaml"
     saved.write_text(to_yaml(config))
     assert parse_train_config(["--config", str(saved)]) == config
+    assert len(config.model.block_out_channels) == (5 if recipe.stem.startswith("mnist") else 4)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_every_option_is_described(name):
         ("evaluate a b --data=x", {"vaes": ["a", "b"], "data": "x"}),
         ("evaluate --vaes=[a,b]", {"vaes": ["a", "b"]}),
         ("evaluate --config={folder}/vaes.yaml --count=3", {"vaes": ["c", "d"], "count": 3}),
-        ("evaluate --config={folder}/vaes.yaml e", {"vaes": ["e"]}),
+        ("evaluate e --config {folder}/vaes.yaml", {"vaes": ["e"]}),
         (
             "explore --vae=v pca --images A B --sigmas 1 2.5",
             {"what": "pca", "images": ["A", "B"], "sigmas": [1.0, 2.5]},

@@ -192,6 +192,7 @@ def test_large_photographs_are_shrunk_and_it_is_said(tmp_path):
 # The page itself
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_reconstruction_and_follows_its_sliders(model, photographs, tmp_path, browser_page):
     hosts = []
     look_up = socket.getaddrinfo
@@ -247,6 +248,7 @@ def test_the_page_shows_the_reconstruction_and_follows_its_sliders(model, photog
     assert set(hosts) <= {"127.0.0.1", "localhost", None}, "the server asks nobody either"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_said_on_the_page(model, photographs, tmp_path, browser_page):
     (tmp_path / "text.png").write_text("no image <b>at all</b>")
     Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")  # 200 million pixels in 25 kB
@@ -287,6 +289,7 @@ def test_a_vae_that_overflows_is_said_and_no_traceback(photographs, tmp_path):
     assert list(tmp_path.iterdir()) == [], "files that gradio is not given would not expire"
 
 
+@pytest.mark.slow
 def test_latents_of_a_page_expire(model, photographs, monkeypatch, browser_page):
     monkeypatch.setattr(demo_page, "CLEANING_SECONDS", 1)
     monkeypatch.setattr(demo_page, "KEPT_SECONDS", 2)
@@ -308,6 +311,7 @@ def test_latents_of_a_page_expire(model, photographs, monkeypatch, browser_page)
         assert list(folder.rglob("*.safetensors")) == []
 
 
+@pytest.mark.slow
 def test_two_vaes_stand_side_by_side_and_a_telephone_can_show_them(model, photographs, tmp_path, browser_page):
     other = Model("other <VAE>", load_vae(dtype=torch.float32))
     with torch.no_grad():

@@ -302,6 +302,7 @@ def test_a_stored_sample_is_the_posteriors_and_the_same_each_time(vae, photos, t
     assert float(noise.std()) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_one_process_and_three_make_the_same_files(vae, photos, tmp_path):
     encode(options(photos, tmp_path / "one", vae))
     processes = [encode_in_process(options(photos, tmp_path / "three", vae)) for _ in range(3)]
@@ -327,6 +328,7 @@ def test_batches_in_flight_change_no_file(vae, tmp_path, batches_in_flight):
     assert content(tmp_path / "several") == content(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_killed_ten_times_and_continued_by_other_numbers_of_processes_it_equals_a_clean_run(vae, tmp_path, monkeypatch):
     photos = draw(tmp_path / "photos", 60)
     config = options(photos, tmp_path / "killed", vae, shard_rows=2, batch_size=2, mirror=True)
@@ -354,6 +356,7 @@ def test_killed_ten_times_and_continued_by_other_numbers_of_processes_it_equals_
     assert content(tmp_path / "killed") == content(tmp_path / "clean")
 
 
+@pytest.mark.slow
 def test_killed_before_any_file_operation_it_equals_a_clean_run(vae, tmp_path):
     photos = draw(tmp_path / "photos", 3)
     config = options(photos, tmp_path / "killed", vae, shard_rows=2)
@@ -525,6 +528,7 @@ def remove(folder: Path, photos: Path) -> None:
     broken_shard(folder).unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "said"), [(break_byte, "another checksum"), (break_length, "bytes instead of"), (remove, "is missing")]
 )

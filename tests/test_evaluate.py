@@ -134,6 +134,7 @@ def test_the_table_marks_the_best_and_the_picture_shows_every_vae(evaluated, oth
         assert picture.height >= 4 * SIDE
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_figures_of_each_image(evaluated, other, tmp_path):
     output = tmp_path / "two"
     arguments = ["--data=skimage", f"--resolution={SIDE}", f"--count={COUNT}", "--batch_size=2", "--lpips=none"]
@@ -231,6 +232,7 @@ def evaluate_with_features(argv: list[str]) -> None:
     sys.exit(main(["evaluate", *argv]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3], ids=["images on both", "all images on one"])
 def test_rfid_of_two_processes_is_that_of_one(other, tmp_path, batch_size):
     found = []

@@ -52,6 +52,7 @@ def outputs_and_gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str
     return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in layer.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("winograd", [True, False])
 @pytest.mark.parametrize(
     ("channels", "out_channels", "size"),
@@ -194,6 +195,7 @@ def test_winograd_is_for_machines_that_multiply_256_bits(capability, features, n
     assert vae.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last) is not winograd
 
 
+@pytest.mark.slow
 def test_a_vae_in_bf16_takes_four_taps_and_channels_last_and_is_as_exact_as_plain_bf16():
     plain = tiny_vae(block_out_channels=(96, 96), norm_num_groups=8).eval().requires_grad_(False)
     x = randn(2, 3, 96, 80, seed=4)

@@ -33,6 +33,8 @@ from tests.kill_at_boundaries import save_and_be_killed
 from tests.processes import launch
 from tests.test_resume import EVERYTHING, ROOT, differences, records, result, run, two_processes, undrawn  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 
 def everything(source: Path, output: Path, **changes: str) -> list[str]:
     return tiny_arguments(source, output, **{**EVERYTHING, "data__num_workers": "0", **changes})

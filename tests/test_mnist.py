@@ -474,6 +474,7 @@ def test_free_bits_are_in_the_objective_and_the_log_keeps_the_true_kl():
     assert float(terms.nelbo) == pytest.approx(nll, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_posterior_that_collapses_is_named_and_warm_up_or_free_bits_cure_it():
     """β = 3, torch's initial weights: the KL term acts before any signal of the digits has come through."""
     x = F.interpolate(torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1, size=16, mode="bilinear")
@@ -553,6 +554,7 @@ def test_draws_of_the_prior_are_each_images_own_and_not_its_posteriors_noise():
     assert abs(float(real.std()) - 1) < 0.02
 
 
+@pytest.mark.slow
 def test_an_adversary_in_the_kls_place_brings_all_latents_to_the_prior():
     """Neither has a KL term: what the latents' mean, std and fourth moment are is the adversary's doing."""
     x = F.interpolate(torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1, size=16, mode="bilinear")
@@ -582,6 +584,7 @@ def test_an_adversary_in_the_kls_place_brings_all_latents_to_the_prior():
 # runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["mnist_vae", "mnist_cvae"])
 def test_a_run_of_each_recipe_reports_the_elbo_of_what_it_saves(recipe, digits, tmp_path):
     assert main(["train", *arguments(recipe, digits, tmp_path / "run", steps=6, log_every=3, validate_every=6)]) == 0
@@ -617,6 +620,7 @@ def test_a_run_of_each_recipe_reports_the_elbo_of_what_it_saves(recipe, digits, 
             assert picture.width >= 3 * 96, "small digits are drawn large enough for their captions"
 
 
+@pytest.mark.slow
 def test_a_run_with_labels_and_an_adversary_that_was_killed_continues_to_the_same_bits(digits, tmp_path):
     changes = {"data__label_dropout": 0.3, "loss__kl_warmup_steps": 3, "checkpoint__every_steps": 2}
     adversary = {"sees": "latents", "weight": 0.02, "start_step": 1, "width": 8}
@@ -673,6 +677,7 @@ def script():
         sys.path.remove(str(ROOT / "scripts"))
 
 
+@pytest.mark.slow
 def test_the_script_fills_its_table_and_draws_its_pictures(script, digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "BETAS", (0.1, 10.0))
     monkeypatch.setattr(script, "train_baseline", lambda x, y, epochs: script.TutorialVAE(y is not None).eval())

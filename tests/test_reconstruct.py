@@ -40,6 +40,7 @@ def test_the_packaged_vae_is_small_and_its_card_gives_its_figures():
     assert f"{vae.config.scaling_factor:.5f}" in card
 
 
+@pytest.mark.slow
 def test_the_packaged_vae_is_diffusers_own_and_its_factor_is_the_latents():
     stock = StockAutoencoderKL.from_pretrained(PACKAGED_VAE, torch_dtype=torch.float32)
     source = open_source("skimage")

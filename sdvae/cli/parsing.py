@@ -25,7 +25,7 @@ Options = TypeVar("Options", bound="DataclassInstance")
 
 
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
-    """YAML files and dotted options to a training recipe; later ones win.
+    """YAML files and dotted options to a training recipe, as `parse_options` reads them.
 
     Raises:
         InputError: as `parse_options`.
@@ -43,6 +43,8 @@ def parse_options(
 ) -> Options:
     """Arguments to a dataclass: an option for each field, and `--config FILE` for YAML files with several of them.
 
+    The command line wins over files, and a later file over an earlier one.
+
     Args:
         options: the dataclass. The type of a field says which values it takes, and its docstring is its help text.
         argv: the arguments.
@@ -56,8 +58,9 @@ def parse_options(
     """
     fields = {field.name: field for field in dataclasses.fields(options)}
     known = set(_keys(options))
-    for key, origin in _given_keys(argv, known):
-        if key not in known and key not in ("config", "print_config", "help"):
+    files, others = ([], list(argv)) if "config" in fields else _files_apart(argv)
+    for key, origin in _given_keys(files, others, known):
+        if key not in known and key not in ("print_config", "help"):
             hint = suggest(key, known) or f"see {program} --help"
             raise InputError(f"unknown key {key!r} in {origin}; {hint}")
 
@@ -80,11 +83,14 @@ def parse_options(
             f"--{name}", type=_item_type(types[name])[0], nargs="+", default=list(default), help=helps[name]
         )
     try:
-        arguments: Namespace = parser.parse_args(list(argv))
+        arguments: Namespace = parser.parse_args([*(f"--config={file}" for file in files), *others])
     except ArgumentError as error:
         reason = one_line(error).replace("Expected a typing.Literal", "need one of ")
         raise InputError(f"{reason} (see {program} --help)") from error
-    values = {name: getattr(parser.instantiate(arguments), name) for name in fields}
+    # This makes nested dataclasses. Commands with positional arguments have none, and jsonargparse fails on an argument
+    # that is both positional and an option.
+    instances = arguments if positional else parser.instantiate(arguments)
+    values = {name: getattr(instances, name) for name in fields}
     return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -108,18 +114,27 @@ def _keys(options: type, prefix: str = "") -> Iterator[str]:
             yield from _keys(field.default_factory, f"{prefix}{field.name}.")
 
 
-def _given_keys(argv: Sequence[str], known: Set[str]) -> Iterator[tuple[str, str]]:
+def _files_apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files given as `--config FILE`, and the other arguments."""
+    files, others, arguments = [], [], iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            files.append(next(arguments, ""))
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        else:
+            others.append(argument)
+    return files, others
+
+
+def _given_keys(files: Sequence[str], argv: Sequence[str], known: Set[str]) -> Iterator[tuple[str, str]]:
     """(dotted key, where it is written) of every option and of every key in the YAML files."""
-    for i, argument in enumerate(argv):
-        if not argument.startswith("--"):
-            continue
-        key, _, value = argument[2:].partition("=")
-        if key:
-            yield key, "the command line"
-        if key == "config" and key not in known:
-            path = Path(value or (argv[i + 1] if i + 1 < len(argv) else ""))
-            if path.is_file():  # the parser refuses anything else
-                yield from ((name, str(path)) for name in _yaml_keys(path, known))
+    for argument in argv:
+        if argument.startswith("--") and argument != "--":
+            yield argument[2:].partition("=")[0], "the command line"
+    for file in files:
+        if Path(file).is_file():  # the parser refuses anything else
+            yield from ((key, file) for key in _yaml_keys(Path(file), known))
 
 
 def _yaml_keys(path: Path, known: Set[str]) -> Iterator[str]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sdvae.errors import InputError
-from sdvae.metrics import SMALLEST_LPIPS_SIDE
 from sdvae.metrics.image import image_metrics
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
