@@ -66,9 +66,9 @@ def speed_up(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> None:
     A VAE that `takes_winograd` (SD's in fp32 does, on many machines) gets Winograd's convolutions, which are used for
     maps where `winograd_pays`. It also gets slicing: without gradients, a batch is computed image by image, as those
     kernels work (`disable_slicing` undoes that). Every other VAE, and one in bf16, gets the channels-last layout, which
-    its results then have too. Upsamplers whose conv does not take Winograd use four taps instead of nine. Deep copies,
-    DDP, gradient checkpointing and `enable_tiling` work as before. For other dtypes, on other devices, and where a
-    layer has been changed since, the ordinary layers compute.
+    its results then have too. Upsamplers whose conv does not take Winograd use four taps instead of nine, except under
+    `enable_tiling`. Deep copies, DDP and gradient checkpointing work as before. For other dtypes, on other devices, and
+    where a layer has been changed since, the ordinary layers compute.
 
     The process also keeps the memory it frees from now on (`keep_freed_memory(False)` undoes that).
 

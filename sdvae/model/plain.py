@@ -24,9 +24,13 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """
     if module is None or is_replaced(module):
         return False
-    cls = type(module)
     hooked = any(getattr(module, name) or getattr(torch_module, f"_global{name}") for name in HOOKS)
-    return (cls is kind or cls.__dict__.get("stands_in_for") is kind) and not hooked
+    return kind_of(module) is kind and not hooked
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or the one that its class stands in for."""
+    return type(module).__dict__.get("stands_in_for", type(module))
 
 
 def is_replaced(module: nn.Module) -> bool:

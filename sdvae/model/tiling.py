@@ -14,8 +14,8 @@ than two maps of one width exist at a time (a ResNet block's input and the map b
 device or, where they do not fit, in the host's memory. Decoding to 1024² in fp32, SD's VAE needs 1 GiB for maps, where
 the whole-image pass needs 3.8.
 
-Strips bypass the `forward` of the blocks, so `can_stream` looks first whether all layers are those that this module
-knows (`sdvae.model.plain`). A layer with kernels of its own that stands in for a plain one is called on strips.
+Strips bypass the `forward` of blocks and upsamplers, so `can_stream` looks first whether all layers are those that this
+module knows, or stand in for them (`sdvae.model.plain`). Convs with kernels of their own are called on strips.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from sdvae.model.blocks import (
     Upsample,
     activated_in_place,
 )
-from sdvae.model.plain import has_geometry, is_conv, is_plain
+from sdvae.model.plain import has_geometry, is_conv, is_plain, kind_of
 from sdvae.model.posterior import at_least_fp32
 from sdvae.runtime import give_back
 
@@ -52,8 +52,9 @@ STRIPS_AT_ONCE = 6  # strips that a layer holds: read, normalised, activated, co
 FREE_SHARE = 0.7  # of an accelerator's free memory, which maps may take where no budget is given
 
 CONVS = ({"kernel": 3, "padding": 1}, {"kernel": 3, "stride": 2}, {"kernel": 1})
-BLOCKS = (Encoder, Decoder, DownBlock, UpBlock, MidBlock, ResnetBlock, Downsample, Upsample, nn.ModuleList)
-LAYERS = (nn.Conv2d, nn.GroupNorm, nn.Linear, SelfAttention, nn.Dropout, nn.SiLU, nn.Mish, nn.GELU, nn.ReLU)
+BLOCKS = {Encoder, Decoder, DownBlock, UpBlock, MidBlock, ResnetBlock, Downsample, Upsample, nn.ModuleList}
+LAYERS = {nn.Conv2d, nn.GroupNorm, nn.Linear, SelfAttention, nn.Dropout, nn.SiLU, nn.Mish, nn.GELU, nn.ReLU}
+KNOWN = BLOCKS | LAYERS
 PROCESSORS = (AttnProcessor2_0, FusedAttnProcessor2_0)
 
 
@@ -68,7 +69,8 @@ def can_stream(part: nn.Module | None, groups: int) -> bool:
 
 
 def _is_known(module: nn.Module, groups: int) -> bool:
-    if not any(is_plain(module, kind) for kind in (*BLOCKS, *LAYERS)):
+    kind = kind_of(module)
+    if kind not in KNOWN or not is_plain(module, kind):
         return False
     if isinstance(module, nn.Conv2d):
         return any(has_geometry(module, **geometry) for geometry in CONVS)
@@ -370,12 +372,9 @@ class Streamed:
         out = self._rows(2 * x.height, normed=True)
         for top, bottom in x.strips(4 * layer.conv.in_channels):
             above, below = top > 0, bottom < x.height
-            rows = x[top - 1 : bottom + 1]
-            if type(layer) is Upsample:  # of the two rows that a halo row becomes, its conv needs one
-                rows = F.interpolate(rows, scale_factor=2.0, mode="nearest")
-                out.append(_conv_rows(layer.conv, _without_ends(rows, 1, above, below), above, below))
-            else:
-                out.append(_without_ends(layer(rows), 2, above, below))
+            rows = F.interpolate(x[top - 1 : bottom + 1], scale_factor=2.0, mode="nearest")
+            rows = _without_ends(rows, above, below)  # a halo row has become two, of which the conv needs one
+            out.append(_conv_rows(layer.conv, rows, above, below))
             x.free_above(bottom - 1)
         return out
 
@@ -433,8 +432,9 @@ def _conv_rows(conv: nn.Conv2d, rows: Tensor, above: bool, below: bool) -> Tenso
     """
     if above and below and type(conv) is nn.Conv2d and is_conv(conv, 3, padding=1):
         return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))  # computes no halo rows
-    return _without_ends(conv(rows), 1, above, below)
+    return _without_ends(conv(rows), above, below)
 
 
-def _without_ends(rows: Tensor, count: int, above: bool, below: bool) -> Tensor:
-    return rows[:, :, count * above : rows.shape[2] - count * below]
+def _without_ends(rows: Tensor, above: bool, below: bool) -> Tensor:
+    """All rows except the first, the last or both."""
+    return rows[:, :, int(above) : rows.shape[2] - int(below)]
