@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdvae import AutoencoderKL
 from sdvae.cpu import kernels as fast
 from sdvae.latents.encoder import MomentEncoder
 from sdvae.model.blocks import Upsample
-from sdvae.training.build import lay_out
+from sdvae.training.build import build_accelerator, lay_out
 from sdvae.training.config import TrainConfig
 from tests.conftest import tiny_vae
 
@@ -275,7 +274,8 @@ def test_training_and_data_sets_take_the_layers_that_gain(widths, winograd_on_sm
     """Winograd for a wide VAE, for a narrow one channels last and four taps, in both."""
     wide = widths[0] == 96 and fast.has_nnpack()
     vae = tiny_vae(block_out_channels=widths, norm_num_groups=4)
-    config = lay_out(vae, TrainConfig(), Accelerator(cpu=True))
+    recipe = TrainConfig(mixed_precision="no")
+    config = lay_out(vae, recipe, build_accelerator(recipe))
     assert (fast.FastConv3x3 in {type(module) for module in vae.modules()}) is wide
     assert config.channels_last is not wide
     assert fast.FastUpsample in {type(module) for module in vae.modules()}

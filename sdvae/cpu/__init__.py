@@ -1,1 +1,1 @@
-"""Kernels for CPUs. The rest of the package works without this room."""
+"""Kernels for CPUs, imported where a VAE computes on a CPU and only there; nothing on a GPU needs this room."""

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdvae.cpu.kernels import speed_up
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
 from sdvae.runtime import DTYPES, accelerator_type, resolve_precision
@@ -104,6 +103,8 @@ def _copied(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> Aut
     copied = copy.deepcopy(vae).eval()
     nn.Module.to(copied, device, dtype)  # diffusers' own `to` warns about half precision
     if device.type == "cpu":
+        from sdvae.cpu.kernels import speed_up
+
         speed_up(copied)
     else:
         nn.Module.to(copied, memory_format=torch.channels_last)

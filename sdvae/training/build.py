@@ -18,7 +18,6 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from sdvae.cpu.kernels import speed_up, takes_winograd
 from sdvae.errors import InputError
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.model import AutoencoderKL
@@ -115,6 +114,8 @@ def lay_out(vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator) -
     if accelerator.device.type == "cpu":
         keep_freed_memory()  # a step takes what the one before has freed
     if config.fast_convolutions and accelerator.device.type == "cpu":
+        from sdvae.cpu.kernels import speed_up, takes_winograd
+
         dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16
         speed_up(vae, dtype)
         config = replace(config, channels_last=not takes_winograd(vae, dtype))

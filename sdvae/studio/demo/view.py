@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdvae.cpu.kernels import speed_up
 from sdvae.data.images import RESAMPLING, ImageError, cover, read_image, to_image, to_tensor
 from sdvae.errors import InputError
 from sdvae.metrics import SMALLEST_SIDE
@@ -55,6 +54,8 @@ class Model:
         check_image_channels(vae, source)
         device = torch.device(accelerator_type() or "cpu")
         if device.type == "cpu":
+            from sdvae.cpu.kernels import speed_up
+
             speed_up(vae)
         nn.Module.to(vae, device)  # the type hints of diffusers' own method allow dtypes only
         return cls("packaged VAE" if source is None else source, vae)
