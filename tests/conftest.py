@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from sdvae import AutoencoderKL
@@ -14,6 +15,12 @@ from tests.browser import browser_page  # noqa: F401 - a fixture
 
 # Tests run in two processes on two cores, and some compare bits with a process that has one thread.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_precision() -> None:
+    """accelerate keeps the precision of a process's first Accelerator for all later ones; each file starts anew."""
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ def kept_and_given_back(arguments: list[str]) -> None:
     assert left_by_a_block() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_freed_memory_is_kept_and_given_back_on_request(switch, holds):
     holds(kept_and_given_back, switch)

@@ -121,6 +121,7 @@ def desk(tmp_path_factory) -> Path:
     return desk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [name for name in PAGE_NAMES if blocks(name, "python")])
 def test_a_pages_python_runs_and_its_claims_hold(page, desk, monkeypatch):
     monkeypatch.chdir(desk)

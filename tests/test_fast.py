@@ -214,6 +214,7 @@ def test_a_vae_in_bf16_takes_four_taps_and_channels_last_and_is_as_exact_as_plai
     assert relative_error(got, image) <= 1.5 * relative_error(by_nine_taps, image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", [(8, 16), (128, 128)])
 def test_the_layers_that_should_take_their_own_path_do(widths, monkeypatch):
     taken = set()
@@ -253,7 +254,7 @@ def test_autocast_and_other_dtypes_take_the_plain_path(winograd_on_small_maps):
     assert torch.equal(layer.double()(x.double()), plain.double()(x.double()))
 
 
-@pytest.mark.parametrize("widths", [(8, 16), (96, 96)])
+@pytest.mark.parametrize("widths", [(8, 16), pytest.param((96, 96), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_inference_equals_float64(mode, widths):
     vae = tiny_vae(block_out_channels=widths, norm_num_groups=8).eval()

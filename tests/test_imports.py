@@ -15,6 +15,7 @@ HEAVY = {"gradio", "lpips", "matplotlib", "pandas", "skimage", "tensorboard", "t
 OF_OURS = {"cli", "evaluation", "metrics", "pictures", "studio", "training", "tutorial"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "statement", ["from sdvae import LatentDataset", "from sdvae import AutoencoderKL, load_vae; load_vae()"]
 )

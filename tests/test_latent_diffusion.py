@@ -166,6 +166,7 @@ def test_the_saved_pipeline_draws_the_same_with_diffusers_own_classes(denoiser, 
         np.testing.assert_allclose(np.array(a, dtype=int), np.array(b, dtype=int), atol=1)
 
 
+@pytest.mark.slow
 def test_the_script_leaves_a_grid_and_a_pipeline(tmp_path, capsys):
     output = tmp_path / "run"
     small = ["--crops", "1", "--steps", "2", "--batch_size", "2", "--widths", "8", "16", "--sampling_steps", "2"]

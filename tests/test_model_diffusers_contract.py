@@ -311,6 +311,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_encoder_and_decoder_compile_without_a_graph_break(vae, images, expected, fresh_compiler):
     vae.encoder.compile(fullgraph=True, backend="aot_eager")
@@ -328,6 +329,7 @@ def test_forward_compiles_without_a_graph_break(vae, images, expected, fresh_com
             torch.testing.assert_close(compiled(images).sample, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_decoder_compiles_with_dynamic_shapes(vae, fresh_compiler):
     latents = [torch.randn(1, 4, side, side + 4, generator=torch.Generator().manual_seed(side)) for side in (8, 12)]

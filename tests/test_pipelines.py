@@ -399,6 +399,7 @@ assert "sdvae" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_saved_pipelines_load_where_sdvae_is_not_installed(cases, stock_images, tmp_path):
     calls = {}
     for name, case in cases.items():

@@ -546,6 +546,7 @@ def test_a_page_of_many_images_shows_the_first_and_the_worst_and_best_and_keeps_
         assert gallery.images == count
 
 
+@pytest.mark.slow
 def test_means_are_over_all_images_and_not_those_shown(folder, tmp_path, monkeypatch, report):
     monkeypatch.setattr("sdvae.studio.report.gallery.PICTURE_BYTES", 0)
     output = tmp_path / "small.html"

@@ -228,6 +228,7 @@ def test_fp16_audit_and_fix(case, tmp_path, capsys):
     assert load_vae(tmp_path / "fixed").likelihood == load_vae(case.vae).likelihood
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [

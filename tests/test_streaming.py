@@ -94,6 +94,7 @@ def test_strips_of_any_height_give_the_whole_image_of_any_vae(changes, strip_byt
                 assert error(streamed, whole) <= bound, name
 
 
+@pytest.mark.slow
 def test_photographs_through_trained_weights_are_exact_and_stock_tiles_are_not(trained, photographs, monkeypatch):
     passes = both_passes(trained, photographs, monkeypatch, strip_bytes=2**17)
     for name, (streamed, whole, exact) in passes.items():

@@ -550,6 +550,7 @@ def test_export_keeps_the_dtype_of_the_source(fp16_file, target, tmp_path):
     assert load_vae(tmp_path / target, dtype="file").dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 def test_converted_weights_are_not_held_twice(tmp_path):
     source = AutoencoderKL(**settings((64, 128, 256, 256)))
