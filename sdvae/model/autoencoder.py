@@ -300,6 +300,8 @@ class AutoencoderKL(StockAutoencoderKL):
         """
         config = {key: value for key, value in self.config.items() if not key.startswith("_")}
         stock = StockAutoencoderKL(**config)
+        if self.likelihood != "gaussian":
+            stock.register_to_config(_likelihood=self.likelihood)
         weights = {name: weight.detach().clone() for name, weight in self.state_dict().items()}
         stock.load_state_dict(weights, assign=True)
         return stock.train(self.training)

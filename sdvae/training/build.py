@@ -93,6 +93,11 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
     vae = load_vae(tune.source, subfolder=tune.subfolder, config=tune.config, dtype=torch.float32)
     if tune.freeze_encoder:
         freeze_encoder(vae)
+    if vae.likelihood != likelihood:
+        logger.warning(
+            "%s has a %s likelihood and loss.reconstruction=%s trains a %s one: its decoder must learn another output",
+            *(tune.source, vae.likelihood, config.loss.reconstruction, likelihood),
+        )
     vae.set_likelihood(likelihood)
     model = ModelConfig(**shape_of(vae.config), measure_shift=vae.config.shift_factor is not None)
     return vae.train(), replace(config, model=model)
