@@ -63,8 +63,10 @@ def round_trip(
         Tensors in fp32 on the VAE's device.
 
     Raises:
-        InputError: for images whose number of channels is not the VAE's.
+        InputError: for images of integers, or whose number of channels is not the VAE's.
     """
+    if not images.is_floating_point():  # which the conversion to the VAE's dtype would hide
+        raise InputError(f"got images of {images.dtype}; need floats in [-1, 1]; scale 0 to 255 by x / 127.5 - 1")
     start = _now(vae.device)
     posterior = encode_images(vae, images.to(vae.device, vae.dtype), labels)
     posterior = DiagonalGaussian(posterior.parameters.float())

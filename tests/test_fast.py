@@ -270,6 +270,18 @@ def test_inference_equals_float64(mode, widths):
         assert not torch.equal(image, plain.decode(z).sample), "took the plain path"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("widths", [(8, 16), (96, 96)])
+def test_a_compiler_gets_the_ordinary_layers_in_one_graph(widths, winograd_on_small_maps):
+    vae = tiny_vae(block_out_channels=widths, norm_num_groups=4).eval()
+    x = randn(1, 3, 16, 16, seed=4)
+    wanted = vae(x).sample
+    fast.speed_up(vae)
+    torch._dynamo.reset()
+    found = torch.compile(vae, fullgraph=True, backend="eager")(x).sample
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("widths", [(8, 16), (96, 96)])
 def test_training_and_data_sets_take_the_layers_that_gain(widths, winograd_on_small_maps):
     """Winograd for a wide VAE, for a narrow one channels last and four taps, in both."""

@@ -194,6 +194,19 @@ def test_to_diffusers_is_the_stock_class_with_equal_independent_weights():
     assert all(torch.equal(weight, before[name]) for name, weight in stock.state_dict().items())
 
 
+def test_to_diffusers_keeps_what_the_decoder_gives(tmp_path):
+    """A pipeline saved with diffusers' class would otherwise come back as a VAE whose logits are taken for images."""
+    vae = AutoencoderKL(**config())
+    assert "_likelihood" not in vae.to_diffusers().config
+    vae.set_likelihood("bernoulli")
+    vae.to_diffusers().save_pretrained(tmp_path)
+    assert AutoencoderKL.from_pretrained(tmp_path).likelihood == "bernoulli"
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace("bernoulli", "poisson"))
+    with pytest.raises(InputError, match="likelihood 'poisson'"):
+        AutoencoderKL.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (65, 71), (1, 9), (250, 8)])
 def test_padding_then_cropping_returns_the_original(height, width):
     x = torch.rand(2, 3, height, width)

@@ -12,12 +12,15 @@ import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import remove_hook_from_module
 from diffusers import AutoencoderKL as StockAutoencoderKL
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from sdvae.model import AutoencoderKL
+from sdvae.model.tiling import can_stream
 
 CONFIG: dict[str, Any] = {
     "block_out_channels": (32, 64),
@@ -291,6 +294,27 @@ def test_sequential_offloading_gives_the_same_images(vae, images, expected, offl
     assert all(parameter.is_meta for parameter in vae.parameters())
     torch.testing.assert_close(encode_decode(vae, images), expected, rtol=0, atol=1e-6)
     assert all(parameter.is_meta for parameter in vae.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("library", ["accelerate", "diffusers"])
+def test_hooks_that_were_removed_leave_the_shortcuts_open(vae, images, expected, library):
+    """Both libraries leave an attribute `forward` behind, which is the class's own method."""
+    parts = (vae.encoder, vae.decoder, vae.quant_conv, vae.post_quant_conv)
+    if library == "accelerate":
+        cpu_offload(vae, execution_device=torch.device("cpu"))
+        assert not any(can_stream(part, 32) for part in parts)
+        remove_hook_from_module(vae, recurse=True)
+    else:
+        for module in vae.modules():
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(ModelHook(), "nothing")
+        assert not any(can_stream(part, 32) for part in parts)
+        for module in vae.modules():
+            HookRegistry.check_if_exists_or_initialize(module).remove_hook("nothing", recurse=False)
+    assert "forward" in vae.encoder.conv_in.__dict__
+    assert all(can_stream(part, 32) for part in parts)
+    assert all(can_stream(part, 32) for part in copy.deepcopy(vae).children())
+    assert torch.equal(vae(images).sample, expected)
 
 
 def test_names_that_offloading_goes_by_exist_in_the_model(vae):

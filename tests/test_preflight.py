@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sdvae import InputError
-from sdvae.training.build import build_vae
+from sdvae import InputError, save_vae
+from sdvae.training.build import build_vae, starting_vae
 from sdvae.training.config import (
     DataConfig,
     DiscriminatorConfig,
@@ -20,6 +20,7 @@ from sdvae.training.config import (
     TrainConfig,
 )
 from sdvae.training.preflight import check_recipe, probe
+from tests.conftest import tiny_vae
 
 MODEL = ModelConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
 GAN = DiscriminatorConfig(weight=0.5, start_step=100, warmup_steps=50, ramp_steps=50)
@@ -85,6 +86,27 @@ def probed(config: TrainConfig, change=lambda vae: None) -> list[str]:
     with torch.no_grad():
         change(vae)
     return probe(vae, torch.rand(2, 3, 32, 32) * 2 - 1, torch.tensor([0, 1]), config, None)
+
+
+@pytest.mark.parametrize("before", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("reconstruction", ["l1", "bce"])
+def test_fine_tuning_to_another_likelihood_is_warned_of(before, reconstruction, tmp_path, caplog):
+    source = tiny_vae(in_channels=1, out_channels=1)
+    source.set_likelihood(before)
+    save_vae(source, tmp_path)
+    after = "bernoulli" if reconstruction == "bce" else "gaussian"
+    loss = LossConfig(reconstruction=reconstruction, lpips_weight=0)
+    vae, _ = starting_vae(recipe(loss, fine_tune=FineTuneConfig(source=str(tmp_path))))
+    assert vae.likelihood == after
+    said = [record for record in caplog.records if "another output" in record.getMessage()]
+    assert len(said) == (before != after)
+
+
+def test_a_bernoulli_likelihood_asks_for_a_vae_of_grey_images(tmp_path):
+    save_vae(tiny_vae(), tmp_path)
+    loss = LossConfig(reconstruction="bce", lpips_weight=0)
+    with pytest.raises(InputError, match="3 channels; need a VAE of grey images"):
+        starting_vae(recipe(loss, fine_tune=FineTuneConfig(source=str(tmp_path))))
 
 
 def test_a_new_vae_passes_the_probe():

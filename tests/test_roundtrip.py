@@ -210,6 +210,7 @@ def test_push_measures(case, tmp_path):
     psnr = float(re.search(r"\| psnr \| ([\d.]+) \|", card)[1])
     assert psnr == pytest.approx(np.mean(case.psnr()), rel=1e-3)
     assert load_vae(tmp_path / "out").likelihood == load_vae(case.vae).likelihood
+    assert ("gives the logits" in card) == (case.likelihood == "bernoulli")
 
 
 def test_fp16_audit_and_fix(case, tmp_path, capsys):
@@ -259,3 +260,8 @@ def test_rfid_without_torch_fidelity_is_one_line(monkeypatch, tmp_path, capsys):
 def test_images_of_other_channels_are_refused():
     with pytest.raises(InputError, match="need"):
         round_trip(tiny_vae(), torch.zeros(1, 1, 16, 16))
+
+
+def test_images_of_integers_are_refused():
+    with pytest.raises(InputError, match=r"got images of torch\.uint8; need floats"):
+        round_trip(tiny_vae(), torch.zeros(1, 3, 16, 16, dtype=torch.uint8))

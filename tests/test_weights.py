@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import fnmatch
 import json
 import logging
@@ -1026,6 +1027,19 @@ def test_every_departure_from_sd_is_a_reason(changes, reason):
     found = targets(**changes)
     for program in ("comfyui", "a1111", "kohya"):
         assert reason in (found[program] or "")
+
+
+def test_uis_that_take_logits_for_images_are_no_target_and_the_file_is_warned_of(tmp_path, caplog):
+    vae = AutoencoderKL(**settings((32, 64)))
+    save_ldm(vae, tmp_path / "vae.safetensors")
+    assert not caplog.records
+    vae.set_likelihood("bernoulli")
+    found = export_targets(vae)
+    assert all("gives logits" in (found[program] or "") for program in ("comfyui", "a1111", "kohya"))
+    save_ldm(vae, tmp_path / "vae.safetensors")
+    (record,) = caplog.records
+    given = re.search(r"config=({.*})", record.getMessage())
+    assert load_vae(tmp_path / "vae.safetensors", config=ast.literal_eval(given[1])).likelihood == "bernoulli"
 
 
 def test_a_run_folder_stands_for_its_model(tmp_path):

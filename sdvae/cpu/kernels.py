@@ -154,7 +154,7 @@ class FastConv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, O, H, W)
         exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not (exact and self.pays(*x.shape[2:]) and _computes_here(x, self)):
+        if not (exact and _computes_here(x, self) and self.pays(*x.shape[2:])):
             return super().forward(x)
         if torch.is_grad_enabled():
             return _Conv3x3.apply(x, self.weight, self.bias)
@@ -171,8 +171,8 @@ class FastUpsample(Upsample):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
         conv: nn.Conv2d = self.conv
-        winograd = isinstance(conv, FastConv3x3) and conv.pays(2 * x.shape[2], 2 * x.shape[3])
-        if winograd or not is_conv(conv, 3, padding=1) or not _computes_here(x, conv):
+        here = is_conv(conv, 3, padding=1) and _computes_here(x, conv)
+        if not here or (isinstance(conv, FastConv3x3) and conv.pays(2 * x.shape[2], 2 * x.shape[3])):
             return super().forward(x)
         return upsample_conv(x, conv.weight, conv.bias)
 
@@ -285,10 +285,12 @@ class _Interleave(torch.autograd.Function):
 
 def _computes_here(x: Tensor, conv: nn.Conv2d) -> bool:
     """Can a kernel of this module compute `conv` of x? It reads weight and bias, and nothing else of the layer."""
+    if torch.compiler.is_compiling():
+        return False
     plain = type(x) in (Tensor, nn.Parameter) and type(conv.weight) is nn.Parameter  # not quantised, not traced
     on_cpu = x.device.type == conv.weight.device.type == "cpu"
     unchanged = has_geometry(conv, 3, padding=1) and not is_replaced(conv)
-    return plain and on_cpu and unchanged and not torch.compiler.is_compiling()
+    return plain and on_cpu and unchanged
 
 
 def _layout(x: Tensor) -> torch.memory_format:

@@ -300,6 +300,8 @@ class AutoencoderKL(StockAutoencoderKL):
         """
         config = {key: value for key, value in self.config.items() if not key.startswith("_")}
         stock = StockAutoencoderKL(**config)
+        if self.likelihood != "gaussian":
+            stock.register_to_config(_likelihood=self.likelihood)
         weights = {name: weight.detach().clone() for name, weight in self.state_dict().items()}
         stock.load_state_dict(weights, assign=True)
         return stock.train(self.training)
@@ -327,6 +329,7 @@ class AutoencoderKL(StockAutoencoderKL):
                 f"the weights in {pretrained_model_name_or_path} do not fit its config.json: keys {'; '.join(faults)}; "
                 "get a whole copy of the folder"
             )
+        model.set_likelihood(model.likelihood)  # refuses a word that this version does not know
         return (model, info) if wants_info else model
 
     def _check_images(self, x: Tensor) -> None:

@@ -8,6 +8,9 @@ called in the ordinary way.
 
 from __future__ import annotations
 
+from types import MethodType
+from typing import Any
+
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -34,8 +37,17 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Has this one instance another `forward` than its class?"""
-    return any(name in module.__dict__ for name in METHODS)
+    """Has this one instance another `forward` than its class?
+
+    Hooks of accelerate and diffusers that are removed leave the class's own method behind as the instance's.
+    """
+    return any(module.__dict__[name] != _own(module, name) for name in METHODS if name in module.__dict__)
+
+
+def _own(module: nn.Module, name: str) -> Any:
+    """The class's method, bound to the module; None where the class has none of this name."""
+    function = getattr(type(module), name, None)
+    return None if function is None else MethodType(function, module)
 
 
 def is_conv(module: nn.Module | None, kernel: int, stride: int = 1, padding: int = 0) -> bool:

@@ -145,7 +145,7 @@ def hub_card(
     card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *TAGS]))
     if license is not None:
         card.data["license"] = license
-    loading = loading_text(repo_id, what="this repository", programs=ldm_programs(vae))
+    loading = loading_text(vae, repo_id, what="this repository", programs=ldm_programs(vae))
     text = with_section(card.text, LOADING, loading)
     text = text if figures is None else with_section(text, FIGURES, figures)
     card.text = without_local_paths(text)

@@ -81,7 +81,7 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
     """The VAE before the first step, in fp32 on the CPU, and the recipe with the model section of this VAE.
 
     Raises:
-        InputError: when the VAE to be fine-tuned cannot be read.
+        InputError: when the VAE to be fine-tuned cannot be read, or does not fit the likelihood.
     """
     tune = config.fine_tune
     likelihood = "bernoulli" if config.loss.reconstruction == "bce" else "gaussian"
@@ -90,8 +90,18 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
         vae.set_likelihood(likelihood)
         return vae, config
     vae = load_vae(tune.source, subfolder=tune.subfolder, config=tune.config, dtype=torch.float32)
+    if likelihood == "bernoulli" and vae.config.in_channels != 1:
+        raise InputError(
+            f"got loss.reconstruction=bce for {tune.source}, whose images have {vae.config.in_channels} channels; need "
+            "a VAE of grey images; take l1 or l2"
+        )
     if tune.freeze_encoder:
         freeze_encoder(vae)
+    if vae.likelihood != likelihood:
+        logger.warning(
+            "%s has a %s likelihood and loss.reconstruction=%s trains a %s one: its decoder must learn another output",
+            *(tune.source, vae.likelihood, config.loss.reconstruction, likelihood),
+        )
     vae.set_likelihood(likelihood)
     model = ModelConfig(**shape_of(vae.config), measure_shift=vae.config.shift_factor is not None)
     return vae.train(), replace(config, model=model)

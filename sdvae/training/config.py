@@ -388,9 +388,10 @@ class TrainConfig:
                     "has no variance, and a discriminator would see logits; take l1 or l2, or "
                     "loss.discriminator.sees=latents"
                 )
-            if self.model.in_channels != 1:
+            if self.fine_tune.source is None and self.model.in_channels != 1:
                 raise InputError(
-                    f"got loss.reconstruction=bce with {self.model.in_channels} channels; need grey images"
+                    f"got loss.reconstruction=bce with {self.model.in_channels} channels; need grey images: set "
+                    "model.in_channels=1"
                 )
         if self.data.pad and loss.equivariance.weight > 0:
             raise InputError(

@@ -122,7 +122,7 @@ def model_card(
     )
     return head + "\n".join(
         [
-            section(LOADING, _loading_of(config, "path/to/this/folder")),
+            section(LOADING, _loading_of(config, vae, "path/to/this/folder")),
             section(FIGURES, figures),
             section("Data", f"Trained on `{config.data.source}`{describe_start(config)}.\n"),
             section(RECIPE, f"```yaml\n{to_yaml(config)}```\n"),
@@ -130,11 +130,17 @@ def model_card(
     )
 
 
-def _loading_of(config: TrainConfig, place: str) -> str:
-    """How to load the VAE of a recipe, and what its output means where that is not an image."""
+def _loading_of(config: TrainConfig, vae: AutoencoderKL, place: str) -> str:
+    """How to load the VAE of a recipe."""
     classes = config.model.num_classes
-    text = CONDITIONAL_TEXT.format(last=classes - 1, place=place) if classes else loading_text(place)
-    return text + (LOGITS_TEXT if config.loss.reconstruction == "bce" else "")
+    if classes:
+        return CONDITIONAL_TEXT.format(last=classes - 1, place=place) + _logits_text(vae)
+    return loading_text(vae, place)
+
+
+def _logits_text(vae: AutoencoderKL) -> str:
+    """What the decoder's output means, where that is not an image."""
+    return LOGITS_TEXT if vae.likelihood == "bernoulli" else ""
 
 
 def card_head(
@@ -163,15 +169,16 @@ def ldm_programs(vae: AutoencoderKL) -> list[str]:
     return [program for program in LDM_PROGRAMS if targets[program] is None]
 
 
-def loading_text(place: str, *, what: str = "this folder", programs: Sequence[str] = ()) -> str:
-    """How to load the VAE.
+def loading_text(vae: AutoencoderKL, place: str, *, what: str = "this folder", programs: Sequence[str] = ()) -> str:
+    """How to load the VAE, and what its output means where that is not an image.
 
     Args:
+        vae: the VAE.
         place: its folder, or its id on the hub.
         what: is loaded, in words.
         programs: keys of LDM_PROGRAMS, where LDM_NAME is beside the card.
     """
-    text = LOADING_TEXT.format(what=what, place=place)
+    text = LOADING_TEXT.format(what=what, place=place) + _logits_text(vae)
     if programs:
         text += LDM_TEXT.format(name=LDM_NAME, ways="\n".join(f"- {LDM_PROGRAMS[program]}" for program in programs))
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from sdvae.model import AutoencoderKL
 from sdvae.weights.load import STEM
 from sdvae.weights.names import to_ldm
 from sdvae.weights.read import check_tensors
+
+log = logging.getLogger(__name__)
 
 
 def save_ldm(vae: AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -43,6 +46,12 @@ def save_ldm(vae: AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None 
     ldm = {key: weight.cpu().contiguous() for key, weight in to_ldm(weights).items()}
     with replacing(path) as temporary:
         save_file(ldm, temporary, metadata={"format": "pt"})
+    if vae.likelihood != "gaussian":
+        log.warning(
+            "%s: a single file cannot say that this VAE decodes to logits; load it with config={'_likelihood': %r}",
+            path,
+            vae.likelihood,
+        )
 
 
 def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
@@ -112,6 +121,7 @@ def export_targets(vae: AutoencoderKL) -> dict[str, str | None]:
         (config.act_fn in ("silu", "swish"), f"needs act_fn silu, got {config.act_fn}"),
         (config.mid_block_add_attention, "needs attention in the middle blocks"),
         (not level_attention, "takes no attention in the levels"),
+        (vae.likelihood == "gaussian", "takes the decoder's output for an image, and this VAE gives logits"),
     ]
     comfyui = [
         *common,
