@@ -20,7 +20,7 @@ class Stopped(Exception):
 
     Args:
         message: one line for the user.
-        signal_number: of the signal that stopped the run.
+        signal_number: the number of the signal that stopped the run.
 
     Attributes:
         exit_code: 128 + the signal's number, as shells do: 130 for SIGINT, 143 for SIGTERM.

@@ -13,9 +13,9 @@ def sample_seed(seed: int, epoch: int, index: int, purpose: str) -> int:
     """A seed for one purpose of one sample, the same on any machine.
 
     Args:
-        seed: of the run.
+        seed: the seed of the run.
         epoch: the sample's.
-        index: of the sample in the data set.
+        index: the sample's place in the data set.
         purpose: «augment», «posterior», …
 
     Returns:

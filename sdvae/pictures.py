@@ -192,9 +192,9 @@ def draw_curve(axes: Axes, name: str, steps: Sequence[int], values: Sequence[flo
 
     Args:
         axes: matplotlib's, to draw on.
-        name: of the metric, such as «train/loss».
-        steps: of the values.
-        values: as many.
+        name: the metric's name, such as «train/loss».
+        steps: the step of each value.
+        values: the same number of values.
     """
     log_scale = {"train/loss", "train/reconstruction", "train/grad_norm", "train/kl"}
     axes.plot(steps, values, linewidth=1.4, marker="o" if len(steps) < 12 else None, markersize=3)

@@ -30,7 +30,7 @@ def reconstruct_files(
         vae: a source for `load_vae`; None is the VAE of this package.
         subfolder: folder inside the source that holds the VAE.
         output: folder for the reconstructions.
-        max_side: in pixels; images with a longer side are shrunk to it.
+        max_side: a number of pixels; images with a longer side are shrunk to it.
 
     Returns:
         The written files, in the order of `files`.

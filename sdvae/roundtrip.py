@@ -56,7 +56,7 @@ def round_trip(
         vae: computes on its own device and in its own dtype.
         images: (B, C, H, W) float in [-1, 1], of any size, on any device.
         latents: what is decoded: the posterior's mode, or a sample of it.
-        generator: for the sample; a list holds one for each image.
+        generator: the generator of the sample; a list has one for each image.
         labels: (B,) int64, for a VAE that takes class labels.
 
     Returns:
@@ -135,7 +135,7 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 
     Args:
         images: (B, C, H, W).
-        multiple: in pixels.
+        multiple: a number of pixels.
 
     Returns:
         (B, C, ⌈H/m⌉·m, ⌈W/m⌉·m), with the original in the top left corner: `crop_to(reconstruction, H, W)` undoes it.

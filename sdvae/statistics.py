@@ -374,8 +374,8 @@ class LatentMaps(Sums):
 
     Args:
         shape: (C, h, w) of the latents.
-        scaling_factor: of the VAE's configuration.
-        shift_factor: of the VAE's configuration; None counts as 0.
+        scaling_factor: the one in the VAE's configuration.
+        shift_factor: the one in the VAE's configuration; None counts as 0.
 
     Attributes:
         images: how many were counted.
@@ -405,7 +405,7 @@ class LatentMaps(Sums):
 
         Args:
             posterior: over (B, C, h, w).
-            generator: of the samples that the histogram counts.
+            generator: the generator of the samples that the histogram counts.
         """
         posterior = DiagonalGaussian(posterior.parameters.detach().cpu().double())
         mean, var = posterior.mean, posterior.var

@@ -83,11 +83,11 @@ class TrainingImages(Dataset[Sample]):
     Args:
         source: the images.
         resolution: R, the side of the crops, in pixels.
-        seed: of crops, jitter, noise and substitutes, 0 .. 2^32 - 1.
+        seed: the seed of crops, jitter, noise and substitutes, 0 .. 2^32 - 1.
         channels: 3 for RGB, 1 for grey.
         crop_scale: the crop's side as a fraction of the short side; see `random_crop`.
         flip: probability of a mirror image.
-        color_jitter: strength; see the function of that name. 0 turns it off.
+        color_jitter: the `strength` of the function `color_jitter`; 0 turns it off.
         background: RGB in 0..255 behind transparent images.
         min_side: images whose shorter side has fewer pixels are bad. By default resolution // 2: images that are
             enlarged more than twice teach the decoder to blur.
@@ -276,7 +276,7 @@ class BadImages:
 
         Args:
             total: images in the data set.
-            max_fraction: of these, how many may be bad.
+            max_fraction: the fraction of them that may be bad.
 
         Raises:
             InputError: when more are bad.
@@ -323,7 +323,7 @@ def read_labels(source: ImageSource, column: str, num_classes: int) -> np.ndarra
 
     Args:
         source: N images.
-        column: of the labels.
+        column: the column of the labels.
         num_classes: how many classes there are.
 
     Returns:

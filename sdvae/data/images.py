@@ -190,8 +190,8 @@ def cover_box(size: tuple[int, int], width: int, height: int) -> tuple[int, int,
 
     Args:
         size: (width, height) of the image.
-        width: of the result.
-        height: of the result.
+        width: width of the result, in pixels.
+        height: height of the result, in pixels.
 
     Returns:
         (left, top, right, bottom) in whole pixels of the image.
@@ -215,7 +215,7 @@ def random_crop(
     Args:
         image: "RGB" or "L".
         size: side of the result, in pixels.
-        generator: always gives four numbers.
+        generator: the random generator; four numbers are drawn from it in every case.
         scale: the square's side as a fraction of the short side, uniform in this range; but at least `size` pixels if
             the image has them, so that it need not be enlarged. All places in the image are equally likely.
         flip: the probability of a left-right mirror image.
@@ -245,8 +245,8 @@ def color_jitter(image: Tensor, strength: float, generator: np.random.Generator)
 
     Args:
         image: (C, H, W) float in [-1, 1], C in {1, 3}; grey has no saturation and no order of channels.
-        strength: in [0, 1]; 0 returns the image itself.
-        generator: gives five numbers and a permutation, or nothing if `strength` is 0.
+        strength: a number in [0, 1]; 0 returns the image itself.
+        generator: the random generator; four numbers and a permutation are drawn, or nothing if `strength` is 0.
 
     Returns:
         A new (C, H, W) tensor in [-1, 1].

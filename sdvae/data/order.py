@@ -69,7 +69,7 @@ class ShardedBatches(Sampler[list[SampleKey]]):
     Args:
         order: the same in all processes.
         batch_size: samples in each batch of this process.
-        rank: of this process.
+        rank: the rank of this process.
         world_size: the number of processes.
         start: the first position; to continue a run, the number of samples that all processes together have used.
         num_batches: how many batches to yield.

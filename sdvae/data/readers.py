@@ -64,8 +64,8 @@ class ImageStream:
     """An iterable data set, divided into parts by its files. Each part can be read by itself, from its start.
 
     Args:
-        dataset: of the `datasets` library.
-        column: of the images.
+        dataset: a data set of the `datasets` library.
+        column: the column of the images.
     """
 
     def __init__(self, dataset: IterableDataset, column: str):
@@ -150,7 +150,7 @@ class Files:
     Args:
         root: the folder.
         files: paths below it.
-        names: of the images; by default these paths.
+        names: the names of the images; by default these paths.
         others: files below the folder among which captions are looked for.
     """
 
@@ -292,8 +292,8 @@ class TableImages:
     """One column of a `datasets.Dataset`: images that the library does not decode, or raw bytes.
 
     Args:
-        dataset: with all columns.
-        column: of the images.
+        dataset: the data set with all columns.
+        column: the column of the images.
     """
 
     def __init__(self, dataset: Dataset, column: str):

@@ -60,7 +60,7 @@ def open_source(spec: str, *, split: str = "train", image_column: str | None = N
             - a folder, file or glob of .tar (webdataset);
             - a glob of images or tables;
             - else the id of a data set on the Hugging Face hub.
-        split: of a data set that has several.
+        split: the split to open, of a data set that has several.
         image_column: the column of images or of raw bytes; by default the only one of type `Image`.
 
     Returns:
@@ -101,10 +101,10 @@ def split_off(
 
     Args:
         source: all images.
-        names: of the images to hold out. If they are given, `count` is ignored.
+        names: the names of the images to hold out. If they are given, `count` is ignored.
         count: how many to hold out. They are those with the smallest hash of (seed, name), so that an image which is
             added later changes at most one of them.
-        seed: of that hash.
+        seed: the seed of that hash.
 
     Returns:
         (train, held out), both in the order of `source`.
@@ -145,7 +145,7 @@ def open_stream(spec: str, *, split: str = "train", image_column: str | None = N
 
     Args:
         spec: a folder or glob of .parquet or .arrow files, or the id of a data set on the hub.
-        split: of a data set that has several.
+        split: the split to open, of a data set that has several.
         image_column: the column of images or of raw bytes; by default the only one of type `Image`.
 
     Returns:
@@ -227,8 +227,8 @@ def _open_files(
         spec: how the user named them.
         root: a folder above all of them.
         files: paths below `root`.
-        split: name for the split of tables.
-        image_column: of tables.
+        split: the name that the split of tables gets.
+        image_column: the column of images in tables.
         others: files that may hold captions.
     """
     kinds = _by_kind(files)

@@ -91,7 +91,7 @@ class Bench:
     """The images and metrics that are the same for all VAEs, which go over them one after the other.
 
     Attributes:
-        channels: of the images.
+        channels: the number of channels of the images.
         originals: (index, image (C, R, R)) of the images that are drawn; known after the first VAE.
         bad: images that could not be read.
     """
@@ -109,7 +109,7 @@ class Bench:
         """Everything that is said of one VAE; the same on every process.
 
         Args:
-            name: of the VAE.
+            name: the VAE's name.
             vae: moved to the device, and back to the CPU at the end.
             first: whether it is the first VAE; the originals are then measured and kept too.
 
@@ -288,7 +288,7 @@ def write(results: list[dict[str, Any]], bench: Bench) -> None:
 
     Args:
         results: of `Bench.result`; `drawn` is taken out of each.
-        bench: on which they were measured.
+        bench: the bench on which they were measured.
     """
     config = bench.config
     lpips_name = None if bench.perceptual is None else bench.perceptual.name

@@ -70,8 +70,8 @@ def place(size: Size, sizes: Sequence[Size]) -> Placement:
     Ratios are compared by their logarithm, so that both orientations are treated alike.
 
     Args:
-        size: of the image, (height, width).
-        sizes: to choose from.
+        size: (height, width) of the image.
+        sizes: the sizes to choose from.
     """
     height, width = size
     aspect = math.log(width / height)

@@ -52,7 +52,7 @@ def export_latents(
     """Write a data set of `sdvae encode` in another format. At most one shard is in memory at a time.
 
     Args:
-        folder: of a finished data set.
+        folder: the folder of a finished data set.
         target: a new or empty folder. It is written under a temporary name and renamed.
         to: one of
             - «safetensors»: a file for each shard and latent shape, with the stored tensors (N, C, h, w) under their
@@ -365,7 +365,7 @@ def _same_stem(source: _Source, suspects: set[int]) -> list[str]:
     """Names that share their stem with another name.
 
     Args:
-        source: of the names.
+        source: holds the names.
         suspects: digests that occur more than once.
     """
     names: dict[str, list[str]] = {}

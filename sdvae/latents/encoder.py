@@ -41,8 +41,8 @@ class MomentEncoder:
     """The encoder of a VAE, in the precision and memory format in which it is to run.
 
     Args:
-        vae: on the CPU; stays as it is. Its encoder is copied, its decoder is not.
-        device: to compute on.
+        vae: a VAE on the CPU, which is not changed. Its encoder is copied, its decoder is not.
+        device: the device to compute on.
         precision: «fp32», «bf16» or «fp16».
         mirror: also encode the left-right mirror image.
     """

@@ -86,7 +86,7 @@ class LatentFolder:
         """The scaling that was measured on these latents, under the keys of a VAE's config.
 
         Args:
-            vae_config: of the VAE that is to get them.
+            vae_config: the config of the VAE that is to decode them.
             encoder_sha256: of its encoder.
 
         Returns:

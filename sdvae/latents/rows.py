@@ -46,10 +46,10 @@ class LatentRow:
     """One image's row.
 
     Attributes:
-        index: of the image in its source.
-        name: of the image in its source.
-        sha256: of the image file.
-        shape: of the latents, (C, h, w).
+        index: the image's place in its source.
+        name: the image's name in its source.
+        sha256: the checksum of the image file.
+        shape: the shape of the latents, (C, h, w).
         original_size: height and width of the image, in pixels.
         crop_top_left: top and left of the crop in the resized image, in pixels.
         target_size: height and width of the crop, which was encoded, in pixels.
@@ -76,7 +76,7 @@ def row_bytes(sizes: Sequence[Size], compression: int, latent_channels: int, con
     """The bytes of a row's latents, for the largest of the image sizes.
 
     Args:
-        sizes: of the images, height and width in pixels.
+        sizes: height and width of the images, in pixels.
         compression: pixels for each latent, along one side.
         latent_channels: C.
         config: the options.
@@ -90,9 +90,9 @@ def posterior_values(posterior: DiagonalGaussian, dtype: torch.dtype, suffix: st
     """The columns of one image's posterior.
 
     Args:
-        posterior: of one image.
-        dtype: to store.
-        suffix: of the columns' names.
+        posterior: the posterior of one image.
+        dtype: the dtype to store.
+        suffix: the end of the columns' names.
     """
     return {f"mean{suffix}": posterior.mean.to(dtype), f"logvar{suffix}": posterior.logvar.to(dtype)}
 
@@ -105,8 +105,8 @@ def from_bytes(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     """Read the bytes of latents.
 
     Args:
-        data: as stored.
-        dtype: of these bytes.
+        data: the stored bytes.
+        dtype: the dtype of these values.
         shape: (C, h, w).
 
     Returns:
@@ -125,7 +125,7 @@ def table_of(rows: Sequence[LatentRow], others: pa.Table, others_features: Featu
     Args:
         rows: the latents.
         others: the columns that are carried through from the source, in the same order.
-        others_features: of these columns.
+        others_features: the features of these columns.
         config: the options.
     """
     import pyarrow as pa

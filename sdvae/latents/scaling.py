@@ -19,7 +19,7 @@ class LatentScaling:
 
     Attributes:
         shift: (C, 1, 1) fp32, or (1, 1, 1) if it is the same for all channels.
-        scale: likewise.
+        scale: the same shape.
     """
 
     shift: Tensor
@@ -45,7 +45,7 @@ def scaling_of(config: Mapping[str, Any]) -> LatentScaling:
     (z - latents_mean) · scaling_factor / latents_std (StableDiffusionXLPipeline).
 
     Args:
-        config: of the VAE.
+        config: the VAE's config.
 
     Raises:
         InputError: when there is no scaling_factor.

@@ -45,7 +45,7 @@ class SourceImage:
     Attributes:
         index: unique in the data set, and the same in every run.
         read: returns the file's bytes, or raises `ImageError`.
-        others: of a stream, the other columns of the image's row.
+        others: for a stream, the other columns of the image's row; otherwise empty.
     """
 
     index: int

@@ -16,7 +16,7 @@ def statistics_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The statistics of all rows, under the keys of a VAE's config.
 
     Args:
-        records: of all shards, each with its `moments`. Mirror images are not counted in these.
+        records: the records of all shards, each with its `moments`, which leave out mirror images.
 
     Returns:
         scaling_factor, shift_factor, latents_mean and latents_std. The two factors are None where the latents have no

@@ -44,8 +44,8 @@ class EncodeTask:
 
     Attributes:
         shards: the source, divided.
-        encoder: of the VAE.
-        folder: for the latents.
+        encoder: the VAE's encoder.
+        folder: the data set that is written.
         fingerprint: all that decides what the rows are, except rounding.
 
     Raises:
@@ -100,7 +100,7 @@ class EncodeTask:
 
         Args:
             pending: the batch.
-            indices: of its images in the source.
+            indices: the place of each of its images in the source.
 
         Returns:
             For each image its columns of latents, or None if they are not finite, even when computed in fp32; and the
@@ -121,7 +121,7 @@ class EncodeTask:
 
         Args:
             moments: (V, 2·latent_channels, h, w), of the image and, with V = 2, of its mirror image.
-            index: of the image in the source.
+            index: the image's place in the source.
         """
         dtype = DTYPES[self.config.dtype]
         columns: dict[str, Tensor] = {}

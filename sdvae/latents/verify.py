@@ -33,7 +33,7 @@ def verify(task: EncodeTask) -> None:
     """Check every shard of a data set, and encode some of its rows again.
 
     Args:
-        task: with the options that made the data set. With `repair` the broken shards are removed, so that the
+        task: the task with the options that made the data set. With `repair` the broken shards are removed, so that the
             pipeline encodes them again.
 
     Raises:
@@ -72,7 +72,7 @@ def shard_fault(folder: LatentWriter, shard: int, columns: list[str], num_listed
     """Say what is wrong with a shard.
 
     Args:
-        folder: of the data set.
+        folder: the data set.
         shard: its number.
         columns: those that hold latents.
         num_listed: images of the shard in skipped.jsonl.
@@ -154,10 +154,10 @@ def _compare(task: EncodeTask, image: SourceImage, stored: dict[str, Any], std: 
     """Encode an image again and compare it with its row.
 
     Args:
-        task: with the encoder.
-        image: of the source.
-        stored: its row.
-        std: (C,) of the latents of the data set.
+        task: holds the encoder.
+        image: an image of the source.
+        stored: the image's row.
+        std: (C,), the standard deviation of the data set's latents.
 
     Returns:
         What is wrong with the row, or None, and its greatest difference in standard deviations.
@@ -193,9 +193,9 @@ def _choose(num_rows: Sequence[int], count: int, seed: int) -> dict[int, list[in
     """Draw rows from several shards.
 
     Args:
-        num_rows: of each shard.
+        num_rows: the number of rows of each shard.
         count: rows to draw, or all if there are fewer.
-        seed: of the choice.
+        seed: the seed of the choice.
 
     Returns:
         For each shard, by its place in `num_rows`, the positions of its chosen rows.

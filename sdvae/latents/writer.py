@@ -55,7 +55,7 @@ class LatentWriter(LatentFolder):
         Args:
             fingerprint: all that decides what the rows are; values that JSON can hold.
             source: what the data set is made from, for people to read.
-            vae_config: of the VAE that makes it.
+            vae_config: the config of the VAE that makes it.
 
         Raises:
             InputError: when the folder holds other files, or latents with another fingerprint.
@@ -144,8 +144,8 @@ class LatentWriter(LatentFolder):
         Args:
             shard: its number.
             table: its rows.
-            row_bytes: of the latents in a row, which decide the size of row groups.
-            moments: of the shard's latents.
+            row_bytes: bytes of the latents in a row; they decide the size of row groups.
+            moments: the moments of the shard's latents.
             skipped: index, name and reason of each image that has no row.
 
         Raises:

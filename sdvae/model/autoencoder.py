@@ -238,7 +238,7 @@ class AutoencoderKL(StockAutoencoderKL):
             sample: (B, in_channels, H, W) float in [-1, 1].
             sample_posterior: draw z from the posterior instead of taking its mode.
             return_dict: false gives a 1-tuple of the reconstruction.
-            generator: for that draw; one for the batch, or a list with one for each image.
+            generator: the source of that draw; one for the batch, or a list with one for each image.
             given: what `encode` and `decode` of a subclass take in addition.
 
         Returns:

@@ -108,9 +108,9 @@ def level_attention(key: str, names: Sequence[str], known: tuple[str, str], leve
 
     Args:
         key: the name of the config's key, for the message.
-        names: of the blocks, one a level.
+        names: the names of the blocks, one for each level.
         known: DOWN_BLOCK_TYPES or UP_BLOCK_TYPES.
-        levels: how many there must be.
+        levels: how many names there must be.
 
     Raises:
         InputError: for another number of names, or an unknown one.

@@ -55,7 +55,7 @@ def audit(vae: AutoencoderKL, images: Sequence[Tensor]) -> dict[str, float]:
     """The largest absolute value in each layer's output, in fp32, when some images are encoded and decoded.
 
     Args:
-        vae: in fp32.
+        vae: a VAE in fp32.
         images: batches (B, C, H, W) in [-1, 1], H and W multiples of the compression ratio.
 
     Returns:
@@ -85,7 +85,7 @@ def fix(vae: AutoencoderKL, images: Sequence[Tensor]) -> Fix:
     Weights and the norms' eps change by powers of two; what the VAE computes in fp32 does not change.
 
     Args:
-        vae: in fp32.
+        vae: a VAE in fp32.
         images: batches (B, C, H, W) in [-1, 1], H and W multiples of the compression ratio.
 
     Raises:

@@ -88,7 +88,7 @@ def plan(
         vae: an AutoencoderKL.
         shape: (B, C, H, W) of the images.
         device: that computes.
-        dtype: of the maps.
+        dtype: the dtype of the maps.
         memory_bytes: what the device may use in addition to weights, input and output. None: strips of up to 64 MiB
             and, on an accelerator, 70 % of its free memory for maps.
 
@@ -133,9 +133,9 @@ def map_bytes(vae: Any, batch: int, height: int, width: int, dtype: torch.dtype)
     Args:
         vae: an AutoencoderKL.
         batch: number of images.
-        height: of the images in pixels.
-        width: of the images in pixels.
-        dtype: of the maps.
+        height: height of the images, in pixels.
+        width: width of the images, in pixels.
+        dtype: the dtype of the maps.
     """
     most, widths = 0, list(vae.config.block_out_channels)
     for level, channels in enumerate(widths):
@@ -177,8 +177,8 @@ class Rows:
 
     Args:
         height: H.
-        budget: where the strips are kept.
-        groups: of the group norm that will read the map; None where there is none.
+        budget: the budget of memory that holds the strips.
+        groups: the number of groups of the group norm that will read the map; None if there is no such norm.
     """
 
     def __init__(self, height: int, budget: Budget, groups: int | None = None):

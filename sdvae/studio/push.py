@@ -77,7 +77,7 @@ def push_to_hub(
         private: whether a new repository is private; by default as in the owner's settings.
         license: an id that the hub knows, such as "apache-2.0"; by default that of the card.
         revision: branch, which is created if it does not exist; by default main.
-        message: of the commit.
+        message: the message of the commit.
         data: a source for `open_source`, on which figures and grid are made. By default those of the VAE's folder are
             used, if it has any.
         count: number of those images, at most.
@@ -124,7 +124,7 @@ def hub_card(
         vae: the VAE.
         repo_id: «owner/name» of the repository.
         folder: the VAE's folder. If it has a README.md, the card is made from it.
-        base: for a new card, the id on the hub of the VAE that this one was made from.
+        base: the hub id of the VAE that this one was made from; only a new card needs it.
         license: None keeps that of the card.
         figures: replaces the card's section of figures; None keeps it.
 

@@ -35,7 +35,7 @@ def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSourc
 
     Args:
         config: the recipe's data section.
-        seed: of the choice of validation images.
+        seed: the seed of the choice of validation images.
 
     Raises:
         InputError: when a source cannot be opened or is too small to be divided.

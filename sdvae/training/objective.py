@@ -97,7 +97,7 @@ def loss_terms(
     Args:
         images: (B, C, H, W) in [-1, 1]; any float dtype, reduced in fp32.
         output: what the decoder gives for them, in the same shape: reconstructions, or logits with «bce».
-        posterior: of the latents that were decoded.
+        posterior: the posterior of the latents that were decoded.
         config: which terms there are.
         perceptual: None leaves LPIPS out.
         transformed: t(x) and D(t(z)), for the equivariance term.

@@ -73,8 +73,8 @@ class TrainingForward(nn.Module):
 
         Args:
             images: (B, C, H, W) in [-1, 1].
-            generators: of the posterior's noise, one for each image.
-            transformation: of the equivariance term.
+            generators: the generators of the posterior's noise, one for each image.
+            transformation: the one that the equivariance term uses.
             conditioning: what else `encode` and `decode` take, such as labels.
         """
         posterior = encode_images(self.vae, images, **conditioning)
@@ -137,8 +137,8 @@ class Players:
     """The VAE, the moving average of its weights, and the discriminator where there is one.
 
     Args:
-        vae: on the accelerator's device. Parameters that do not train must be frozen already, since DDP expects a
-            gradient from all others.
+        vae: the VAE on the accelerator's device. Parameters that do not train must be frozen already, since DDP
+            expects a gradient from all others.
         config: the recipe.
         accelerator: wraps the networks.
     """

@@ -34,14 +34,14 @@ class Validator:
 
     Args:
         config: the recipe, with the model section of the VAE that trains.
-        players: of the run.
+        players: the run's players.
         source: validation images.
         train_source: the first of these, in the order of the first epoch, measure the scaling factor.
         perceptual: LPIPS, where it is on.
         bad_images: takes note of images that cannot be read.
         run: where pictures and models go.
         log: takes the figures.
-        accelerator: of the run.
+        accelerator: the run's Accelerator.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ def is_better(metrics: dict[str, float], best: dict[str, Any], name: str) -> boo
     """Whether a validation is better than the best so far, or than none by this metric.
 
     Args:
-        metrics: of the validation.
+        metrics: the metrics of the validation.
         best: `Progress.best`.
         name: the metric that counts.
     """

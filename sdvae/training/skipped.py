@@ -29,7 +29,7 @@ class SkippedSteps:
         source: training images, whose names are reported.
         progress: `skipped_in_a_row` in it is the count.
         meter: is restored together with `progress`.
-        accelerator: of the run.
+        accelerator: the run's Accelerator.
     """
 
     def __init__(self, source: ImageSource, progress: Progress, meter: Meter, accelerator: Accelerator):

@@ -75,7 +75,7 @@ class Origin:
 
     Attributes:
         config: the recipe.
-        images_per_step: of all processes together.
+        images_per_step: images in a step of all processes together.
         train_images: number of training images, which with the seed gives their order.
         train_names: digest of the names of the training images.
         perceptual: name of LPIPS's trunk.

@@ -41,8 +41,8 @@ class StepResult:
 
     Attributes:
         skipped: some process had a loss or gradient that is not finite, so nothing was learned.
-        culprits: on this process, «term value» of what was not finite.
-        indices: of this process's images in the data set.
+        culprits: the term and the value of each number on this process that was not finite.
+        indices: the places of this process's images in the data set.
         stop: some process was told to stop.
         values: scalars to be averaged into the log: a dict for each micro-batch, and one for the step.
         state: scalars that hold for the whole step.
@@ -63,7 +63,7 @@ class TrainStep:
         config: the recipe.
         players: the networks and their optimizers.
         perceptual: LPIPS, where it is on.
-        accelerator: of the run.
+        accelerator: the run's Accelerator.
     """
 
     def __init__(self, config: TrainConfig, players: Players, perceptual: Perceptual | None, accelerator: Accelerator):

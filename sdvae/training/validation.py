@@ -61,9 +61,9 @@ def validate(
     """Reconstruct each process's share of the images from the posterior's mode, and average over all processes.
 
     Args:
-        vae: on the accelerator's device.
+        vae: the VAE on the accelerator's device.
         batches: this process's share: `image` (B, C, R, R), `name`, `index`, the place in the whole set, and `bad`.
-        accelerator: of the run.
+        accelerator: the run's Accelerator.
         perceptual: LPIPS, where it is on.
         bad_images: takes note of the images that could not be read.
         keep: how many images, from the first on, come back as tensors.

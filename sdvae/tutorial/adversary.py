@@ -45,7 +45,7 @@ def prior_samples(like: Tensor, noise_seeds: Tensor) -> Tensor:
     """z ~ N(0, I) in the shape of `like`, (B, C_z, h, w), from noise that is independent of the posterior's.
 
     Args:
-        like: gives shape, device and dtype.
+        like: a tensor of the shape, device and dtype that the result gets.
         noise_seeds: (B,) int64, one for each image.
     """
     return randn_tensor(like.shape, posterior_generators(~noise_seeds), like.device, like.dtype)

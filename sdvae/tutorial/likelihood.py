@@ -32,7 +32,7 @@ def bernoulli_nll(images: Tensor, logits: Tensor) -> Tensor:
 
     Args:
         images: x, (B, C, H, W) in [-1, 1].
-        logits: of p, in the same shape.
+        logits: the logits of p, the same shape.
 
     Returns:
         (B,) in fp32 or wider.
@@ -90,10 +90,10 @@ def elbo(
     """The ELBO of each image, estimated from one sample (Kingma & Welling 2014, equation 7 with L = 1).
 
     Args:
-        vae: of a Bernoulli likelihood.
+        vae: a VAE with a Bernoulli likelihood.
         images: (B, C, H, W) in [-1, 1].
         labels: (B,), of a conditional VAE; the ELBO is then a bound on log p(x|y).
-        generator: of the posterior's noise; a list has one for each image.
+        generator: the generator of the posterior's noise; a list has one for each image.
         sample_posterior: False takes z = μ instead, which gives no bound. Many tutorials print it as their test loss,
             since their models sample in training only.
     """
@@ -115,8 +115,8 @@ def elbo_figures(
     Args:
         vae: as in `elbo`, and so are `images` and `labels`.
         images: (B, C, H, W) in [-1, 1].
-        posterior: of these images.
-        generators: of the posterior's noise, one for each image.
+        posterior: the posterior of these images.
+        generators: the generators of the posterior's noise, one for each image.
         labels: (B,), of a conditional VAE.
     """
     z = posterior.sample(generators)
@@ -138,11 +138,11 @@ def log_likelihood(
     log 1/K Σ_k p(x|z_k) p(z_k) / q(z_k|x) with z_k from q (Burda et al. 2016, equation 8); K = 1 is the ELBO.
 
     Args:
-        vae: of a Bernoulli likelihood.
+        vae: a VAE with a Bernoulli likelihood.
         images: (B, C, H, W) in [-1, 1].
         labels: (B,), of a conditional VAE.
         samples: K, at least 1.
-        generator: of the posterior's noise.
+        generator: the generator of the posterior's noise.
 
     Returns:
         (B,).
@@ -168,11 +168,11 @@ def draw_from_prior(
     """Pictures from z ~ N(0, I).
 
     Args:
-        vae: of a Bernoulli likelihood.
+        vae: a VAE with a Bernoulli likelihood.
         count: how many.
-        side: of the images that the VAE was trained on, in pixels.
+        side: side of the images that the VAE was trained on, in pixels.
         labels: (count,), of a conditional VAE: what to draw.
-        generator: of z.
+        generator: the generator that draws z.
         guidance: w in p(x|z, y)^w p(x|z)^(1 - w), for a VAE trained with data.label_dropout: above 1 it exaggerates
             what the label changes (Ho & Salimans 2022, equation 6, on the decoder's logits). 1 draws from p(x|z, y).
 

@@ -35,7 +35,7 @@ def checked_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
     Args:
         config: the content of the file.
-        origin: its name, for messages.
+        origin: the file's name, for messages.
 
     Raises:
         InputError: for another class's config, an unknown key, a value of the wrong kind.
@@ -83,7 +83,7 @@ def read_config(source: Mapping[str, Any] | str | Path | None) -> dict[str, Any]
     """What the caller gives as `config=`: a dict, the path of a config.json, or nothing.
 
     Args:
-        source: of `load_vae`.
+        source: the argument `config` of `load_vae`.
 
     Raises:
         InputError: as `checked_config`, or when the file can not be read.
@@ -106,7 +106,7 @@ def infer_config(weights: Mapping[str, Tensor], given: Mapping[str, Any], origin
     Args:
         weights: name -> tensor.
         given: keys that the caller knows; they win over what is inferred.
-        origin: of the weights, for messages.
+        origin: where the weights come from, for messages.
 
     Raises:
         InputError: when the shapes do not determine a VAE.

@@ -124,7 +124,7 @@ def to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert diffusers' state dict to LDM's, without prefix; attention projections (C, C) become (C, C, 1, 1).
 
     Args:
-        weights: by diffusers' names.
+        weights: diffusers' name -> tensor.
 
     Returns:
         By LDM's names, the tensors of the input or views of them.
@@ -143,7 +143,7 @@ def from_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert LDM's state dict, without prefix, to diffusers': the inverse of `to_ldm`.
 
     Args:
-        weights: by LDM's names; attention projections may also be (C, C).
+        weights: LDM's name -> tensor; attention projections may also be (C, C).
 
     Returns:
         By diffusers' names, the tensors of the input or views of them.

@@ -122,7 +122,7 @@ def check_tensors(weights: Mapping[str, Tensor], origin: str) -> None:
     """Check that all weights are floating and finite.
 
     Args:
-        weights: by name.
+        weights: name -> tensor.
         origin: where they come from, for the message.
 
     Raises:

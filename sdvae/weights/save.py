@@ -24,9 +24,9 @@ def save_ldm(vae: AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None 
     which of them can load this VAE. `path` is never half-written.
 
     Args:
-        vae: the model; it stays as it is.
-        path: of the file, which is replaced if it exists.
-        dtype: of the weights in the file; by default the model's own.
+        vae: the model, which is not changed.
+        path: the file to write; it is replaced if it exists.
+        dtype: the dtype of the weights in the file; by default the model's own.
 
     Raises:
         InputError: when the path is a folder or does not end in .safetensors, or when a weight is not finite, in
@@ -95,7 +95,7 @@ def export_targets(vae: AutoencoderKL) -> dict[str, str | None]:
     build a network of fixed shape (ComfyUI comfy/sd.py, A1111 modules/sd_vae.py, kohya library/model_util.py).
 
     Args:
-        vae: the model, of which only the configuration counts.
+        vae: the model; only its configuration is used.
 
     Returns:
         For each program None if it loads the VAE, else the reason why not.

@@ -49,8 +49,8 @@ class Handlers:
 
     Args:
         models: one or two.
-        max_side: in pixels; photographs with a longer side are shrunk to it.
-        folder: for the files of latents that can be downloaded.
+        max_side: a number of pixels; photographs with a longer side are shrunk to it.
+        folder: where the files of latents are written that can be downloaded.
     """
 
     def __init__(self, models: Sequence[Model], max_side: int, folder: Path):
@@ -251,9 +251,9 @@ def running(
     Args:
         models: one or two.
         host: address to listen on.
-        port: to listen on.
-        max_side: in pixels; photographs with a longer side are shrunk to it.
-        max_megabytes: of an uploaded file.
+        port: the port to listen on.
+        max_side: a number of pixels; photographs with a longer side are shrunk to it.
+        max_megabytes: the greatest size of an uploaded file.
 
     Raises:
         InputError: when the server cannot listen at that host and port.
@@ -314,9 +314,9 @@ def serve(vae: str | None, compare: str | None, *, host: str, port: int, max_sid
         vae: a source for `load_vae`; None is the VAE of this package.
         compare: a second one, to show beside the first; None shows only one.
         host: address to listen on.
-        port: to listen on.
-        max_side: in pixels; photographs with a longer side are shrunk to it.
-        max_megabytes: of an uploaded file.
+        port: the port to listen on.
+        max_side: a number of pixels; photographs with a longer side are shrunk to it.
+        max_megabytes: the greatest size of an uploaded file.
 
     Raises:
         InputError: for a VAE that cannot be read, or an option out of range.

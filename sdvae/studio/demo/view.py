@@ -218,7 +218,7 @@ def show_latents(model: Model, encoded: Encoded, edits: Edits, channel: int | No
     Args:
         model: the VAE.
         encoded: the photograph.
-        edits: to its latents.
+        edits: the edits of its latents.
         channel: the one to draw; None, or a number beyond the VAE's channels, draws all.
     """
     z = edit(encoded.posterior.mode(), encoded.second, edits, model.std)
@@ -232,7 +232,7 @@ def edit(z: Tensor, second: Tensor | None, edits: Edits, std: float) -> Tensor:
         z: (1, c, h, w), unscaled.
         second: the same shape, of the second photograph, or None.
         edits: what is done.
-        std: of the latents of photographs, the unit of `edits.noise`.
+        std: standard deviation of the latents of photographs, the unit of `edits.noise`.
 
     Returns:
         A new tensor of the same shape.

@@ -44,7 +44,7 @@ def anomaly_scores(images: Tensor, reconstructions: Tensor, posterior: DiagonalG
     Args:
         images: (N, C, H, W) in [-1, 1].
         reconstructions: the same shape.
-        posterior: of the images.
+        posterior: the posterior of the images.
 
     Returns:
         (N,) each: `mse`, the mean squared error; `local`, the largest mean squared error in any 8×8 pixels, which
@@ -92,7 +92,7 @@ def count_errors(errors: Tensor) -> Tensor:
     ERROR_RANGE. torchmetrics' binned AUROC compares every pixel with every threshold, which is far slower.
 
     Args:
-        errors: of any shape.
+        errors: a tensor of any shape.
 
     Returns:
         (ERROR_BINS,) int64.
@@ -120,7 +120,7 @@ def add_defect(image: Tensor, kind: str, generator: torch.Generator) -> tuple[Te
     Args:
         image: (C, H, W) in [-1, 1].
         kind: one of DEFECTS.
-        generator: of the place and the values.
+        generator: the generator of the place and the values.
 
     Returns:
         The image, and (H, W) bool: where a value changed.

@@ -275,7 +275,7 @@ class Defects:
         """Figures, lines and a note for the picture.
 
         Args:
-            columns: of `Scored.columns`.
+            columns: the tensors of `Scored.columns`.
         """
         raised = {kind: float((b > a[self.damaged]).float().mean()) for kind, (a, b) in columns.items()}
         pixels = {kind: auroc_of_counts(self.outside, counts) for kind, counts in self.inside.items() if counts.any()}

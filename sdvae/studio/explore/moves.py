@@ -21,7 +21,7 @@ def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """(1 - t) a + t b, the straight line.
 
     Args:
-        a: of any shape.
+        a: a tensor of any shape.
         b: the same shape.
         t: (T,); 0 gives a, 1 gives b.
 
@@ -41,7 +41,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     by a factor of √2. The latents of a photograph are not such a sample; see the module's docstring.
 
     Args:
-        a: of any shape; computed in float64.
+        a: a tensor of any shape; the result is computed in float64.
         b: the same shape.
         t: (T,); 0 gives a, 1 gives b.
 

@@ -23,9 +23,9 @@ def sample_moments(moments: LatentMoments, size: tuple[int, int, int], generator
     """Samples of N(mean_c, std_c²), independent at each position: only mean and scale are those of the data's latents.
 
     Args:
-        moments: of C channels.
+        moments: the moments of the latents of C channels.
         size: (N, h, w).
-        generator: of the samples.
+        generator: the generator of the samples.
 
     Returns:
         (N, C, h, w) float32.
@@ -110,7 +110,7 @@ class LatentSpectrum:
 
         Args:
             count: how many.
-            generator: of the noise.
+            generator: the generator of the noise.
 
         Returns:
             (count, C, h, w) float32.

@@ -53,7 +53,7 @@ class Statistics(NamedTuple):
     """Statistics of the posteriors of the measured images.
 
     Attributes:
-        names: of the images.
+        names: the names of the images.
         moments: mean and variance of each channel.
         covariance: between channels.
         spectrum: covariance between positions.

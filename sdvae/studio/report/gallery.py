@@ -19,7 +19,7 @@ class Picture:
     """An image and its reconstruction, in 8 bits, compressed without loss.
 
     Attributes:
-        name: of the image.
+        name: the image's name.
         original: a WebP file.
         reconstruction: a WebP file.
         figures: those of `image_figures`.
@@ -61,7 +61,7 @@ class Gallery:
         """Take the next image.
 
         Args:
-            name: of the image.
+            name: the image's name.
             original: (C, H, W) in [-1, 1]; compressed only if it is kept.
             reconstruction: the same shape.
             figures: those of `image_figures`.

@@ -31,7 +31,7 @@ class Measured:
 
     Attributes:
         gallery: the pictures to show.
-        sums: of each figure of `image_figures`, over the images.
+        sums: the sum over the images of each figure of `image_figures`.
         health: statistics of the posteriors.
         maps: the same by position.
         originals: (N // 2,) mean power of the images at 1, 2, …, N/2 cycles a side; see `radial_power`.
@@ -69,7 +69,7 @@ def measure(
     """Reconstruct every image from its posterior's mode, and measure the reconstructions and the latents.
 
     Args:
-        vae: in fp32.
+        vae: a VAE in fp32.
         batches: `image` (B, C, R, R) in [-1, 1], `name`, and `bad`, the images that could not be read.
         perceptual: LPIPS, on the VAE's device; None leaves it out.
         bad_images: receives the images that could not be read.

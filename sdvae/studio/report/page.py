@@ -37,7 +37,7 @@ class Subject:
     """What the report is about.
 
     Attributes:
-        name: of the VAE.
+        name: the VAE's name.
         model: the VAE.
         data: name of the images' source.
         resolution: side of the images in pixels.

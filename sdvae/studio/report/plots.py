@@ -72,7 +72,7 @@ def histogram(axes: Axes, counts: Tensor, total: int) -> None:
     """Density of the scaled latents of one channel, with that of N(0, 1) for comparison.
 
     Args:
-        axes: to draw on.
+        axes: the axes to draw on.
         counts: (HISTOGRAM_BINS,).
         total: number of latents, including those outside HISTOGRAM_RANGE.
     """
@@ -135,8 +135,8 @@ def power(axes: Axes, side: int, originals: Tensor, reconstructions: Tensor, fac
     """The spectra of originals and reconstructions, log-log.
 
     Args:
-        axes: to draw on.
-        side: of the images, in pixels.
+        axes: the axes to draw on.
+        side: side of the images, in pixels.
         originals: (side // 2,), as from `radial_power`.
         reconstructions: the same shape.
         factor: the compression ratio; a dashed line marks the highest frequency that the grid of latents can hold.

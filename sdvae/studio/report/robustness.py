@@ -83,7 +83,7 @@ def deltas(vae: AutoencoderKL, images: Tensor) -> list[Delta]:
     """bf16, fp16 and `enable_tiling`, each compared with the whole image in fp32.
 
     Args:
-        vae: in fp32.
+        vae: a VAE in fp32.
         images: (B, C, H, W) in [-1, 1], on its device.
     """
     wanted = round_trip(vae, images).reconstruction

@@ -39,7 +39,7 @@ class Photographs:
 
     Attributes:
         source: where they come from.
-        name: of the source, for the page.
+        name: the source's name, for the page.
         resolution: side of the centre crops in pixels.
         min_side: images with a shorter side, in pixels, are skipped; None means half the resolution.
     """
@@ -75,7 +75,7 @@ def write_report(
         subfolder: folder inside the source that holds the VAE.
         lpips: "vgg", "alex", "squeeze" or "none". If the trunk cannot be downloaded, LPIPS is left out.
         lpips_weights: local file of the trunk, as for `load_perceptual`.
-        lpips_heads: as for `load_perceptual`.
+        lpips_heads: the `heads` of `load_perceptual`.
 
     Returns:
         The written file.
