@@ -1,1 +1,1 @@
-"""Kernels for CPUs. The rest of the package works without this room."""
+"""Kernels for CPUs. The rest of the package also works without them."""
