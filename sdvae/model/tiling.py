@@ -10,9 +10,9 @@ computes its output in strips of rows:
 - attention, at the lowest resolution, computes keys and values of all positions, and then queries strip by strip.
 
 The output of a layer, called a map, is a list of strips, and each strip is freed when no layer needs it any more. So at
-most two maps of one width exist at a time (a ResNet block's input and the map between its convs). They are on the device or, if they
-do not fit there, in the host's memory. To decode to 1024² in fp32, SD's VAE needs 1 GiB for maps, compared with 3.8 GiB
-for the whole image at once.
+most two maps of one width exist at a time (a ResNet block's input and the map between its convs). They are on the
+device or, if they do not fit there, in the host's memory. To decode to 1024² in fp32, SD's VAE needs 1 GiB for maps,
+compared with 3.8 GiB for the whole image at once.
 
 This bypasses the `forward` of blocks and upsamplers, so `can_stream` checks first that all layers are of the kinds that
 this module computes (`sdvae.model.plain`). Convs with kernels of their own are called on strips.

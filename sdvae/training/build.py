@@ -99,7 +99,7 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
 
 
 def build_vae(config: ModelConfig) -> AutoencoderKL:
-    """A VAE with new weights. Its scaling factor is measured when training ends."""
+    """A VAE with new weights. Its scaling factor is measured at each validation."""
     vae = (ConditionalAutoencoderKL if config.num_classes else AutoencoderKL)(**config.to_diffusers())
     if config.initialisation == "pass_through":
         initialise(vae)
