@@ -1,4 +1,4 @@
-"""Noise, and a blur to compare with: does a round trip through the latents remove noise?"""
+"""Adding noise, and a blur, with which denoising by a round trip through the latents is compared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_noise(images: Tensor, sigma: float, generator: torch.Generator) -> Tenso
 
     Args:
         images: (N, C, H, W) in [-1, 1].
-        sigma: standard deviation in levels of 0..255, as in the literature on denoising.
+        sigma: standard deviation in levels of 0..255, as usual in the literature on denoising.
         generator: the generator of the noise.
 
     Returns:
