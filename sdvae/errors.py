@@ -16,11 +16,11 @@ class InputError(ValueError):
 
 
 class Stopped(Exception):
-    """The run was told to stop and has stopped in good order; nothing is lost.
+    """The run was told to stop and has stopped after writing a checkpoint.
 
     Args:
         message: one line for the user.
-        signal_number: of the signal that stopped the run.
+        signal_number: the number of the signal that stopped the run.
 
     Attributes:
         exit_code: 128 + the signal's number, as shells do: 130 for SIGINT, 143 for SIGTERM.
@@ -35,8 +35,8 @@ def require(module: str, purpose: str, extra: str) -> None:
     """Check that an optional package is installed, before a long computation needs it.
 
     Args:
-        module: what is imported.
-        purpose: what needs it, for the message.
+        module: the name under which the package is imported.
+        purpose: the feature that needs it, for the message.
         extra: the group in pyproject.toml that installs it.
 
     Raises:
@@ -47,14 +47,15 @@ def require(module: str, purpose: str, extra: str) -> None:
 
 
 def exit_code(program: str, run: Callable[[], object]) -> int:
-    """Run a program. Whatever stops it is printed on standard error as one line, except bugs, which keep a traceback.
+    """Run a program, and print what stops it as one line on standard error. Only bugs raise and give a traceback.
 
     Args:
-        program: its name, which begins the line.
+        program: the program's name, with which the line begins.
         run: the program.
 
     Returns:
-        0 when done, 1 for a fault of the machine, 2 for bad input, 130 and 143 when stopped by SIGINT and SIGTERM.
+        0 when it is done, 1 for a fault of the machine, 2 for bad input, 130 and 143 when it was stopped by SIGINT and
+        SIGTERM.
     """
     try:
         run()
@@ -74,11 +75,11 @@ def exit_code(program: str, run: Callable[[], object]) -> int:
 
 
 def _without_worker_traceback(error: InputError) -> str:
-    """The message alone, if the error was raised in a worker of a DataLoader.
+    """The error's message without the traceback that torch adds if it was raised in a worker of a DataLoader.
 
     From a worker, torch passes on only the exception's class and the text of its traceback
-    (torch._utils.ExceptionWrapper), and raises that class with that text. So the message must be taken from the text,
-    whose last line is «module.Class: message».
+    (torch._utils.ExceptionWrapper), and raises that class with that text. The last line of the text is
+    «module.Class: message».
     """
     text = str(error)
     if not text.startswith("Caught "):
@@ -87,7 +88,7 @@ def _without_worker_traceback(error: InputError) -> str:
 
 
 def first_few(names: list[str], count: int = 3) -> str:
-    """Join some names to «a, b, c, …», so that a message with many of them stays one line."""
+    """Join some names, such as «a, b, c, …», so that a message about many of them stays one line."""
     return ", ".join(names[:count]) + (", …" if len(names) > count else "")
 
 

@@ -15,7 +15,7 @@ from sdvae.model.fp16 import FP16_MAX, audit, fix
 from sdvae.roundtrip import pad_to_multiple, round_trip
 from sdvae.weights import load_vae, save_vae
 
-LAYERS_AFTER_FIX = 5  # of the largest, printed before and after a fix
+LAYERS_AFTER_FIX = 5  # number of layers with the largest values that are printed before and after a fix
 
 
 def audit_vae(vae: str, subfolder: str | None, source: str, count: int, resolution: int, *, layers: int) -> None:
@@ -37,12 +37,12 @@ def audit_vae(vae: str, subfolder: str | None, source: str, count: int, resoluti
 
 
 def fix_vae(vae: str, subfolder: str | None, target: Path, source: str, count: int, resolution: int) -> None:
-    """Rescale a VAE for fp16, write it as a diffusers folder, and print what was done and what it changed.
+    """Rescale a VAE for fp16, write it as a diffusers folder, and print the rescalings and their effect.
 
     Args:
         vae: a source for `load_vae`.
         subfolder: folder inside the source that holds the VAE.
-        target: the folder.
+        target: the folder to write.
         source: images, as `open_source` takes them.
         count: how many images, at most.
         resolution: side of the centre crops in pixels.
@@ -93,7 +93,7 @@ def calibration_images(vae: AutoencoderKL, source: str, count: int, resolution: 
 
 
 def _print_largest(values: dict[str, float], layers: int) -> None:
-    over = sum(not value <= FP16_MAX for value in values.values())  # so that NaN counts
+    over = sum(not value <= FP16_MAX for value in values.values())  # `not <=` so that NaN counts
     print(f"{over} of {len(values)} layers go beyond fp16's {FP16_MAX:.0f}; the largest:")
     for name, value in sorted(values.items(), key=lambda item: -item[1])[:layers]:
         print(f"  {name:48} {value:10.4g}  {value / FP16_MAX:8.2%}")

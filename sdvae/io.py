@@ -38,22 +38,22 @@ def make_folder(folder: Path) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"{folder} is a file or below one; need a folder; choose another with --output") from error
     if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} may not be written to; need a folder that may; choose another with --output")
+        raise InputError(f"{folder} is not writable; need a writable folder; choose another with --output")
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Replace a file or a folder by a new one that is complete, or not at all.
+    """Replace a file or a folder by a complete new one, or leave it unchanged.
 
     Args:
-        target: what to replace; need not exist. It stays until the new one is on disk.
+        target: the path to replace, which may not exist yet. The old content stays until the new one is on disk.
 
     Yields:
         A temporary path beside it, for the block to write a file or folder to. It is renamed to `target` when the
         block ends without an exception, and removed otherwise.
 
     Raises:
-        OSError: when writing fails, also where safetensors or torch raise another exception for that.
+        OSError: when writing fails, even if safetensors or torch raised another exception for that.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
@@ -90,7 +90,7 @@ def _flush(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until the content is on disk. Else a power cut might keep the new name and lose the content."""
+    """Wait until the content is on disk. Otherwise a power cut might keep the new name and lose the content."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
     handle = os.open(path, os.O_RDONLY)
@@ -127,7 +127,7 @@ def sha256_of(path: Path) -> str:
 
 
 def utf8(name: str) -> str:
-    """A file's name for JSON, Parquet and labels: bytes in it that are not UTF-8 become escapes such as \\xff."""
+    """A file's name as text for JSON, Parquet and labels. Bytes that are not UTF-8 become escapes such as \\xff."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -140,10 +140,10 @@ def changed_fields(
     """Compare two recipes.
 
     Args:
-        before: sections and fields; sections may be nested.
-        after: the same.
+        before: the fields and sections of the first recipe; sections may be nested.
+        after: the same for the second recipe.
         free: dotted names of fields, or names of sections, that may differ.
-        defaults: values of fields that `before` lacks because an older version wrote it, when they had no choice.
+        defaults: values for fields that `before` lacks, because the version that wrote it did not have them.
 
     Returns:
         A line such as «loss.kl_weight: 1e-06 -> 1e-05» for each field that differs, except the free ones.

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed and a sample alone, and not on batches, workers or processes."""
+"""Random numbers that depend only on a seed and a sample, and not on batches, workers or processes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def sample_seed(seed: int, epoch: int, index: int, purpose: str) -> int:
     """A seed for one purpose of one sample, the same on any machine.
 
     Args:
-        seed: of the run.
-        epoch: the sample's.
-        index: of the sample in the data set.
-        purpose: «augment», «posterior», …
+        seed: the seed of the run.
+        epoch: the sample's epoch.
+        index: the sample's place in the data set.
+        purpose: what the numbers are for: «augment», «posterior», …
 
     Returns:
-        63 bits, which `torch.Generator.manual_seed` and int64 tensors can hold.
+        A number of 63 bits, which `torch.Generator.manual_seed` and int64 tensors can hold.
     """
     # crc32, because Python's own hash of a string differs from process to process
     sequence = np.random.SeedSequence([seed, epoch, index, zlib.crc32(purpose.encode())])

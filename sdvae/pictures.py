@@ -20,18 +20,18 @@ from sdvae.statistics import BINS, DEAD_KL, LatentHealth
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-AMPLIFICATION = 4  # of the difference between original and reconstruction
+AMPLIFICATION = 4  # factor by which the difference between original and reconstruction is amplified
 GAP = 4  # pixels between tiles
-CAPTION_HEIGHT = 28  # minimum height in pixels of the words above the tiles
-LABEL_WIDTH = 120  # maximum width in pixels of the words left of a row
+CAPTION_HEIGHT = 28  # minimum height in pixels of the text above the tiles
+LABEL_WIDTH = 120  # maximum width in pixels of the text left of a row
 
 
 def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Image.Image:
     """A row for each image: original | reconstruction | amplified absolute difference.
 
     Args:
-        images: (N, C, H, W) in [-1, 1]; values outside are clamped. C = 1 is drawn in grey; of more than three channels
-            the first three are drawn.
+        images: (N, C, H, W) in [-1, 1]; values outside are clamped. One channel is drawn in grey. If there are more
+            than three channels, only the first three are drawn.
         reconstructions: the same shape.
     """
     x, y = (_as_drawn(batch) for batch in (images, reconstructions))
@@ -48,18 +48,18 @@ def tile_grid(
     captions: Sequence[Sequence[str]] = (),
     note: str = "",
 ) -> Image.Image:
-    """Images of one size in rows and columns, with words around them.
+    """Images of one size in rows and columns, with text around them.
 
-    Every pixel of an image becomes one pixel of the picture, so that artefacts are seen as they are. A grid of
+    Every pixel of an image becomes one pixel of the picture, so that artefacts are shown exactly. A grid of
     matplotlib's subplots would resample them.
 
     Args:
         tiles: for each row a list of (C, H, W) float in [-1, 1], drawn as by `reconstruction_grid`; None leaves a
             place empty.
-        columns: words above each column.
-        rows: words left of each row.
-        captions: words below each tile, in the shape of `tiles`.
-        note: words below the grid.
+        columns: text above each column.
+        rows: text left of each row.
+        captions: text below each tile, in the shape of `tiles`.
+        note: text below the grid.
     """
     height, width = next(tile.shape[-2:] for row in tiles for tile in row if tile is not None)
     size = min(16, max(8, width // 10))
@@ -137,7 +137,7 @@ def training_curves(metrics_file: Path, png: Path) -> None:
 
     Args:
         metrics_file: the trainer's metrics.jsonl.
-        png: the picture's file.
+        png: the file of the picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -155,7 +155,7 @@ def training_curves(metrics_file: Path, png: Path) -> None:
 
 
 def read_curves(metrics_file: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """The curves that `training_curves` draws. An incomplete last line, which is being written, is ignored.
+    """The curves that `training_curves` draws. An incomplete last line is ignored, since a run may be writing it.
 
     Args:
         metrics_file: the trainer's metrics.jsonl.
@@ -191,10 +191,10 @@ def draw_curve(axes: Axes, name: str, steps: Sequence[int], values: Sequence[flo
     """Draw one curve over the steps, on a logarithmic scale for losses, which span decades.
 
     Args:
-        axes: matplotlib's, to draw on.
-        name: of the metric, such as «train/loss».
-        steps: of the values.
-        values: as many.
+        axes: the axes of matplotlib to draw on.
+        name: the metric's name, such as «train/loss».
+        steps: the step of each value.
+        values: the same number of values.
     """
     log_scale = {"train/loss", "train/reconstruction", "train/grad_norm", "train/kl"}
     axes.plot(steps, values, linewidth=1.4, marker="o" if len(steps) < 12 else None, markersize=3)
@@ -206,7 +206,7 @@ def draw_curve(axes: Axes, name: str, steps: Sequence[int], values: Sequence[flo
 
 
 def latent_plot(health: LatentHealth) -> Image.Image:
-    """Histogram of the log-variance | KL of each channel | mean ± std of each channel; complaints are written above."""
+    """Histogram of the log-variance | KL of each channel | mean ± std of each channel, below the list of complaints."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

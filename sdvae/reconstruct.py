@@ -27,10 +27,10 @@ def reconstruct_files(
 
     Args:
         files: images.
-        vae: a source for `load_vae`; None is the VAE of this package.
+        vae: a source for `load_vae`; None is the VAE in this package.
         subfolder: folder inside the source that holds the VAE.
         output: folder for the reconstructions.
-        max_side: in pixels; images with a longer side are shrunk to it.
+        max_side: a number of pixels; images with a longer side are shrunk to it.
 
     Returns:
         The written files, in the order of `files`.

@@ -1,4 +1,4 @@
-"""Images -> latents -> images, for images of any size. This is the only place that pads, crops and maps to images.
+"""Images -> latents -> images, for images of any size. Only this module pads, crops, and maps output to images.
 
     images --pad--> encode --> posterior --mode or sample--> z --> decode --crop--> output --link--> images
 
@@ -28,10 +28,10 @@ class RoundTrip:
 
     Attributes:
         posterior: over the latents of the padded images, (B, c, ⌈H/f⌉, ⌈W/f⌉) with the compression ratio f; fp32.
-        latents: (B, c, ⌈H/f⌉, ⌈W/f⌉) fp32, those that were decoded: the posterior's mode or a sample, unscaled.
+        latents: (B, c, ⌈H/f⌉, ⌈W/f⌉) fp32, the decoded latents: the posterior's mode or a sample, unscaled.
         reconstruction: (B, C, H, W) fp32, nominally in [-1, 1] and not clamped.
         encode_seconds: time in the encoder, including the wait for the device.
-        decode_seconds: time in the decoder, likewise.
+        decode_seconds: time in the decoder, including the wait for the device.
     """
 
     posterior: DiagonalGaussian
@@ -53,10 +53,10 @@ def round_trip(
     """Encode images and decode them again, without gradients, and measure how long both take.
 
     Args:
-        vae: computes on its own device and in its own dtype.
+        vae: the VAE, which computes on its own device and in its own dtype.
         images: (B, C, H, W) float in [-1, 1], of any size, on any device.
-        latents: what is decoded: the posterior's mode, or a sample of it.
-        generator: for the sample; a list holds one for each image.
+        latents: whether to decode the posterior's mode or a sample.
+        generator: the generator of the sample; a list has one for each image.
         labels: (B,) int64, for a VAE that takes class labels.
 
     Returns:
@@ -87,7 +87,7 @@ def encode_images(vae: AutoencoderKL, images: Tensor, labels: Tensor | None = No
         labels: (B,) int64, for a VAE that takes class labels.
 
     Returns:
-        A posterior over (B, c, ⌈H/f⌉, ⌈W/f⌉) with f the VAE's compression ratio; with gradients where they are on.
+        A posterior over (B, c, ⌈H/f⌉, ⌈W/f⌉) with f the VAE's compression ratio; with gradients unless they are off.
     """
     return vae.encode(pad_to_multiple(images, vae.spatial_compression_ratio), **_given(labels)).latent_dist
 
@@ -104,7 +104,7 @@ def decode_images(
         labels: (B,) int64, for a VAE that takes class labels.
 
     Returns:
-        (B, C, height, width), nominally in [-1, 1] and not clamped; with gradients where they are on.
+        (B, C, height, width), nominally in [-1, 1] and not clamped; with gradients unless they are off.
     """
     return link(vae, decode_output(vae, z, size, labels))
 
@@ -112,9 +112,9 @@ def decode_images(
 def decode_output(
     vae: AutoencoderKL, z: Tensor, size: tuple[int, int] | torch.Size, labels: Tensor | None = None
 ) -> Tensor:
-    """The decoder's output, cropped: what `link` maps to images, and what a likelihood is computed from.
+    """The decoder's output, cropped. `link` maps it to images, and a likelihood is computed from it.
 
-    Args and shapes are those of `decode_images`.
+    Arguments and shapes are those of `decode_images`.
     """
     height, width = size
     return crop_to(vae.decode(z, **_given(labels)).sample, height, width)
@@ -137,7 +137,7 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 
     Args:
         images: (B, C, H, W).
-        multiple: in pixels.
+        multiple: a number of pixels.
 
     Returns:
         (B, C, ⌈H/m⌉·m, ⌈W/m⌉·m), with the original in the top left corner: `crop_to(reconstruction, H, W)` undoes it.
@@ -148,7 +148,7 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 
 
 def crop_to(images: Tensor, height: int, width: int) -> Tensor:
-    """The top left `height` x `width` pixels: undoes `pad_to_multiple`."""
+    """The top left `height` x `width` pixels. This undoes `pad_to_multiple`."""
     return images if images.shape[-2:] == (height, width) else images[..., :height, :width]
 
 
@@ -157,7 +157,7 @@ def check_image_channels(vae: AutoencoderKL, source: str | None) -> None:
 
     Args:
         vae: the VAE.
-        source: its name in the message.
+        source: the VAE's name, for the message.
 
     Raises:
         InputError: unless the VAE takes and gives grey images, or takes and gives RGB images.

@@ -1,4 +1,4 @@
-"""The device and precision that this process computes with, and whether it keeps the memory that it frees."""
+"""The device and the precision of this process, and whether it keeps the memory that it frees."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RETURN = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 64 
 
 
 def accelerator_type() -> str | None:
-    """The kind of accelerator: «cuda», «mps», … None where there is none, or ACCELERATE_USE_CPU is set."""
+    """The kind of accelerator: «cuda», «mps», … None if there is none, or if ACCELERATE_USE_CPU is set."""
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
         return None
     device = torch.accelerator.current_accelerator()
@@ -36,7 +36,7 @@ def resolve_precision(requested: str, device_type: str) -> str:
     """Choose accelerate's `mixed_precision`. Weights, optimizer and EMA stay in fp32 in every case.
 
     Args:
-        requested: "auto" (bf16 where the hardware computes in it), "no" (fp32), "bf16" or "fp16".
+        requested: "auto" (bf16 if the hardware computes in it, else fp32), "no" (fp32), "bf16" or "fp16".
         device_type: such as "cpu" or "cuda".
 
     Returns:
@@ -68,12 +68,12 @@ def _computes_in_bf16(device_type: str) -> bool:
 def keep_freed_memory(keep: bool = True) -> None:
     """Let this process keep the memory that it frees, as torch does on a GPU. This saves time on a CPU.
 
-    The process then holds as much as its largest computation took, or somewhat more where sizes vary. Results do not
-    change. It works with glibc, that is on most Linux systems, and has no effect elsewhere, nor where one of
+    The process then holds as much memory as its largest computation took, or somewhat more if sizes vary. Results do
+    not change. This works with glibc, which most Linux systems have. It has no effect on other systems, or if one of
     glibc's own environment variables for this is set (MALLOC_TRIM_THRESHOLD_, …).
 
     Args:
-        keep: False undoes it, and returns memory that is free now to the system.
+        keep: False undoes it, and returns the memory that is free now to the system.
     """
     libc = _glibc()
     if libc is None or any(name in os.environ for name in VARIABLES):
@@ -85,7 +85,7 @@ def keep_freed_memory(keep: bool = True) -> None:
 
 
 def give_back() -> None:
-    """Return all free memory to the system, with the gaps between blocks in use, which glibc would keep."""
+    """Return all free memory to the system, including gaps between blocks in use, which glibc normally keeps."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

@@ -1,7 +1,7 @@
 """Statistics of latents over many images: sums over posteriors, in float64.
 
 `LatentMoments`     mean and variance of each channel, and the scaling factor
-`LatentHealth`      the same with KL and log-variances, and complaints about what is wrong
+`LatentHealth`      the same with KL and log-variances, and a list of faults
 `LatentCovariance`  covariance between channels, and principal components
 `LatentMaps`        statistics by position in the image
 
@@ -25,10 +25,10 @@ from sdvae.model.posterior import LOGVAR_RANGE
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, «Importance weighted autoencoders», section 5: active units
 DEAD_KL = 0.01  # nats; the KL of a mean of 0.14, or of a std of 0.9: almost no information about the image
 BLACK_HOLE_LOGVAR = LOGVAR_RANGE[0] + 0.5  # half a nat above the clamp; SD-1's other elements are at -23 to -13
-EXPLODED_STD = 50.0  # several times any in use: SD-1 has 1/0.18215 = 5.5, SDXL 1/0.13025 = 7.7, SD3 1/1.5305 = 0.65
+EXPLODED_STD = 50.0  # published VAEs have far less: SD-1 1/0.18215 = 5.5, SDXL 1/0.13025 = 7.7, SD3 1/1.5305 = 0.65
 PRIOR_LIKE_KL = 1.0  # nats; if a constant posterior has more, the KL term did not make it constant
 ROUNDING = 1e-12  # bound on the rounding error of E[x²] - E[x]² relative to E[x²] in float64
-NAMED_CHANNELS = 8  # that one complaint lists, at most
+NAMED_CHANNELS = 8  # the most channels that one complaint lists
 
 BINS = round(LOGVAR_RANGE[1] - LOGVAR_RANGE[0])  # of the histogram, one nat each
 KL, LOGVAR, DEAD, BLACK_HOLES, HISTOGRAM = range(4, 9)  # rows of the sums, after the four of LatentMoments
@@ -105,7 +105,7 @@ class LatentMoments(Sums):
         """The scaling factor, 1/std, and the shift factor, which is the mean.
 
         Args:
-            with_shift: without it, the shift factor is None.
+            with_shift: if false, the shift factor is None.
 
         Raises:
             InputError: when no image was counted, or the latents do not vary.
@@ -159,7 +159,7 @@ class LatentHealth(Sums):
 
     @property
     def moments(self) -> LatentMoments:
-        """The first four rows, as a view: what is added to its sums is added here."""
+        """The first four rows of the sums, as a view: updating it updates them."""
         moments = LatentMoments(self.sums.shape[1])
         moments.sums = self.sums[:KL]
         return moments
@@ -204,10 +204,10 @@ class LatentHealth(Sums):
 
     @property
     def collapsed(self) -> Tensor:
-        """(C,) bool: useless channels. Their mean hardly varies, by less than its noise, or all elements are dead.
+        """(C,) bool: useless channels. Their mean varies little and by less than its noise, or all elements are dead.
 
-        That a channel is not active (Burda et al. 2016) is not enough: the threshold assumes the prior's variance of
-        one, and a channel may be small but precise.
+        It is not sufficient that a channel is not active (Burda et al. 2016): that threshold assumes the prior's
+        variance of 1, and a channel may have small values and be precise.
         """
         mean_variance, noise_variance = self._variances()
         hidden = (mean_variance <= ACTIVE_VARIANCE) & (mean_variance < noise_variance)
@@ -221,7 +221,7 @@ class LatentHealth(Sums):
 
     @property
     def exploded(self) -> Tensor:
-        """(C,) bool: channels with a std many times larger than in any VAE in use."""
+        """(C,) bool: channels with a std many times larger than in any published VAE."""
         return self.channel_std > EXPLODED_STD
 
     def metrics(self) -> dict[str, float]:
@@ -243,7 +243,7 @@ class LatentHealth(Sums):
         return values | {f"channel_kl_{c}": kl for c, kl in enumerate(self.channel_kl.tolist())}
 
     def complaints(self) -> list[str]:
-        """What is wrong with the latents: a line for each fault, with its extent and a remedy.
+        """A line for each fault of the latents, with its extent and a remedy.
 
         Raises:
             InputError: when there was no update.
@@ -272,7 +272,7 @@ class LatentHealth(Sums):
                 f"latents explode: std up to {largest:.3g} in {_named(exploded)}; "
                 "raise loss.kl_weight or lower optimizer.learning_rate"
             )
-        if self.black_hole_fraction > 0:  # even a single one: it gets no gradient and stays
+        if self.black_hole_fraction > 0:  # even a single one counts, since without a gradient it never recovers
             found.append(
                 f"black holes: {100 * self.black_hole_fraction:.2g} % of elements have log-variance at the clamp "
                 f"of {LOGVAR_RANGE[0]:.0f}; raise loss.kl_weight"
@@ -374,11 +374,11 @@ class LatentMaps(Sums):
 
     Args:
         shape: (C, h, w) of the latents.
-        scaling_factor: of the VAE's configuration.
-        shift_factor: of the VAE's configuration; None counts as 0.
+        scaling_factor: the one in the VAE's configuration.
+        shift_factor: the one in the VAE's configuration; None counts as 0.
 
     Attributes:
-        images: how many were counted.
+        images: the number of images that were counted.
         histogram: (C, HISTOGRAM_BINS) int64, of scaled samples.
         outside: (C,) int64, number of scaled samples outside HISTOGRAM_RANGE.
     """
@@ -405,7 +405,7 @@ class LatentMaps(Sums):
 
         Args:
             posterior: over (B, C, h, w).
-            generator: of the samples that the histogram counts.
+            generator: the generator of the samples that the histogram counts.
         """
         posterior = DiagonalGaussian(posterior.parameters.detach().cpu().double())
         mean, var = posterior.mean, posterior.var

@@ -1,6 +1,7 @@
-"""A real browser for the pages that the program makes: headless Chromium, driven by Playwright.
+"""A real browser for tests of the program's pages: headless Chromium, driven by Playwright.
 
-Found on the PATH (Debian's package `chromium`, or Chrome), or where `playwright install chromium` puts it.
+The browser is looked for on the PATH (Debian's package `chromium`, or Chrome), then where `playwright install chromium`
+puts it.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ ARGUMENTS = [
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
-    "--disable-background-networking",  # no look-ups of its own
+    "--disable-background-networking",  # the browser itself makes no requests
     "--disable-component-update",
     "--disable-sync",
 ]
 
 
 class BrowserPage:
-    """A page, and what went wrong on it.
+    """A page, and the errors on it.
 
     Attributes:
-        page: Playwright's.
-        errors: console errors, uncaught exceptions, failed requests and requests that left this machine.
+        page: Playwright's page.
+        errors: console errors, uncaught exceptions, failed requests, and requests to other machines.
     """
 
     def __init__(self, page: Page):
@@ -48,7 +49,7 @@ def _local(url: str) -> bool:
 
 @pytest.fixture
 def browser_page() -> Iterator[BrowserPage]:
-    """An empty page of 1280 x 900 pixels. Without a browser the test is skipped; under CI that is a failure."""
+    """An empty page of 1280 x 900 pixels. Without a browser the test is skipped, or fails if CI is set."""
     with sync_playwright() as playwright:
         executable = _executable(playwright)
         if executable is None:

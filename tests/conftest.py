@@ -1,4 +1,4 @@
-"""Tiny things that several tests use."""
+"""Fixtures and small inputs that several test modules use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from sdvae import AutoencoderKL
 from tests.browser import browser_page  # noqa: F401 - a fixture
 
-# Tests run in two processes on two cores, and some compare bits with a process that has one thread.
+# Tests run in two processes on two cores, and some compare results bit by bit with a process of one thread.
 torch.set_num_threads(1)
 
 
@@ -30,7 +30,7 @@ def photographs(tmp_path: Path) -> Path:
 
 
 def draw_photographs(folder: Path) -> Path:
-    """Ten small pictures, smooth and each of its own."""
+    """Write ten small, smooth pictures, all different."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     for i in range(10):
@@ -54,7 +54,7 @@ TINY = {
     "data.validation_count": "3",
     "data.num_workers": "0",
     "loss.lpips_weight": "0",
-    "mixed_precision": "no",  # «auto» is another on another machine
+    "mixed_precision": "no",  # "auto" depends on the machine
     "trackers": "[]",
 }
 
@@ -67,7 +67,7 @@ def tiny_arguments(source: Path, output: Path, **changes: str) -> list[str]:
 
 
 def tiny_vae(**changes) -> AutoencoderKL:
-    """Two levels, f2, with the same random weights each time."""
+    """A VAE of two levels (f2), with the same random weights in each call."""
     torch.manual_seed(0)
     shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, **changes}
     levels = len(shape["block_out_channels"])

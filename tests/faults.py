@@ -1,4 +1,4 @@
-"""Faults that strike a training run in a given step; in a process's own tests, or as a script under torchrun:
+"""Faults in a given step of a training run. Tests use `fault` in their own process, or this script under torchrun:
 
 python tests/faults.py KIND STEP RANK [sdvae train arguments …]
 """
@@ -21,18 +21,18 @@ SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sigkill": signal
 
 
 class Crash(Exception):
-    """Stands for whatever ends a process without a message."""
+    """An exception that the program does not expect, so that it ends the process like a bug."""
 
 
 @contextmanager
 def fault(kind: str, step: int, rank: int = 0, until: int | None = None) -> Iterator[None]:
-    """A context in which a training run meets a fault.
+    """A context in which a fault happens in a training run.
 
     Args:
-        kind: a signal, a crash, images of NaN, or "none".
-        step: in which it happens, counted from 0.
-        rank: of the process that it happens to.
-        until: the last step in which it happens; the same as `step` when not given.
+        kind: a key of SIGNALS, "crash", "nan" (images of NaN) or "none".
+        step: the first step in which the fault happens, counted from 0.
+        rank: the rank of the process in which it happens.
+        until: the last step in which it happens; by default `step`.
     """
     real = TrainStep.__call__
     mine = int(os.environ.get("RANK", "0")) == rank
@@ -60,12 +60,12 @@ def spoilt(batches):
 
 
 def blank(*_) -> Image.Image:
-    """In place of `save.draw`: pictures have their own tests, and take most of a tiny run's time."""
+    """Replaces `save.draw`, which takes most of a tiny run's time and has its own tests."""
     return Image.new("RGB", (8, 8))
 
 
 def run_with_fault(argv: list[str]) -> None:
-    """KIND STEP RANK [sdvae train arguments …], in a process of its own."""
+    """Run `sdvae train` with a fault in this process. The arguments are KIND STEP RANK [sdvae train arguments …]."""
     save.draw = blank
     with fault(argv[0], int(argv[1]), int(argv[2])):
         sys.exit(main(["train", *argv[3:]]))

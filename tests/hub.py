@@ -1,6 +1,6 @@
-"""A hub on this machine: the part of the Hugging Face hub's protocol that uploading needs, over HTTP.
+"""A local HTTP server with the part of the Hugging Face hub's protocol that uploading needs.
 
-Not a stand-in for huggingface_hub: that runs as it is, and talks to this.
+It does not replace the library huggingface_hub, which the tests run unchanged against this server.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ TOKEN = "hf_for_tests"
 
 
 class FakeHub:
-    """Repositories of files, made by requests.
+    """Repositories of files, which requests create and fill.
 
     Attributes:
-        refuse: {part of a path: (status, words)}; such requests are refused.
+        refuse: {part of a path: (status, message)}; requests whose path has this part are refused.
         repositories: {id: {branch: {name of a file: bytes}}}.
-        created: (id, private: true, false or not said) of each request to make a repository.
+        created: (id, private) of each request to create a repository; private is None if the request does not say.
         commits: (id, branch, message) of each commit.
     """
 
@@ -49,7 +49,7 @@ class FakeHub:
         self.server.server_close()
 
     def download(self, repo_id: str, folder: Path, branch: str = "main") -> Path:
-        """Write a branch's files as a clone has them."""
+        """Write the files of a branch into a new folder."""
         folder.mkdir()
         for name, content in self.repositories[repo_id][branch].items():
             (folder / name).write_bytes(content)
@@ -59,7 +59,7 @@ class FakeHub:
         for part, (status, words) in self.refuse.items():
             if part in path:
                 return status, {"error": words, "errors": [{"message": words}]}
-        if path.startswith("/objects/"):  # an address that the batch API gave: without token, as on the hub
+        if path.startswith("/objects/"):  # an address from the batch API, which needs no token, as on the hub
             self._objects[path.rpartition("/")[2]] = body
             return 200, {}
         if headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -78,7 +78,7 @@ class FakeHub:
     def _create(self, asked: dict) -> tuple[int, object]:
         repo_id = f"{asked.get('organization', 'me')}/{asked['name']}"
         visibility = {"private": True, "public": False, None: None}[asked.get("visibility")]
-        self.created.append((repo_id, asked.get("private", visibility)))  # the second is what older clients say
+        self.created.append((repo_id, asked.get("private", visibility)))  # versions of the client use either key
         status = 409 if repo_id in self.repositories else 200
         self.repositories.setdefault(repo_id, {"main": {}})
         return status, {"url": f"{self.url}/{repo_id}"}
@@ -153,4 +153,4 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = _respond
 
     def log_message(self, *arguments: object) -> None:
-        """Nothing: what matters, the tests look at."""
+        """Log nothing."""

@@ -1,8 +1,8 @@
-"""Kill a process at every file operation of a checkpoint's saving.
+"""Kill a process at every file operation while it saves a checkpoint.
 
-`save_and_be_killed` runs in a process of its own. Children are forked from it, each is killed by SIGKILL before its
-n-th file operation under FOLDER (n = 0, 1, …), until one comes through. After each, the newest checkpoint that can be
-read must be the old one or the new one, whole. Prints «operations N, old A, new B».
+`save_and_be_killed` runs in a separate process and forks children. Child n (n = 0, 1, …) is killed by SIGKILL before
+its n-th file operation in the folder, until a child finishes. After each child, the newest checkpoint that can be read
+must be the old or the new one, and complete. At the end it prints «operations N, old A, new B».
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def save(root: Path, step: int) -> None:
 
 
 def die_before(operation: int, root: Path) -> None:
-    """Every file operation of Python raises an audit event before it happens."""
+    """Kill this process before its file operation number `operation` in `root`, counted from 0.
+
+    Python raises an audit event before each file operation.
+    """
     count = 0
 
     def hook(event: str, arguments: tuple) -> None:
@@ -60,7 +63,7 @@ def save_and_be_killed(argv: list[str]) -> None:
             os._exit(0)
         _, status = os.waitpid(child, 0)
         folder, found, damaged = newest_whole(root)
-        assert folder is not None, f"operation {operation}: nothing is left, of {list(root.iterdir())}"
+        assert folder is not None, f"operation {operation}: no checkpoint is left in {list(root.iterdir())}"
         assert found is not None
         assert not damaged, f"operation {operation}: half a checkpoint has a checkpoint's name: {damaged}"
         step = found.state["step"]

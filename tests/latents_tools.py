@@ -1,4 +1,4 @@
-"""What the tests of latent data sets share: a tiny VAE, tiny photographs, and processes that can be killed."""
+"""Helpers for tests of latent data sets: a tiny VAE, tiny photographs, and processes that can be killed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sdvae.latents.folder import LatentFolder
 from sdvae.latents.rows import from_bytes
 from tests.kill_at_boundaries import die_before
 
-FORK = multiprocessing.get_context("fork")  # a process that need not import torch again
+FORK = multiprocessing.get_context("fork")  # forked, so that a process need not import torch again
 
 
 def tiny_vae(seed: int = 0) -> AutoencoderKL:
-    """f4, 4 channels, random weights that make latents of a few units."""
+    """A VAE (f4, 4 channels) with random weights for which latents have values of a few units."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -38,7 +38,7 @@ def tiny_vae(seed: int = 0) -> AutoencoderKL:
 
 
 def draw(folder: Path, count: int, sizes: tuple[tuple[int, int], ...] = ((40, 40),), seed: int = 0) -> Path:
-    """`count` smooth pictures of their own, of `sizes` (width, height) by turns."""
+    """Write `count` different smooth pictures, with `sizes` (width, height) in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     for i in range(count):
@@ -60,7 +60,7 @@ def options(source: Path, output: Path, vae: Path, **changes) -> EncodeConfig:
 
 
 def rows_of(folder: Path) -> dict[str, dict]:
-    """Every row by its name, with tensors in place of bytes; fails where a name comes twice."""
+    """Name -> row, with tensors instead of bytes. Fails if two rows have the same name."""
     dtype = LatentFolder(folder)
     dtype.open()
     rows: dict[str, dict] = {}
@@ -73,7 +73,7 @@ def rows_of(folder: Path) -> dict[str, dict]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, but for the lock."""
+    """Name -> content of every file in a folder except the lock."""
     return {
         str(p.relative_to(folder)): p.read_bytes()
         for p in sorted(folder.rglob("*"))
@@ -82,7 +82,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def in_process(function: Callable[[], None]) -> multiprocessing.Process:
-    """Start `function` in a process of its own, silently."""
+    """Start `function` in a new process without output."""
 
     def run() -> None:
         null = os.open(os.devnull, os.O_WRONLY)
@@ -100,7 +100,11 @@ def encode_in_process(config: EncodeConfig) -> multiprocessing.Process:
 
 
 def killed_at(boundary: int, config: EncodeConfig) -> bool:
-    """Encode in a process that SIGKILLs itself before its `boundary`-th file operation. False if there are fewer."""
+    """Encode in a process that is killed by SIGKILL before its file operation number `boundary`, counted from 0.
+
+    Returns:
+        False if the process ended before, because it has fewer file operations.
+    """
 
     def run() -> None:
         die_before(boundary, Path(config.output))

@@ -1,6 +1,7 @@
-"""Processes for tests, forked from one that has imported everything: a fresh interpreter takes ten seconds for that.
+"""Processes for tests, forked from a process that has imported everything, which takes a new interpreter ten seconds.
 
-The environment is what a launcher such as torchrun sets, so that the program forms its process group as it would there.
+They get the environment variables that a launcher such as torchrun sets, so that the program forms its process group
+in the same way.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ _CONTEXT.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class Finished:
-    """What processes left, one entry a rank.
+    """The results of the processes.
 
     Attributes:
-        codes: exit codes; minus the signal's number of those that a signal ended.
+        codes: the exit code of each rank; minus the number of the signal if a signal ended it.
+        stdout: the output of all ranks, one after the other.
+        stderr: the same for standard error.
     """
 
     codes: list[int]
@@ -46,9 +49,14 @@ def launch(
     world_size: int = 1,
     timeout: float = 120,
 ) -> Finished:
-    """Run `target(arguments)` in so many processes of one thread each, and wait for all.
+    """Run `target(arguments)` in `world_size` processes of one thread each, and wait for all.
 
-    Args: folder: exists; takes the processes' output.
+    Args:
+        target: the function to run.
+        arguments: its arguments, which are converted to strings.
+        folder: an existing folder for the output of the processes.
+        world_size: the number of processes.
+        timeout: seconds after which processes are killed and the test fails.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

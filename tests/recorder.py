@@ -1,4 +1,4 @@
-"""A training process that records what each of its steps saw."""
+"""A training process that records the samples and the gradients of each of its steps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sdvae.training.players import Player, TrainingForward
 
 
 def record(argv: list[str]) -> None:
-    """WORLD_SIZE RECORD_FOLDER [sdvae train arguments …], in a process of its own.
+    """Train in this process. The arguments are WORLD_SIZE RECORD_FOLDER [sdvae train arguments …].
 
-    Writes RECORD_FOLDER/rank-R.pt: for each optimizer step the sample keys of this process and the gradients, of both
-    players, that the optimizers are about to use.
+    This writes RECORD_FOLDER/rank-R.pt: for each optimizer step the sample keys of this process, and the gradients of
+    VAE and discriminator before they are clipped.
     """
     world_size, folder, arguments = int(argv[0]), Path(argv[1]), argv[2:]
     samples: list[tuple[int, int]] = []

@@ -712,6 +712,6 @@ def test_a_shard_that_is_removed_before_the_end_is_missed(vae, photos, tmp_path,
         patch.setattr(LatentWriter, "finish", lambda self: False)
         encode(config)
     broken_shard(tmp_path / "out").unlink()
-    with pytest.raises(InputError, match=r"1 shards were written and are gone \(train-00001.*--repair"):
+    with pytest.raises(InputError, match=r"1 finished shards are missing \(train-00001.*--repair"):
         encode(config)
     assert encode(dataclasses.replace(config, repair=True)).is_complete

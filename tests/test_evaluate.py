@@ -341,7 +341,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, photographs,
     cases = {
         "with (3, 1) image channels": [str(tmp_path / "wide")],
         "got seed=-1": ["--seed=-1"],
-        "its trunk needs 32": ["--lpips=alex", "--resolution=16"],
+        "whose trunk needs 32": ["--lpips=alex", "--resolution=16"],
         "without fid": ["--inception=x.pth"],
         "need each VAE once": ["a", "a"],
         "need at least 16": ["--resolution=8"],

@@ -244,7 +244,7 @@ def test_integers_are_refused_with_the_fix():
 def test_configurations_that_do_not_fit_together_are_refused():
     with pytest.raises(InputError, match=r"block_out_channels has 48, which norm_num_groups=32 does not divide"):
         AutoencoderKL(**config((32, 48)))
-    with pytest.raises(InputError, match=r"down_block_types names 1 blocks, block_out_channels has 2"):
+    with pytest.raises(InputError, match=r"down_block_types names 1 blocks and block_out_channels has 2"):
         AutoencoderKL(block_out_channels=(32, 64))
     with pytest.raises(InputError, match=r"'DownBlock2D'; need one of DownEncoderBlock2D, AttnDownEncoderBlock2D"):
         AutoencoderKL(down_block_types=("DownBlock2D",))

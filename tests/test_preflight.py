@@ -47,18 +47,18 @@ def test_a_sound_recipe_has_no_finding():
         (
             recipe(steps=150),
             {"train_images": 1500},
-            "the discriminator reaches the VAE in step 151, after the last, 150: it never acts",
+            "the discriminator acts on the VAE from step 151, after the last step, 150: it never acts",
         ),
         (recipe(steps=180), {"train_images": 2000}, "never reaches 0.5"),
         (
             recipe(optimizer=OptimizerConfig(learning_rate=2.6e-3)),
             {},
-            "48 times LDM's 4.5e-6 an image of the step; it is used as it stands here: was it multiplied",
+            "48 times LDM's rate of 4.5e-6 for each image in a step; it is used as given, not multiplied",
         ),
-        (recipe(), {"images_per_step": 24, "train_images": 20}, "a step takes 24 images and there are 20"),
+        (recipe(), {"images_per_step": 24, "train_images": 20}, "a step takes 24 images and there are only 20"),
         (recipe(), {"train_images": 300}, "300 images are few for 84 M new parameters"),
-        (recipe(), {"validation_images": 2}, "2 validation images: their mean says little"),
-        (recipe(), {"train_images": 24_000}, "the run ends when it has seen 50% of the images"),
+        (recipe(), {"validation_images": 2}, "only 2 validation images, so their mean is uncertain"),
+        (recipe(), {"train_images": 24_000}, "the run ends after 50% of the images"),
         (recipe(LossConfig(kl_warmup_steps=1000)), {}, "the KL term never has its full weight"),
     ],
 )
@@ -123,7 +123,7 @@ def test_latents_that_vanish_or_explode_are_found():
 def test_a_kl_weight_in_another_unit_is_found():
     heavy = recipe(replace(LossConfig(), kl_weight=1.0))
     (finding,) = probed(heavy)
-    assert "is more than all of the reconstruction" in finding
+    assert "is larger than the reconstruction term" in finding
     assert "LDM: 1e-6" in finding
 
 

@@ -585,7 +585,7 @@ def test_a_file_in_place_of_the_folder_is_said_before_the_first_image(folder, tm
         assert "is a file or below one; need a folder" in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert main(["report", *data, "--output", str(tmp_path / "r.html")]) == 2
-    assert "may not be written to" in capsys.readouterr().err
+    assert "is not writable" in capsys.readouterr().err
 
 
 def test_a_vae_that_makes_rgb_of_grey_is_refused(folder, tmp_path, capsys):

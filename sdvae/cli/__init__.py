@@ -1,7 +1,7 @@
 """The command line, `sdvae COMMAND …`.
 
-torch is imported only when a command runs: `sdvae --help`, `sdvae train --print_config` and the answer to a misspelt
-option do not wait for it.
+torch is imported only when a command runs, so `sdvae --help`, `sdvae train --print_config` and the message about a
+misspelt option do not wait for it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _usage() -> str:
 
 
 def _log_to_stderr() -> None:
-    """Plain log lines: all of them from the main process, and only errors from the others."""
+    """Log plain lines: all messages of the main process, and only errors of the others."""
     is_main = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sdvae").setLevel(logging.INFO if is_main else logging.ERROR)

@@ -1,7 +1,7 @@
 """The commands and their options: each field of an options class is an option, and the string below it is its help.
 
-A command imports its part of the package when it runs, because nearly all of it imports torch. The options of `train`,
-`encode` and `evaluate` are defined beside the code that takes them.
+A command imports its part of the package only when it runs, because nearly every part imports torch. The options of
+`train`, `encode` and `evaluate` are defined beside the code that uses them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ExportOptions:
     config: str | None = None
     """A config.json for a source that is a single file."""
     dtype: Literal["file", "fp32", "fp16", "bf16"] = "file"
-    """Type of the written weights. `file` keeps that of the source."""
+    """Dtype of the written weights. `file` keeps that of the source."""
     latents: str | None = None
     """A folder that `sdvae encode` wrote. The scaling_factor measured there is written with the VAE, and the
     shift_factor as well if the VAE has one."""
@@ -227,7 +227,7 @@ class ReportOptions:
     """Images to measure: whatever `data.source` takes in training. By default those that the run held out, or else the
     photographs of scikit-image."""
     count: int = 24
-    """Number of images, taken from the front."""
+    """Measure this many images, the first ones."""
     resolution: int | None = None
     """Side in pixels of the square that is cropped from the centre of each image. By default that of the run's
     validation, or else 256."""
@@ -262,14 +262,14 @@ class PushOptions:
     private: bool | None = None
     """Whether a new repository is private. By default as the owner's settings say."""
     license: str | None = None
-    """License for the model card, such as apache-2.0. By default the one that the card has."""
+    """License for the model card, such as apache-2.0. By default the card keeps its license."""
     revision: str | None = None
     """Branch, created if it does not exist. By default main."""
     message: str | None = None
     """Message of the commit."""
     data: str | None = None
     """Images for the figures and the picture of the card: whatever `data.source` takes in training. By default the card
-    keeps those it has."""
+    keeps its figures and its picture."""
     count: int = 50
     """Largest number of those images."""
     resolution: int = 256
@@ -287,10 +287,10 @@ def push(options: PushOptions) -> None:
 
 
 class Command(NamedTuple):
-    """A function of one dataclass, whose fields are the command's options. Its docstring is its line of the help."""
+    """A function of one dataclass, whose fields are the command's options. Its docstring is its line in the help."""
 
     run: Callable[[Any], None]
-    positional: tuple[str, ...] = ()  # this and `lists`: see `parse_options`
+    positional: tuple[str, ...] = ()  # `parse_options` explains this and `lists`
     lists: tuple[str, ...] = ()
 
 

@@ -1,4 +1,4 @@
-"""Arguments and YAML files to dataclasses; what does not fit is answered in one line that names it."""
+"""Parsing arguments and YAML files into dataclasses. An argument that does not fit gives a message of one line."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Options = TypeVar("Options", bound="DataclassInstance")
 
 
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
-    """YAML files and dotted options to a training recipe, as `parse_options` reads them.
+    """Parse YAML files and dotted options into a training recipe, as `parse_options` does.
 
     Raises:
-        InputError: as `parse_options`.
+        InputError: as `parse_options` does.
     """
     return parse_options(TrainConfig, argv, "sdvae train")
 
@@ -41,15 +41,15 @@ def parse_options(
     positional: Collection[str] = (),
     lists: Collection[str] = (),
 ) -> Options:
-    """Arguments to a dataclass: an option for each field, and `--config FILE` for YAML files with several of them.
+    """Parse arguments into a dataclass: an option for each field, and `--config FILE` for a YAML file of options.
 
-    The command line wins over files, and a later file over an earlier one.
+    The command line overrides files, and a later file overrides an earlier one.
 
     Args:
         options: the dataclass. The type of a field says which values it takes, and its docstring is its help text.
         argv: the arguments.
-        program: its name in messages.
-        summary: what it does, for its help.
+        program: the program's name, for messages.
+        summary: what the program does, for its help.
         positional: fields that are given without a name, in this order. Those with a default are options as well.
         lists: fields of type `tuple[T, ...]` that are written as `--key A B` and not as `--key=[A,B]`.
 
@@ -74,7 +74,7 @@ def parse_options(
         item, several = _item_type(types[name])
         if name in unnamed:
             settings: dict[str, Any] = {"nargs": "+"} if several else {}
-        else:  # without a default of its own: that would replace what the option of the same name was given
+        else:  # no default here, since it would replace the value of the option of the same name
             settings = {"nargs": "*" if several else "?", "default": argparse.SUPPRESS}
         parser.add_argument(name, type=item, help=helps[name], **settings)
     for name in lists:
@@ -87,8 +87,8 @@ def parse_options(
     except ArgumentError as error:
         reason = one_line(error).replace("Expected a typing.Literal", "need one of ")
         raise InputError(f"{reason} (see {program} --help)") from error
-    # This makes nested dataclasses. Commands with positional arguments have none, and jsonargparse fails on an argument
-    # that is both positional and an option.
+    # `instantiate` makes nested dataclasses. Commands with positional arguments have none, and jsonargparse cannot
+    # instantiate an argument that is both positional and an option.
     instances = arguments if positional else parser.instantiate(arguments)
     values = {name: getattr(instances, name) for name in fields}
     return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
@@ -107,7 +107,7 @@ def _helps(options: type) -> dict[str, str | None]:
 
 
 def _keys(options: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields: «loss», «loss.kl_weight», …"""
+    """Dotted names of all fields: `loss`, `loss.kl_weight`, …"""
     for field in dataclasses.fields(options):
         yield prefix + field.name
         if dataclasses.is_dataclass(field.default_factory):
@@ -133,7 +133,7 @@ def _given_keys(files: Sequence[str], argv: Sequence[str], known: Set[str]) -> I
         if argument.startswith("--") and argument != "--":
             yield argument[2:].partition("=")[0], "the command line"
     for file in files:
-        if Path(file).is_file():  # the parser refuses anything else
+        if Path(file).is_file():  # the parser reports other paths
             yield from ((key, file) for key in _yaml_keys(Path(file), known))
 
 
@@ -160,7 +160,7 @@ def _yaml_keys(path: Path, known: Set[str]) -> Iterator[str]:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """«did you mean …?» with the known name nearest to `name`, or an empty string if none is near."""
+    """The question «did you mean …?» with the known name nearest to `name`, or an empty string if none is near."""
     known = list(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not nearest:  # the right field in the wrong section

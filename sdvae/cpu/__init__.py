@@ -1,1 +1,1 @@
-"""Kernels for CPUs, imported where a VAE computes on a CPU and only there; nothing on a GPU needs this room."""
+"""Kernels for CPUs. They are imported only where a VAE computes on a CPU; nothing on a GPU needs them."""

@@ -1,4 +1,4 @@
-"""Training and inference made faster on a CPU: the same function to rounding, in fewer operations.
+"""Faster training and inference on a CPU: the same function up to rounding, with fewer operations.
 
 Winograd's minimal filtering computes an m x m tile of a 3x3 convolution from (m + 2)² products instead of 9 m²
 (Lavin & Gray 2016, «Fast Algorithms for Convolutional Neural Networks», eq. 8):
@@ -17,7 +17,7 @@ pixels, so the two layers equal four 2x2 convs, one for each parity of the outpu
 value instead of 9 (the sub-pixel convolution of Shi et al. 2016, section 3.2, with tied weights).
 
 The rest of the package does not need this module. A layer with other kernels is a subclass of the layer that it stands
-in for (`sdvae.model.plain`), and looks at each call whether it still is what the kernels were made for.
+in for (`sdvae.model.plain`). At each call it checks that its geometry and methods still fit the kernels.
 """
 
 from __future__ import annotations
@@ -55,28 +55,28 @@ def _both_axes(one_axis: Sequence[Sequence[float]]) -> Tensor:
 
 INPUT, KERNEL, OUTPUT = _both_axes(_BT), _both_axes(_G), _both_axes(_AT)  # (36, 36), (36, 9), (16, 36)
 
-# TAPS[parity, pixel, tap] is 1 where, for output positions of this parity, the conv's tap (0, 1 or 2) of one side reads
-# this pixel (0 the earlier, 1 the later) of the map before it was doubled.
+# Along one side, TAPS[parity, pixel, tap] is 1 if, at output positions of this parity, the conv's tap (0, 1 or 2) reads
+# this pixel (0: the earlier, 1: the later) of the map before it was doubled.
 TAPS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 
 
 def speed_up(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> None:
-    """Make `vae` faster on a CPU, in place. Weights, state-dict names and, to rounding, the function stay the same.
+    """Make `vae` faster on a CPU, in place. Weights, state-dict names and, up to rounding, the function stay the same.
 
-    A VAE that `takes_winograd` (SD's in fp32 does, on many machines) gets Winograd's convolutions, which are used for
-    maps where `winograd_pays`. It also gets slicing: without gradients, a batch is computed image by image, as those
-    kernels work (`disable_slicing` undoes that). Every other VAE, and one in bf16, gets the channels-last layout, which
-    its results then have too. Upsamplers whose conv does not take Winograd use four taps instead of nine, except under
-    `enable_tiling`. Deep copies, DDP and gradient checkpointing work as before. For other dtypes, on other devices, and
-    where a layer has been changed since, the ordinary layers compute.
+    A VAE for which `takes_winograd` is true (on many machines SD's VAE in fp32) gets Winograd's convolutions, which
+    are used for maps of the sizes where `winograd_pays` is true. It also gets slicing: without gradients, a batch is
+    computed image by image, as those kernels do (`disable_slicing` undoes that). Every other VAE gets the channels-last
+    layout, which its outputs then have too. Upsamplers whose conv does not use Winograd use four taps instead of nine,
+    except under `enable_tiling`. Deep copies, DDP and gradient checkpointing work as before. For other dtypes, on other
+    devices, and if a layer was changed afterwards, the ordinary layers are used.
 
-    The process also keeps the memory it frees from now on (`keep_freed_memory(False)` undoes that).
+    From now on the process also keeps the memory that it frees (`keep_freed_memory(False)` undoes that).
 
-    docs/speed.md says what it gains. The custom gradients can be differentiated only once.
+    docs/speed.md has the measured times. The custom gradients can be differentiated only once.
 
     Args:
-        vae: whose weights have their final dtype.
-        dtype: that it will compute in, under autocast; by default that of its weights.
+        vae: a VAE whose weights have their final dtype.
+        dtype: the dtype of its computation under autocast; by default the dtype of its weights.
     """
     winograd = takes_winograd(vae, dtype)
     layout = torch.contiguous_format if winograd else torch.channels_last
@@ -91,29 +91,29 @@ def speed_up(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> None:
 
 
 def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Turn a module into one of a subclass that adds no attributes.
+    """Turn a module into an instance of a subclass, which must not add attributes.
 
-    A new module in its place would need its parameters and hooks moved, and would be missing from whatever refers to
-    the old one.
+    If a new module took its place, parameters and hooks would have to be moved, and other references would still point
+    at the old one.
     """
     module.__class__ = cls
 
 
 def takes_winograd(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> bool:
-    """Does the VAE compute in fp32, with 64 channels or more at full resolution, on a machine where Winograd pays?
+    """Whether the VAE computes in fp32, with at least 64 channels at full resolution, on a machine where Winograd pays.
 
-    The size of the images is not known here: below 128x128 pixels, SD's VAE has few maps where Winograd pays.
+    The size of the images is not considered: below 128x128 pixels, SD's VAE has few maps for which Winograd pays.
     """
     wide = vae.config.block_out_channels[0] >= 64
     return wide and (dtype or vae.dtype) == torch.float32 and has_nnpack() and _multiplies_256_bits()
 
 
 def _multiplies_256_bits() -> bool:
-    """Does the machine multiply 256 bits at a time?
+    """Whether the machine multiplies 256 bits at a time.
 
-    One that multiplies 512 bits is twice as fast in direct convolutions, and not in NNPACK's kernels, which were
-    written for AVX2. Measured: AVX2, and AMD's Zen 4, which computes AVX-512 in halves. Zen 5 does not, and has
-    AVX-VNNI too, which tells the two apart.
+    A machine that multiplies 512 bits computes direct convolutions twice as fast, but not NNPACK's kernels, which were
+    written for AVX2. Measured on AVX2 and on AMD's Zen 4, which computes AVX-512 in two halves. Zen 5 does not; it is
+    recognised by AVX-VNNI, which Zen 4 lacks.
     """
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         return True
@@ -123,32 +123,33 @@ def _multiplies_256_bits() -> bool:
 
 
 def winograd_pays(in_channels: int, out_channels: int, height: int, width: int) -> bool:
-    """Is NNPACK faster than oneDNN in its best layout, for the output and for the gradient of x?
+    """Whether NNPACK is faster than oneDNN in its best layout, for the output and for the gradient of x.
 
-    Measured on two threads, with C -> C channels on S x S pixels, C from 32 to 512 and S from 32 to 256. Where C·S is
-    16384 or more, NNPACK is 1.2 to 2.7 times as fast on AVX2 (equally fast for 512 channels at 32²) and 1.3 to 2.7
-    times on Zen 4. Below 12288 it is 0.3 to 1 and 0.5 to 1.3 times as fast. In between it can be either.
+    Measured on two threads, with C -> C channels on S x S pixels, C from 32 to 512 and S from 32 to 256. If C·S is at
+    least 16384, NNPACK is 1.2 to 2.7 times as fast on AVX2 (equally fast for 512 channels at 32²) and 1.3 to 2.7 times
+    on Zen 4. Below 12288 it is 0.3 to 1 times as fast on AVX2 and 0.5 to 1.3 times on Zen 4. In between, either may be
+    faster.
     """
     narrow, area = min(in_channels, out_channels), height * width
     return has_nnpack() and narrow >= 64 and area >= 32**2 and narrow**2 * area >= 16384**2
 
 
 def weight_gradient_pays(in_channels: int, out_channels: int, height: int, width: int) -> bool:
-    """Is Winograd faster than oneDNN for the gradient of the weights too?
+    """Whether Winograd is faster than oneDNN for the gradient of the weights too.
 
-    Where it pays for the output, it is 1.1 to 2.2 times as fast on AVX2 and 1.1 to 2.1 times on Zen 4 with 128 channels
-    or more, and 0.6 times with 64.
+    For maps where `winograd_pays` is true, it is 1.1 to 2.2 times as fast on AVX2 and 1.1 to 2.1 times on Zen 4 with at
+    least 128 channels, and 0.6 times as fast with 64.
     """
     return min(in_channels, out_channels) >= 128 and winograd_pays(in_channels, out_channels, height, width)
 
 
 def has_nnpack() -> bool:
-    """Is NNPACK part of this torch, and does it run on this machine? Its kernels need this call before the first."""
+    """Whether torch has NNPACK and this machine can run it. This must be called before the first of its kernels."""
     return hasattr(torch, "_nnpack_available") and torch._nnpack_available()
 
 
 class FastConv3x3(nn.Conv2d):
-    """A 3x3 conv of stride 1 and padding 1."""
+    """A 3x3 conv of stride 1 and padding 1, by Winograd's algorithm where that pays."""
 
     stands_in_for = nn.Conv2d
 
@@ -165,7 +166,7 @@ class FastConv3x3(nn.Conv2d):
 
 
 class FastUpsample(Upsample):
-    """Nearest x2 and a 3x3 conv as one, where the conv does not take Winograd."""
+    """Nearest x2 and a 3x3 conv computed as one, unless the conv uses Winograd."""
 
     stands_in_for = Upsample
 
@@ -178,7 +179,7 @@ class FastUpsample(Upsample):
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """conv3x3(nearest x2 of x), as a 2x2 conv to 4 · O channels and an interleaving of these.
+    """conv3x3(nearest x2 of x), computed as a 2x2 conv to 4 · O channels, which are then interleaved.
 
     y[2i + a, 2j + b] = Σ_pq w_ab[p, q] x[i + a - 1 + p, j + b - 1 + q], where w_ab[p, q] is the sum of those taps of w
     that read that pixel; in half precision each sum is rounded once.
@@ -284,7 +285,7 @@ class _Interleave(torch.autograd.Function):
 
 
 def _computes_here(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Can a kernel of this module compute `conv` of x? It reads weight and bias, and nothing else of the layer."""
+    """Whether a kernel of this module can compute `conv` of x. It reads only the layer's weight and bias."""
     if torch.compiler.is_compiling():
         return False
     plain = type(x) in (Tensor, nn.Parameter) and type(conv.weight) is nn.Parameter  # not quantised, not traced
@@ -299,7 +300,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 def _nnpack(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The conv, image by image: NNPACK is slower on batches than a direct conv."""
+    """The conv, image by image, since on batches NNPACK is slower than a direct conv."""
     images = [torch._nnpack_spatial_convolution(image, weight, bias, [1, 1]) for image in x.split(1)]
     return images[0] if len(images) == 1 else torch.cat(images)
 

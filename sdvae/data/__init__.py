@@ -1,4 +1,4 @@
-"""Images: where they come from, how they become tensors, and in which order."""
+"""Images: opening them, turning them into tensors, and the order in which training uses them."""
 
 from sdvae.data.dataset import (
     BadImages,

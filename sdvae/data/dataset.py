@@ -1,7 +1,7 @@
 """The data sets of training and evaluation, and how they treat bad images.
 
-Training replaces a bad image by another one, which the seed determines; evaluation reports it. `BadImages` counts them
-and decides how many are too many.
+Training replaces a bad image by another one, which the seed determines. Evaluation reports it. `BadImages` counts bad
+images and ends a run that has too many.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Sample(_LabelledSample):
     """One image for training."""
 
     image: Tensor  # (C, R, R) float32 in [-1, 1]
-    index: int  # of the key, even if the image is a substitute
+    index: int  # the key's, even if the image is a substitute
     epoch: int
-    noise_seed: int  # for the posterior's noise, 63 bits
-    bad: list[tuple[str, str]]  # (name, reason) of the bad images that were met
+    noise_seed: int  # of the posterior's noise, 63 bits
+    bad: list[tuple[str, str]]  # (name, reason) of the bad images that were found on the way to this one
 
 
 class Batch(_LabelledBatch):
@@ -78,21 +78,21 @@ class EvaluationBatch(_LabelledBatch):
 
 
 class TrainingImages(Dataset[Sample]):
-    """Random crops of a source, addressed by `SampleKey`. A sample depends on its key and the seed only.
+    """Random crops of a source, indexed by `SampleKey`. A sample depends only on its key and the seed.
 
     Args:
         source: the images.
         resolution: R, the side of the crops, in pixels.
-        seed: of crops, jitter, noise and substitutes, 0 .. 2^32 - 1.
+        seed: the seed of crops, jitter, noise and substitutes, 0 .. 2^32 - 1.
         channels: 3 for RGB, 1 for grey.
         crop_scale: the crop's side as a fraction of the short side; see `random_crop`.
         flip: probability of a mirror image.
-        color_jitter: strength; see the function of that name. 0 turns it off.
+        color_jitter: the `strength` of the function `color_jitter`; 0 turns it off.
         background: RGB in 0..255 behind transparent images.
         min_side: images whose shorter side has fewer pixels are bad. By default resolution // 2: images that are
             enlarged more than twice teach the decoder to blur.
-        cache_mib: for small data sets: keep decoded images in memory, up to this many MiB in each worker. No image is
-            removed again, since in a shuffled order each is equally likely to come next.
+        cache_mib: how many MiB of decoded images each worker keeps in memory, for small data sets. An image is never
+            removed again, since in a shuffled order each one is equally likely to come next.
         labels: (N,) int64, the class of each image, NO_LABEL for none; see `read_labels`.
         label_dropout: probability that the label is replaced by NO_LABEL.
 
@@ -133,7 +133,7 @@ class TrainingImages(Dataset[Sample]):
         self.min_side = _min_side(min_side, resolution)
         self.labels = labels
         self.label_dropout = label_dropout
-        self._bad: dict[int, str] = {}  # index -> reason, so that none is decoded twice
+        self._bad: dict[int, str] = {}  # index -> reason, so that no bad image is decoded twice
         self._cache: dict[int, Image.Image] = {}
         self._cache_bytes_left = int(cache_mib * 2**20)
 
@@ -159,7 +159,7 @@ class TrainingImages(Dataset[Sample]):
         )
         if self.labels is not None:
             drop = np.random.default_rng(sample_seed(self.seed, epoch, index, "label")).random() < self.label_dropout
-            sample["label"] = NO_LABEL if drop else int(self.labels[found])  # of the substitute, if there is one
+            sample["label"] = NO_LABEL if drop else int(self.labels[found])  # the substitute's, if there is one
         return sample
 
     def _good_image(self, epoch: int, index: int) -> tuple[Image.Image, int, list[tuple[str, str]]]:
@@ -179,7 +179,7 @@ class TrainingImages(Dataset[Sample]):
         last = "; ".join(f"{name}: {reason}" for name, reason in list(bad.items())[-3:])
         raise InputError(
             f"an image and its {MAX_SUBSTITUTES} substitutes are all bad ({last});"
-            " need a data set of mostly good images, clean it"
+            " need a data set of mostly good images; clean it"
         )
 
     def _decode(self, index: int) -> Image.Image:
@@ -237,7 +237,7 @@ class EvaluationImages(Dataset[EvaluationSample]):
 
     def __getitem__(self, index: int) -> EvaluationSample:
         if not 0 <= index < len(self.source):
-            raise IndexError(f"image {index} of {len(self.source)}")  # else a loop over the data set would not end
+            raise IndexError(f"image {index} of {len(self.source)}")  # without it a loop over the data set never ends
         name = self.source.name(index)
         try:
             data = self.source.read(index)
@@ -268,7 +268,7 @@ class BadImages:
                 logger.warning("bad image %s: %s", utf8(name), reason)
 
     def items(self) -> list[tuple[str, str]]:
-        """(name, reason) of each, in the order in which they were found."""
+        """(name, reason) of each bad image, in the order in which they were found."""
         return list(self.reasons.items())
 
     def check(self, total: int, max_fraction: float) -> None:
@@ -276,7 +276,7 @@ class BadImages:
 
         Args:
             total: images in the data set.
-            max_fraction: of these, how many may be bad.
+            max_fraction: the fraction of them that may be bad.
 
         Raises:
             InputError: when more are bad.
@@ -285,7 +285,7 @@ class BadImages:
             some = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:3])
             raise InputError(
                 f"{len(self)} of {total} images are bad, {len(self) / max(total, 1):.2%} ({some}); need at most"
-                f" {max_fraction:.2%}, clean the data set or raise data.max_bad_fraction"
+                f" {max_fraction:.2%}; clean the data set or raise data.max_bad_fraction"
             )
 
 
@@ -323,14 +323,14 @@ def read_labels(source: ImageSource, column: str, num_classes: int) -> np.ndarra
 
     Args:
         source: N images.
-        column: of the labels.
+        column: the column of the labels.
         num_classes: how many classes there are.
 
     Returns:
         (N,) int64, NO_LABEL where an image has no label.
 
     Raises:
-        InputError: when there is no such column, or it holds other things than 0 .. num_classes - 1 or NO_LABEL.
+        InputError: when there is no such column, or it holds anything except 0 .. num_classes - 1, NO_LABEL and null.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -345,7 +345,7 @@ def read_labels(source: ImageSource, column: str, num_classes: int) -> np.ndarra
     low, high = int(labels.min()), int(labels.max())
     if low < NO_LABEL or high >= num_classes:
         raise InputError(
-            f"column {column!r} holds {low} .. {high}; need 0 .. {num_classes - 1}, or {NO_LABEL} for none; "
+            f"column {column!r} holds {low} .. {high}; need 0 .. {num_classes - 1}, or {NO_LABEL} for no label; "
             f"set model.num_classes={high + 1} if these are the classes"
         )
     return labels
@@ -364,7 +364,7 @@ def training_loader(
         num_workers=num_workers,
         collate_fn=collate_training,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,  # keeps what a worker has cached
+        persistent_workers=num_workers > 0,  # so that a worker keeps its cache
         prefetch_factor=4 if num_workers > 0 else None,
         worker_init_fn=_start_worker,
     )
@@ -386,11 +386,11 @@ def evaluation_loader(
 
 
 def _start_worker(worker_id: int) -> None:
-    # Ctrl-C is sent to the whole process group. A worker in a group of its own survives it, so that the main process
+    # Ctrl-C sends its signal to the whole process group. A worker in its own group does not get it, so the main process
     # can finish its step and save. Windows has no such groups.
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-    keep_freed_memory(False)  # there are many workers, and images differ in size
+    keep_freed_memory(False)  # many workers with images of many sizes would keep too much
 
 
 def _min_side(min_side: int | None, resolution: int) -> int:

@@ -1,22 +1,21 @@
-"""Decoding an image file, and the crops of training and evaluation.
+"""Decoding image files, and the crops of training and evaluation.
 
 What `read_image` does with each kind of file:
 
 - The format is recognised by the content and never by the file name's extension. `FORMATS` lists what is read. Formats
-  without a signature (TGA), vector formats and those that start other programs (EPS, WMF) are refused.
-- The EXIF orientation is applied, all eight of them.
+  without a signature (TGA), vector formats and formats whose reader starts other programs (EPS, WMF) are refused.
+- The EXIF orientation is applied, all eight values of it.
 - Alpha is composited on `background`, never dropped: RGBA, LA, PA, premultiplied alpha, palettes with
   transparency, and the single transparent colour (tRNS) of grey and RGB PNGs.
-- 16-bit grey is scaled, 0 -> 0 and 65535 -> 255, rounded. Of 16-bit colour Pillow decodes the high byte, which
-  differs from that by one level at most. 32-bit integers count as 16-bit if all their values fit, floats as fractions
-  if all lie in [0, 1]; otherwise the range from their minimum to their maximum is stretched to 0..255. Nothing is
-  clipped.
+- 16-bit grey is scaled, 0 -> 0 and 65535 -> 255, and rounded. For 16-bit colour, Pillow takes the high byte, which
+  differs from that by at most one level. 32-bit integers count as 16-bit if all values fit, and floats as fractions if
+  all lie in [0, 1]; otherwise the range from minimum to maximum is stretched to 0..255. No value is clipped.
 - CMYK, YCbCr, LAB and HSV are converted. ICC profiles are not applied.
 - 1-bit and grey become three equal channels, or stay grey where `channels` is 1; colour becomes ITU-R 601-2 luma.
-- Of an animation or a file of many pages the first is taken; of an icon file, the largest.
+- An animation gives its first frame, a file of several pages its first page, and an icon file its largest image.
 - A damaged file raises `ImageError` if the damage can be detected. JPEG and WebP have no checksum, so a file with a
-  flipped bit may still decode. PNG has checksums, and unlike Pillow we also compare those of the pixels. Rows that are
-  missing in a PNG's data come out black: counting them would take a second decompression.
+  flipped bit may still decode. PNG has checksums; those of the pixels, which Pillow ignores, are compared here. If a
+  PNG lacks its last rows, they are black: finding out would take a second decompression.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte of RGB
 # Pillow antialiases when it shrinks. Bicubic rings less than Lanczos, and an autoencoder learns to draw rings.
 RESAMPLING = Resampling.BICUBIC
 
-# PIL.ImageOps.exif_transpose does the same, but it also writes the rest of the EXIF data again, and raises an exception
-# where that holds a value of the wrong type. Cameras and editors write such files, and they can be read.
+# PIL.ImageOps.exif_transpose does the same, but it also rewrites the rest of the EXIF data, and raises an exception if
+# a value there has the wrong type. Cameras and editors write such files, and their pixels can be read.
 _ORIENTATION_TAG = 0x0112  # EXIF 2.32, 4.6.4
 _UNDO_ORIENTATION = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -69,7 +68,7 @@ def read_image(
     min_side: int = 1,
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """Decode the image in a file and turn it upright. The list above says what is done with each kind of file.
+    """Decode the image in a file and turn it upright. The module's docstring says how each kind of file is treated.
 
     Args:
         data: the bytes of the file, or its path.
@@ -82,7 +81,7 @@ def read_image(
         An image of mode "RGB" or "L", without metadata.
 
     Raises:
-        ImageError: when the file is no image, is damaged, or breaks a limit; the message is the reason.
+        ImageError: when the file is not an image, is damaged, or exceeds a limit; the message is the reason.
     """
     if channels not in (1, 3):
         raise InputError(f"channels is {channels}; need 1 (grey) or 3 (RGB)")
@@ -100,8 +99,8 @@ def read_image(
         image.load()
         if kind == "PNG" and "transparency" in image.info:
             _rescale_transparency(image, bit_depth=data[24])
-        # Read after `load`: PNG and WebP may hold EXIF behind the pixels, and Pillow's TIFF reader turns the image
-        # itself and removes the tag.
+        # Read after `load`: PNG and WebP files may hold EXIF data after the pixels, and Pillow's TIFF reader turns the
+        # image itself and removes the tag.
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
         image = _to_rgb_or_grey(image, channels, background)
     except (ImageError, MemoryError):
@@ -110,7 +109,7 @@ def read_image(
         raise ImageError(f"damaged {kind} file: {one_line(error)}") from error
     if orientation in _UNDO_ORIENTATION:
         image = image.transpose(_UNDO_ORIENTATION[orientation])
-    image.info = {}  # else whoever reads the EXIF data in it would turn the image again
+    image.info = {}  # it may hold the EXIF orientation, by which a later reader would turn the image again
     return image
 
 
@@ -190,8 +189,8 @@ def cover_box(size: tuple[int, int], width: int, height: int) -> tuple[int, int,
 
     Args:
         size: (width, height) of the image.
-        width: of the result.
-        height: of the result.
+        width: width of the result, in pixels.
+        height: height of the result, in pixels.
 
     Returns:
         (left, top, right, bottom) in whole pixels of the image.
@@ -215,9 +214,10 @@ def random_crop(
     Args:
         image: "RGB" or "L".
         size: side of the result, in pixels.
-        generator: always gives four numbers.
-        scale: the square's side as a fraction of the short side, uniform in this range; but at least `size` pixels if
-            the image has them, so that it need not be enlarged. All places in the image are equally likely.
+        generator: the random generator; four numbers are drawn from it in every case.
+        scale: the range of the square's side as a fraction of the short side, from which it is drawn uniformly. The
+            side is at least `size` pixels if the image has them, so that nothing is enlarged. All places in the image
+            are equally likely.
         flip: the probability of a left-right mirror image.
 
     Returns:
@@ -240,13 +240,13 @@ def color_jitter(image: Tensor, strength: float, generator: np.random.Generator)
     saturation their distance from each pixel's luma. Each factor is uniform in 1 ± `strength`. Then the channels get a
     random order with probability `strength`, and the result is clamped.
 
-    torchvision's `adjust_brightness` and its relatives clamp after each step and have other weights of luma, so they
-    give other pixels, and training would give other losses.
+    torchvision's `adjust_brightness`, `adjust_contrast` and `adjust_saturation` clamp after each step and weigh luma
+    differently. With them pixels, and so the losses of training, would be different.
 
     Args:
         image: (C, H, W) float in [-1, 1], C in {1, 3}; grey has no saturation and no order of channels.
-        strength: in [0, 1]; 0 returns the image itself.
-        generator: gives five numbers and a permutation, or nothing if `strength` is 0.
+        strength: a number in [0, 1]; 0 returns the image itself.
+        generator: the random generator; four numbers and a permutation are drawn, or nothing if `strength` is 0.
 
     Returns:
         A new (C, H, W) tensor in [-1, 1].
@@ -281,8 +281,8 @@ def _luma(x: Tensor) -> Tensor:
 def _open(data: bytes) -> Image.Image:
     """Read the header.
 
-    Pillow's plugins are called directly. `Image.open` would try formats that we do not want, and would compare the size
-    with a limit that is global to the process.
+    Pillow's plugins are called directly. `Image.open` would try unwanted formats, and compare the size with a limit
+    that is global to the process.
     """
     Image.init()  # registers the plugins, once
     failure = ""
@@ -309,14 +309,14 @@ def _check_size(image: Image.Image, min_side: int, max_pixels: int) -> None:
 
 
 def _check_png(data: bytes) -> None:
-    """Compare the checksums of the pixel data. Pillow does not, so flipped bits would decode to a wrong picture."""
+    """Compare the checksums of the pixel data. Pillow ignores them, so flipped bits would decode to a wrong picture."""
     view = memoryview(data)
     start = len(_PNG_SIGNATURE)
     while start + 12 <= len(data):
         length = int.from_bytes(view[start : start + 4], "big")
         end = start + 8 + length  # length, kind, content; then 4 bytes of checksum over kind and content
         if end + 4 > len(data):
-            return  # cut off; decoding will find out whether pixels are missing
+            return  # cut off; decoding fails if pixels are missing
         if view[start + 4 : start + 8] == b"IDAT":
             if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
                 raise ImageError("damaged PNG file: wrong checksum of the pixel data")
@@ -328,8 +328,8 @@ def _check_png(data: bytes) -> None:
 def _rescale_transparency(image: Image.Image, bit_depth: int) -> None:
     """Bring a PNG's transparent colour to the scale of the pixels.
 
-    Pillow scales 2- and 4-bit grey up and 16-bit colour down, but leaves the transparent colour at the file's depth, so
-    that no pixel would have it.
+    Pillow scales 2- and 4-bit grey up and 16-bit colour down, but leaves the transparent colour at the file's depth.
+    Without this, no pixel would match it.
     """
     color = image.info["transparency"]
     if image.mode == "L" and bit_depth in (2, 4):

@@ -1,8 +1,8 @@
 """The order of samples: it depends on the seed only, not on the number of processes or workers.
 
-Positions count the samples of the whole run, of all processes together. With n images, position p is in epoch p // n
-and stands for one sample of that epoch's permutation. All randomness of a sample follows from (seed, epoch, index), so
-a run can be continued from a position without saved random state, also with another number of processes.
+A position counts the samples of the whole run, over all processes. With n images, position p is in epoch p // n, and is
+place p % n of that epoch's permutation. All randomness of a sample follows from (seed, epoch, index), so a run can be
+continued from a position without saved random state, even with another number of processes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ShardedBatches(Sampler[list[SampleKey]]):
     Args:
         order: the same in all processes.
         batch_size: samples in each batch of this process.
-        rank: of this process.
+        rank: the rank of this process.
         world_size: the number of processes.
         start: the first position; to continue a run, the number of samples that all processes together have used.
         num_batches: how many batches to yield.

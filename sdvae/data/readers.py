@@ -1,4 +1,4 @@
-"""The kinds of image sources: files, tar archives, tables, streams. `sdvae.data.sources` opens them."""
+"""The kinds of image sources: files, tar archives, tables and streams. `sdvae.data.sources` opens them."""
 
 from __future__ import annotations
 
@@ -51,8 +51,11 @@ class ImageSource(Protocol):
 
     @property
     def features(self) -> Features:
-        """The other columns: of a table all of them; else `caption`, from NAME.txt beside the image, and `label`, from
-        NAME.cls in an archive or from the name of the image's folder."""
+        """The columns besides the image.
+
+        A table has its own. Other sources may have `caption`, from NAME.txt beside the image, and `label`, from
+        NAME.cls in an archive or from the name of the image's folder.
+        """
         ...
 
     def columns(self, indices: Sequence[int]) -> pa.Table:
@@ -61,11 +64,11 @@ class ImageSource(Protocol):
 
 
 class ImageStream:
-    """An iterable data set, divided into parts by its files. Each part can be read by itself, from its start.
+    """An iterable data set that is divided into parts by its files. Each part can be read separately, from its start.
 
     Args:
-        dataset: of the `datasets` library.
-        column: of the images.
+        dataset: a data set of the `datasets` library.
+        column: the column of the images.
     """
 
     def __init__(self, dataset: IterableDataset, column: str):
@@ -75,7 +78,7 @@ class ImageStream:
         if "__key__" in names:  # a webdataset; its columns get the names that `Tars` gives them
             renamed = {"txt": "caption", "cls": "label"}
             names = {name: renamed.get(name, name) for name in names if not name.startswith("__")}
-        self._names = names  # of the other columns, in the data set and here
+        self._names = names  # of the other columns: name in the data set -> name here
 
     @property
     def num_parts(self) -> int:
@@ -101,7 +104,7 @@ class ImageStream:
 class Names:
     """Many strings in one buffer.
 
-    Forked workers share it. A list's memory would be copied into each of them, since its reference counts change.
+    Forked workers share its memory. They would each copy a list's, since the reference counts in it change.
 
     Args:
         names: the strings.
@@ -150,8 +153,8 @@ class Files:
     Args:
         root: the folder.
         files: paths below it.
-        names: of the images; by default these paths.
-        others: files below the folder among which captions are looked for.
+        names: the names of the images; by default these paths.
+        others: other files below the folder, which may be captions.
     """
 
     def __init__(
@@ -164,7 +167,7 @@ class Files:
         captions = [text if (text := os.path.splitext(file)[0] + ".txt") in texts else "" for file in files]
         self._captions = Names(captions) if any(captions) else None
         folders = sorted({os.path.dirname(file) for file in files})
-        # as in the imagefolder of `datasets`: at least two folders, and no image beside them
+        # as `datasets` does for its "imagefolder": labels need at least two folders, and no image beside them
         is_labelled = len(folders) > 1 and all(folder.count("/") == 0 and folder for folder in folders)
         self._labels = folders if is_labelled and names is None else []
 
@@ -208,7 +211,7 @@ class Files:
 
 
 class Tars:
-    """Image files in uncompressed tar archives. Their places are found once, so that each can be read by itself.
+    """Image files in uncompressed tar archives. Their offsets are found once, so that each file can be read directly.
 
     Args:
         root: a folder above all archives.
@@ -223,7 +226,8 @@ class Tars:
         self._tars = list(tars)
         names: list[str] = []
         places: list[tuple[int, int, int]] = []
-        beside: dict[str, dict[str, tuple[int, int, int]]] = {".txt": {}, ".cls": {}}  # by extension, of NAME
+        # extension -> name without extension -> place
+        beside: dict[str, dict[str, tuple[int, int, int]]] = {".txt": {}, ".cls": {}}
         for number, tar in enumerate(tars):
             path = os.path.join(root, tar)
             for member in _tar_members(path):
@@ -280,7 +284,7 @@ class Tars:
         if size < 0:  # there is no such member
             return b""
         try:
-            # Opened each time, since forked workers would share the position of an open file.
+            # opened each time, since forked workers would share the position in an open file
             with open(os.path.join(self._root, self._tars[number]), "rb") as file:
                 file.seek(offset)
                 return file.read(size)
@@ -289,11 +293,11 @@ class Tars:
 
 
 class TableImages:
-    """One column of a `datasets.Dataset`: images that the library does not decode, or raw bytes.
+    """The images in one column of a `datasets.Dataset`: image files that the library does not decode, or raw bytes.
 
     Args:
-        dataset: with all columns.
-        column: of the images.
+        dataset: the data set with all columns.
+        column: the column of the images.
     """
 
     def __init__(self, dataset: Dataset, column: str):
@@ -326,7 +330,7 @@ def _bytes_of(value: Any) -> bytes:
     """The bytes of an image in a row.
 
     Args:
-        value: raw bytes, or a dict of bytes and path, of which one may be missing.
+        value: raw bytes, or a dict with `bytes`, `path` or both.
 
     Raises:
         ImageError: when there are none.

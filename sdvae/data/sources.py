@@ -1,6 +1,6 @@
-"""Where images come from: a folder, a data set of the `datasets` library, tar archives, scikit-image's photographs.
+"""Opening images: from a folder, a data set of the `datasets` library, tar archives, or scikit-image's photographs.
 
-A source returns the bytes of a file and does not decode them, so a bad file is one bad sample and does not end a run.
+A source returns the bytes of a file without decoding them, so that a bad file is one bad sample and does not end a run.
 Captions, labels and other columns come as a table.
 """
 
@@ -59,8 +59,8 @@ def open_source(spec: str, *, split: str = "train", image_column: str | None = N
             - a folder or file of `datasets`: from `save_to_disk`, or .parquet or .arrow files;
             - a folder, file or glob of .tar (webdataset);
             - a glob of images or tables;
-            - else the id of a data set on the Hugging Face hub.
-        split: of a data set that has several.
+            - the id of a data set on the Hugging Face hub.
+        split: the split to open, of a data set that has several.
         image_column: the column of images or of raw bytes; by default the only one of type `Image`.
 
     Returns:
@@ -79,13 +79,13 @@ def open_source(spec: str, *, split: str = "train", image_column: str | None = N
     if glob.has_magic(spec):
         files = sorted(file for file in glob.glob(str(path), recursive=True) if os.path.isfile(file))
         if not files:
-            raise InputError(f"no file matches {spec!r}; need at least one, check the pattern")
+            raise InputError(f"no file matches {spec!r}; need at least one; check the pattern")
         root = Path(os.path.commonpath([os.path.dirname(file) for file in files]) or ".")
         names = [Path(file).relative_to(root).as_posix() for file in files]
         captions = [text for file in names if os.path.isfile(root / (text := f"{os.path.splitext(file)[0]}.txt"))]
         return _open_files(spec, root, names, split, image_column, others=captions)
     if _looks_like_path(spec):
-        raise InputError(f"no such folder or file: {spec!r}; need an existing one, check the path")
+        raise InputError(f"no such folder or file: {spec!r}; need an existing one; check the path")
     return _open_tables(spec, {"path": spec}, split, image_column)
 
 
@@ -101,10 +101,10 @@ def split_off(
 
     Args:
         source: all images.
-        names: of the images to hold out. If they are given, `count` is ignored.
-        count: how many to hold out. They are those with the smallest hash of (seed, name), so that an image which is
-            added later changes at most one of them.
-        seed: of that hash.
+        names: the names of the images to hold out. If they are given, `count` is ignored.
+        count: how many images to hold out: those with the smallest hash of (seed, name). An image that is added later
+            changes at most one of them.
+        seed: the seed of that hash.
 
     Returns:
         (train, held out), both in the order of `source`.
@@ -131,7 +131,7 @@ def split_off(
         held_out = set(ranked[:count])
     if len(held_out) == len(source):
         wanted_count = len(held_out) if names else count
-        raise InputError(f"{wanted_count} of {len(source)} images to hold out; need some to train on, hold out fewer")
+        raise InputError(f"{wanted_count} of {len(source)} images to hold out; need some to train on; hold out fewer")
     train = [index for index in range(len(source)) if index not in held_out]
     return subset(source, train), subset(source, sorted(held_out))
 
@@ -145,7 +145,7 @@ def open_stream(spec: str, *, split: str = "train", image_column: str | None = N
 
     Args:
         spec: a folder or glob of .parquet or .arrow files, or the id of a data set on the hub.
-        split: of a data set that has several.
+        split: the split to open, of a data set that has several.
         image_column: the column of images or of raw bytes; by default the only one of type `Image`.
 
     Returns:
@@ -175,7 +175,7 @@ def open_stream(spec: str, *, split: str = "train", image_column: str | None = N
                 dataset._resolve_features()
             )  # reads the first rows of a webdataset, whose columns are not known otherwise
     column = _image_column(spec, dataset.features, image_column)
-    for name, feature in dataset.features.items():  # only the images are decoded, and not here
+    for name, feature in dataset.features.items():  # `datasets` decodes nothing; only the images are decoded, later
         if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
             dataset = dataset.cast_column(name, type(feature)(decode=False))
     return ImageStream(dataset, column)
@@ -204,7 +204,7 @@ def _open_folder(folder: Path, split: str, image_column: str | None) -> ImageSou
     if len(found) > 1:
         counts = " and ".join(f"{len(files)} {kind}" for kind, files in found.items())
         raise InputError(
-            f"{str(folder)!r} holds {counts}; need one kind, choose by a pattern such as '{folder}/**/*.png'"
+            f"{str(folder)!r} holds {counts}; need one kind; choose it by a pattern such as '{folder}/**/*.png'"
         )
     if "tables" in found:
         return _open_tables(str(folder), _table_files(str(folder), split), split, image_column)
@@ -221,27 +221,27 @@ def _open_files(
     image_column: str | None,
     others: Sequence[str] = (),
 ) -> ImageSource:
-    """Open files that are given one by one.
+    """Open files that are given as a list.
 
     Args:
         spec: how the user named them.
         root: a folder above all of them.
         files: paths below `root`.
-        split: name for the split of tables.
-        image_column: of tables.
+        split: the name that the split of tables gets.
+        image_column: the column of images in tables.
         others: files that may hold captions.
     """
     kinds = _by_kind(files)
     kind = next((kind for kind, of_kind in kinds.items() if len(of_kind) == len(files)), None)
     if kind is None:
-        raise InputError(f"{spec!r} names files of unlike or unknown kinds; need images, .tar, .parquet or .arrow")
+        raise InputError(f"{spec!r} names files of several or unknown kinds; need images, .tar, .parquet or .arrow")
     if kind == "images":
         return Files(root, files, others=others)
     if kind == "tars":
         return _open_tars(spec, root, files)
     builders = {os.path.splitext(file)[1].lower()[1:] for file in files}
     if len(builders) > 1:
-        raise InputError(f"{spec!r} names .arrow and .parquet files; need one kind, narrow the pattern")
+        raise InputError(f"{spec!r} names .arrow and .parquet files; need one kind; narrow the pattern")
     data_files = {split: [str(root / file) for file in files]}
     return _open_tables(spec, {"path": builders.pop(), "data_files": data_files}, split, image_column)
 
@@ -254,10 +254,10 @@ def _open_tars(spec: str, root: Path, files: Sequence[str]) -> ImageSource:
 
 
 def _table_files(folder: str, split: str) -> dict[str, Any]:
-    """Arguments of `load_dataset` for one split of a folder of tables, divided as its card or its file names say.
+    """Arguments of `load_dataset` for one split of a folder of tables. The folder's card or file names give the splits.
 
-    With the folder alone as its argument, `load_dataset` names its cached copy after the last part of the path, and so
-    may return the copy of another folder of the same name.
+    If `load_dataset` got only the folder, it would name its cached copy after the last part of the path, and might
+    return the copy of another folder with the same name.
     """
     import datasets
 
@@ -270,7 +270,7 @@ def _table_files(folder: str, split: str) -> dict[str, Any]:
 
 
 def _open_tables(spec: str, arguments: dict[str, Any], split: str, image_column: str | None) -> ImageSource:
-    """Open tables by `datasets.load_dataset`, which keeps a memory-mapped Arrow copy in its cache."""
+    """Open tables with `datasets.load_dataset`, which keeps a memory-mapped Arrow copy in its cache."""
     import datasets
 
     with _refusing(spec, split):
@@ -280,12 +280,12 @@ def _open_tables(spec: str, arguments: dict[str, Any], split: str, image_column:
 
 @contextmanager
 def _refusing(spec: str, split: str) -> Iterator[None]:
-    """Raise what `datasets` raises for an input that it cannot open as an InputError."""
+    """Turn the exceptions of `datasets` for an input that it cannot open into an InputError."""
     import datasets
 
     try:
         yield
-    # `datasets` raises many classes for «not found», «no such split», «not readable» or «offline».
+    # `datasets` raises many classes when a data set is not found or not readable, lacks a split, or is offline
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"data set {spec!r}, split {split!r} cannot be opened; {one_line(error)}") from error
 
@@ -320,7 +320,7 @@ def _open_rows(spec: str, dataset: Dataset, image_column: str | None) -> ImageSo
 
 
 def _image_column(spec: str, features: Features, image_column: str | None) -> str:
-    """The column that was named, or else the only one of images, or the only one of bytes."""
+    """The column `image_column`; if that is None, the only column of images, or else the only column of bytes."""
     import datasets
 
     if image_column is None:
@@ -328,7 +328,7 @@ def _image_column(spec: str, features: Features, image_column: str | None) -> st
         columns = columns or [name for name, feature in features.items() if _is_binary(feature)]
         if len(columns) != 1:
             found = f"image columns {columns}" if columns else f"no image column among {list(features)}"
-            raise InputError(f"data set {spec!r} has {found}; need exactly one, name it with image_column")
+            raise InputError(f"data set {spec!r} has {found}; need exactly one; name it with image_column")
         return columns[0]
     if image_column not in features:
         near = difflib.get_close_matches(image_column, features, n=1, cutoff=0.0)
@@ -342,14 +342,14 @@ def _image_column(spec: str, features: Features, image_column: str | None) -> st
 
 
 def _is_binary(feature: Any) -> bool:
-    """Is it raw bytes, or a pair of bytes and path, as images are in Parquet files without the library's metadata?"""
+    """Whether the column holds raw bytes, or bytes and paths, as images do in Parquet files without metadata."""
     if isinstance(feature, dict):
         return _is_binary(feature.get("bytes"))
     return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
 def _walk(root: Path) -> list[str]:
-    """All files below `root` except hidden ones, as sorted posix paths. Links are followed, to each folder once."""
+    """All files below `root` except hidden ones, as sorted posix paths. Links to folders are followed once each."""
     files: list[str] = []
     seen = {os.path.realpath(root)}
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -379,7 +379,10 @@ def _by_kind(files: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _looks_like_path(spec: str) -> bool:
-    """Is it a path rather than a hub id (`name` or `owner/name`)? It is if its first part exists on this disk."""
+    """Whether it is a path and not a hub id (`name` or `owner/name`).
+
+    It is if it does not have the form of an id, if its first part exists on this disk, or if it has a file's extension.
+    """
     extensions = IMAGE_EXTENSIONS | TABLE_EXTENSIONS | TAR_EXTENSIONS
     return (
         re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec) is None

@@ -9,8 +9,9 @@ from typing import Literal
 from sdvae.errors import InputError
 from sdvae.metrics import SMALLEST_LPIPS_SIDE, SMALLEST_SIDE
 
-# What published rows were measured on: (images, crop). PSNR and rFID can be compared with them. «PSIM» in Stability's
-# tables has another scale than LPIPS (1.01 for kl-f8), and papers define SSIM differently (windows, ranges, borders).
+# (number of images, crop) of published tables. Their PSNR and rFID can be compared with those of `sdvae evaluate`. SSIM
+# cannot, since papers define it differently (windows, ranges, borders), and «PSIM» in Stability's tables has another
+# scale than LPIPS (1.01 for kl-f8).
 PRESETS: dict[str, tuple[int, Literal["resize", "adm"]]] = {
     # COCO 2017 val, 256x256, 5,000 images: the tables of sd-vae-ft-ema and sd-vae-ft-mse (their model cards, 2022)
     "coco_val_5k_256": (5_000, "resize"),
@@ -21,27 +22,27 @@ PRESETS: dict[str, tuple[int, Literal["resize", "adm"]]] = {
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Which VAEs are measured, on which images, and how."""
+    """The options of `sdvae evaluate`: which VAEs are measured, on which images, and how."""
 
     vaes: tuple[str, ...] = ()
-    """Each is whatever `sdvae export` takes as SOURCE; without any, the VAE of this package is measured. Arguments
-    before the first option go here too."""
+    """The VAEs, each given as the source of `sdvae export`; by default the VAE in this package. They may also be given
+    without a name, before the first option."""
     data: str = "skimage"
     """The images; whatever data.source takes in training."""
     split: str = "train"
     """Split of a data set."""
     image_column: str | None = None
-    """Column of a data set that holds the images; null looks for it."""
+    """Column of a data set that holds the images; null finds it by its type."""
     preset: Literal["none", "coco_val_5k_256", "imagenet_val_50k_256"] = "none"
-    """A convention of the literature. It sets resolution, crop, min_side and quantize, even if they are given too, and
-    warns when the number of images differs from that of the published rows. Those have rFID: set fid as well."""
+    """A convention of published tables. It sets resolution, crop, min_side and quantize, even if they are given too,
+    and warns if the number of images is not that of the tables. The tables have rFID, for which fid must be set too."""
     count: int | None = None
     """Measure the first `count` images; null takes all."""
     resolution: int = 256
     """Side of the square crops in pixels."""
     crop: Literal["resize", "adm"] = "resize"
-    """«resize»: the largest centred square, resized with antialiasing. «adm»: halved by a box filter while it is at
-    least twice too large, then resized (bicubic), then cropped (ADM's center_crop_arr, as in tables on ImageNet)."""
+    """«resize»: the largest centred square, resized with antialiasing. «adm»: the image, halved by a box filter while
+    it is at least twice too large, resized (bicubic) and cropped (ADM's center_crop_arr, as in tables on ImageNet)."""
     min_side: int | None = None
     """Skip images with a shorter side, in pixels; null: half the resolution."""
     latents: Literal["mode", "sample"] = "mode"
@@ -53,7 +54,7 @@ class EvaluateConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Data type of the VAE's weights and computation."""
     tiling: bool = False
-    """Encode and decode in strips (`enable_tiling`): large images in bounded memory."""
+    """Encode and decode in strips (`enable_tiling`), which bounds the memory for large images."""
     batch_size: int = 8
     """Images in a batch, on each process."""
     num_workers: int = 2
@@ -64,7 +65,7 @@ class EvaluateConfig:
     lpips_weights: str | None = None
     """Local file of the trunk in torchvision's names; null lets torchvision download it."""
     lpips_heads: Literal["lpips", "uniform"] = "lpips"
-    """«uniform» weights all features equally: for a trunk that the published heads were not fitted to."""
+    """«uniform» weights all features equally, for a trunk to which the published heads were not fitted."""
     fid: bool = False
     """Compute rFID, the Fréchet distance between Inception features of originals and reconstructions. Needs
     torch-fidelity: pip install "sdvae[fid]"."""
@@ -91,7 +92,7 @@ class EvaluateConfig:
             raise InputError(f"got seed={self.seed}; need 0 or more")
         if self.lpips in ("alex", "squeeze") and self.resolution < SMALLEST_LPIPS_SIDE:
             raise InputError(
-                f"got resolution={self.resolution} with lpips={self.lpips}; its trunk needs {SMALLEST_LPIPS_SIDE}; "
+                f"got resolution={self.resolution} with lpips={self.lpips}, whose trunk needs {SMALLEST_LPIPS_SIDE}; "
                 "use lpips=vgg or none"
             )
         if self.inception is not None and not self.fid:
@@ -103,7 +104,7 @@ class EvaluateConfig:
             raise InputError(f"got {doubled[0]} more than once; need each VAE once")
 
     def with_preset(self) -> EvaluateConfig:
-        """The same options with those of the preset put in."""
+        """The same options, with those that the preset sets."""
         if self.preset == "none":
             return self
         crop = PRESETS[self.preset][1]

@@ -1,7 +1,7 @@
-"""`sdvae evaluate`: VAEs side by side on the same images, on one process or many.
+"""`sdvae evaluate`: measure VAEs on the same images, in one process or many.
 
-The images are divided into batches once, and each process takes every num_processes-th batch as a whole. So the figures
-of an image do not depend on the number of processes.
+The images are divided into batches once, and each process takes every num_processes-th batch. So the figures of an
+image do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ PACKAGED = "packaged"  # name of the VAE that is evaluated when none is given
 
 @dataclass
 class Measurements:
-    """What was measured of one VAE, on this process's images or, once `gathered`, on all of them.
+    """The measurements of one VAE, on the images of this process or, after `gathered`, on all images.
 
     Attributes:
         health: statistics of the posteriors.
-        per_image: for each image its `index` (its place in the data), its `name` and those of `image_figures`.
+        per_image: for each image its `index` (its place in the data), its `name` and the figures of `image_figures`.
         drawn: (index, reconstruction (C, R, R)) of the images that are drawn.
         seconds: for each batch, the time to encode and to decode, divided by the number of images.
-        memory: peak in bytes while a single image was reconstructed; None where the system does not report it.
+        memory: peak in bytes while a single image was reconstructed; None if the system does not report it.
     """
 
     health: LatentHealth
@@ -76,7 +76,7 @@ class Measurements:
     memory: list[int | None] = field(default_factory=list)
 
     def gathered(self) -> Measurements:
-        """Those of all processes, in the order of the data. All processes have to call this."""
+        """The measurements of all processes, in the order of the data. Every process must call it."""
         return Measurements(
             merged(gather_object([self.health])),
             sorted(gather_object(self.per_image), key=lambda image: image["index"]),
@@ -88,10 +88,10 @@ class Measurements:
 
 @dataclass
 class Bench:
-    """The images and metrics that are the same for all VAEs, which go over them one after the other.
+    """The images and metrics, which are the same for all VAEs. The VAEs are measured one after the other.
 
     Attributes:
-        channels: of the images.
+        channels: the number of channels of the images.
         originals: (index, image (C, R, R)) of the images that are drawn; known after the first VAE.
         bad: images that could not be read.
     """
@@ -106,11 +106,11 @@ class Bench:
     bad: BadImages = field(default_factory=BadImages)
 
     def result(self, name: str, vae: AutoencoderKL, first: bool) -> dict[str, Any]:
-        """Everything that is said of one VAE; the same on every process.
+        """All results of one VAE, the same on every process.
 
         Args:
-            name: of the VAE.
-            vae: moved to the device, and back to the CPU at the end.
+            name: the VAE's name.
+            vae: the VAE, which is moved to the device, and back to the CPU at the end.
             first: whether it is the first VAE; the originals are then measured and kept too.
 
         Raises:
@@ -158,7 +158,7 @@ class Bench:
         return len(self.source) if self.config.count is None else min(self.config.count, len(self.source))
 
     def _measure(self, name: str, vae: AutoencoderKL, first: bool) -> Measurements:
-        """This process's part. Arguments as of `result`."""
+        """The measurements on this process's images. The arguments are those of `result`."""
         measured = Measurements(LatentHealth(vae.config.latent_channels))
         for batch in self._batches(name):
             x = batch["image"].to(self.state.device)
@@ -184,7 +184,7 @@ class Bench:
         return measured
 
     def _batches(self, name: str) -> Iterator[dict[str, Any]]:
-        """This process's batches, without those in which no image could be read. Shows a progress bar."""
+        """This process's batches in which at least one image could be read, with a progress bar."""
         config, state = self.config, self.state
         crop = adm_center_crop if config.crop == "adm" else center_crop
         images = EvaluationImages(self.source, config.resolution, self.channels, min_side=config.min_side, crop=crop)
@@ -199,20 +199,22 @@ class Bench:
 
     @torch.inference_mode()
     def _round_trip(self, vae: AutoencoderKL, x: Tensor, indices: Sequence[int]) -> RoundTrip:
-        """A sample's noise depends on the seed and on the image's place in the data, not on its batch."""
+        """Encode and decode. A sample's noise depends on the seed and the image's place in the data, not its batch."""
         seeds = [sample_seed(self.config.seed, 0, index, "evaluation") for index in indices]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return round_trip(vae, x, latents=self.config.latents, generator=generators)
 
     def _as_measured(self, reconstruction: Tensor) -> Tensor:
-        """Clamped to [-1, 1] and, if wanted, rounded to 8 bits. An image with a value that is not finite becomes NaN,
-        since infinite values would be clamped to black and white."""
+        """Clamp to [-1, 1] and, if `quantize` is set, round to 8 bits.
+
+        An image with a value that is not finite becomes NaN, since infinite values would be clamped to black and white.
+        """
         finite = reconstruction.isfinite().all(dim=(1, 2, 3), keepdim=True)
         y = reconstruction.clamp(-1, 1).where(finite, math.nan)
         return ((y + 1) * 127.5).round() / 127.5 - 1 if self.config.quantize else y
 
     def _rfid(self, images: int) -> float | None:
-        """Of the reconstructions since the last call; None where it was not asked for."""
+        """rFID of the reconstructions since the last call, or None if `fid` is not set."""
         if self.fid is None:
             return None
         if images < 2:
@@ -247,12 +249,12 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     channels = {vae.config.in_channels for vae in vaes.values()}
     if len(channels) > 1:
         raise InputError(f"the VAEs take images of {sorted(channels)} channels; need one kind; evaluate them apart")
-    if not all(gather_object([perceptual is not None])):  # where one process's download failed, no process has LPIPS
+    if not all(gather_object([perceptual is not None])):  # if a process could not download LPIPS, none uses it
         perceptual = None
     if perceptual is not None:
         perceptual.to(state.device)
     bench = Bench(config, state, source, perceptual, fid, channels.pop())
-    make_folder(Path(config.output))  # or fail now, and not after the last image
+    make_folder(Path(config.output))  # before the first image, so that a fault of the folder shows at once
     results: list[dict[str, Any]] = []
     for name, vae in vaes.items():
         if config.tiling:
@@ -273,7 +275,7 @@ def _fid(config: EvaluateConfig, state: PartialState) -> ReconstructionFID | Non
 
 
 def _warn_of_few(images: int, config: EvaluateConfig) -> None:
-    """Say so when the number of images is not that of published tables, or too small for rFID."""
+    """Warn if the number of images is not that of the preset's published tables, or too small for rFID."""
     if config.preset != "none" and images != (published := PRESETS[config.preset][0]):
         logger.warning("%s: published rows are of %d images, these are of %d", config.preset, published, images)
     if config.fid:
@@ -287,8 +289,8 @@ def write(results: list[dict[str, Any]], bench: Bench) -> None:
     """Write the four files, each whole or not at all, and print the table.
 
     Args:
-        results: of `Bench.result`; `drawn` is taken out of each.
-        bench: on which they were measured.
+        results: the results of `Bench.result`; `drawn` is removed from each.
+        bench: the bench on which they were measured.
     """
     config = bench.config
     lpips_name = None if bench.perceptual is None else bench.perceptual.name
@@ -318,7 +320,7 @@ def write(results: list[dict[str, Any]], bench: Bench) -> None:
 
 
 def _conditions(result: dict[str, Any], config: EvaluateConfig) -> str:
-    """What the table was measured on, in a line."""
+    """A line that says how the figures in the table were measured."""
     how = f"{config.resolution} x {config.resolution} pixels, crop «{config.crop}», the posterior's {config.latents}"
     rounded = ", rounded to 8 bits" if config.quantize else ""
     return f"Means over {result['images']} images ± 95 % confidence; {how}, {config.precision}{rounded}."

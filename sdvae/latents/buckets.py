@@ -1,4 +1,4 @@
-"""The sizes to which images are brought: one square, or aspect-ratio buckets."""
+"""The sizes to which images are cropped and resized: one square, or aspect-ratio buckets."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ SDXL_PORTRAITS: tuple[Size, ...] = (
 
 @dataclass(frozen=True)
 class Placement:
-    """The part that is cut out of an image. Pairs are (height, width) and (top, left), as in SDXL's conditioning."""
+    """The size and the crop of one image. Pairs are (height, width) and (top, left), as in SDXL's conditioning."""
 
     target_size: Size
-    crop_top_left: Size  # in the resized image, in its pixels
+    crop_top_left: Size  # in pixels of the resized image
 
 
 def bucket_sizes(config: EncodeConfig, multiple: int) -> tuple[Size, ...]:
-    """All sizes to which images are brought.
+    """All sizes to which images are cropped and resized.
 
     Args:
         config: the options.
-        multiple: pixels of which each side must be a multiple: the VAE's compression ratio.
+        multiple: the VAE's compression ratio, of which each side must be a multiple.
 
     Returns:
         (height, width) in pixels, in ascending order.
@@ -65,13 +65,13 @@ def bucket_sizes(config: EncodeConfig, multiple: int) -> tuple[Size, ...]:
 
 
 def place(size: Size, sizes: Sequence[Size]) -> Placement:
-    """Choose the size with the nearest aspect ratio, and say where `cover` cuts it out.
+    """The size with the nearest aspect ratio, and the place where `cover` cuts it out of the image.
 
     Ratios are compared by their logarithm, so that both orientations are treated alike.
 
     Args:
-        size: of the image, (height, width).
-        sizes: to choose from.
+        size: (height, width) of the image.
+        sizes: the sizes to choose from.
     """
     height, width = size
     aspect = math.log(width / height)
@@ -82,7 +82,11 @@ def place(size: Size, sizes: Sequence[Size]) -> Placement:
 
 
 def _sizes_of_area(resolution: int, step: int, max_aspect: float) -> set[Size]:
-    """The square, and for each smaller width the greatest height whose area is no more than its; and those turned."""
+    """The sizes of the area buckets.
+
+    They are the square; for each smaller width the greatest height with at most the square's area; and the same sizes
+    with width and height swapped.
+    """
     if resolution % step:
         raise InputError(f"got resolution={resolution}, bucket_step={step}; need a resolution that the step divides")
     sizes = {(resolution, resolution)}

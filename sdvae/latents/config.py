@@ -10,7 +10,7 @@ from sdvae.errors import InputError
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """How a data set of images becomes one of latents."""
+    """The options of encoding a data set of images to latents."""
 
     source: str
     """A folder of images (with NAME.txt beside them for captions, and folders for labels), a folder or glob of
@@ -22,13 +22,13 @@ class EncodeConfig:
     subfolder: str | None = None
     """Folder inside `vae` that holds the VAE."""
     vae_config: str | None = None
-    """A config.json whose keys replace those of `vae`. A single file does not say its scaling factor."""
+    """A config.json whose keys replace those of `vae`. A single file does not hold its scaling factor."""
     split: str = "train"
-    """Which split, of a data set that has several."""
+    """The split to encode, of a data set that has several."""
     image_column: str | None = None
-    """Which column, of a data set with several columns of images."""
+    """The column to encode, of a data set with several columns of images."""
     columns: tuple[str, ...] | None = None
-    """Columns to copy beside the latents; by default all that the source has, except the image."""
+    """Columns of the source to copy beside the latents; by default all except the image."""
     streaming: bool = False
     """Read a data set as a stream, without a copy on this disk. Each of its files becomes a shard."""
     resolution: int = 256
@@ -38,11 +38,11 @@ class EncodeConfig:
     """Aspect-ratio buckets instead of the square. area: all sizes of about `resolution`² pixels whose sides are
     multiples of `bucket_step`. sdxl: SDXL's list, scaled to `resolution`."""
     bucket_step: int = 64
-    """Pixels. The sides of «area» buckets are multiples of it."""
+    """Pixels. The sides of `area` buckets are multiples of it."""
     max_aspect: float = 2.0
-    """The largest ratio of the longer to the shorter side of «area» buckets."""
+    """The largest ratio of the longer to the shorter side of `area` buckets."""
     mirror: bool = False
-    """Also encode the left-right mirror image, since a mirrored latent does not decode to it."""
+    """Also encode the left-right mirror image of each image, since mirrored latents do not decode to it."""
     store: Literal["moments", "sample"] = "moments"
     """moments: mean and log-variance of the posterior, from which any number of samples can be drawn. sample: one
     sample, at half the size."""
@@ -51,12 +51,12 @@ class EncodeConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """The precision of the encoder. auto: bf16 if the hardware computes in it, else fp32."""
     batch_size: int = 8
-    """Images in a forward pass. The last one of a shard and bucket may have fewer."""
+    """Images in a forward pass. The last pass of a shard and bucket may have fewer."""
     num_workers: int = 2
     """Threads that read, decode and resize images, in each process."""
     shard_rows: int | None = None
-    """Images in a file. An interruption costs at most one file for each process. By default 1/64 of all images, but 64
-    to 4096, and at most 128 MiB."""
+    """Images in a file. An interruption loses at most one file for each process. By default 1/64 of all images, within
+    64 and 4096, and at most 128 MiB."""
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB, 0 to 255: the colour behind transparent images."""
     min_side: int | None = None
@@ -66,7 +66,8 @@ class EncodeConfig:
     device: str | None = None
     """cpu, cuda, cuda:1, … By default the accelerator of this process's local rank, else the CPU."""
     verify: bool = False
-    """Encode nothing. Check what is there: checksums, counts, finite values; and encode `verify_rows` rows again."""
+    """Check existing latents instead of encoding: checksums, counts and finite values, and `verify_rows` rows by
+    encoding them again."""
     repair: bool = False
     """Verify, then encode broken files again."""
     verify_rows: int = 32
@@ -81,7 +82,7 @@ class EncodeConfig:
             if value is not None and value < 1:
                 raise InputError(f"got {name}={value}; need at least 1, or leave it out")
         if self.max_aspect < 1:
-            raise InputError(f"got max_aspect={self.max_aspect}; need at least 1, longer side over shorter")
+            raise InputError(f"got max_aspect={self.max_aspect}; need at least 1, the longer side over the shorter")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"got seed={self.seed}; need a number from 0 to {2**32 - 1}")
         if self.verify_rows < 0:

@@ -1,4 +1,4 @@
-"""`sdvae convert`: write a finished latent data set in the formats of other trainers. Latents stay unscaled."""
+"""`sdvae convert`: write a finished latent data set in the formats of other trainers. The latents are not scaled."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SIZE_COLUMNS = ("original_size", "crop_top_left", "target_size")
-FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a VAE's config
+FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # keys of a VAE's config
 CAPTION_COLUMNS = ("caption", "text", "txt")  # the first of these that exists becomes KEY.txt
-LABEL_COLUMNS = ("label", "cls")  # and of these KEY.cls
+LABEL_COLUMNS = ("label", "cls")  # the first of these that exists becomes KEY.cls
 KEY_DIGITS = 15  # enough for a stream, whose part p has rows numbered from p · 2³² on
-SCALING_FACTORS = {"sd": 0.18215, "sdxl": 0.13025}  # sd-scripts' own; its train_network.py, library/sdxl_model_util.py
+SCALING_FACTORS = {"sd": 0.18215, "sdxl": 0.13025}  # sd-scripts: train_network.py, library/sdxl_model_util.py
 LONGEST_NAME = 230  # bytes between two slashes: file systems allow 255, and kohya's ending has up to 24
 
 Shape = tuple[int, int, int]  # C, h, w
@@ -52,16 +52,16 @@ def export_latents(
     """Write a data set of `sdvae encode` in another format. At most one shard is in memory at a time.
 
     Args:
-        folder: of a finished data set.
-        target: a new or empty folder. It is written under a temporary name and renamed.
+        folder: the folder of a finished data set.
+        target: a new or empty folder. It is written under a temporary name, then renamed.
         to: one of
             - «safetensors»: a file for each shard and latent shape, with the stored tensors (N, C, h, w) under their
               columns' names, `index` (N,) int64, `original_size`, `crop_top_left` and `target_size` (N, 2) int32, and
-              integer columns of the source (N,) int64. All else (names, captions, numbers that are missing in a row)
-              is in the .jsonl of the same name, a line for each row. stats.json has the statistics and the VAE's
-              factors.
+              integer columns of the source (N,) int64. All other values (names, captions, columns with missing
+              numbers) are in a .jsonl file of the same name, a line for each row. stats.json has the statistics and
+              the VAE's factors.
             - «webdataset»: a .tar for each shard. Each row has KEY.mean.npy and so on (fp32 if bf16 is stored) and
-              KEY.json with all else; KEY.txt if there are captions, and KEY.cls if every row has a label.
+              KEY.json with all other values; KEY.txt if there are captions, and KEY.cls if every row has a label.
             - «kohya»: the files that kohya-ss/sd-scripts writes with --cache_latents_to_disk, to be copied into the
               folder of the images. sd-scripts chooses image sizes itself and does not compare them, so encode with
               --buckets none, and train with the same resolution and without buckets.
@@ -70,17 +70,17 @@ def export_latents(
         The files; for kohya, which has one for each image, only the target folder.
 
     Raises:
-        InputError: when the data set is not finished or is damaged, when the target is not empty, or for what kohya
-            cannot take: other latents than 4 channels at 1/8 of the size, names that are no paths below the target,
-            two images whose names differ only in the extension. Nothing is written then.
-        OSError: when writing fails. Nothing is left then.
+        InputError: when the data set is not finished or is damaged; when the target is not empty; or, for kohya, when
+            the latents do not have 4 channels at 1/8 of the size, a name is not a path below the target, or the names
+            of two images differ only in the extension. Nothing is written then.
+        OSError: when writing fails. No partial target remains.
     """
     if to not in _WRITERS:
         raise InputError(f"got format {to!r}; need one of {', '.join(_WRITERS)}")
     source = _Source(folder)
     target = Path(target).expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"got {target}, which holds something; need a new or empty folder; choose another")
+        raise InputError(f"got {target}, which is not empty; need a new or empty folder; choose another")
     source.check()
     if to == "kohya":
         _check_kohya(source)
@@ -124,7 +124,7 @@ class _Source:
 
     @property
     def shards(self) -> dict[str, Path]:
-        """The files by their stem. Numbers have no gaps, as patterns such as {00000..00018} need."""
+        """Name without extension -> file. The numbers have no gaps, as patterns such as {00000..00018} require."""
         count = len(self._sha256)
         return {f"train-{number:05d}-of-{count:05d}": path for number, path in enumerate(self._sha256)}
 
@@ -144,7 +144,7 @@ class _Source:
         return [name for name in self.schema.names if name not in (*OUR_COLUMNS, *self.values)]
 
     def whole_integers(self) -> list[str]:
-        """The columns of the source that fit int64 and have a number in every row of every shard."""
+        """The integer columns of the source that fit int64 and have a number in every row of every shard."""
         import pyarrow as pa
 
         types = {name: self.schema.field(name).type for name in self.carried}
@@ -160,7 +160,7 @@ class _Source:
             return file.read([name]).column(name)
 
     def rows(self, path: Path) -> Iterator[dict[str, Any]]:
-        """The rows of a shard, with latents as tensors (C, h, w) in the stored dtype; read by row groups."""
+        """The rows of a shard, with latents as tensors (C, h, w) in the stored dtype. Reads one row group at a time."""
         import pyarrow.parquet as pq
 
         values = self.values
@@ -178,7 +178,7 @@ class _Source:
 
 @dataclass
 class _Stack:
-    """Rows of one latent shape: tensors that are filled row by row, and lines of JSON for all else."""
+    """Rows of one latent shape: tensors that are filled row by row, and lines of JSON for all other values."""
 
     tensors: dict[str, Tensor]
     lines: list[str] = field(default_factory=list)
@@ -218,7 +218,7 @@ def _write_safetensors(source: _Source, target: Path, bar: tqdm) -> None:
 
 
 def _write_webdataset(source: _Source, target: Path, bar: tqdm) -> None:
-    """Write a .tar for each shard. `datasets` needs the members of a row together, and the same ones for each row."""
+    """Write a .tar for each shard. `datasets` needs a row's members next to each other, and the same for all rows."""
     import pyarrow as pa
 
     texts = [name for name in source.carried if source.schema.field(name).type in (pa.string(), pa.large_string())]
@@ -228,7 +228,7 @@ def _write_webdataset(source: _Source, target: Path, bar: tqdm) -> None:
     for stem, path in source.shards.items():
         with tarfile.open(target / f"{stem}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for row in source.rows(path):
-                key = f"{row['index']:0{KEY_DIGITS}d}"  # and not the name, which may have dots and slashes
+                key = f"{row['index']:0{KEY_DIGITS}d}"  # not the name, which may have dots and slashes
                 for name in source.values:
                     _add(tar, f"{key}.{name}.npy", _npy(row.pop(name)))
                 _add(tar, f"{key}.json", _json(row).encode())
@@ -269,15 +269,15 @@ def _check_kohya(source: _Source) -> None:
         digests.append(np.fromiter(map(_digest, names), dtype=np.uint64))
     if unsafe:
         raise InputError(
-            f"got images named {first_few([repr(name) for name in unsafe])}; need relative paths without .. or "
-            f"backslashes, of at most {LONGEST_NAME} bytes a part, to write files by; choose another format"
+            f"got images named {first_few([repr(name) for name in unsafe])}; need relative paths without "
+            f".. or backslashes, of at most {LONGEST_NAME} bytes a part, as names; choose another format"
         )
     found, counts = np.unique(np.concatenate(digests), return_counts=True)
     same = _same_stem(source, set(found[counts > 1].tolist()))
     if same:
         raise InputError(
-            f"got several images of one name but for the extension ({first_few([repr(name) for name in same], 4)}); "
-            "need names of their own, as the cache's files have them; rename these and encode again"
+            f"got images whose names differ only in the extension ({first_few([repr(name) for name in same], 4)}); "
+            "need different names without it, since the cache's files have none; rename these and encode again"
         )
 
 
@@ -287,12 +287,13 @@ def _write_kohya(source: _Source, target: Path, bar: tqdm) -> None:
     model = next((name for name, its in SCALING_FACTORS.items() if math.isclose(factor or 0, its, rel_tol=1e-3)), None)
     if model is None:
         logger.warning(
-            "sd-scripts multiplies latents by %s, whatever the VAE; this one's scaling_factor is %s; named as SD's",
+            "sd-scripts multiplies latents by %s, whatever the VAE; the scaling_factor of this VAE is %s; the files "
+            "are named as for SD",
             " or ".join(f"{its} ({name})" for name, its in SCALING_FACTORS.items()),
             factor,
         )
     if source.has_buckets:
-        logger.warning("sd-scripts' buckets are not those of these latents, and it does not compare sizes")
+        logger.warning("these latents have other buckets than sd-scripts, which does not check sizes")
     ending = f"_{model or 'sd'}.npz"
     suffixes = [name.removeprefix("mean") for name in source.values if name.startswith("mean")]
     suffixes = suffixes or [name.removeprefix("sample") for name in source.values]
@@ -304,7 +305,7 @@ def _write_kohya(source: _Source, target: Path, bar: tqdm) -> None:
             arrays: dict[str, Any] = {
                 "latents_flipped" if suffix else "latents": _one_sample(row, suffix).numpy() for suffix in suffixes
             }
-            with file.open("xb") as opened:  # which fails if two names differ only in case and the disk ignores it
+            with file.open("xb") as opened:  # fails if two names differ only in case, on a disk that ignores case
                 np.savez(
                     opened,
                     original_size=np.array((width, height)),
@@ -315,7 +316,7 @@ def _write_kohya(source: _Source, target: Path, bar: tqdm) -> None:
 
 
 def _one_sample(row: Mapping[str, Any], suffix: str) -> Tensor:
-    """A sample (C, h, w) in fp32: the stored one, or one that follows from the row's index."""
+    """A sample (C, h, w) in fp32: the stored one, or one drawn with a seed that depends on the row's index."""
     if f"sample{suffix}" in row:
         return row[f"sample{suffix}"].float()
     moments = torch.cat([row[f"mean{suffix}"], row[f"logvar{suffix}"]])[None].float()
@@ -326,9 +327,9 @@ def _one_sample(row: Mapping[str, Any], suffix: str) -> Tensor:
 def _crop_ltrb(original_size: Sequence[int], target_size: Sequence[int]) -> tuple[float, float, float, float]:
     """Left, top, right and bottom as in sd-scripts (BucketManager.get_crop_ltrb).
 
-    This is not what is cut off. It is where the whole image would be if it were shrunk to fit into the target: a wide
-    image in a square has a top and no left. Only with this box is the left of a flipped image target width - right, as
-    sd-scripts computes it.
+    This is not the crop. It is the box that the whole image would have if it were shrunk to fit into the target: for a
+    wide image in a square, top is above 0 and left is 0. sd-scripts computes the left of a flipped image as target
+    width - right, which is right only for this box.
 
     Args:
         original_size: (height, width).
@@ -347,7 +348,7 @@ def _stem(name: str) -> str:
 
 
 def _is_below(name: str) -> bool:
-    """Is the name a relative path to a file, without another spelling, on every system?"""
+    """Whether the name is, on every system, a relative path below a folder that can be spelt only in this way."""
     parts = name.split("/")
     return (
         not any(part in ("", ".", "..") or len(part.encode()) > LONGEST_NAME for part in parts)
@@ -357,16 +358,16 @@ def _is_below(name: str) -> bool:
 
 
 def _digest(name: str) -> int:
-    """64 bits that stand for a stem, so that those of a hundred million names fit in memory."""
+    """A 64-bit hash of the name without extension, so that the hashes of a hundred million names fit in memory."""
     return int.from_bytes(hashlib.blake2b(_stem(name).encode(), digest_size=8).digest(), "little")
 
 
 def _same_stem(source: _Source, suspects: set[int]) -> list[str]:
-    """Names that share their stem with another name.
+    """Names that equal another name except for the extension.
 
     Args:
-        source: of the names.
-        suspects: digests that occur more than once.
+        source: holds the names.
+        suspects: the results of `_digest` that occur more than once.
     """
     names: dict[str, list[str]] = {}
     for path in source.shards.values() if suspects else ():

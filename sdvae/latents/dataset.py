@@ -32,19 +32,21 @@ class LatentDataset(Dataset[dict[str, Any]]):
     and the columns that were copied from the source.
 
     Args:
-        folder: of a finished data set.
-        scaling: of `latents`. «vae»: by the factors in the VAE's config, as pipelines do; «measured»: by the factors of
-            these latents; «channels»: each channel to mean 0 and standard deviation 1; «none»: unscaled.
-        sample: draw z from the posterior, newly each time (Kingma & Welling 2014, section 2.4); False takes its mode.
-            Where one sample is stored, this has no effect.
+        folder: the folder of a finished data set.
+        scaling: how `latents` is scaled. «vae»: by the factors in the VAE's config, as pipelines do; «measured»: by
+            the factors that were measured on these latents; «channels»: each channel to mean 0 and standard deviation
+            1; «none»: not at all.
+        sample: draw a new z from the posterior each time (Kingma & Welling 2014, section 2.4); False takes the
+            posterior's mode. This has no effect if the data set stores samples instead of moments.
         mirror: probability of the mirror image; by default 1/2 if mirror images were encoded, else 0.
-        seed: of samples, mirror images and order.
+        seed: the seed for samples, mirror images and order.
 
     Attributes:
-        scaling: its `denormalize` turns scaled latents into those that the VAE decodes.
+        scaling: the `LatentScaling` in use; its `denormalize` turns scaled latents into those that the VAE decodes.
 
     Raises:
-        InputError: when the folder is not a finished data set, or mirror images are wanted and there are none.
+        InputError: when the folder is not a finished data set, or when `mirror` is above 0 and no mirror images were
+            encoded.
     """
 
     def __init__(
@@ -80,8 +82,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """A row.
 
         Args:
-            key: its place in the data set; then noise and mirroring come from torch's default generator. Or a
-                `SampleKey`; then they follow from the key and the seed.
+            key: the row's place in the data set, or a `SampleKey`. With a place, noise and mirroring come from torch's
+                default generator; with a `SampleKey`, they follow from the key and the seed.
         """
         place = key.index if isinstance(key, SampleKey) else key
         if not -len(self) <= place < len(self):
@@ -121,13 +123,13 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
         Args:
             batch_size: rows in a batch of this process.
-            epoch: see `LatentBatches`, as for the other arguments.
-            shuffle: a random order.
-            drop_last: full batches only.
-            num_workers: processes that read.
-            rank: of this process; by default the launcher's.
+            epoch: the number of the epoch, from 0. `LatentBatches` describes all these arguments in full.
+            shuffle: whether the order is random.
+            drop_last: whether only full batches are given.
+            num_workers: the number of processes that read.
+            rank: the rank of this process; by default the launcher's.
             world_size: the number of processes; by default the launcher's.
-            start: batches to leave out at the beginning.
+            start: the number of batches to leave out at the beginning.
         """
         batches = LatentBatches(
             self,
@@ -175,7 +177,7 @@ class LatentBatches(Sampler[list[SampleKey]]):
         drop_last: all processes get the same number of full batches; the few rows that are left out differ from epoch
             to epoch. False gives every row once; then the last batch of each size may be smaller, and some processes
             may get one batch more than others.
-        rank: of this process; by default the environment variable RANK, which launchers set.
+        rank: the rank of this process; by default the environment variable RANK, which launchers set.
         world_size: the number of processes; by default the environment variable WORLD_SIZE.
         start: batches of this process to leave out at the beginning, to continue an epoch.
 
@@ -212,8 +214,8 @@ class LatentBatches(Sampler[list[SampleKey]]):
         self.start = start
         if drop_last and len(self) == 0 and start == 0:
             raise InputError(
-                f"{len(dataset)} rows make less than {self.world_size} batches of {batch_size}; need more, a smaller"
-                " batch_size, or drop_last=False"
+                f"{len(dataset)} rows make less than {self.world_size} batches of {batch_size}; need more rows, a"
+                " smaller batch_size, or drop_last=False"
             )
 
     def __len__(self) -> int:

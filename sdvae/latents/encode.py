@@ -1,4 +1,4 @@
-"""`sdvae encode`: encode a data set of images to latents, or verify and repair one that is encoded."""
+"""`sdvae encode`: encode a data set of images to latents, or verify and repair existing latents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def encode(config: EncodeConfig) -> LatentFolder:
-    """Encode a data set, go on with one that was begun, or verify one, as the options say.
+    """Encode a data set, continue one that was begun, or verify one, as the options say.
 
     Args:
         config: the options.
@@ -25,14 +25,14 @@ def encode(config: EncodeConfig) -> LatentFolder:
         The folder of the latents.
 
     Raises:
-        InputError: for bad options, another data set in the folder, or what a verification found.
-        OSError: when the disk does not take a shard. What is done stays.
+        InputError: for bad options, another data set in the folder, or faults that a verification found.
+        OSError: when a shard cannot be written. Finished shards stay.
     """
     task = EncodeTask(config)
     rereading = config.verify or config.repair
     if rereading:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError("got verify or repair in several processes; need one; start it without a launcher")
+            raise InputError("got verify or repair in several processes; need one process; start it without a launcher")
         task.folder.open()  # which raises when there is no data set
     task.begin()
     if rereading:

@@ -1,4 +1,4 @@
-"""The encoder of a VAE on a device: pixels to posterior moments, with a second try in fp32 for those that overflow."""
+"""The encoder of a VAE on a device, from pixels to posterior moments. What overflows is computed again in fp32."""
 
 from __future__ import annotations
 
@@ -19,29 +19,33 @@ from sdvae.runtime import DTYPES, accelerator_type, resolve_precision
 
 @dataclass
 class PendingMoments:
-    """A batch that was started; the device may still be computing it.
+    """A batch whose computation was started; the device may still be computing it.
 
     Attributes:
-        pixels: (B, H, W, C) uint8, as they were given.
+        pixels: (B, H, W, C) uint8, the input.
     """
 
     pixels: Tensor
-    _moments: Tensor  # (V, B, 2·latent_channels, h, w); V = 2 views where the mirror image is encoded too, else 1
+    _moments: Tensor  # (V, B, 2·latent_channels, h, w); V = 2 views if the mirror image is encoded too, else 1
     _ready: torch.cuda.Event | None
 
     def moments(self) -> Tensor:
-        """Wait for the device. Returns (V, B, 2·latent_channels, h, w) in fp32 on the CPU."""
+        """Wait for the device.
+
+        Returns:
+            (V, B, 2·latent_channels, h, w) in fp32 on the CPU.
+        """
         if self._ready is not None:
             self._ready.synchronize()
         return self._moments.float()
 
 
 class MomentEncoder:
-    """The encoder of a VAE, in the precision and memory format in which it is to run.
+    """The encoder of a VAE, in the precision and memory format in which it runs.
 
     Args:
-        vae: on the CPU; stays as it is. Its encoder is copied, its decoder is not.
-        device: to compute on.
+        vae: a VAE on the CPU, which is not changed. Its encoder is copied, its decoder is not.
+        device: the device to compute on.
         precision: «fp32», «bf16» or «fp16».
         mirror: also encode the left-right mirror image.
     """
@@ -51,13 +55,13 @@ class MomentEncoder:
         self._vae = _copied(encoder, DTYPES[precision], device)
         self._device = device
         self._mirror = mirror
-        # For retries in fp32: the copy that runs, or until one is needed the weights that are shared with `vae`.
+        # For retries in fp32: a model in fp32, or, until one is needed, a model that shares its weights with `vae`.
         self._in_fp32 = self._vae if precision == "fp32" else None
         self._original = None if precision == "fp32" else encoder
 
     @torch.inference_mode()
     def launch(self, pixels: Sequence[np.ndarray]) -> PendingMoments:
-        """Start on a batch of (H, W, C) uint8 images of one size. On a GPU this returns before it is computed."""
+        """Start encoding (H, W, C) uint8 images of one size. On a GPU this returns before they are computed."""
         batch = torch.from_numpy(np.stack(pixels))
         if self._device.type != "cuda":
             return PendingMoments(batch, self._encode(self._vae, batch).cpu(), None)
@@ -70,7 +74,7 @@ class MomentEncoder:
 
     @torch.inference_mode()
     def again(self, pixels: Tensor) -> Tensor:
-        """Encode in fp32 what was not finite before.
+        """Encode images in fp32 whose moments were not finite before.
 
         Args:
             pixels: (B, H, W, C) uint8.
@@ -84,7 +88,7 @@ class MomentEncoder:
         return self._encode(self._in_fp32, pixels).cpu()
 
     def _encode(self, vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-        # uint8 is a quarter of fp32 to copy, so the values are scaled on the device, as `to_tensor` scales them
+        # Copying uint8 takes a quarter of the bytes of fp32, so values are scaled on the device, as in `to_tensor`.
         x = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
         x = x.contiguous() if vae.encoder.conv_in.weight.is_contiguous() else x
         views = [x, x.flip(3)] if self._mirror else [x]
@@ -92,7 +96,7 @@ class MomentEncoder:
 
 
 def _without_decoder(vae: AutoencoderKL) -> AutoencoderKL:
-    """A second model with the same parameters, not copies of them, except the decoder's."""
+    """A second model that shares the parameters of `vae` and has no decoder."""
     encoder = copy.copy(vae)
     encoder._modules = {**vae._modules, "decoder": nn.Identity()}
     return encoder
@@ -112,7 +116,7 @@ def _copied(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> Aut
 
 
 def encoder_sha256(vae: AutoencoderKL) -> str:
-    """Hash name, dtype, shape and bytes of every weight that latents depend on, which the decoder's do not."""
+    """A hash of name, dtype, shape and bytes of every weight that latents depend on, so not of the decoder's."""
     digest = hashlib.sha256()
     for name, weight in sorted(vae.state_dict().items()):
         if not name.startswith(("encoder.", "quant_conv.")):
@@ -123,10 +127,10 @@ def encoder_sha256(vae: AutoencoderKL) -> str:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; by default the accelerator of this process's local rank, else the CPU.
+    """The device of that name; by default the accelerator of this process's local rank, or the CPU if there is none.
 
     Raises:
-        InputError: for a device that is not there.
+        InputError: for a device that does not exist.
     """
     if name is None:
         kind = accelerator_type()
@@ -142,7 +146,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def choose_precision(requested: str, device: torch.device) -> str:
-    """The precision of the encoder: «auto» is bf16 where the device computes in it, else fp32.
+    """The precision of the encoder: «auto» is bf16 if the device computes in it, else fp32.
 
     Raises:
         InputError: for fp16 on a CPU.

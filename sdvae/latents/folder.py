@@ -1,6 +1,6 @@
 """A latent data set on disk, for reading. `sdvae.latents.writer` makes it.
 
-manifest.json                           what the latents are, of what and by which VAE; when it is finished also
+manifest.json                           the source, the VAE and how values are stored; in a finished data set also
                                         each shard's rows and checksum, and the statistics
 data/train-00000-of-00019.parquet       the rows; `datasets.load_dataset(folder)` finds these
 skipped.jsonl                           one line for each image that has no row, with the reason
@@ -27,7 +27,7 @@ class LatentFolder:
     """The manifest of a latent data set, and the places of its files.
 
     Args:
-        root: the data set's folder; a new one need not exist yet.
+        root: the data set's folder, which may not exist yet.
 
     Attributes:
         manifest: the content of manifest.json, empty before `open`.
@@ -45,11 +45,11 @@ class LatentFolder:
         """Read the manifest.
 
         Args:
-            finished: the data set must be complete.
+            finished: whether the data set must be complete.
 
         Raises:
-            InputError: when there is no manifest, it is of another format or version, or the data set is not complete
-                although it must be.
+            InputError: when there is no manifest, when it has another format or version, or when the data set must be
+                complete and is not.
         """
         if not self._manifest_path.is_file():
             raise InputError(f"{self.root} holds no manifest.json; need a folder that `sdvae encode` wrote")
@@ -76,7 +76,7 @@ class LatentFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored values."""
+        """The dtype of the stored values."""
         return DTYPES[self.manifest["fingerprint"]["stored"]["dtype"]]
 
     def shard_path(self, shard: int) -> Path:
@@ -86,12 +86,12 @@ class LatentFolder:
         """The scaling that was measured on these latents, under the keys of a VAE's config.
 
         Args:
-            vae_config: of the VAE that is to get them.
-            encoder_sha256: of its encoder.
+            vae_config: the config of the VAE that is to decode them.
+            encoder_sha256: the hash of that VAE's encoder.
 
         Returns:
-            scaling_factor, and shift_factor if the VAE has one. For a VAE with latents_mean and latents_std: these, and
-            a scaling_factor of 1.
+            scaling_factor, and shift_factor if the VAE has one. For a VAE with latents_mean and latents_std: those two,
+            and a scaling_factor of 1.
 
         Raises:
             InputError: when another VAE made these latents, or they do not vary.

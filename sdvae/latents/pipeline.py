@@ -1,4 +1,4 @@
-"""Encoding the shards of a data set, with all stages at work at the same time.
+"""Encoding the shards of a data set, with all stages running at the same time.
 
     claim a shard -> read, decode, resize (threads) -> batches of one size -> encoder -> rows -> write (a thread)
 
@@ -56,7 +56,7 @@ class ClaimedShard:
 
 
 class Turn(NamedTuple):
-    """An image that a thread decodes; without one, the end of its shard."""
+    """An image that a thread decodes. If `image` is None, it stands for the end of the shard."""
 
     shard: ClaimedShard
     image: SourceImage | None = None
@@ -64,7 +64,7 @@ class Turn(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images that the encoder was started on."""
+    """Images whose encoding was started."""
 
     shard: ClaimedShard
     images: list[tuple[SourceImage, DecodedImage]]
@@ -76,25 +76,25 @@ class Pipeline:
 
     Args:
         task: what to encode.
-        batches_in_flight: that are started before the first of them is read back; by default 2 on a GPU, which then
-            always has work, else 1.
+        batches_in_flight: the number of batches that are started before the first of them is read back. By default 2
+            on a GPU, so that it always has work, else 1.
     """
 
     def __init__(self, task: EncodeTask, batches_in_flight: int | None = None):
         self.task = task
         self._is_main = os.environ.get("RANK", "0") == "0"
         self._batches_in_flight = batches_in_flight or (2 if task.device.type == "cuda" else 1)
-        self._waiting: dict[Size, list[tuple[SourceImage, DecodedImage]]] = defaultdict(list)  # for a full batch
+        self._waiting: dict[Size, list[tuple[SourceImage, DecodedImage]]] = defaultdict(list)  # until a batch is full
         self._in_flight: deque[Batch] = deque()
         self._written: deque[Future[None]] = deque()
-        self._held: dict[int, ClaimedShard] = {}  # whose lock this process has
+        self._held: dict[int, ClaimedShard] = {}  # the shards whose lock this process holds
         self._num_skipped = 0
 
     def run(self) -> None:
         """Encode all shards that no other process encodes, and finish the data set if nothing is left.
 
         Raises:
-            OSError: when the disk is full. What is done stays; the same command goes on.
+            OSError: when the disk is full. Finished shards stay, and the same command continues.
         """
         self._bar = tqdm(
             total=self.task.shards.total,
@@ -122,7 +122,7 @@ class Pipeline:
         self._finish()
 
     def _turns(self) -> Iterator[Turn]:
-        """The images of every shard that can be claimed, each given to a thread, and the end of each shard.
+        """Claim shards, give each of their images to a thread, and yield the images and the end of each shard.
 
         Processes begin at different places, so that they seldom try to claim the same shard.
         """
@@ -138,7 +138,7 @@ class Pipeline:
             yield Turn(shard)
 
     def _ahead(self, turns: Iterable[Turn]) -> Iterator[Turn]:
-        """The same, taken from the iterator so far ahead that all threads have work."""
+        """The same turns, taken from the iterator early enough that all threads have work."""
         config = self.task.config
         window: deque[Turn] = deque()
         for turn in turns:
@@ -176,7 +176,7 @@ class Pipeline:
         self._collect(down_to=self._batches_in_flight - 1)
 
     def _collect(self, down_to: int) -> None:
-        """Wait for the oldest batches until so many are left in flight; make rows of them."""
+        """Make rows of the oldest batches, waiting for them, until only `down_to` batches are in flight."""
         while len(self._in_flight) > down_to:
             batch = self._in_flight.popleft()
             self._make_rows(batch)

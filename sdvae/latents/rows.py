@@ -8,7 +8,7 @@ is [C, h, w]. To read them without this package:
     np.frombuffer(row["mean"], "<f2").reshape(row["shape"])                             # fp16; "<f4" for fp32
     torch.frombuffer(bytearray(row["mean"]), dtype=torch.bfloat16).reshape(row["shape"])  # bf16, which NumPy lacks
 
-or, with NumPy alone, bf16 as the upper half of fp32: (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").
+With NumPy alone, bf16 is the upper half of fp32: (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 OUR_COLUMNS = ("index", "name", "sha256", "shape", "original_size", "crop_top_left", "target_size")
 VALUE_COLUMNS = ("mean", "logvar", "sample")  # each also with the ending _mirrored
-ROW_KEYS = ("latents", "mirrored")  # that `LatentDataset` adds to a row
-PREFIX = "source_"  # for a column of the source whose name is one of ours
+ROW_KEYS = ("latents", "mirrored")  # the keys that `LatentDataset` adds to a row
+PREFIX = "source_"  # of a column of the source whose name is one of the names above
 
 
 def is_value(column: str) -> bool:
-    """Does the column hold latents?"""
+    """Whether the column holds latents."""
     return column.removesuffix("_mirrored") in VALUE_COLUMNS
 
 
@@ -46,14 +46,14 @@ class LatentRow:
     """One image's row.
 
     Attributes:
-        index: of the image in its source.
-        name: of the image in its source.
-        sha256: of the image file.
-        shape: of the latents, (C, h, w).
+        index: the image's place in its source.
+        name: the image's name in its source.
+        sha256: the checksum of the image file.
+        shape: the shape of the latents, (C, h, w).
         original_size: height and width of the image, in pixels.
         crop_top_left: top and left of the crop in the resized image, in pixels.
         target_size: height and width of the crop, which was encoded, in pixels.
-        values: for each column of latents the bytes of a contiguous (C, h, w) array in the stored dtype, little-endian.
+        values: column of latents -> the bytes of a contiguous (C, h, w) array in the stored dtype, little-endian.
     """
 
     index: int
@@ -67,7 +67,7 @@ class LatentRow:
 
 
 def value_columns(config: EncodeConfig) -> list[str]:
-    """The columns of latents that these options give."""
+    """The names of the columns of latents for these options."""
     names = ["mean", "logvar"] if config.store == "moments" else ["sample"]
     return names + [f"{name}_mirrored" for name in names if config.mirror]
 
@@ -76,8 +76,8 @@ def row_bytes(sizes: Sequence[Size], compression: int, latent_channels: int, con
     """The bytes of a row's latents, for the largest of the image sizes.
 
     Args:
-        sizes: of the images, height and width in pixels.
-        compression: pixels for each latent, along one side.
+        sizes: height and width of the images, in pixels.
+        compression: the VAE's compression ratio, in pixels for each latent along one side.
         latent_channels: C.
         config: the options.
     """
@@ -90,9 +90,9 @@ def posterior_values(posterior: DiagonalGaussian, dtype: torch.dtype, suffix: st
     """The columns of one image's posterior.
 
     Args:
-        posterior: of one image.
-        dtype: to store.
-        suffix: of the columns' names.
+        posterior: the posterior of one image.
+        dtype: the dtype to store.
+        suffix: the end of the columns' names.
     """
     return {f"mean{suffix}": posterior.mean.to(dtype), f"logvar{suffix}": posterior.logvar.to(dtype)}
 
@@ -105,8 +105,8 @@ def from_bytes(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     """Read the bytes of latents.
 
     Args:
-        data: as stored.
-        dtype: of these bytes.
+        data: the stored bytes.
+        dtype: the dtype of these values.
         shape: (C, h, w).
 
     Returns:
@@ -124,8 +124,8 @@ def table_of(rows: Sequence[LatentRow], others: pa.Table, others_features: Featu
 
     Args:
         rows: the latents.
-        others: the columns that are carried through from the source, in the same order.
-        others_features: of these columns.
+        others: the columns that are copied from the source, with rows in the same order.
+        others_features: the features of these columns.
         config: the options.
     """
     import pyarrow as pa

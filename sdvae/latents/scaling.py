@@ -19,7 +19,7 @@ class LatentScaling:
 
     Attributes:
         shift: (C, 1, 1) fp32, or (1, 1, 1) if it is the same for all channels.
-        scale: likewise.
+        scale: the same shape.
     """
 
     shift: Tensor
@@ -41,14 +41,14 @@ def identity_scaling() -> LatentScaling:
 def scaling_of(config: Mapping[str, Any]) -> LatentScaling:
     """The scaling that diffusers' pipelines apply to the latents of a VAE.
 
-    It is (z - shift_factor) · scaling_factor (SD, SD3, Flux), or with latents_mean and latents_std
+    It is (z - shift_factor) · scaling_factor (SD, SD3, Flux). If the config has latents_mean and latents_std, it is
     (z - latents_mean) · scaling_factor / latents_std (StableDiffusionXLPipeline).
 
     Args:
-        config: of the VAE.
+        config: the VAE's config.
 
     Raises:
-        InputError: when there is no scaling_factor.
+        InputError: when scaling_factor is missing, 0 or not finite.
     """
     factor = config.get("scaling_factor")
     if not factor or not math.isfinite(factor):
@@ -63,7 +63,7 @@ def channel_scaling(statistics: Mapping[str, Any]) -> LatentScaling:
     """Scale each channel to mean 0 and standard deviation 1.
 
     Args:
-        statistics: latents_mean and latents_std, each a number for each channel.
+        statistics: latents_mean and latents_std, each with a number for each channel.
 
     Raises:
         InputError: when a channel does not vary.

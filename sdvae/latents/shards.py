@@ -1,4 +1,4 @@
-"""How a source is divided into shards. Each is encoded independently and always has the same images."""
+"""Dividing a source into shards. Each is encoded independently and always has the same images."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 4096
 FEWEST_ROWS = 64
-SHARDS_AT_LEAST = 64  # where there are images enough: so many processes can work
-SHARD_BYTES = 128 * 2**20  # files of 100 to 500 MB suit the hub, and one shard is held in memory
+SHARDS_AT_LEAST = 64  # if there are enough images, so that up to 64 processes have work
+SHARD_BYTES = 128 * 2**20  # files of 100 to 500 MB suit the hub, and a whole shard is held in memory
 SAMPLES = 64  # images whose bytes are compared to tell apart sources with the same names
-OF_THE_FILE = frozenset(  # errors that opening the same file again would give again
+OF_THE_FILE = frozenset(  # errors that would occur again if the file were opened again
     {
         errno.ENOENT,
         errno.EACCES,
@@ -45,7 +45,7 @@ class SourceImage:
     Attributes:
         index: unique in the data set, and the same in every run.
         read: returns the file's bytes, or raises `ImageError`.
-        others: of a stream, the other columns of the image's row.
+        others: for a stream, the other columns of the image's row; otherwise empty.
     """
 
     index: int
@@ -55,25 +55,25 @@ class SourceImage:
 
 
 class Shards(Protocol):
-    """A source, divided."""
+    """A source that is divided into shards."""
 
-    total: int | None  # images, if their number is known before they are read
+    total: int | None  # number of images, if it is known before they are read
 
     def __len__(self) -> int: ...
 
     @property
     def features(self) -> Features:
-        """Of the columns that are carried through."""
+        """The features of the columns that are copied from the source."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """All that must agree for two runs to make the same shards."""
+        """The values that must be equal for two runs to make the same shards."""
         ...
 
     def images(self, shard: int) -> Iterator[SourceImage]: ...
 
     def columns(self, images: Sequence[SourceImage]) -> pa.Table:
-        """The carried columns of some images of one shard."""
+        """The copied columns of some images of one shard."""
         ...
 
 
@@ -132,7 +132,7 @@ class RangeShards:
 
 
 class StreamShards:
-    """The parts of a stream. Their number of images is known only when they have been read.
+    """The parts of a stream. The number of images in a part is known only when it has been read.
 
     Args:
         stream: the images.
@@ -179,7 +179,12 @@ class StreamShards:
 
 
 def rows_per_shard(images: int, row_bytes: int) -> int:
-    """Enough shards for many processes, and so that an interruption costs little, within handy limits."""
+    """The number of images in a shard: few enough that many processes have work and interruptions cost little.
+
+    Args:
+        images: the number of images in the source.
+        row_bytes: bytes of the latents of an image.
+    """
     fit = max(1, SHARD_BYTES // row_bytes)
     return min(fit, MOST_ROWS, max(FEWEST_ROWS, -(-images // SHARDS_AT_LEAST)))
 
@@ -197,10 +202,10 @@ def chosen(features: Features, names: Sequence[str] | None) -> Features:
 
 
 def raise_if_passing(error: ImageError) -> None:
-    """Raise the cause of an `ImageError` if it is a fault of the machine, which may pass, and not of the image.
+    """Raise the cause of an `ImageError` if it is a fault of the machine that may pass, not a fault of the image.
 
     Raises:
-        OSError: that fault.
+        OSError: the fault of the machine.
     """
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno is not None and cause.errno not in OF_THE_FILE:

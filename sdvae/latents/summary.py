@@ -1,4 +1,4 @@
-"""What a finished latent data set says of itself: the statistics in its manifest, and its card."""
+"""The statistics in the manifest of a finished latent data set, and its card, README.md."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def statistics_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The statistics of all rows, under the keys of a VAE's config.
 
     Args:
-        records: of all shards, each with its `moments`. Mirror images are not counted in these.
+        records: the records of all shards, each with its `moments`, which leave out mirror images.
 
     Returns:
-        scaling_factor, shift_factor, latents_mean and latents_std. The two factors are None where the latents have no
-        standard deviation, as those of one image of a single colour.
+        scaling_factor, shift_factor, latents_mean and latents_std. The two factors are None if the latents do not
+        vary, as those of a single image of one colour may not.
     """
     sums = torch.tensor([record["moments"] for record in records], dtype=torch.float64)  # (shards, 4, C)
     moments = LatentMoments(sums.shape[-1])
@@ -36,7 +36,7 @@ def statistics_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def card(manifest: Mapping[str, Any]) -> str:
-    """The README.md of a data set. Its head is for the hub and for `datasets`."""
+    """The README.md of a data set. The hub and `datasets` read its head."""
     fingerprint = manifest["fingerprint"]
     stored, images, vae = fingerprint["stored"], fingerprint["images"], fingerprint["vae"]
     sizes = ", ".join(f"{height} x {width}" for height, width in images["sizes"])

@@ -1,4 +1,4 @@
-"""What `sdvae encode` works on: the VAE, the images and the folder that its options name."""
+"""The task of `sdvae encode`: the VAE, the images and the output folder that its options name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sdvae.weights import load_vae
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An image as the encoder gets it, and where it was cut out."""
+    """An image as the encoder gets it, and its place in the original image."""
 
     pixels: np.ndarray  # (H, W, C) uint8
     sha256: str  # of the file
@@ -37,24 +37,26 @@ class DecodedImage:
 
 
 class EncodeTask:
-    """The opened VAE and source of an encoding, and what is stored of an image. Nothing is written yet.
+    """The VAE and the source of an encoding, opened, and the values that are stored for an image.
+
+    Nothing is written before `begin`.
 
     Args:
         config: the options.
 
     Attributes:
-        shards: the source, divided.
-        encoder: of the VAE.
-        folder: for the latents.
-        fingerprint: all that decides what the rows are, except rounding.
+        shards: the shards of the source.
+        encoder: the VAE's encoder.
+        folder: the data set that is written.
+        fingerprint: the settings and hashes that determine the rows, except for rounding.
 
     Raises:
-        InputError: when VAE or source do not fit the options.
+        InputError: when the VAE or the source does not fit the options.
     """
 
     def __init__(self, config: EncodeConfig):
         self.config = config
-        # in the file's own dtype, since the fingerprint is made of the weights as they are there
+        # in the file's own dtype, since the fingerprint hashes the weights in that dtype
         vae = load_vae(config.vae, subfolder=config.subfolder, config=config.vae_config, dtype="file")
         self.sizes = bucket_sizes(config, vae.spatial_compression_ratio)
         self.device = choose_device(config.device)
@@ -70,7 +72,7 @@ class EncodeTask:
         self.folder = LatentWriter(config.output)
 
     def begin(self) -> None:
-        """Start the data set on disk, or go on with it.
+        """Start the data set on disk, or continue it.
 
         Raises:
             InputError: when the folder holds something else, or latents that were made with other options.
@@ -96,15 +98,15 @@ class EncodeTask:
     def stored_values(
         self, pending: PendingMoments, indices: list[int]
     ) -> tuple[list[dict[str, bytes] | None], Tensor]:
-        """Wait for a batch and make of it what is stored.
+        """Wait for a batch and convert its moments to the stored values.
 
         Args:
             pending: the batch.
-            indices: of its images in the source.
+            indices: the place of each of its images in the source.
 
         Returns:
-            For each image its columns of latents, or None if they are not finite, even when computed in fp32; and the
-            moments (B, 2·latent_channels, h, w) in fp32, not those of mirror images.
+            For each image its columns of latents, or None if they are not finite even when computed in fp32; and the
+            moments (B, 2·latent_channels, h, w) in fp32, without those of mirror images.
         """
         moments = pending.moments()  # (V, B, 2C, h, w)
         values: list[dict[str, bytes] | None] = []
@@ -121,7 +123,7 @@ class EncodeTask:
 
         Args:
             moments: (V, 2·latent_channels, h, w), of the image and, with V = 2, of its mirror image.
-            index: of the image in the source.
+            index: the image's place in the source.
         """
         dtype = DTYPES[self.config.dtype]
         columns: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Rereading a latent data set: files that were damaged on disk, and rows that the VAE encodes differently now."""
+"""Verifying a latent data set: finding files that were damaged, and rows that the VAE would encode differently now."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from sdvae.latents.writer import LatentWriter
 
 logger = logging.getLogger(__name__)
 
-# By how much a row that is encoded again may differ, beyond two steps of the stored dtype. For means and samples in
-# units of the channel's standard deviation over the data set, for log-variances in nats. In fp32 another batch size or
-# number of threads changes the last bits; half precision computes with 8 or 11 bits throughout.
+# How much a row may change when it is encoded again, beyond two rounding steps of the stored dtype. The unit is the
+# channel's standard deviation over the data set for means and samples, and nats for log-variances. In fp32, another
+# batch size or number of threads changes the last bits; half precision computes with only 8 or 11 bits.
 TOLERANCE = {"fp32": 1e-2, "fp16": 0.1, "bf16": 0.5}
 
 
@@ -33,11 +33,11 @@ def verify(task: EncodeTask) -> None:
     """Check every shard of a data set, and encode some of its rows again.
 
     Args:
-        task: with the options that made the data set. With `repair` the broken shards are removed, so that the
+        task: the task with the options that made the data set. With `repair` the broken shards are removed, so that the
             pipeline encodes them again.
 
     Raises:
-        InputError: naming what is broken, without `repair`.
+        InputError: with the names of broken shards, unless `repair` is set.
     """
     folder, config = task.folder, task.config
     columns = value_columns(config)
@@ -63,22 +63,22 @@ def verify(task: EncodeTask) -> None:
     )
     if broken and not config.repair:
         named = "; ".join(f"{folder.shard_path(k).name} {reason}" for k, reason in sorted(broken.items())[:3])
-        raise InputError(f"{len(broken)} of {folder.num_shards} shards are broken ({named}); mend with --repair true")
+        raise InputError(f"{len(broken)} of {folder.num_shards} shards are broken ({named}); repair: --repair true")
     if broken:
         folder.undo(sorted(broken))
 
 
 def shard_fault(folder: LatentWriter, shard: int, columns: list[str], num_listed: int) -> str | None:
-    """Say what is wrong with a shard.
+    """Find out what is wrong with a shard.
 
     Args:
-        folder: of the data set.
+        folder: the data set.
         shard: its number.
-        columns: those that hold latents.
-        num_listed: images of the shard in skipped.jsonl.
+        columns: the columns that hold latents.
+        num_listed: the number of the shard's images in skipped.jsonl.
 
     Returns:
-        The fault, or None.
+        The fault in words, or None if there is none.
     """
     record, path = folder.record(shard), folder.shard_path(shard)
     if record is None:
@@ -91,7 +91,7 @@ def shard_fault(folder: LatentWriter, shard: int, columns: list[str], num_listed
         return "has another checksum than its record"
     if fault := _content_fault(path, folder.dtype, record["rows"], columns):
         return fault
-    if "skipped_images" not in record and num_listed != record["skipped"]:  # a record that is final
+    if "skipped_images" not in record and num_listed != record["skipped"]:  # the record of a finished data set
         return f"has {record['skipped']} skipped images, of which skipped.jsonl names {num_listed}"
     return None
 
@@ -107,7 +107,7 @@ def _content_fault(path: Path, dtype: torch.dtype, num_rows: int, columns: list[
             for batch in file.iter_batches(columns=["index", "shape", *columns]):
                 if fault := _first_not_finite(batch.to_pylist(), dtype, columns):
                     return fault
-    except (pa.ArrowException, OSError, RuntimeError, ValueError) as error:  # the last two: bytes that fit no shape
+    except (pa.ArrowException, OSError, RuntimeError, ValueError) as error:  # the last two: too many or few bytes
         return f"cannot be read ({one_line(error)})"
     return None
 
@@ -124,7 +124,7 @@ def _encode_again(task: EncodeTask, shards: list[int]) -> tuple[int, float, dict
     """Encode some rows of whole shards again and compare.
 
     Returns:
-        The number of rows, their greatest difference in standard deviations, and what is wrong with which shards.
+        The number of rows, their greatest difference in standard deviations, and {shard: what is wrong with it}.
     """
     config, folder = task.config, task.folder
     chosen = _choose(_num_rows(folder, shards), config.verify_rows, config.seed)
@@ -154,10 +154,10 @@ def _compare(task: EncodeTask, image: SourceImage, stored: dict[str, Any], std: 
     """Encode an image again and compare it with its row.
 
     Args:
-        task: with the encoder.
-        image: of the source.
-        stored: its row.
-        std: (C,) of the latents of the data set.
+        task: holds the encoder.
+        image: an image of the source.
+        stored: the image's row.
+        std: (C,), the standard deviation of the data set's latents.
 
     Returns:
         What is wrong with the row, or None, and its greatest difference in standard deviations.
@@ -193,9 +193,9 @@ def _choose(num_rows: Sequence[int], count: int, seed: int) -> dict[int, list[in
     """Draw rows from several shards.
 
     Args:
-        num_rows: of each shard.
+        num_rows: the number of rows of each shard.
         count: rows to draw, or all if there are fewer.
-        seed: of the choice.
+        seed: the seed of the choice.
 
     Returns:
         For each shard, by its place in `num_rows`, the positions of its chosen rows.

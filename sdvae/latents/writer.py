@@ -6,9 +6,9 @@ While it is being made, the folder (see `sdvae.latents.folder`) also holds
     .progress/00000.lock                    held by the process that encodes the shard
     .lock                                   held while the manifest changes
 
-A shard is done when its record is there, which is written after its file; both are written beside their place and
-renamed. The locks of a process that dies become free, so another process encodes its shards. No process waits for
-another.
+A shard is done when its record exists. The record is written after the shard's file, and both are written under a
+temporary name and renamed. When a process dies, its locks are released, so another process encodes its shards. No
+process waits for another.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from sdvae.statistics import LatentMoments
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ROW_GROUP_BYTES = 2**20  # the least that is read for one row, so it matters where rows are read in random order
+ROW_GROUP_BYTES = 2**20  # at least so much is read for one row, which matters if rows are read in random order
 
 
 class LatentWriter(LatentFolder):
-    """A latent data set that this process, perhaps among others, begins, fills, finishes or repairs.
+    """A latent data set that this process writes or repairs, possibly together with other processes.
 
     Args:
-        root: the data set's folder; need not exist yet.
+        root: the data set's folder, which may not exist yet.
     """
 
     def __init__(self, root: str | Path):
@@ -50,12 +50,12 @@ class LatentWriter(LatentFolder):
         self._records: dict[int, dict[str, Any]] = {}
 
     def begin(self, fingerprint: Mapping[str, Any], source: str, vae_config: Mapping[str, Any]) -> None:
-        """Start a data set, or go on with one that was started in the same way.
+        """Start a data set, or continue one that was started in the same way.
 
         Args:
-            fingerprint: all that decides what the rows are; values that JSON can hold.
-            source: what the data set is made from, for people to read.
-            vae_config: of the VAE that makes it.
+            fingerprint: the settings and hashes that determine the rows, which JSON can hold.
+            source: the name of the source, for the card.
+            vae_config: the config of the VAE that makes it.
 
         Raises:
             InputError: when the folder holds other files, or latents with another fingerprint.
@@ -80,7 +80,7 @@ class LatentWriter(LatentFolder):
                 )
             self.data.mkdir(exist_ok=True)
             if self.is_complete:
-                self._remove_progress()  # left by a process that was killed just before it did so
+                self._remove_progress()  # it exists if a process was killed just before removing it
             else:
                 self._progress.mkdir(exist_ok=True)
 
@@ -100,11 +100,11 @@ class LatentWriter(LatentFolder):
             )
 
     def record(self, shard: int) -> dict[str, Any] | None:
-        """What is known of a shard that is done, else None.
+        """The record of a shard.
 
         Returns:
-            rows, row_group_rows, bytes, sha256, moments and skipped (a number); until the data set is finished also
-            skipped_images (their lines for skipped.jsonl).
+            rows, row_group_rows, bytes, sha256, moments and skipped (a number), and until the data set is finished also
+            skipped_images (their lines for skipped.jsonl). None if the shard is not done.
         """
         if shard not in self._records:
             try:
@@ -117,7 +117,7 @@ class LatentWriter(LatentFolder):
         """Take a shard for this process.
 
         Returns:
-            A lock, which the caller releases; None if the shard is done, or another process encodes it.
+            A lock, which the caller must release; None if the shard is done or another process encodes it.
         """
         if self.record(shard) is not None:
             return None
@@ -144,12 +144,12 @@ class LatentWriter(LatentFolder):
         Args:
             shard: its number.
             table: its rows.
-            row_bytes: of the latents in a row, which decide the size of row groups.
-            moments: of the shard's latents.
+            row_bytes: bytes of the latents in a row; they decide the size of row groups.
+            moments: the moments of the shard's latents.
             skipped: index, name and reason of each image that has no row.
 
         Raises:
-            OSError: when the disk does not take it; then the shard is not done.
+            OSError: when the file cannot be written; then the shard is not done.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -161,9 +161,9 @@ class LatentWriter(LatentFolder):
             with pq.ParquetWriter(
                 temporary,
                 table.schema,
-                compression=dict.fromkeys(texts, "zstd"),  # latents are mostly noise, which does not shrink
+                compression=dict.fromkeys(texts, "zstd"),  # latents are mostly noise, which cannot be compressed
                 use_dictionary=texts,
-                write_statistics=["index"],  # of latents, each page would hold the least and greatest
+                write_statistics=["index"],  # for latents, minimum and maximum are two whole rows
             ) as writer:
                 if table.num_rows:  # `datasets` reads a file without row groups, but not a row group without rows
                     writer.write_table(table, row_group_size=row_group_rows)
@@ -189,7 +189,7 @@ class LatentWriter(LatentFolder):
             Whether all shards are done.
 
         Raises:
-            InputError: when no image has a row, or the file of a shard is gone.
+            InputError: when no image has a row, or the file of a shard is missing.
         """
         if any(self.record(shard) is None for shard in range(self.num_shards)):
             return False
@@ -204,7 +204,7 @@ class LatentWriter(LatentFolder):
                 return False
             lost = [path.name for path in map(self.shard_path, range(self.num_shards)) if not path.is_file()]
             if lost:
-                raise InputError(f"{len(lost)} shards were written and are gone ({lost[0]}); mend with --repair true")
+                raise InputError(f"{len(lost)} finished shards are missing ({lost[0]}); repair with --repair true")
             rows = sum(record["rows"] for record in records)
             skipped = self._all_skipped(records)
             if rows == 0:
@@ -237,7 +237,7 @@ class LatentWriter(LatentFolder):
         return True
 
     def undo(self, shards: Sequence[int]) -> None:
-        """Remove some shards, so that they are encoded again. Those that another process encodes now are kept."""
+        """Remove some shards, so that they are encoded again. Shards that another process is encoding are kept."""
         with FileLock(self._lock), ExitStack() as held:
             self._progress.mkdir(exist_ok=True)
             free = []
@@ -264,7 +264,7 @@ class LatentWriter(LatentFolder):
         return {key: self.manifest[key] for key in ("format", "version", "source", "vae_config", "fingerprint")}
 
     def _all_skipped(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The lines of skipped.jsonl: of new records as they hold them, of others as the file has them already."""
+        """The lines of skipped.jsonl. New records hold theirs; for the others, the lines of the old file are kept."""
         before = self.skipped_lines()
         skipped: list[dict[str, Any]] = []
         for shard, record in enumerate(records):

@@ -16,7 +16,7 @@ from sdvae.errors import InputError, one_line, require
 from sdvae.metrics.perceptual import download_timeout
 from sdvae.weights.read import read_weights
 
-FEATURES = 2048  # of Inception's last pooling; of fewer images than that the covariance does not have full rank
+FEATURES = 2048  # width of Inception's last pooling; with fewer images the covariance does not have full rank
 
 
 class ReconstructionFID:
@@ -31,7 +31,7 @@ class ReconstructionFID:
         device: where the features are computed.
 
     Raises:
-        InputError: when torch-fidelity is not installed, or the weights cannot be had or do not fit.
+        InputError: when torch-fidelity is not installed, or when the weights cannot be downloaded or do not fit.
     """
 
     def __init__(self, weights: str | None, device: torch.device):
@@ -53,20 +53,21 @@ class ReconstructionFID:
             ) from error
         network.num_features = FEATURES
         self._metric = FrechetInceptionDistance(network, reset_real_features=False).to(device)
-        self._metric.orig_dtype = torch.float32  # normally set by the first update; a process may have no images
+        # The first update would set this, but a process without images has no update.
+        self._metric.orig_dtype = torch.float32
 
     def add(self, images: Tensor, real: bool) -> None:
         """Count a batch of images.
 
         Args:
-            images: (B, C, H, W) in [-1, 1], rounded to 8 bits here. Grey ones are repeated to three channels.
+            images: (B, C, H, W) in [-1, 1], rounded to 8 bits here. Grey images are repeated to three channels.
             real: whether they are originals or reconstructions.
         """
         pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         self._metric.update(pixels.expand(-1, 3, -1, -1), real=real)
 
     def compute(self) -> float:
-        """The distance, over all processes, of the reconstructions since the last call."""
+        """The distance for the reconstructions of all processes since the last call."""
         value = float(self._metric.compute())
         self._metric.reset()
         return value

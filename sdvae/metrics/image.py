@@ -29,12 +29,12 @@ def image_metrics(
     Args:
         images: (B, C, H, W) in [-1, 1].
         reconstruction: the same shape; clamped to [-1, 1] first.
-        posterior: of the images.
+        posterior: the posterior of the images.
         perceptual: LPIPS; None leaves it out.
 
     Returns:
-        For each image `psnr` in dB, `ssim`, the perceptual distance under its own name, and `kl` in nats divided by
-        C·H·W.
+        For each image: `psnr` in dB, `ssim`, the perceptual distance under `perceptual.name`, and `kl` in nats divided
+        by C·H·W.
     """
     images, reconstruction = images.float(), reconstruction.float().clamp(-1, 1)
     x, y = (images + 1) / 2, (reconstruction + 1) / 2
@@ -56,25 +56,25 @@ def image_metrics(
 def image_figures(
     images: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian, perceptual: Perceptual | None
 ) -> list[dict[str, float]]:
-    """`image_metrics` in units for people, with the bias of each colour.
+    """The figures of `image_metrics` in the units of reports, with the bias of each colour.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
         reconstruction: the same shape; clamped to [-1, 1] first.
-        posterior: of the images.
+        posterior: the posterior of the images.
         perceptual: LPIPS; None leaves it out.
 
     Returns:
-        For each image `psnr`, `ssim` and the perceptual distance as in `image_metrics`; the KL as `kl_nats`, nats an
-        image, and as `bits_per_pixel`; and `bias_0`, `bias_1`, …, the mean of reconstruction - image in each channel,
-        in levels of 8 bits.
+        For each image: `psnr`, `ssim` and the perceptual distance as in `image_metrics`; the KL as `kl_nats`, in nats
+        for the whole image, and as `bits_per_pixel`; and `bias_0`, `bias_1`, …, the mean of reconstruction - image in
+        each channel, in 8-bit levels.
     """
     nats = posterior.kl()  # (B,)
     bits = nats / math.log(2) / (images.shape[2] * images.shape[3])
     bias = 127.5 * (reconstruction.clamp(-1, 1) - images).mean(dim=(2, 3))  # (B, C)
     figures = image_metrics(images, reconstruction, posterior, perceptual)
     for i, of_image in enumerate(figures):
-        del of_image["kl"]  # divided by the number of values, as in the training objective
+        del of_image["kl"]  # replaced by the two below, which are not divided by C·H·W
         of_image |= {"kl_nats": float(nats[i]), "bits_per_pixel": float(bits[i])}
         of_image |= {f"bias_{channel}": float(value) for channel, value in enumerate(bias[i])}
     return figures

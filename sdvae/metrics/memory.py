@@ -19,15 +19,16 @@ Result = TypeVar("Result")
 def with_peak_memory(compute: Callable[[], Result], device: torch.device) -> tuple[Result, int | None]:
     """Run a computation and measure its memory.
 
-    On a CPU it is the process's resident memory; before the computation, free memory is returned to the system.
+    On a CPU this is the resident memory of the process. Before the computation, the process returns its free memory to
+    the system.
 
     Args:
-        compute: runs on `device`.
-        device: whose memory counts.
+        compute: the computation, which runs on `device`.
+        device: the device whose memory is measured.
 
     Returns:
-        The result, and the peak during the computation above what was held before, in bytes, including the result;
-        None where the system does not report it.
+        The result of the computation, and by how many bytes the peak during it exceeds the memory that was held
+        before. The result's own memory is included. The number is None if the system does not report it.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -47,6 +48,6 @@ def with_peak_memory(compute: Callable[[], Result], device: torch.device) -> tup
 
 
 def _resident(key: str) -> int:
-    """Bytes, of a line in /proc/self/status."""
+    """The value of a line in /proc/self/status, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024

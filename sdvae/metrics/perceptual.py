@@ -40,8 +40,8 @@ class Perceptual(nn.Module):
     Build it with `load_perceptual`.
 
     Attributes:
-        name: for tables and logs: «lpips_vgg»; «lpips_vgg_random» for a random trunk, whose values cannot be compared
-            with published ones; «lpips_vgg_uniform» for uniform heads.
+        name: the name in tables and logs: «lpips_vgg»; «lpips_vgg_random» for a random trunk, whose values cannot be
+            compared with published ones; «lpips_vgg_uniform» for uniform heads.
     """
 
     def __init__(self, network: lpips.LPIPS, name: str):
@@ -50,14 +50,14 @@ class Perceptual(nn.Module):
         self.name = name
 
     def train(self, mode: bool = True) -> Perceptual:
-        """Do nothing: the heads' dropout would make the distance random in training mode."""
+        """Stay in evaluation mode: in training mode the heads' dropout would make the distance random."""
         return super().train(False)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """The distance between each pair of images; in fp32, under autocast too.
+        """The distance between each pair of images, computed in fp32 even under autocast.
 
-        Grey images are repeated to three channels. Of images with another number of channels, each channel is taken
-        as a grey image, and the distances are averaged.
+        Grey images are repeated to three channels. If images have neither 1 nor 3 channels, each channel counts as a
+        grey image, and the distances of the channels are averaged.
 
         Args:
             reconstruction: (B, C, H, W) in [-1, 1].
@@ -69,7 +69,7 @@ class Perceptual(nn.Module):
         channels = images.shape[1]
         with torch.autocast(images.device.type, enabled=False):
             a, b = (_as_rgb(x.float()) for x in (reconstruction, images))
-            distances = self.network(a, b).flatten()  # (B,), or (B·C,) for channels on their own
+            distances = self.network(a, b).flatten()  # (B,), or (B·C,) if each channel is an image
         return distances if channels in (1, 3) else distances.view(-1, channels).mean(dim=1)
 
 
@@ -89,7 +89,7 @@ def load_perceptual(
         net: "vgg", "alex" or "squeeze".
         weights: file with the trunk in torchvision's names; None downloads it, or uses torch hub's cache.
         heads: "lpips" for the published linear heads, "uniform" to weight all features equally.
-        allow_random: if the download fails, warn and use a random trunk with uniform heads.
+        allow_random: whether a failed download leads to a warning and a random trunk with uniform heads.
 
     Returns:
         The network, frozen, on the CPU.
@@ -116,12 +116,12 @@ def load_perceptual(
 
 
 def perceptual_if_any(net: str, weights: str | None, heads: str) -> Perceptual | None:
-    """LPIPS where it can be had: without it, a table has one column less.
+    """LPIPS, or None if it is not wanted or its weights cannot be downloaded.
 
     Args:
         net: "none", or a `net` of `load_perceptual`.
-        weights: as of `load_perceptual`.
-        heads: as of `load_perceptual`.
+        weights: see `load_perceptual`.
+        heads: see `load_perceptual`.
 
     Returns:
         None for "none", and, with a warning, when `weights` is None and the download fails.
@@ -141,7 +141,7 @@ def perceptual_if_any(net: str, weights: str | None, heads: str) -> Perceptual |
 
 
 def _trunk_keys(keys: list[str]) -> dict[str, str]:
-    """Selects the convolutional part of a whole classifier."""
+    """The names of the convolutional part of a whole classifier, unchanged."""
     return {key: key for key in keys if key.startswith("features.")}
 
 
@@ -191,7 +191,7 @@ def download_timeout() -> Iterator[None]:
 
 
 def _load_trunk(trunk: nn.Module, tensors: dict[str, Tensor], net: str, origin: str) -> None:
-    """Load torchvision's «features.3.…» into lpips's «sliceK.3.…», which is the same layer.
+    """Load torchvision's weights `features.3.…` into lpips's layer `sliceK.3.…`, which is the same layer.
 
     Raises:
         InputError: for missing tensors, or tensors of the wrong shape.

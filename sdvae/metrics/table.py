@@ -32,11 +32,11 @@ COLUMNS: tuple[tuple[str, str, str, int], ...] = (
 
 @dataclass(frozen=True)
 class MeanEstimate:
-    """The mean of one figure over the images, and how sure it is.
+    """The mean of one figure over the images, with its confidence interval.
 
     Attributes:
         mean: over the images.
-        std: standard deviation between images, with n - 1.
+        std: standard deviation between images, with the divisor n - 1.
         low: lower end of the mean's 95 % confidence interval, mean - t·std/√n, with Student's t of n - 1 degrees of
             freedom.
         high: upper end, mean + t·std/√n.
@@ -49,7 +49,7 @@ class MeanEstimate:
 
 
 def estimate_mean(values: Sequence[float]) -> MeanEstimate:
-    """The mean of one number or more. For a single one `std`, `low` and `high` are NaN."""
+    """The mean of at least one number. For a single number, `std`, `low` and `high` are NaN."""
     x = torch.tensor(values, dtype=torch.float64)
     mean, std = float(x.mean()), float(x.std()) if len(values) > 1 else math.nan
     half = float(student.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
@@ -64,7 +64,8 @@ def means(per_image: ImageFigures) -> dict[str, MeanEstimate]:
 def differences(per_image: ImageFigures, baseline: ImageFigures) -> dict[str, MeanEstimate]:
     """The mean of each figure minus the baseline's on the same image.
 
-    Pairs have less variance than two means: whether an image is easy or hard cancels.
+    The mean of paired differences varies less than the difference of two means, because how hard an image is affects
+    both figures of a pair.
     """
     other = {image["index"]: image for image in baseline}
     pairs = [(image, other[image["index"]]) for image in per_image]
@@ -72,7 +73,7 @@ def differences(per_image: ImageFigures, baseline: ImageFigures) -> dict[str, Me
 
 
 def jsonable(value: Any) -> Any:
-    """What JSON can hold: a `MeanEstimate` becomes its fields; NaN and infinity, which JSON does not have, null."""
+    """A value that JSON can hold: a `MeanEstimate` becomes a dict of its fields; NaN and infinity become None."""
     if isinstance(value, MeanEstimate):
         return jsonable(asdict(value))
     if isinstance(value, Mapping):
@@ -87,7 +88,7 @@ def markdown_table(results: Sequence[Mapping[str, Any]], lpips_name: str | None)
 
     Args:
         results: for each VAE its name, `vae`, its `means`, and the figures of the whole set, such as `rfid`.
-        lpips_name: name of the perceptual distance, or None.
+        lpips_name: name of the perceptual distance; None if it was not measured.
 
     Returns:
         Markdown. A column that would be empty is left out.

@@ -1,4 +1,4 @@
-"""The autoencoder. Knows nothing of files, data or training."""
+"""The autoencoder, without any code for data or training."""
 
 from __future__ import annotations
 

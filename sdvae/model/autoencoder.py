@@ -3,10 +3,10 @@
     images --encoder--> h --quant_conv--> (mean, logvar) --sample--> z --post_quant_conv--> h --decoder--> images
 
 Rombach et al. 2022, «High-Resolution Image Synthesis with Latent Diffusion Models», section 3.1 and appendix G.
-Configuration keys and state-dict names are those of diffusers' AutoencoderKL, so weights and config.json serve both
-classes. It is a subclass of diffusers' class, whose pipelines ask for an instance of that; saving and loading,
-`.config`, `.dtype`, attention processors, adapters and the offload hooks are inherited. The networks and the forward
-pass are here and in `sdvae.model.blocks`.
+Configuration keys and state-dict names are those of diffusers' AutoencoderKL, so both classes read the same weights and
+config.json. The class here is a subclass of diffusers', because diffusers' pipelines require an instance of that. It
+inherits saving and loading, `.config`, `.dtype`, attention processors, adapters and the offload hooks. The networks and
+the forward pass are here and in `sdvae.model.blocks`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class AutoencoderForwardOutput(DecoderOutput):
 
 
 class AutoencoderKL(StockAutoencoderKL):
-    """The VAE of Stable Diffusion, a drop-in for `diffusers.AutoencoderKL`.
+    """The VAE of Stable Diffusion, which can replace `diffusers.AutoencoderKL` everywhere.
 
     The arguments have diffusers' names and defaults and are kept in config.json.
 
@@ -65,7 +65,7 @@ class AutoencoderKL(StockAutoencoderKL):
         shift_factor: mean of the latents, or None; SD3 and Flux pipelines need a number.
         latents_mean: the mean of each channel; SDXL pipelines read it.
         latents_std: the standard deviation of each channel; SDXL pipelines read it.
-        force_upcast: SDXL pipelines run the VAE in fp32 even when they run in fp16.
+        force_upcast: whether SDXL pipelines run the VAE in fp32 even when they run in fp16.
         use_quant_conv: a 1x1 conv after the encoder (SD: yes; SD3, Flux: no).
         use_post_quant_conv: a 1x1 conv before the decoder (SD: yes; SD3, Flux: no).
         mid_block_add_attention: self-attention in the middle blocks.
@@ -134,27 +134,27 @@ class AutoencoderKL(StockAutoencoderKL):
         self.tile_overlap_factor = 0.25
 
     def enable_tiling(self, use_tiling: bool = True, *, memory_bytes: int | None = None) -> None:
-        """Encode and decode images of any size in bounded memory; the switch that diffusers' pipelines know.
+        """Encode and decode images of any size in bounded memory. diffusers' pipelines call this method.
 
-        Unlike diffusers' tiles, the result is that of the whole image (see `sdvae.model.tiling`). It takes effect where
-        gradients are off and every layer is as this class made it. Where a layer has been replaced or has hooks, as
-        with offloading layer by layer, the whole image is computed at once.
+        Unlike with diffusers' tiles, the result equals that of the whole image (see `sdvae.model.tiling`). Tiling is
+        used when gradients are off and every layer is as this class made it. If a layer was replaced or has hooks, as
+        with layer-by-layer offloading, the whole image is computed at once.
 
         Args:
             use_tiling: false turns it off, as `disable_tiling` does.
             memory_bytes: what the device may use in addition to weights, input and output. Maps that do not fit are
-                kept in the host's memory. By default as much of an accelerator as is free.
+                kept in the host's memory. By default 70 % of an accelerator's free memory.
         """
         self.use_tiling = use_tiling
         self._memory_bytes = memory_bytes
 
     def fuse_qkv_projections(self) -> None:
-        """Compute queries, keys and values of attention in one product. State-dict names stay as they are."""
+        """Compute queries, keys and values of attention in one product. State-dict names do not change."""
         if self.original_attn_processors is None:
             super().fuse_qkv_projections()
 
     def unfuse_qkv_projections(self) -> None:
-        """Undo `fuse_qkv_projections`; without effect where nothing is fused."""
+        """Undo `fuse_qkv_projections`. Without fused projections this has no effect."""
         super().unfuse_qkv_projections()
         for module in self.modules():
             if isinstance(module, Attention):
@@ -163,20 +163,20 @@ class AutoencoderKL(StockAutoencoderKL):
 
     @property
     def spatial_compression_ratio(self) -> int:
-        """Pixels of the image along one side of a latent element: 8 for Stable Diffusion."""
+        """f, the number of image pixels along one side of a latent element: 8 for Stable Diffusion."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     @property
     def likelihood(self) -> str:
-        """What the decoder gives: «gaussian», images, or «bernoulli», the logits of their values.
+        """What the decoder outputs: images («gaussian»), or the logits of their values («bernoulli»).
 
-        It is the key `_likelihood` of config.json, which diffusers' class keeps and does not read. `sdvae.roundtrip`
-        turns both into images.
+        config.json holds it under `_likelihood`, a key that diffusers' class keeps and does not use. `sdvae.roundtrip`
+        turns both kinds of output into images.
         """
         return self.config.get("_likelihood", "gaussian")
 
     def set_likelihood(self, likelihood: str) -> None:
-        """Say what the decoder gives; «gaussian» or «bernoulli». `save_pretrained` writes it into config.json.
+        """Set `likelihood` to «gaussian» or «bernoulli». `save_pretrained` writes it to config.json.
 
         Raises:
             InputError: for another word.
@@ -238,7 +238,7 @@ class AutoencoderKL(StockAutoencoderKL):
             sample: (B, in_channels, H, W) float in [-1, 1].
             sample_posterior: draw z from the posterior instead of taking its mode.
             return_dict: false gives a 1-tuple of the reconstruction.
-            generator: for that draw; one for the batch, or a list with one for each image.
+            generator: the source of that draw; one for the batch, or a list with one for each image.
             given: what `encode` and `decode` of a subclass take in addition.
 
         Returns:
@@ -270,7 +270,7 @@ class AutoencoderKL(StockAutoencoderKL):
     def _image(self, z: Tensor, temb: Tensor | None) -> Tensor:
         if self._streams(self.decoder, self.post_quant_conv):
             if not z.isfinite().all():  # one such value would reach the whole image, after a long time
-                raise InputError("got latents with NaN or infinite values; need finite ones; look what overflowed")
+                raise InputError("got latents with NaN or infinite values; need finite ones; find what overflowed")
             f = self.spatial_compression_ratio
             shape = torch.Size((z.shape[0], self.config.out_channels, f * z.shape[2], f * z.shape[3]))
             return self._streamed(shape, z).decode(self, z, temb)
@@ -281,22 +281,23 @@ class AutoencoderKL(StockAutoencoderKL):
         return self.use_tiling and not torch.is_grad_enabled() and all(can_stream(part, groups) for part in parts)
 
     def _streamed(self, shape: torch.Size, x: Tensor) -> Streamed:
-        """The streaming pass for images of a shape, computed on the device and in the dtype of `x`."""
+        """The strip-wise computation for images of a shape, on the device and in the dtype of `x`."""
         budget = plan(self, tuple(shape), x.device, x.dtype, self._memory_bytes)
         return Streamed(budget, self.config.norm_num_groups)
 
     def _sliced(self, function: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, temb: Tensor | None) -> Tensor:
-        """`function` of the whole batch, or image by image, when slicing is on and gradients are off: less memory."""
+        """`function` of the whole batch; or of one image at a time, if slicing is on and gradients are off."""
         if self.use_slicing and x.shape[0] > 1 and not torch.is_grad_enabled():
             tembs = [None] * x.shape[0] if temb is None else temb.split(1)
             return torch.cat([function(*pair) for pair in zip(x.split(1), tembs, strict=True)])
         return function(x, temb)
 
     def to_diffusers(self) -> StockAutoencoderKL:
-        """The same VAE as diffusers' own class: same config, a copy of the weights, device, dtype and mode.
+        """The same VAE as an instance of diffusers' own class, with a copy of the weights.
 
-        Put this into a pipeline before `pipe.save_pretrained`, and the saved folder loads where sdvae is not installed:
-        the pipeline's model_index.json names the package that a class comes from.
+        Config, device, dtype and mode are the same. If it is put into a pipeline before `pipe.save_pretrained`, the
+        saved folder can be loaded where sdvae is not installed: the pipeline's model_index.json names the package of
+        each class.
         """
         config = {key: value for key, value in self.config.items() if not key.startswith("_")}
         stock = StockAutoencoderKL(**config)
@@ -308,13 +309,13 @@ class AutoencoderKL(StockAutoencoderKL):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """diffusers' `from_pretrained`, except that weights which do not fit the model are refused.
+        """diffusers' `from_pretrained`, with the same arguments, except that it refuses weights that do not fit.
 
-        diffusers only warns and leaves the missing weights at random values. Takes its arguments; for
-        single files and stricter checks see `sdvae.load_vae`.
+        diffusers only warns, and leaves missing weights at random values. For single files and stricter checks see
+        `sdvae.load_vae`.
 
         Raises:
-            InputError: naming the missing, unexpected and wrongly shaped keys.
+            InputError: with the missing, unexpected and wrongly shaped keys.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)

@@ -4,9 +4,9 @@ ResNet blocks with group norm and SiLU (Esser et al. 2021, VQGAN, table 7; Romba
 self-attention, a strided and a nearest-neighbour resampler. Attribute names are those of diffusers' state dict, so the
 same file serves both implementations.
 
-Every block maps (B, C, H, W) -> (B, C', H', W') in the dtype of its weights. Those with ResNet blocks inside also take
-`temb`, (B, E), an embedding of what the network is told about each image. The name is diffusers'; its UNets embed the
-diffusion time. Plain VAEs have none.
+Every block maps (B, C, H, W) -> (B, C', H', W') in the dtype of its weights. Blocks with ResNet blocks inside also take
+`temb`, (B, E), an embedding of each image's condition, such as a class label. The name is diffusers', whose UNets embed
+the diffusion time. Plain VAEs have no embedding.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ NORM_EPS = 1e-6  # LDM, ldm/modules/diffusionmodules/model.py, Normalize
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))), with a 1x1 conv on the shortcut where the width changes.
+    """x + conv(act(norm(conv(act(norm(x)))))), with a 1x1 conv on the shortcut if the width changes.
 
-    With an embedding, a linear map of it is added between the two convs, the same at every position.
+    A linear map of the embedding, if there is one, is added between the two convs, the same at every position.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class ResnetBlock(nn.Module):
 class SelfAttention(Attention):
     """Single-head self-attention over the H·W positions: x + W_o softmax(Q Kᵀ / sqrt(C)) V, of the normalised x.
 
-    (Vaswani et al. 2017, eq. 1.) This is diffusers' layer, so that its attention processors work here too, of which the
-    default calls torch's scaled_dot_product_attention. (B, C, H, W) -> (B, C, H, W).
+    (Vaswani et al. 2017, eq. 1.) It maps (B, C, H, W) -> (B, C, H, W). It is a subclass of diffusers' layer, so that
+    diffusers' attention processors work here too. The default one calls torch's scaled_dot_product_attention.
     """
 
     def __init__(self, channels: int, num_groups: int):
@@ -84,10 +84,10 @@ class SelfAttention(Attention):
         )
 
     def fuse_projections(self, fuse: bool = True) -> None:
-        """Let diffusers' fused processor call `to_qkv`.
+        """Let diffusers' fused processor call `to_qkv`, which uses the three separate weights.
 
-        diffusers keeps a copy of the three weights for that, which is saved with the model, stays when the projections
-        are divided again, and is what trains in their place. Here there are only the three.
+        diffusers' own layer makes a fused copy of them. The copy is saved with the model, stays after unfusing, and is
+        trained instead of the originals. Here there is no copy.
         """
         self.fused_projections = fuse
 
@@ -101,7 +101,7 @@ class SelfAttention(Attention):
 
 
 class Downsample(nn.Module):
-    """A 3x3 conv of stride 2. The padding is one column right and one row below only, as in LDM."""
+    """A 3x3 conv of stride 2. The only padding is one column on the right and one row below, as in LDM."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -138,7 +138,7 @@ class MidBlock(nn.Module):
 
 
 class _Level(nn.Module):
-    """One resolution: ResNet blocks, each followed by self-attention where the level has it."""
+    """The blocks of one resolution: ResNet blocks, each followed by self-attention if the level has it."""
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, latent_channels, h, w) -> (B, out_channels, f·h, f·w): the encoder's mirror, one layer deeper a level."""
+    """(B, latent_channels, h, w) -> (B, out_channels, f·h, f·w): the encoder mirrored, with one more layer a level."""
 
     def __init__(
         self,
@@ -291,37 +291,37 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def checkpointed(module: Any, function: Callable[..., Tensor], x: Tensor, temb: Tensor | None) -> Tensor:
-    """function(x, temb); recomputed in the backward pass when `module.gradient_checkpointing` is on."""
+    """function(x, temb), recomputed in the backward pass if `module.gradient_checkpointing` is on."""
     if module.gradient_checkpointing and torch.is_grad_enabled():
         return module._gradient_checkpointing_func(function, x, *only(temb))
     return function(x, *only(temb))
 
 
 def only(temb: Tensor | None) -> tuple[Tensor, ...]:
-    """The embedding as an argument, if there is one: a block of somebody else's may take the map alone."""
+    """The embedding as a tuple of arguments, which is empty without one: a replaced block may take only the map."""
     return () if temb is None else (temb,)
 
 
 def activated(norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
-    """act(norm(x)). In inference the activation is written over the norm's output: one pass over memory less."""
+    """act(norm(x)). In inference the activation overwrites the norm's output, which saves a pass over memory."""
     h = norm(x)
     return activated_in_place(act, h) if not _may_keep_outputs() and is_plain(norm, nn.GroupNorm) else act(h)
 
 
 def activated_in_place(act: nn.Module, h: Tensor) -> Tensor:
-    """act(h), written over h where `act` can do that. The same bits either way."""
+    """act(h), written over h if `act` is SiLU. The values are the same bits either way."""
     return F.silu(h, inplace=True) if is_plain(act, nn.SiLU) else act(h)
 
 
 def added(x: Tensor, h: Tensor, last: nn.Module) -> Tensor:
-    """x + h. In inference the sum is written over h, the output of the conv `last`: one allocation less.
+    """x + h. In inference the sum overwrites h, the output of the conv `last`, which saves an allocation.
 
-    A sum has the memory layout and dtype of both operands, so they must be equal, or the result would be another one.
+    This needs operands of one memory layout and dtype; otherwise the sum's layout or dtype would not be that of x + h.
     """
     alike = h.stride() == x.stride() and h.dtype == x.dtype
     return h.add_(x) if alike and not _may_keep_outputs() and is_plain(last, nn.Conv2d) else x + h
 
 
 def _may_keep_outputs() -> bool:
-    """Autograd keeps outputs of layers for the backward pass; a compiler decides on memory by itself."""
+    """Whether outputs of layers must not be overwritten: by autograd, which may need them, or under a compiler."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()

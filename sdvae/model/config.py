@@ -1,4 +1,4 @@
-"""The shape of a VAE: the keys of a recipe's model section, and their translation to and from diffusers' config.json.
+"""The shape of a VAE: the keys of a recipe's model section, and their conversion to and from diffusers' config.json.
 
 Only the standard library is imported here, so that a misspelt key in a recipe is refused before torch is loaded.
 """
@@ -13,7 +13,7 @@ from sdvae.errors import InputError
 
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")  # those that diffusers' get_activation knows
 LIKELIHOODS = ("gaussian", "bernoulli")
-# diffusers' names of the levels, without and with self-attention; LDM's f16 and f32 models have some of the second
+# diffusers' names for levels without and with self-attention, which some levels of LDM's f16 and f32 models have
 DOWN_BLOCK_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCK_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
@@ -23,11 +23,11 @@ class ModelShape:
     """The shape of the autoencoder, in diffusers' names. A new key is added here and in `AutoencoderKL.__init__`."""
 
     in_channels: int = 3
-    """Channels of the images: 3 for RGB, 1 for grey. The reconstruction has as many."""
+    """Channels of the images and of their reconstructions: 3 for RGB, 1 for grey."""
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     """Width of each level; n levels compress by 2^(n-1) along each side."""
     layers_per_block: int = 2
-    """ResNet blocks a level in the encoder; the decoder has one more."""
+    """ResNet blocks in each level of the encoder; the decoder has one more."""
     latent_channels: int = 4
     """Channels of the latents."""
     norm_num_groups: int = 32
@@ -48,7 +48,7 @@ class ModelShape:
 
     @property
     def compression_ratio(self) -> int:
-        """Pixels along one side of a latent element."""
+        """Image pixels along one side of a latent element."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class ModelShape:
             )
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The arguments of `AutoencoderKL`; of `ConditionalAutoencoderKL` where there are classes."""
+        """The arguments of `AutoencoderKL`, or of `ConditionalAutoencoderKL` if there are classes."""
         same = {field.name: getattr(self, field.name) for field in fields(ModelShape)}
         if not self.num_classes:
             del same["num_classes"]
@@ -84,10 +84,10 @@ class ModelShape:
 
 
 def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `ModelShape` that describe a VAE which is there already.
+    """The arguments of `ModelShape` that describe an existing VAE.
 
     Args:
-        config: the VAE's, in diffusers' keys.
+        config: the VAE's config, with diffusers' keys.
     """
     shape = {field.name: config[field.name] for field in fields(ModelShape) if field.name in config}
     # without quant convs SDXL pipelines cannot upcast, whatever the config says
@@ -96,7 +96,12 @@ def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def block_types(down: Sequence[bool], up: Sequence[bool]) -> dict[str, tuple[str, ...]]:
-    """diffusers' names of the blocks. Args are whether each level has self-attention."""
+    """diffusers' names of the blocks.
+
+    Args:
+        down: whether each level of the encoder has self-attention.
+        up: whether each level of the decoder has it.
+    """
     return {
         "down_block_types": tuple(DOWN_BLOCK_TYPES[attention] for attention in down),
         "up_block_types": tuple(UP_BLOCK_TYPES[attention] for attention in up),
@@ -104,19 +109,21 @@ def block_types(down: Sequence[bool], up: Sequence[bool]) -> dict[str, tuple[str
 
 
 def level_attention(key: str, names: Sequence[str], known: tuple[str, str], levels: int) -> list[bool]:
-    """Undoes `block_types`: whether each level has self-attention.
+    """Whether each level has self-attention, from the names of its blocks: the inverse of `block_types`.
 
     Args:
         key: the name of the config's key, for the message.
-        names: of the blocks, one a level.
+        names: the names of the blocks, one for each level.
         known: DOWN_BLOCK_TYPES or UP_BLOCK_TYPES.
-        levels: how many there must be.
+        levels: how many names there must be.
 
     Raises:
         InputError: for another number of names, or an unknown one.
     """
     if len(names) != levels:
-        raise InputError(f"{key} names {len(names)} blocks, block_out_channels has {levels}; give one name a level")
+        raise InputError(
+            f"{key} names {len(names)} blocks and block_out_channels has {levels} levels; give one name for each level"
+        )
     for name in names:
         if name not in known:
             raise InputError(f"{key} has {name!r}; need one of {', '.join(known)}")

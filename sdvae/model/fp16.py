@@ -1,19 +1,20 @@
 """fp16 without overflow: the largest value of each layer, and an exact rescaling of the weights.
 
-The largest number of fp16 is 65504. What grows beyond it in these networks is the residual stream. Only group norms
-read it, and
+The largest number of fp16 is 65504. In these networks the values that exceed it are in the residual stream. Only group
+norms read the stream, and
 
     GroupNorm(s·x; eps·s²) = GroupNorm(x; eps)
 
-so the stream may be scaled by any s. Layers that write to it (conv_in, each block's conv2, the output of attention)
-have their weight and bias multiplied by s. Layers that map the stream to itself (shortcuts, resamplers) have only their
-bias multiplied by s. Norms that read it have eps multiplied by s². The same holds inside a ResNet block, from conv1 to
-norm2, and for the values of attention, from to_v to to_out. With powers of two nothing is rounded: in fp32 the function
-stays the same to the bit.
+so the stream may be scaled by any s. In layers that write to it (conv_in, each block's conv2, the output of attention),
+weight and bias are multiplied by s. In layers that map the stream to itself (shortcuts, resamplers), only the bias is
+multiplied by s. In norms that read it, eps is multiplied by s². The same works inside a ResNet block, from conv1 to
+norm2, and for the values of attention, from to_v to to_out. If s is a power of two, nothing is rounded, and the
+function in fp32 stays the same to the bit.
 
-A saved folder has no place for eps, since diffusers' class has 1e-6 everywhere. In a VAE that was loaded from one, a
-norm that reads s·x adds eps·(1/s² - 1) to the variance of x. That changes the norm's output by at most the factor
-1 - sqrt((var + eps) / (var + eps/s²)); `fix` reports this bound for the smallest variance in the calibration images.
+A saved folder cannot hold eps, since diffusers' class has 1e-6 everywhere. In a VAE that was loaded from a folder, a
+norm that reads s·x therefore adds eps·(1/s² - 1) to the variance of x. This reduces the norm's output by at most the
+fraction 1 - sqrt((var + eps) / (var + eps/s²)); `fix` reports this bound for the smallest variance in the calibration
+images.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from sdvae.model import AutoencoderKL
 from sdvae.model.blocks import NORM_EPS, Decoder, Downsample, Encoder, ResnetBlock, SelfAttention, Upsample
 
 FP16_MAX = 65504.0
-MARGIN = 8.0  # how much higher other images, and sums inside a layer, may go than the calibration images
+MARGIN = 8.0  # by this factor, other images and sums inside a layer may exceed the values of the calibration images
 FP16_NORMAL = 2.0**-14  # smaller weights lose bits in fp16
 
 
@@ -40,9 +41,9 @@ class Fix:
     """What `fix` did.
 
     Attributes:
-        scales: name of a stream -> the power of two that it was multiplied by; streams left as they were are not in it.
-        eps_bound: the most that diffusers' eps changes a norm's output by, relatively, on the calibration images.
-        subnormal: share of the weights that are below fp16's normal numbers now and were not before.
+        scales: name of a stream -> the power of two by which it was multiplied. Unchanged streams are left out.
+        eps_bound: the largest relative change of a norm's output by diffusers' eps, on the calibration images.
+        subnormal: by how much the share of weights below fp16's normal numbers has grown.
     """
 
     scales: dict[str, float]
@@ -55,12 +56,12 @@ def audit(vae: AutoencoderKL, images: Sequence[Tensor]) -> dict[str, float]:
     """The largest absolute value in each layer's output, in fp32, when some images are encoded and decoded.
 
     Args:
-        vae: in fp32.
+        vae: a VAE in fp32.
         images: batches (B, C, H, W) in [-1, 1], H and W multiples of the compression ratio.
 
     Returns:
-        Name of the layer -> value, in the order of the forward pass: convs, norms, linear maps, and the blocks, whose
-        output is the residual stream.
+        Name of the layer -> value, in the order of the forward pass: convs, norms, linear maps, and the blocks that
+        output the residual stream.
 
     Raises:
         InputError: when there is no image, or the VAE is not in fp32.
@@ -82,21 +83,21 @@ def audit(vae: AutoencoderKL, images: Sequence[Tensor]) -> dict[str, float]:
 def fix(vae: AutoencoderKL, images: Sequence[Tensor]) -> Fix:
     """Rescale `vae`, in place, so that its largest values on some images stay `MARGIN` times below fp16's largest.
 
-    Weights and the norms' eps change by powers of two; what the VAE computes in fp32 does not change.
+    Weights and the norms' eps are multiplied by powers of two. The function that the VAE computes in fp32 stays.
 
     Args:
-        vae: in fp32.
+        vae: a VAE in fp32.
         images: batches (B, C, H, W) in [-1, 1], H and W multiples of the compression ratio.
 
     Raises:
-        InputError: when a value is not finite in fp32, or too large where rescaling has no effect: in the latents, the
-            image, queries and keys, or the output of a norm.
+        InputError: when a value is not finite in fp32, or when one is too large in a place that rescaling does not
+            change: the latents, the image, queries and keys, or the output of a norm.
     """
     before = audit(vae, images)
     if not all(math.isfinite(value) for value in before.values()):
         raise InputError("the VAE gives values that are not finite in fp32 as well; need one that works in fp32")
     weights_before = _subnormal(vae)
-    norms: dict[str, float] = {}  # of each scaled norm, s
+    norms: dict[str, float] = {}  # name of a scaled norm -> s
     scales: dict[str, float] = {}
     for part, net in (("encoder", vae.encoder), ("decoder", vae.decoder)):
         _scale_stream(part, net, before, scales, norms)
@@ -110,7 +111,7 @@ def fix(vae: AutoencoderKL, images: Sequence[Tensor]) -> Fix:
     if beyond:
         worst = max(beyond, key=lambda name: beyond[name])
         raise InputError(
-            f"{len(beyond)} layers give values of up to {beyond[worst]:.3g} ({worst}) that no rescaling reaches; "
+            f"{len(beyond)} layers have values of up to {beyond[worst]:.3g} ({worst}) that rescaling cannot reduce; "
             "need less than 32752; use bf16 or fp32"
         )
     return Fix(scales, _eps_bound(vae, images, norms), _subnormal(vae) - weights_before)
@@ -151,7 +152,7 @@ def _scale_stream(
 def _scale_inside(
     name: str, block: ResnetBlock, largest: dict[str, float], scales: dict[str, float], norms: dict[str, float]
 ) -> None:
-    """Scale what lies between a block's two convs, from conv1 to norm2."""
+    """Scale the values between a block's two convs, from conv1 to norm2."""
     t = _power_of_two(largest[f"{name}.conv1"])
     if t != 1:
         scales[f"{name}.conv1"] = t
@@ -160,7 +161,7 @@ def _scale_inside(
 
 
 def _scale_values(name: str, block: SelfAttention, largest: dict[str, float], scales: dict[str, float]) -> None:
-    """Divide to_v and multiply to_out by the same number: attention is linear in its values."""
+    """Divide to_v and multiply to_out by the same number, which is exact since attention is linear in its values."""
     t = _power_of_two(largest[f"{name}.to_v"])
     if t != 1:
         scales[f"{name}.to_v"] = t
@@ -219,7 +220,7 @@ def _subnormal(vae: AutoencoderKL) -> float:
 def _watched(
     modules: list[tuple[str, nn.Module]], note: Callable[[str, Tensor], None], inputs: bool = False
 ) -> Iterator[None]:
-    """Call note(name, output) whenever one of the modules has run; note(name, input) with `inputs`."""
+    """Call note(name, output) whenever one of the modules has run, or note(name, input) if `inputs` is true."""
     handles = [
         module.register_forward_hook(lambda _, x, y, name=name: note(name, x[0] if inputs else y))
         for name, module in modules

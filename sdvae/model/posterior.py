@@ -16,7 +16,7 @@ class DiagonalGaussian:
     """A diagonal Gaussian over latents, one for each image of a batch.
 
     Interface and values are those of diffusers' `DiagonalGaussianDistribution`, except that `kl` and `nll` are summed
-    in fp32 at least, since a half-precision sum over 4·64·64 terms loses digits.
+    in fp32 or wider, since a half-precision sum over 4·64·64 terms loses digits.
 
     Args:
         parameters: (B, 2C, h, w) float, the encoder's output: mean and log-variance stacked along channels.
@@ -39,8 +39,8 @@ class DiagonalGaussian:
         """z = mean + std · eps with eps ~ N(0, I): the reparametrisation trick (Kingma & Welling 2014, 2.4).
 
         Args:
-            generator: one for the batch, or a list with one for each image, which makes an image's noise independent of
-                the other images in its batch.
+            generator: one for the batch, or a list with one for each image. With a list, an image's noise does not
+                depend on the other images in its batch.
 
         Returns:
             (B, C, h, w) in the dtype of the parameters.
@@ -49,7 +49,7 @@ class DiagonalGaussian:
         return self.mean + self.std * noise
 
     def mode(self) -> Tensor:
-        """The most likely latents, which for a Gaussian is its mean: (B, C, h, w)."""
+        """The most likely latents, the Gaussian's mean: (B, C, h, w)."""
         return self.mean
 
     def kl_map(self) -> Tensor:
@@ -76,7 +76,7 @@ class DiagonalGaussian:
         return 0.5 * (math.log(2.0 * math.pi) + logvar + squared).sum(dim=dims)
 
 
-# torch.export has to take a model's output apart and put it together again
+# torch.export has to flatten a model's output into tensors and rebuild it
 pytree.register_pytree_node(
     DiagonalGaussian,
     lambda posterior: ([posterior.parameters], None),

@@ -1,21 +1,21 @@
 """The VAE on images of any size in bounded memory, with the result of the whole-image pass.
 
-Tiling usually means to run the whole network on each tile. Group norm and attention then see a tile instead of the
-image, which gives seams and colours that drift. Here the network runs layer by layer over the whole image, and each
-layer computes its output in strips of rows:
+Usually, tiling means running the whole network on each tile. Group norm and attention then use a tile instead of the
+image, which causes seams and wrong colours. Here the network runs layer by layer over the whole image, and each layer
+computes its output in strips of rows:
 
 - a 3x3 conv also reads one row above and one below its strip, the halo;
 - group norm takes its statistics from all strips, merged by Chan et al. 1979, «Updating formulae and a pairwise
   algorithm for computing sample variances», eq. 2.1; after that it is a scale and a shift of each channel;
-- attention, which has the lowest resolution, computes keys and values of all positions, then queries strip by strip.
+- attention, at the lowest resolution, computes keys and values of all positions, and then queries strip by strip.
 
-The output of a layer, a «map», is a list of strips, and a strip is freed when its last reader has passed it. So no more
-than two maps of one width exist at a time (a ResNet block's input and the map between its convs). They are on the
-device or, where they do not fit, in the host's memory. Decoding to 1024² in fp32, SD's VAE needs 1 GiB for maps, where
-the whole-image pass needs 3.8.
+The output of a layer, called a map, is a list of strips, and each strip is freed when no layer needs it any more. So at
+most two maps of one width exist at a time (a ResNet block's input and the map between its convs). They are on the
+device or, if they do not fit there, in the host's memory. To decode to 1024² in fp32, SD's VAE needs 1 GiB for maps,
+compared with 3.8 GiB for the whole image at once.
 
-Strips bypass the `forward` of blocks and upsamplers, so `can_stream` looks first whether all layers are those that this
-module knows, or stand in for them (`sdvae.model.plain`). Convs with kernels of their own are called on strips.
+This bypasses the `forward` of blocks and upsamplers, so `can_stream` checks first that all layers are of the kinds that
+this module computes (`sdvae.model.plain`). Convs with kernels of their own are called on strips.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from sdvae.model.plain import has_geometry, is_conv, is_plain, kind_of
 from sdvae.model.posterior import at_least_fp32
 from sdvae.runtime import give_back
 
-STRIP_BYTES = 64 * 2**20  # size of a strip of the wider map of a layer; taller strips recompute fewer halo rows
-STRIPS_A_MAP = 64  # a map has at least so many strips, or strips would take more memory than they save
+STRIP_BYTES = 64 * 2**20  # size of a strip of a layer's wider map; with taller strips fewer halo rows are recomputed
+STRIPS_A_MAP = 64  # least number of strips in a map; larger strips would take more memory than they save
 STRIPS_AT_ONCE = 6  # strips that a layer holds: read, normalised, activated, computed, the residual, one for kernels
-FREE_SHARE = 0.7  # of an accelerator's free memory, which maps may take where no budget is given
+FREE_SHARE = 0.7  # share of an accelerator's free memory that maps may take if no budget is given
 
 CONVS = ({"kernel": 3, "padding": 1}, {"kernel": 3, "stride": 2}, {"kernel": 1})
 BLOCKS = {Encoder, Decoder, DownBlock, UpBlock, MidBlock, ResnetBlock, Downsample, Upsample, nn.ModuleList}
@@ -59,11 +59,11 @@ PROCESSORS = (AttnProcessor2_0, FusedAttnProcessor2_0)
 
 
 def can_stream(part: nn.Module | None, groups: int) -> bool:
-    """Are all layers of a part of the VAE those that `Streamed` computes?
+    """Whether `Streamed` can compute all layers of a part of the VAE.
 
     Args:
-        part: encoder, decoder or a conv around the latents.
-        groups: that all group norms must have.
+        part: encoder, decoder, a conv around the latents, or None for a conv that the VAE lacks.
+        groups: the number of groups that all group norms must have.
     """
     return part is None or all(_is_known(module, groups) for module in part.modules())
 
@@ -82,13 +82,13 @@ def _is_known(module: nn.Module, groups: int) -> bool:
 def plan(
     vae: Any, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, memory_bytes: int | None
 ) -> Budget:
-    """Where maps are kept and how large strips are, for images of a size.
+    """Choose where maps are kept and how large strips are, for images of a given size.
 
     Args:
         vae: an AutoencoderKL.
         shape: (B, C, H, W) of the images.
-        device: that computes.
-        dtype: of the maps.
+        device: the device that computes.
+        dtype: the dtype of the maps.
         memory_bytes: what the device may use in addition to weights, input and output. None: strips of up to 64 MiB
             and, on an accelerator, 70 % of its free memory for maps.
 
@@ -107,7 +107,7 @@ def plan(
         left = memory_bytes - maps if on_host else memory_bytes
         strip = min(STRIP_BYTES, left // (2 * STRIPS_AT_ONCE))
         beside = (memory_bytes - maps) // STRIPS_AT_ONCE
-        if max(rows, strip // 4) <= beside:  # smaller strips, if with them the maps stay on the device
+        if max(rows, strip // 4) <= beside:  # smaller strips, if they allow the maps to stay on the device
             strip = min(strip, beside)
         if strip < rows:
             least = 2 * STRIPS_AT_ONCE * rows + (maps if on_host else 0)
@@ -120,35 +120,37 @@ def plan(
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Free memory of an NVIDIA GPU, including what torch has reserved and does not use. Infinite for other devices,
-    whose free memory torch cannot tell."""
+    """Free memory of an NVIDIA GPU, including what torch has reserved and does not use.
+
+    It is infinite for other devices, since torch does not report their free memory.
+    """
     if device.type != "cuda":
         return float("inf")
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def map_bytes(vae: Any, batch: int, height: int, width: int, dtype: torch.dtype) -> int:
-    """The most that maps take at one time: two in a ResNet block, or the two of an upsampler.
+    """The most bytes that maps take at one time: for the two maps of a ResNet block, or of an upsampler.
 
     Args:
         vae: an AutoencoderKL.
         batch: number of images.
-        height: of the images in pixels.
-        width: of the images in pixels.
-        dtype: of the maps.
+        height: height of the images, in pixels.
+        width: width of the images, in pixels.
+        dtype: the dtype of the maps.
     """
     most, widths = 0, list(vae.config.block_out_channels)
     for level, channels in enumerate(widths):
-        wider = widths[min(level + 1, len(widths) - 1)]  # of the decoder's level below, which ends in the upsampler
+        wider = widths[min(level + 1, len(widths) - 1)]  # width of the level below, which ends in the upsampler
         most = max(most, max(2 * channels, wider + wider // 4) * (height >> level) * (width >> level))
     return most * batch * dtype.itemsize
 
 
 def row_bytes(vae: Any, batch: int, height: int, width: int, dtype: torch.dtype) -> int:
-    """The most that a strip of one row takes in a layer. The arguments are those of `map_bytes`.
+    """The most bytes that a strip of one row takes in a layer. The arguments are those of `map_bytes`.
 
-    An upsampler makes two rows of twice the width from one. Keys and values of attention count too, as a share of the
-    strips at work, since they are computed for all positions at once.
+    An upsampler makes two rows of twice the width from one. Keys and values of attention are computed for all positions
+    at once; their size is counted here too, divided among the strips that a layer holds.
     """
     widths = list(vae.config.block_out_channels)
     rows = [2 * channels * (width >> level) for level, channels in enumerate(widths)]
@@ -177,8 +179,8 @@ class Rows:
 
     Args:
         height: H.
-        budget: where the strips are kept.
-        groups: of the group norm that will read the map; None where there is none.
+        budget: the budget of memory that holds the strips.
+        groups: the number of groups of the group norm that will read the map; None if there is no such norm.
     """
 
     def __init__(self, height: int, budget: Budget, groups: int | None = None):
@@ -199,7 +201,7 @@ class Rows:
         self._filled += rows.shape[2]
 
     def __getitem__(self, window: slice) -> Tensor:
-        """Rows [start, stop), without those outside of the map, on the device that computes."""
+        """Rows [start, stop) on the device that computes. Rows outside the map are left out."""
         start, stop = max(0, window.start), min(self.height, window.stop)
         parts = []
         for first, strip in self._strips:
@@ -209,7 +211,7 @@ class Rows:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def free_above(self, row: int) -> None:
-        """Free the strips above `row`, which nothing will read again."""
+        """Free the strips above `row`, which no layer will read again."""
         kept = len(self._strips)
         while self._strips and self._strips[0][0] + self._strips[0][1].shape[2] <= row:
             self._strips.pop(0)
@@ -217,7 +219,7 @@ class Rows:
             give_back()
 
     def strips(self, channels: int) -> Iterator[tuple[int, int]]:
-        """(top, bottom) of each strip, for a layer whose wider map has so many channels."""
+        """(top, bottom) of each strip, for a layer whose wider map has `channels` channels."""
         _, first = self._strips[0]
         row_bytes = first.shape[0] * channels * first.shape[3] * first.element_size()
         step = max(1, self._budget.strip_bytes // row_bytes)
@@ -225,7 +227,7 @@ class Rows:
             yield top, min(self.height, top + step)
 
     def norm(self, norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
-        """Group norm with the statistics of the whole map, as a function of some of its rows."""
+        """Group norm with the statistics of the whole map, as a function that takes some rows of the map."""
         assert self._mean is not None
         assert self._square is not None
         rstd = (self._square / self._count + norm.eps).rsqrt()  # (B, groups)
@@ -257,14 +259,14 @@ class Rows:
 
 
 class Streamed:
-    """The layers of a VAE over maps in strips. Every method frees its input while it reads it."""
+    """The layers of a VAE, computed on maps in strips. Every method frees its input while reading it."""
 
     def __init__(self, budget: Budget, groups: int):
         self._budget = budget
         self._groups = groups
 
     def encode(self, vae: Any, images: Tensor, temb: Tensor | None) -> Tensor:
-        """What encoder and quant_conv give.
+        """Compute encoder and quant_conv.
 
         Args:
             vae: an AutoencoderKL.
@@ -285,7 +287,7 @@ class Streamed:
         return x[0 : x.height].to(images.device)
 
     def decode(self, vae: Any, latents: Tensor, temb: Tensor | None) -> Tensor:
-        """What post_quant_conv and decoder give.
+        """Compute post_quant_conv and decoder.
 
         Args:
             vae: an AutoencoderKL.
@@ -355,8 +357,8 @@ class Streamed:
         k, v = (torch.cat(parts, dim=1).unsqueeze(1) for parts in (keys, values))  # (B, 1, HW, C)
         del keys, values
         out = self._rows(x.height, normed=True)
-        # On some devices and for some widths torch has no kernel that does without the matrix of scores, (n, HW).
-        # Fewer queries at a time keep it below the size of a strip; on the CPU there is always such a kernel.
+        # On some devices and for some widths, torch's kernels build the whole matrix of scores, (n, HW). Fewer queries
+        # at a time keep it below the size of a strip. On the CPU there is always a kernel that does not build it.
         chunk = max(1, self._budget.strip_bytes // (k.shape[0] * k.shape[2] * k.element_size()))
         chunk = k.shape[2] if k.device.type == "cpu" else chunk
         for top, bottom in x.strips(block.to_q.out_features):
@@ -373,7 +375,7 @@ class Streamed:
         for top, bottom in x.strips(4 * layer.conv.in_channels):
             above, below = top > 0, bottom < x.height
             rows = F.interpolate(x[top - 1 : bottom + 1], scale_factor=2.0, mode="nearest")
-            rows = _without_ends(rows, above, below)  # a halo row has become two, of which the conv needs one
+            rows = _without_ends(rows, above, below)  # a halo row became two, and the conv needs only one of them
             out.append(_conv_rows(layer.conv, rows, above, below))
             x.free_above(bottom - 1)
         return out
@@ -383,8 +385,8 @@ class Streamed:
         for top, bottom in x.strips(layer.conv.in_channels):
             top, bottom = top // 2, bottom // 2 if bottom < x.height else x.height // 2
             if top < bottom:
-                # The layer pads one row below. Output row i reads input rows 2i to 2i + 2, so the padding reaches the
-                # output of the last strip only: the others end in one row more.
+                # The layer pads one row below its input. Output row i reads input rows 2i to 2i + 2, so only the last
+                # strip needs that padding. The others are given one more row, and their outputs do not reach it.
                 out.append(layer(x[2 * top : 2 * bottom + 1]))
                 x.free_above(2 * bottom)
         return out
@@ -398,7 +400,7 @@ class Streamed:
         act: nn.Module | None = None,
         normed: bool = False,
     ) -> Rows:
-        """A conv of 3x3 or 1x1, after norm and activation where they are given. `normed`: a group norm comes next."""
+        """A 3x3 or 1x1 conv, after norm and activation if they are given. `normed`: a group norm reads the output."""
         normalised = None if norm is None else x.norm(norm)
         halo = conv.kernel_size[0] // 2
         out = self._rows(x.height, normed)
@@ -422,13 +424,13 @@ class Streamed:
 
 
 def _conv_rows(conv: nn.Conv2d, rows: Tensor, above: bool, below: bool) -> Tensor:
-    """A conv of some rows of a map, without the halo.
+    """A conv of some rows of a map. The output leaves the halo out.
 
     Args:
         conv: 1x1, or 3x3 padded with zeros.
         rows: (B, C, h, W), with the halo.
-        above: whether the first row is halo; else it is the map's first, and zeros lie above it.
-        below: the same of the last row.
+        above: whether the first row is halo. Otherwise it is the map's first row, and is padded with zeros above.
+        below: the same for the last row.
     """
     if above and below and type(conv) is nn.Conv2d and is_conv(conv, 3, padding=1):
         return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))  # computes no halo rows

@@ -64,22 +64,23 @@ def push_to_hub(
     token: str | None = None,
     dry_run: str | Path | None = None,
 ) -> str:
-    """Upload a VAE in one commit: a diffusers folder, LDM_NAME if any program can load it, a card and a grid of images.
+    """Upload a VAE in one commit, with a model card and a grid of images.
 
-    If the VAE's folder has a card, that one is used. Its figures and ways to load it are brought up to date, and
-    absolute paths in its recipe are cut to their last part. Other files in the repository stay.
+    The commit has a diffusers folder and, if any program can load it, the file LDM_NAME. If the VAE's folder has a
+    card, that card is used: its figures and its section on loading are updated, and absolute paths in it are cut to
+    their last part. Other files in the repository stay.
 
     Args:
-        vae: the model, a source for `load_vae`, or a run folder of the trainer, of which model/ is used (name its
-            best_model/ to use that).
+        vae: the model, a source for `load_vae`, or a run folder of the trainer, whose model/ is used. (To upload
+            best_model/, give its path.)
         repo_id: «owner/name» of the repository, which is created if it does not exist.
         subfolder: folder inside `vae` that holds the VAE.
         private: whether a new repository is private; by default as in the owner's settings.
-        license: an id that the hub knows, such as "apache-2.0"; by default that of the card.
+        license: an id that the hub accepts, such as "apache-2.0"; by default that of the card.
         revision: branch, which is created if it does not exist; by default main.
-        message: of the commit.
-        data: a source for `open_source`, on which figures and grid are made. By default those of the VAE's folder are
-            used, if it has any.
+        message: the message of the commit.
+        data: a source for `open_source`, with images for the figures and the grid. By default figures and grid of the
+            VAE's folder are used, if it has any.
         count: number of those images, at most.
         resolution: side of their centre crops in pixels.
         token: access token of the hub; by default that of `hf auth login`, or HF_TOKEN.
@@ -90,7 +91,7 @@ def push_to_hub(
 
     Raises:
         InputError: for a VAE or data that cannot be read, or when the hub refuses the upload.
-        ConnectionError: when the hub cannot be reached, or fails.
+        ConnectionError: when the hub cannot be reached, or answers with an error of its own.
     """
     if not HUB_ID.fullmatch(repo_id):
         raise InputError(f"got repo_id {repo_id!r}; need owner/name; put your name on the hub before it")
@@ -124,8 +125,8 @@ def hub_card(
         vae: the VAE.
         repo_id: «owner/name» of the repository.
         folder: the VAE's folder. If it has a README.md, the card is made from it.
-        base: for a new card, the id on the hub of the VAE that this one was made from.
-        license: None keeps that of the card.
+        base: the hub id of the VAE that this one was made from; only a new card needs it.
+        license: an id that the hub accepts; None keeps that of the card.
         figures: replaces the card's section of figures; None keeps it.
 
     Raises:
@@ -162,9 +163,9 @@ def with_section(text: str, heading: str, content: str) -> str:
 
 
 def without_local_paths(text: str) -> str:
-    """A card in which absolute paths are cut to their last part: in the recipe, and between back quotes.
+    """The text of a card, with absolute paths in the recipe and between backquotes cut to their last part.
 
-    They would publish the folders of this machine, and are of no use to anybody else.
+    Whole paths would publish the folders of this machine, and are of no use to other people.
     """
     block = re.search(rf"^## {RECIPE}\n+```yaml\n(.*?)```", text, re.MULTILINE | re.DOTALL)
     if block is not None:
@@ -182,7 +183,10 @@ def _without_paths(node: Any) -> Any:
 
 
 def last_part(value: str) -> str:
-    """«photos» of /home/me/photos, ~/photos/, C:\\photos or data:/home/me/photos; other strings stay as they are."""
+    """The last part of a path: «photos» for /home/me/photos, ~/photos/, C:\\photos and data:/home/me/photos.
+
+    Other strings are returned unchanged.
+    """
     path = re.fullmatch(r"(?:[A-Za-z]\w*:)?(?:[/~\\]|[A-Za-z]:[\\/]).*", value)
     if path is None or "://" in value:
         return value
@@ -194,7 +198,7 @@ def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int) -> Va
     """Reconstruct images from the posterior's mode, in fp32.
 
     Args:
-        vae: the VAE; it stays as it is.
+        vae: the VAE, which is not changed.
         data: a source for `open_source`.
         count: number of images, at most.
         resolution: side of the centre crops in pixels.
@@ -231,7 +235,7 @@ def _open(vae: AutoencoderKL | str | Path, subfolder: str | None) -> tuple[Autoe
 def _write(
     vae: AutoencoderKL, card: ModelCard, source: Path | None, measured: ValidationResult | None, folder: Path
 ) -> None:
-    """Write all files into a new folder. Pictures that the card shows are copied from the VAE's folder, `source`."""
+    """Write all files into the new folder `folder`. Pictures that the card shows are copied from `source`."""
     save_vae(vae, folder)
     if ldm_programs(vae):
         save_ldm(vae, folder / LDM_NAME)
@@ -258,7 +262,7 @@ def _upload(
 
 @contextmanager
 def _refusals(repo_id: str) -> Iterator[None]:
-    """Turn the hub's refusals into InputError and failures of hub or network into ConnectionError, one line each."""
+    """Turn refusals by the hub into InputError, and failures of hub or network into ConnectionError, one line each."""
     try:
         yield
     except HfHubHTTPError as error:
@@ -276,11 +280,11 @@ def _refusals(repo_id: str) -> Iterator[None]:
                 f"the hub has no {repo_id} that this token may see (404: {said}); check the name"
             ) from error
         if status < 500 and status != 429:
-            raise InputError(f"the hub refuses {repo_id} ({status}: {said}); change that") from error
+            raise InputError(f"the hub refuses {repo_id} ({status}: {said}); correct that") from error
         raise ConnectionError(f"the hub failed ({status}: {said}); try again later") from error
     except ValueError as error:  # raised when the card's head or the repository's name is not valid
         raise InputError(f"the hub refuses this card or name: {_short(error)}") from error
-    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: by hf_xet, which uploads large files
+    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: from hf_xet, which uploads large files
         raise ConnectionError(
             f"the hub cannot be reached, or the upload broke off ({type(error).__name__}: {_short(error)}); "
             "check the network, then try again"

@@ -1,4 +1,4 @@
-"""What `sdvae explore` measures and draws. Without torch, so that the command line can list the options at once."""
+"""The settings of `sdvae explore`. This does not import torch, so that the command line lists options at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """The images to look at, and how closely."""
+    """The images that are measured and drawn, and the settings of single experiments."""
 
     data: str = "skimage"
     """Images to measure: whatever `data.source` takes in training."""

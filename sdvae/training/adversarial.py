@@ -4,11 +4,11 @@ The VAE minimises nll + w · g + kl_weight · KL with g = -E[D(x̂)]. LDM multip
 
     |∂nll/∂W| / |∂g/∂W|,    W: the weight of the decoder's last convolution (Esser et al. 2021, eq. 7),
 
-so that both terms pull equally hard on W. Taken literally, that costs two more backward passes through LPIPS and the
-discriminator. But x̂ is the output of that convolution, so by the chain rule ∂nll/∂W follows from ∂nll/∂x̂, a tensor as
-large as the images, by the backward pass of one convolution, and so does ∂g/∂W from ∂g/∂x̂. Each of the two gradients at
-x̂ is therefore computed once. The last layer's gradients, and so the weight, follow from them, and the backward pass
-through the VAE starts from their weighted sum.
+so that the gradients of both terms at W have the same norm. Computed directly, this would need two more backward passes
+through LPIPS and the discriminator. But x̂ is the output of that convolution. So by the chain rule, ∂nll/∂W follows from
+∂nll/∂x̂ (a tensor as large as the images) by the backward pass of one convolution, and ∂g/∂W from ∂g/∂x̂. The two
+gradients at x̂ are therefore computed once. They give the last layer's gradients and with them the weight, and the
+backward pass through the VAE starts from their weighted sum.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-# LDM, ldm/modules/losses/contperceptual.py, calculate_adaptive_weight. Both hold for its sums over C·H·W.
+# LDM, ldm/modules/losses/contperceptual.py, calculate_adaptive_weight. Both are for LDM's loss, a sum over C·H·W.
 ADAPTIVE_EPS = 1e-4
 ADAPTIVE_MAX = 1e4
 
@@ -35,11 +35,11 @@ def adaptively_weighted(
         last_layer: the weight W of the convolution that gives the reconstruction.
 
     Returns:
-        A scalar that has the gradient of the weighted sum with respect to the outputs (its value means nothing), and
+        A scalar whose gradient with respect to the outputs is that of the weighted sum (its value has no meaning), and
         the weight of g, which is the same on every process.
     """
     reconstruction = outputs[0]
-    # fp16 loses small gradients, so they are computed from scaled losses and divided by the scale again
+    # fp16 rounds small gradients to 0, so they are computed from scaled losses and then divided by the scale
     scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
     nll_gradients = [gradient / scale for gradient in torch.autograd.grad(nll * scale, outputs)]
     g_gradient = torch.autograd.grad(g * scale, reconstruction)[0] / scale
@@ -48,7 +48,7 @@ def adaptively_weighted(
         torch.autograd.grad(reconstruction, last_layer, grad_outputs=gradient * scale, retain_graph=True)[0] / scale
         for gradient in (nll_gradients[0], g_gradient)
     ]
-    # averaged over processes before the norms are taken, so that the weight is that of the whole batch
+    # averaged over processes before the norms are computed, so that the weight is that of the whole batch
     nll_norm, g_norm = accelerator.reduce(torch.stack(layer_gradients), reduction="mean").flatten(1).norm(dim=1)
     values = reconstruction[0].numel()  # here nll is divided by C·H·W
     adaptive = (values * nll_norm / (g_norm + ADAPTIVE_EPS)).clamp(max=ADAPTIVE_MAX) / values

@@ -1,4 +1,4 @@
-"""From a recipe to the things that train: accelerator, VAE, perceptual loss."""
+"""Build the parts of a training run from its recipe: accelerator, VAE and perceptual loss."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     # Without cpu=True, accelerate runs torchrun's N processes as N separate trainings on a machine without a GPU.
     device_type = accelerator_type()
     precision = resolve_precision(config.mixed_precision, device_type or "cpu")
-    # accelerate keeps one state for each process and refuses to change its precision. This run may follow another one
-    # in the same process, with another precision, so the state is forgotten; accelerate has no public way to do so.
+    # accelerate keeps one state for each process and refuses to change its precision. An earlier run in this process
+    # may have had another precision, so the state is reset; accelerate has no public function for that.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=device_type is None,
         mixed_precision=precision,
         log_with=list(config.trackers) or None,
         project_dir=RunFolder(config.output_dir).root,
-        # TrainStep divides the loss by the accumulation steps. accelerate would divide it a second time where its
-        # launcher has such an option.
+        # TrainStep divides the loss by the accumulation steps. With 1 here, accelerate does not divide it again, even
+        # if `accelerate launch` was given a number of accumulation steps.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
@@ -78,7 +78,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
-    """The VAE before the first step, in fp32 on the CPU, and the recipe with the model section of this VAE.
+    """The VAE before the first step, in fp32 on the CPU, and the recipe with a model section that describes it.
 
     Raises:
         InputError: when the VAE to be fine-tuned cannot be read, or does not fit the likelihood.
@@ -108,7 +108,7 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
 
 
 def build_vae(config: ModelConfig) -> AutoencoderKL:
-    """A new VAE; its scaling factor is measured when training ends."""
+    """A VAE with new weights. Its scaling factor is measured at each validation."""
     vae = (ConditionalAutoencoderKL if config.num_classes else AutoencoderKL)(**config.to_diffusers())
     if config.initialisation == "pass_through":
         initialise(vae)
@@ -116,13 +116,14 @@ def build_vae(config: ModelConfig) -> AutoencoderKL:
 
 
 def lay_out(vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
-    """Bring the VAE to its device, in the memory format and with the kernels it trains fastest with.
+    """Move the VAE to its device, and give it the memory format and the kernels with which it trains fastest.
 
-    Returns: the recipe, with channels_last as it is now.
+    Returns:
+        The recipe, with `channels_last` as it was chosen here.
     """
     vae.to(accelerator.device)
     if accelerator.device.type == "cpu":
-        keep_freed_memory()  # a step takes what the one before has freed
+        keep_freed_memory()  # each step needs the memory that the last one freed
     if config.fast_convolutions and accelerator.device.type == "cpu":
         from sdvae.cpu.kernels import speed_up, takes_winograd
 
@@ -137,10 +138,10 @@ def lay_out(vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator) -
 
 
 def build_perceptual(config: TrainConfig, accelerator: Accelerator) -> Perceptual | None:
-    """LPIPS on the accelerator's device, or None where it is off.
+    """LPIPS on the accelerator's device, or None if its weight in the loss is 0.
 
     Raises:
-        InputError: when the trunk's weights cannot be had, or the processes do not have the same.
+        InputError: when the trunk's weights cannot be loaded, or when the processes loaded different ones.
     """
     if config.loss.lpips_weight == 0:
         return None
@@ -148,7 +149,7 @@ def build_perceptual(config: TrainConfig, accelerator: Accelerator) -> Perceptua
     with accelerator.local_main_process_first():  # the others find its download in torch hub's cache
         perceptual = load_perceptual(settings.net, settings.weights, settings.heads, settings.allow_random)
     names = set(gather_object([perceptual.name]))
-    if len(names) > 1:  # one process could download the trunk, another could not
+    if len(names) > 1:  # some processes could download the trunk, and others could not
         raise InputError(
             f"the processes have different trunks: {', '.join(sorted(names))}; give loss.perceptual.weights"
         )

@@ -1,12 +1,12 @@
-"""Checkpoints: one folder for each, which gets its name when it is complete. Reading one executes no code.
+"""Checkpoints. Each is a folder that gets its name when it is complete. Reading one executes no code.
 
     checkpoints/step-00001000/
         state.json                    counters, the recipe, and the size and SHA-256 of every other file
         generator.safetensors         weights in fp32; also ema.safetensors and discriminator.safetensors
         generator_optimizer.pt        moments, read with torch.load(weights_only=True); also discriminator_optimizer.pt
 
-A checkpoint is used only when every file has the size and hash that state.json gives, and nothing of it is loaded into
-a network before all of it has been read and found to fit.
+A checkpoint is used only if every file has the size and hash that state.json gives, and no network is changed before
+all files have been read and found to fit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a run is continued from, on the CPU.
+    """The state from which a run is continued, on the CPU.
 
     Attributes:
         weights: {"generator": state dict, "ema": …, "discriminator": …}.
@@ -68,7 +68,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        InputError: naming what is missing, damaged, or not plain data.
+        InputError: when a file is missing, damaged, or holds something other than plain data.
     """
     state = read_state(folder)
     weights: dict[str, dict[str, Tensor]] = {}
@@ -94,10 +94,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read state.json alone.
+    """Read only state.json.
 
     Raises:
-        InputError: when it cannot be read, or has another format.
+        InputError: when it cannot be read, is not that of a checkpoint, or has another format.
     """
     path = folder / STATE
     try:
@@ -135,7 +135,7 @@ def newest_whole(root: Path) -> tuple[Path | None, Checkpoint | None, list[tuple
 def prune(root: Path, keep_last: int) -> None:
     """Remove all checkpoints except the newest `keep_last`.
 
-    Each is renamed first, so that no incomplete one ever has the name of a checkpoint.
+    Each is renamed first, so that no folder that is partly removed has the name of a checkpoint.
     """
     for folder in checkpoints(root)[keep_last:]:
         doomed = folder.with_name(f".{folder.name}.old")

@@ -1,6 +1,6 @@
 """The recipe of a training run: frozen dataclasses, filled from YAML and dotted overrides.
 
-The defaults are LDM's kl-f8 recipe (Rombach et al. 2022); its discriminator is off until it gets a weight.
+The defaults are LDM's kl-f8 recipe (Rombach et al. 2022), except that the discriminator's weight is 0, which is off.
 Only the standard library is imported here, so that a misspelt key is refused before torch is loaded.
 """
 
@@ -15,7 +15,7 @@ from sdvae.errors import InputError
 from sdvae.metrics import SMALLEST_LPIPS_SIDE, SMALLEST_SIDE
 from sdvae.model.config import ModelShape
 
-# What a value must be, whether it is, and the keys of TrainConfig for which that holds. Null is allowed everywhere.
+# (what a value must be, the test of it, the keys of TrainConfig that must pass it). Null is always allowed.
 RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "a number above 0",
@@ -46,46 +46,46 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 
 @dataclass(frozen=True)
 class ModelConfig(ModelShape):
-    """The autoencoder: its shape, in diffusers' names, and what training does with it at either end."""
+    """The autoencoder: its shape, in diffusers' names, its initial weights, and what is measured at the end."""
 
     measure_shift: bool = False
-    """Write the mean of the latents as shift_factor (SD3 and Flux pipelines need one); else null."""
+    """Write the mean of the latents as shift_factor, which SD3 and Flux pipelines need; if false, it is null."""
     initialisation: Literal["pass_through", "torch"] = "pass_through"
     """Initial weights: a coarse copy of the input (sdvae/training/initialise.py), or torch's defaults."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from and how they become a batch."""
+    """Where images come from, and how they are cropped and augmented."""
 
     source: str = ""
     """Must be given: a folder (nested), a data set (hub id, saved folder, .parquet, .arrow, webdataset .tar), or
     «skimage»: the photographs inside scikit-image's wheel."""
     split: str = "train"
-    """Split of a data set."""
+    """Split of the data set."""
     image_column: str | None = None
     """Image column of a data set; null finds it by its type."""
     validation_source: str | None = None
-    """Images for validation, given like source; null takes some of `source` out of training."""
+    """Images for validation, given as for source; null holds some images of `source` out of training."""
     validation_split: str = "validation"
     """Split of validation_source."""
     validation_names: tuple[str, ...] = ()
-    """Images of `source` to take for validation, by name; when empty, validation_count of them are chosen by a hash."""
+    """Names of the images of `source` to use for validation; if empty, validation_count are chosen by a hash."""
     validation_count: int = 16
     """Number of validation images."""
     resolution: int = 256
     """Side in pixels of the square training crops."""
     validation_resolution: int | None = None
-    """Side in pixels of the centre crops that validation and scaling_factor are computed from; null: resolution."""
+    """Side in pixels of the centre crops on which validation runs and scaling_factor is measured; null: resolution."""
     pad: bool = False
     """Allow a resolution that is not a multiple of the compression ratio, such as MNIST's 28. The last row and column
     are repeated for the encoder, and the reconstruction is cropped before the loss."""
     label_column: str = "label"
-    """Column of class labels, integers, where model.num_classes is above 0. -1 and null mean «no label»."""
+    """Column of class labels (integers), used if model.num_classes is above 0. -1 and null mean no label."""
     label_dropout: float = 0.0
-    """Probability that a training image is given without its label, so that «no label» is trained too."""
+    """Probability that a training image is used without its label, so that the VAE also works without labels."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
-    """A training crop's side as a fraction of the image's short side, drawn uniformly."""
+    """Range of a training crop's side as a fraction of the image's short side, from which it is drawn uniformly."""
     flip: float = 0.5
     """Probability of a horizontal flip in training."""
     color_jitter: float = 0.0
@@ -93,13 +93,13 @@ class DataConfig:
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour in 0..255 that transparent images are composited on."""
     min_side: int | None = None
-    """Images with a shorter side, in pixels, count as bad; null: half of the resolution they are cropped to."""
+    """Images whose shorter side has fewer pixels count as bad; null: half of the resolution they are cropped to."""
     max_bad_fraction: float = 0.01
-    """Stop when more than this fraction of the images cannot be read."""
+    """Stop the run when more than this fraction of the images is bad."""
     num_workers: int = 4
     """Loader processes for each training process; 0 loads in the training process."""
     cache_mib: int = 0
-    """Memory in MiB in which each worker keeps decoded images, for small data sets; 0 is off."""
+    """MiB of decoded images that each worker keeps in memory, for small data sets; 0 is off."""
 
     @property
     def evaluation_resolution(self) -> int:
@@ -117,10 +117,10 @@ class PerceptualConfig:
     """Local file with the trunk's weights in torchvision's names (.pth or .safetensors); null lets torchvision
     download them."""
     heads: Literal["lpips", "uniform"] = "lpips"
-    """«lpips»: the published linear heads, which fit torchvision's weights. «uniform»: every feature has the same
-    weight, for any other trunk."""
+    """«lpips»: the published linear heads, which fit torchvision's weights. «uniform»: equal weights for all features,
+    which suit any other trunk."""
     allow_random: bool = False
-    """When no weights can be had, use a randomly initialised trunk (and uniform heads) instead of stopping."""
+    """If no weights can be downloaded, use a randomly initialised trunk (and uniform heads) instead of stopping."""
 
 
 @dataclass(frozen=True)
@@ -128,36 +128,37 @@ class DiscriminatorConfig:
     """The discriminator: a PatchGAN (Isola et al. 2017), which tells reconstructions from images patch by patch."""
 
     sees: Literal["images", "latents"] = "images"
-    """«latents»: instead, an MLP that tells samples of the posterior from samples of the prior, as in the adversarial
-    autoencoder (Makhzani et al. 2016). With kl_weight 0 it replaces the KL term."""
+    """«images»: the PatchGAN. «latents»: an MLP that tells samples of the posterior from samples of the prior, as in
+    the adversarial autoencoder (Makhzani et al. 2016). With kl_weight 0 it replaces the KL term."""
     weight: float = 0.0
-    """Weight of the adversarial term in the VAE's objective; 0 is no discriminator. LDM: 0.5."""
+    """Weight of the adversarial term in the VAE's objective; 0 means no discriminator. LDM: 0.5."""
     adaptive: bool = True
     """Multiply weight by |gradient of the reconstruction loss| / |gradient of the adversarial loss| at the decoder's
-    last layer (Esser et al. 2021, eq. 7). Of no effect on a discriminator of latents."""
+    last layer (Esser et al. 2021, eq. 7). It has no effect with a discriminator of latents."""
     start_step: int = 50_000
-    """The first step, counted from 0, in which the discriminator learns. LDM's 50001 counts two a batch in some
-    versions; here one step is one step of both players."""
+    """The first step, counted from 0, in which the discriminator learns. One step trains both VAE and discriminator;
+    in LDM, whose value is 50001, some versions of its framework count a batch as two steps."""
     warmup_steps: int = 0
-    """Steps in which the discriminator alone learns, before its term is in the VAE's objective."""
+    """Steps in which the discriminator already learns, and its term is not yet in the VAE's objective."""
     ramp_steps: int = 0
-    """Steps over which weight then grows linearly from 0."""
+    """Steps over which `weight` then grows linearly from 0."""
     loss: Literal["hinge", "vanilla"] = "hinge"
     """Hinge (Lim & Ye 2017) or binary cross-entropy (Goodfellow et al. 2014)."""
     layers: int = 3
-    """Strided layers of the PatchGAN: with 3, patches have 70x70 pixels. Hidden layers of the MLP."""
+    """Number of strided layers of the PatchGAN (with 3, patches have 70x70 pixels), or of hidden layers of the MLP."""
     width: int = 64
-    """Channels of the PatchGAN's first layer; doubled in each layer, up to eight times as many. Units of each hidden
-    layer of the MLP."""
+    """Channels of the PatchGAN's first layer, which are doubled in each layer up to eight times as many; or units of
+    each hidden layer of the MLP."""
     norm: Literal["group", "none"] = "group"
-    """Norm of the PatchGAN. Group norm uses one image only, so gradients do not depend on how a batch is divided, as
-    they would with LDM's batch norm."""
+    """Norm of the PatchGAN. Group norm uses each image separately, so gradients do not depend on how a batch is
+    divided. With LDM's batch norm they would."""
     r1_weight: float = 0.0
     """Weight γ/2 of R1, the squared gradient at real images (Mescheder et al. 2018); 0 is off."""
     lecam_weight: float = 0.0
-    """Weight of LeCam regularisation (Tseng et al. 2021), for little data; 0 is off."""
+    """Weight of LeCam regularisation (Tseng et al. 2021), for small data sets; 0 is off."""
     learning_rate: float | None = None
-    """Peak learning rate; null: the VAE's. The schedule is the VAE's, after optimizer.warmup_steps of its own."""
+    """Peak learning rate; null: the VAE's. The warm-up has optimizer.warmup_steps steps and begins at start_step; then
+    the schedule is the VAE's."""
     betas: tuple[float, float] = (0.5, 0.9)
     """Adam's moment decays."""
 
@@ -168,24 +169,24 @@ class DiscriminatorConfig:
 
     @property
     def smallest_side(self) -> int:
-        """Pixels along one side below which the PatchGAN has no score: H/2^layers - 2 must be 1."""
+        """The smallest side in pixels for which the PatchGAN has a score: its output has side H/2^layers - 2."""
         return 3 * 2**self.layers
 
 
 @dataclass(frozen=True)
 class EquivarianceConfig:
-    """Latents that transform as their image does: besides D(z) with x, D(t(z)) is compared with t(x).
+    """Equivariance of the latents: besides D(z) with x, D(t(z)) is compared with t(x) for a transformation t.
 
-    Scales: Skorokhodov et al. 2025, «Improving the Diffusability of Autoencoders» (arXiv 2502.14831). With rotations
-    too: Kouzelis et al. 2025, «EQ-VAE» (arXiv 2502.09509).
+    Scaling is from Skorokhodov et al. 2025, «Improving the Diffusability of Autoencoders» (arXiv 2502.14831), scaling
+    with rotations from Kouzelis et al. 2025, «EQ-VAE» (arXiv 2502.09509).
     """
 
     weight: float = 0.0
     """Weight of the reconstruction term (with LPIPS) of the transformed image; 0 is off."""
     scales: tuple[float, ...] = (0.5, 0.25)
-    """Factors to shrink by, one drawn in each step; 1.0 keeps the size."""
+    """Factors by which images and latents are shrunk; each step draws one of them. 1.0 keeps the size."""
     rotations: bool = False
-    """Also rotate by a multiple of 90 degrees, drawn in each step."""
+    """Also rotate by a multiple of 90 degrees, which each step draws."""
 
 
 @dataclass(frozen=True)
@@ -193,21 +194,21 @@ class LossConfig:
     """The objective: reconstruction + lpips_weight · LPIPS + kl_weight · KL_sum / (C·H·W) [+ GAN]."""
 
     reconstruction: Literal["l1", "l2", "charbonnier", "bce"] = "l1"
-    """Mean absolute error, mean squared error, or the smooth sqrt(error² + 1e-6), in [-1, 1]; or «bce»: the binary
-    cross-entropy of grey values taken as probabilities, in nats, for which the decoder's output is their logits
-    (sdvae/tutorial/likelihood.py). With kl_weight 1 the objective is then the negative ELBO, divided by C·H·W."""
+    """Mean absolute error, mean squared error, or the smooth sqrt(error² + 1e-6), of images in [-1, 1]. «bce»: the
+    binary cross-entropy, in nats, with grey values as probabilities and the decoder's output as their logits
+    (sdvae/tutorial/likelihood.py); with kl_weight 1 the objective is then the negative ELBO, divided by C·H·W."""
     learn_logvar: bool = False
-    """Learn s, the log-variance of the likelihood, one number: LDM's nll = (reconstruction + LPIPS) / e^s + s."""
+    """Learn a number s, the log-variance of the likelihood: LDM's nll = (reconstruction + LPIPS) / e^s + s."""
     lpips_weight: float = 1.0
-    """Weight of LPIPS; 0 leaves it out of the objective, and the trunk unloaded."""
+    """Weight of LPIPS; 0 leaves it out, and its trunk is not loaded."""
     kl_weight: float = 1e-6
-    """Weight of the KL divergence, in LDM's meaning: it multiplies nats summed over an image's latents, and
-    the whole objective is divided by the image's C·H·W."""
+    """Weight of the KL divergence as in LDM: it multiplies the nats summed over an image's latents, and then the
+    whole objective is divided by the image's C·H·W."""
     kl_warmup_steps: int = 0
     """Steps over which kl_weight grows linearly from 0."""
     free_bits: float = 0.0
-    """Nats that each latent channel of an image may have without a cost, against posterior collapse
-    (Kingma et al. 2016); 0 is off."""
+    """Nats that each latent channel of an image may have at no cost, against posterior collapse (Kingma et al. 2016);
+    0 is off."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """LPIPS's trunk."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -221,7 +222,8 @@ class OptimizerConfig:
     """AdamW and its schedule."""
 
     kind: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
-    """torch's AdamW; its fused kernel; or bitsandbytes' with 8-bit moments (GPU; pip install bitsandbytes)."""
+    """torch's AdamW, torch's with the fused kernel, or bitsandbytes' with 8-bit moments (GPU only; pip install
+    bitsandbytes)."""
     learning_rate: float = 1e-4
     """Peak learning rate. It is not scaled by batch size or number of processes."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -235,36 +237,36 @@ class OptimizerConfig:
     grad_clip_norm: float = 1.0
     """Gradients are clipped to this global norm; the norm before clipping is logged."""
     ema_decay: float = 0.999
-    """Decay of the exponential moving average of the weights, which is what is validated and saved;
-    it warms up as min(ema_decay, (1 + n) / (10 + n))."""
+    """Decay of the exponential moving average of the weights. The average is validated and saved. After n updates the
+    decay is min(ema_decay, (1 + n) / (10 + n))."""
 
 
 @dataclass(frozen=True)
 class FineTuneConfig:
-    """Start from an existing VAE instead of from new weights. Its own shape counts then; model.* is not read."""
+    """Start from an existing VAE instead of new weights. The VAE then has its own shape, and model.* is not used."""
 
     source: str | None = None
-    """Whatever `load_vae` reads: a diffusers folder, a hub id, a .safetensors or .ckpt file. Null: train anew."""
+    """Whatever `load_vae` reads: a diffusers folder, a hub id, or a .safetensors or .ckpt file. Null: new weights."""
     subfolder: str | None = None
     """Folder inside source that holds the VAE."""
     config: str | None = None
-    """config.json for a source that is a single file, whose scaling factor cannot be read from its shapes."""
+    """A config.json for a source that is a single file, since a file does not hold the scaling factor."""
     freeze_encoder: bool = False
-    """Train the decoder only. Latents, scaling_factor and shift_factor stay as they are, so that every diffusion
-    model for this VAE can still use it."""
+    """Train only the decoder. Latents, scaling_factor and shift_factor do not change, so every diffusion model for
+    the old VAE can use the new one."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What an interrupted run is continued from, and which model counts as the best."""
+    """Checkpoints, from which an interrupted run continues, and the choice of the best model."""
 
     every_steps: int = 1_000
     """Steps between checkpoints. There is always one after the last step, and when a run is told to stop."""
     keep_last: int = 2
     """Number of checkpoints to keep; an old one is removed only when the new one is complete."""
     best_metric: str = "psnr"
-    """The validation metric by which best_model/ is chosen: psnr, ssim, lpips_… or, with «bce», nelbo; the last two
-    are better when lower."""
+    """The validation metric by which best_model/ is chosen: psnr, ssim, lpips_… or (only with «bce») nelbo. The last
+    two are better when lower."""
     accept_changed_config: bool = False
     """Continue a run with a changed recipe instead of refusing it."""
 
@@ -283,16 +285,16 @@ class TrainConfig:
     steps: int = 100_000
     """Optimizer steps."""
     batch_size: int = 12
-    """Images for each process and each forward pass."""
+    """Images in each forward pass of each process."""
     gradient_accumulation_steps: int = 1
-    """Forward and backward passes for each optimizer step."""
+    """Number of forward and backward passes in each optimizer step."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Autocast dtype over fp32 weights. «auto»: bf16 where the hardware computes in it, else fp32."""
+    """The dtype of autocast; weights are in fp32. «auto»: bf16 if the hardware computes in it, else fp32."""
     channels_last: bool = True
-    """Keep activations in channels-last memory format. On a CPU with fast_convolutions, these choose the format."""
+    """Keep activations in the channels-last memory format. On a CPU, fast_convolutions overrides this."""
     fast_convolutions: bool = True
-    """On a CPU: 3x3 convolutions by Winograd's algorithm, for wide models in fp32, and upsampling with four taps
-    instead of nine, the same function to rounding (sdvae/cpu/kernels.py)."""
+    """On a CPU, use faster kernels, which compute the same function up to rounding: Winograd's algorithm for 3x3
+    convolutions of wide models in fp32, and upsampling with four taps instead of nine (sdvae/cpu/kernels.py)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
@@ -302,16 +304,16 @@ class TrainConfig:
     validate_every: int = 2_000
     """Steps between validations; there is always one after the last step."""
     validate_raw: bool = False
-    """Also validate the weights themselves, besides their moving average, as validation_raw/…"""
+    """Besides their moving average, also validate the weights themselves, and log this as validation_raw/…"""
     max_skipped_steps: int = 20
-    """Steps without a finite loss and gradient are skipped; after so many in a row the run stops."""
+    """A step whose loss or gradient is not finite is skipped. After this many skipped steps in a row the run stops."""
     scale_images: int = 512
-    """Training images over which scaling_factor = 1/std of the latents is measured at the end."""
+    """Number of training images on which scaling_factor = 1/std of the latents is measured at each validation."""
     grid_images: int = 8
-    """Validation images drawn in the reconstruction grid."""
+    """Number of validation images in the reconstruction grid."""
     trackers: tuple[str, ...] = ()
-    """accelerate's trackers, where they are installed: tensorboard (`pip install sdvae[tensorboard]`), wandb, trackio,
-    mlflow, … metrics.jsonl and curves.png are always written."""
+    """Trackers of accelerate, which must be installed: tensorboard (`pip install sdvae[tensorboard]`), wandb, trackio,
+    mlflow, … The run also writes metrics.jsonl and curves.png, with or without trackers."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the autoencoder."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -351,7 +353,7 @@ class TrainConfig:
             raise InputError("got loss.equivariance.scales=[]; need one factor or more")
 
     def _check_resolutions(self) -> None:
-        # the compression ratio of a VAE to be fine-tuned is known only when it is loaded
+        # the compression ratio of a VAE that is fine-tuned is known only when it has been loaded
         factor = self.model.compression_ratio if self.fine_tune.source is None and not self.data.pad else 1
         for key in ("resolution", "validation_resolution"):
             side = getattr(self.data, key)
@@ -395,8 +397,8 @@ class TrainConfig:
                 )
         if self.data.pad and loss.equivariance.weight > 0:
             raise InputError(
-                "got data.pad=true with loss.equivariance; need a resolution without padding, or the transformed "
-                "image would not lie where the latents' does"
+                "got data.pad=true with loss.equivariance, whose transformed images and latents would not match; "
+                "need a resolution without padding; set data.pad=false"
             )
 
     def _check_labels(self) -> None:

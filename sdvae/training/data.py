@@ -1,4 +1,4 @@
-"""From the recipe's data section to batches."""
+"""Building the batches of training and validation from the recipe's data section."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from sdvae.training.config import DataConfig, TrainConfig
 
 
 def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
-    """Training and validation images. When they come from one source, no image is in both.
+    """Training and validation images. If both come from one source, no image is in both.
 
     Args:
         config: the recipe's data section.
-        seed: of the choice of validation images.
+        seed: the seed of the choice of validation images.
 
     Raises:
         InputError: when a source cannot be opened or is too small to be divided.
@@ -60,9 +60,9 @@ def training_batches(
     Args:
         source: training images.
         config: the recipe.
-        accelerator: gives this process's place among all.
+        accelerator: the run's Accelerator.
         start: position of the first sample, counted over all processes.
-        steps: how many optimizer steps; by default those of the whole run.
+        steps: the number of optimizer steps; by default that of the whole run.
     """
     batches = ShardedBatches(
         SampleOrder(len(source), config.seed),
@@ -103,13 +103,13 @@ def first_batch(source: ImageSource, config: TrainConfig, count: int) -> Batch:
 
 
 def first_images(source: ImageSource, count: int, seed: int) -> ImageSource:
-    """`count` images of `source`: the first ones in the order of the first epoch, which are spread over it."""
+    """`count` images spread over `source`: the first ones in the order of the first epoch."""
     order = SampleOrder(len(source), seed)
     return subset(source, [order.at(i).index for i in range(min(count, len(source)))])
 
 
 def labels_of(source: ImageSource, config: TrainConfig) -> np.ndarray | None:
-    """The class of each image, where the VAE is given one.
+    """The class of each image, or None if the VAE takes no labels.
 
     Raises:
         InputError: when the source has no such labels.
@@ -120,12 +120,12 @@ def labels_of(source: ImageSource, config: TrainConfig) -> np.ndarray | None:
 
 
 def conditioning_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """What encoder and decoder are given besides images and latents: `labels` (B,) int64 for a conditional VAE."""
+    """Inputs of encoder and decoder besides images and latents: `labels` (B,) int64 for a conditional VAE."""
     return {"labels": batch["label"].to(device, non_blocking=True)} if "label" in batch else {}
 
 
 def evaluation_batches(source: ImageSource, config: TrainConfig, accelerator: Accelerator) -> DataLoader:
-    """This process's share of all images of `source`, centre-cropped: every num_processes-th, each once."""
+    """Centre crops of this process's share of `source`: every num_processes-th image, once."""
     images = EvaluationImages(
         source,
         resolution=config.data.evaluation_resolution,
@@ -142,9 +142,9 @@ def stop_if_too_many_are_bad(bad_images: BadImages, total: int, max_fraction: fl
     """End the run, on every process, when all processes together have met too many bad images.
 
     Args:
-        bad_images: those that this process has met; it gets those of the others too.
-        total: number of images, of training and validation together.
-        max_fraction: of them that may be bad.
+        bad_images: the bad images of this process, to which those of the others are added.
+        total: the number of images, of training and validation together.
+        max_fraction: the fraction of them that may be bad.
 
     Raises:
         InputError: with some of the bad images.

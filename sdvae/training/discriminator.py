@@ -1,11 +1,12 @@
 """The discriminator and its losses.
 
-A PatchGAN (Isola et al. 2017, «pix2pix», section 3.2.2 and appendix 6.1.2) scores overlapping patches, 70x70 pixels
-with three strided layers, as real or reconstructed. LDM and VQGAN train their decoders against it.
+A PatchGAN (Isola et al. 2017, «pix2pix», section 3.2.2 and appendix 6.1.2) scores overlapping patches as real or
+reconstructed; with three strided layers, a patch has 70x70 pixels. LDM and VQGAN train their decoders against it.
 
-The losses are also those of a discriminator of latents (sdvae/tutorial/adversary.py), for which samples of the prior
-are real and samples of the posterior fake. When it cannot tell them apart, q(z) = E_x[q(z|x)] is the prior: what the KL
-term asks for each image, the adversarial autoencoder asks for all images together (Makhzani et al. 2016, section 2).
+A discriminator of latents (sdvae/tutorial/adversary.py) has the same losses, with samples of the prior as real inputs
+and samples of the posterior as fake ones. When it cannot tell them apart, q(z) = E_x[q(z|x)] is the prior. The KL term
+pulls the posterior of each image to the prior; the adversarial autoencoder pulls only the average of all posteriors
+(Makhzani et al. 2016, section 2).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from sdvae.training.config import DiscriminatorConfig
 
-INIT_STD = 0.02  # DCGAN (Radford et al. 2016, section 3), kept by pix2pix and LDM
-SLOPE = 0.2
+INIT_STD = 0.02  # DCGAN (Radford et al. 2016, section 3); pix2pix and LDM use it too
+SLOPE = 0.2  # slope of the leaky ReLUs below zero
 MAX_WIDENING = 8  # width of the widest layer divided by that of the first
 GROUP_WIDTH = 16  # channels in each group of the norm
 LECAM_DECAY = 0.999  # Tseng et al. 2021, section 3.2: moving averages of the scores
@@ -29,7 +30,8 @@ LECAM_DECAY = 0.999  # Tseng et al. 2021, section 3.2: moving averages of the sc
 class PatchDiscriminator(nn.Module):
     """4x4 convolutions: `layers` of stride 2, one of stride 1, and one to a single channel.
 
-    (B, C, H, W) in [-1, 1] -> (B, 1, h, w) logits, above zero for «real». With 3 layers h = H/8 - 2.
+    (B, C, H, W) in [-1, 1] -> (B, 1, h, w) logits, which are above zero for patches that seem real. With 3 layers,
+    h = H/8 - 2.
     """
 
     def __init__(self, in_channels: int, layers: int = 3, width: int = 64, norm: str = "group"):
@@ -55,7 +57,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """g = -E[D(x̂)] (or -E[D(z)] for latents), with both kinds of discriminator loss, as in LDM."""
+    """g = -E[D(x̂)], or -E[D(z)] for latents. As in LDM, it is the same for both kinds of discriminator loss."""
     return -fake_logits.float().mean()
 
 
@@ -82,7 +84,7 @@ def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
 
 
 class LeCam:
-    """A penalty on the distance of real scores from the average fake one, and of fake from the average real one.
+    """A penalty on the distance of real scores from the average fake score, and of fake from the average real score.
 
     Tseng et al. 2021, eq. 3 and 4:
 
@@ -96,7 +98,7 @@ class LeCam:
         self.averages: tuple[float, float] | None = None
 
     def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        """Zero before the first update."""
+        """The penalty, a scalar in fp32; zero before the first update."""
         if self.averages is None:
             return real_logits.new_zeros((), dtype=torch.float32)
         real_average, fake_average = self.averages
@@ -105,7 +107,7 @@ class LeCam:
         ).square().mean()
 
     def update(self, real_mean: float, fake_mean: float) -> None:
-        """Take the means of a step's logits over all processes into the averages."""
+        """Update the averages with the means of a step's logits over all processes."""
         if self.averages is None:
             self.averages = (real_mean, fake_mean)
         else:

@@ -13,7 +13,7 @@ from sdvae.model import AutoencoderKL
 def ema_decay_at(update: int, decay: float) -> float:
     """The decay of update n, counted from 0: min(decay, (1 + n) / (10 + n)), so that early weights are soon forgotten.
 
-    It is that of TensorFlow's ExponentialMovingAverage with num_updates.
+    TensorFlow's ExponentialMovingAverage with `num_updates` has the same formula.
     """
     return min(decay, (1 + update) / (10 + update))
 
@@ -21,11 +21,11 @@ def ema_decay_at(update: int, decay: float) -> float:
 class WeightAverage:
     """ema <- d·ema + (1 - d)·weights after every step, with d = ema_decay_at(n).
 
-    It is computed in fp32 whatever autocast does, since bf16 would round an update of 1e-4 of the difference away.
+    The average is kept in fp32 whatever autocast does: bf16 would round away an update of 1e-4 of the difference.
 
     Attributes:
         model: the average, a frozen copy in evaluation mode.
-        updates: how many times it was updated.
+        updates: how many times the average was updated.
     """
 
     def __init__(self, model: AutoencoderKL, decay: float):
@@ -41,7 +41,7 @@ class WeightAverage:
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates. The weights are those of `model`."""
+        """The number of updates. The weights are not included; they are in `model`."""
         return {"ema_updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,15 +1,15 @@
 """Initial weights with which a new VAE gives a coarse copy of its input instead of noise.
 
-With PyTorch's default weights, a deep encoder-decoder needs hundreds of steps before any signal comes through, and the
-noise of a posterior of variance one hides what does. Here, before the first step,
+With PyTorch's default weights, a deep encoder-decoder needs hundreds of steps before its output depends on its input,
+and the noise of a posterior of variance 1 hides the little signal there is. With the weights set here,
 
 - every residual branch ends in zero (Goyal et al. 2017, section 5.1), so each block is its shortcut;
 - resampling convolutions and shortcuts copy their input, and the first and last convolutions of encoder and decoder mix
   channels at one pixel, so colours reach the latents and come back at the resolution of the latents;
 - the posterior is narrow, with log-variance INITIAL_LOGVAR at every element;
-- labels, where a VAE is given them, have no effect.
+- labels have no effect (in a VAE that takes labels).
 
-A little noise breaks the symmetry between channels. The KL term and the data widen the posterior again.
+A little noise breaks the symmetry between channels. During training, the KL term and the data widen the posterior.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sdvae.model import AutoencoderKL
 from sdvae.model.blocks import Downsample, ResnetBlock, SelfAttention, Upsample
 
 INITIAL_LOGVAR = -6.0  # std 0.05, against latents of std about 1
-SYMMETRY_NOISE = 0.3  # of LeCun's standard deviation 1/sqrt(fan_in)
+SYMMETRY_NOISE = 0.3  # as a fraction of LeCun's standard deviation, 1/sqrt(fan_in)
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def initialise(vae: AutoencoderKL) -> None:
                 pass_through(module.conv_shortcut)
         elif isinstance(module, SelfAttention):
             nn.init.zeros_(module.get_parameter("to_out.0.weight"))
-        elif isinstance(module, nn.Embedding):  # of labels: as large as the features
+        elif isinstance(module, nn.Embedding):  # the labels' embedding, of the same standard deviation as features
             nn.init.normal_(module.weight)
     for name, parameter in vae.named_parameters():
         if name.endswith("label_proj.weight"):
@@ -59,14 +59,14 @@ def fan_in(weight: Tensor) -> int:
 
 
 def pass_through(conv: nn.Conv2d) -> None:
-    """Output channel i is input channel i (modulo their number) at the middle of the kernel, plus noise."""
+    """Copy input channel i mod in_channels to output channel i at the middle of the kernel, and add noise."""
     out_channels, in_channels = conv.weight.shape[:2]
     channels = torch.arange(out_channels)
     _set_middle(conv, torch.eye(in_channels)[channels % in_channels])
 
 
 def mix_channels(conv: nn.Conv2d) -> None:
-    """A random mixture of the input channels at the middle of the kernel, plus noise; the variance is kept."""
+    """Mix the input channels at random at the middle of the kernel, preserving the variance, and add noise."""
     out_channels, in_channels = conv.weight.shape[:2]
     _set_middle(conv, torch.randn(out_channels, in_channels) * in_channels**-0.5)
 

@@ -1,4 +1,4 @@
-"""What a run says of itself: averages over steps, metrics.jsonl, trackers, and the progress bar."""
+"""The log of a run: averages over steps, metrics.jsonl, trackers, and the progress bar."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 class Meter:
-    """Averages of what the steps report since the last line of the log, and how fast they were."""
+    """Averages of the values that steps have reported since the last line of the log, and the speed of these steps."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self.reset()
 
     def reset(self) -> None:
-        self._sums: dict[str, np.float32] = {}  # in fp32, as the terms are
+        self._sums: dict[str, np.float32] = {}  # in fp32, like the terms
         self._counts: dict[str, int] = {}
         self._images = 0
         self._waited = 0.0
@@ -44,27 +44,27 @@ class Meter:
         self._images += images
 
     def add(self, values: dict[str, float]) -> None:
-        """Take scalar values into their averages."""
+        """Add scalar values to their averages."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, np.float32(0)) + np.float32(value)
             self._counts[name] = self._counts.get(name, 0) + 1
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time in here as waiting for data."""
+        """A context whose time counts as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time in here as training."""
+        """A context whose time does not count as training."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
 
     def averages(self) -> dict[str, float]:
-        """Means over all processes; empty where nothing was added. Every process must call it."""
+        """Means over all processes; empty if nothing was added. Every process must call it."""
         if not self._sums:
             return {}
         means = [self._sums[name] / np.float32(self._counts[name]) for name in self._sums]
@@ -73,7 +73,7 @@ class Meter:
         return dict(zip(self._sums, reduced.tolist(), strict=True))
 
     def rates(self) -> dict[str, float]:
-        """images_per_second of all processes together, and the share of time in which this one waited for data."""
+        """images_per_second of all processes together, and the share of time that this process waited for data."""
         seconds = time.perf_counter() - self._start - self._paused
         return {"images_per_second": self._images / seconds, "data_wait_fraction": self._waited / seconds}
 
@@ -82,7 +82,7 @@ class Meter:
         return {name: [float(self._sums[name]), self._counts[name]] for name in self._sums}
 
     def restore(self, sums: dict[str, list[float]]) -> None:
-        """Continue from `sums`, exactly, since a float64 holds every fp32 number. Times and images start anew."""
+        """Continue from `sums`, which is exact since float64 holds every fp32 number. Times and images start at 0."""
         self.reset()
         self._sums = {name: np.float32(total) for name, (total, _) in sums.items()}
         self._counts = {name: int(count) for name, (_, count) in sums.items()}
@@ -92,7 +92,7 @@ class Meter:
         return {"meters": gather_object([self.sums()])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take this process's own sums; none when the number of processes has changed."""
+        """Load this process's sums, unless the number of processes has changed."""
         if len(state["meters"]) == self._accelerator.num_processes:
             self.restore(state["meters"][self._accelerator.process_index])
 
@@ -100,7 +100,7 @@ class Meter:
 class RunLog:
     """metrics.jsonl and accelerate's trackers.
 
-    A tracker cannot end a run: one that raises is reported once and then left out.
+    A tracker cannot end a run: if one raises an exception, this is logged once and the tracker is no longer used.
     """
 
     def __init__(self, run: RunFolder, config: TrainConfig, accelerator: Accelerator, first_step: int):
@@ -118,14 +118,14 @@ class RunLog:
         self._trackers = list(getattr(accelerator, "trackers", []))
 
     def report(self, kind: str, metrics: dict[str, float], step: int) -> None:
-        """Write one line of metrics, each under «kind/name»."""
+        """Write one line of metrics, each under the name `kind/name`."""
         named = {f"{kind}/{name}": value for name, value in metrics.items()}
         if self._run is not None:
             self._run.log({"step": step, **named})
         self._each(lambda tracker: tracker.log(named, step=step))
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
-        """Log a picture in every tracker that takes pictures."""
+        """Log a picture with every tracker that accepts pictures."""
 
         def log(tracker: Any) -> None:
             if hasattr(tracker, "log_images"):
@@ -148,7 +148,7 @@ class RunLog:
 
 @contextmanager
 def progress_bar(done: int, steps: int, show: bool) -> Iterator[tqdm]:
-    """A bar of the steps done, with the time left; where the output is a file, one line in 30 seconds."""
+    """A bar of the steps done, with the time left. If the output is a file, it gets a line every 30 seconds."""
     seconds = 0.1 if sys.stderr.isatty() else 30.0
     settings: dict[str, Any] = {"unit": "step", "disable": not show, "dynamic_ncols": True, "mininterval": seconds}
     with tqdm(total=steps, initial=done, desc="train", **settings) as bar:

@@ -1,9 +1,9 @@
 """A training run from its first step to its last.
 
 The order of samples is a function of (seed, epoch), the position in it is the number of samples that all processes
-have consumed together, and augmentation and posterior noise are functions of (seed, epoch, index). So N processes with
-batch B/N see what one process with batch B sees, and their averaged gradient is the same; and a run that is continued
-sees what it would have seen without the interruption.
+together have used, and augmentation and posterior noise are functions of (seed, epoch, index). So N processes with
+batch B/N use the same samples in each step as one process with batch B, and their averaged gradient is the same. A run
+that is continued uses the same samples as it would have used without the interruption.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from sdvae.training.stopping import StopSignal
 
 logger = logging.getLogger(__name__)
 
-WORKER_DIED = "DataLoader worker"  # torch raises a RuntimeError for it, which only its text tells from others
+WORKER_DIED = "DataLoader worker"  # in the text of torch's RuntimeError for this, which has no class of its own
 
 
-@torch.enable_grad()  # restores the caller's setting, whatever a `no_grad` that is interrupted in its exit leaves
+@torch.enable_grad()  # restores the caller's setting at the end, even if an interruption left `no_grad` on
 def train(config: TrainConfig) -> Path:
-    """Train as a recipe says: from the start, or from the last checkpoint in output_dir.
+    """Train by a recipe: from the start, or from the last checkpoint in output_dir.
 
     Under `torchrun` or `accelerate launch`, every process calls it.
 
@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> Path:
         The folder of the saved VAE, `<output_dir>/model`.
 
     Raises:
-        InputError: for what is wrong with the recipe or the data, before the first step where possible.
+        InputError: for faults of the recipe or the data, before the first step where possible.
         Stopped: after SIGTERM or SIGINT, when the checkpoint is written.
         OSError: for a fault of the machine, such as a full disk, or a loader process that died for lack of memory.
     """
@@ -81,11 +81,12 @@ def train(config: TrainConfig) -> Path:
 class Training:
     """One process's part of a run.
 
-    `__init__` reads the input, and writes nothing. `begin` finds where the run stands. `run_to_the_end` trains.
+    `__init__` opens the input and writes nothing. `begin` prepares the run's first or next step. `run_to_the_end`
+    trains.
 
     Attributes:
-        recipe: as the user wrote it: what is stored, and compared when the run is continued.
-        config: the recipe with what was decided on this machine: the model section of the VAE to be fine-tuned, and
+        recipe: the recipe as the user wrote it. It is stored, and compared when the run is continued.
+        config: the recipe with what was decided on this machine: the model section of the VAE that is fine-tuned, and
             the memory format.
     """
 
@@ -100,8 +101,8 @@ class Training:
             self.run.check_ours()
         self.train_source, self.validation_source = open_sources(recipe.data, recipe.seed)
         for source in (self.train_source, self.validation_source):
-            labels_of(source, recipe)  # refuses labels that do not fit before anything is written
-        torch.manual_seed(recipe.seed)  # of the initial weights, which are the same on every process
+            labels_of(source, recipe)  # raises for labels that do not fit, before anything is written
+        torch.manual_seed(recipe.seed)  # for the initial weights, which are the same on every process
         self.vae, self.config = starting_vae(recipe)
         self.perceptual = build_perceptual(recipe, accelerator)
         self.findings = check_recipe(
@@ -118,7 +119,7 @@ class Training:
         self.progress = Progress()
 
     def begin(self) -> None:
-        """Find out where the run stands, and make ready for its next step."""
+        """Load the checkpoint, if there is one, and prepare the next step."""
         accelerator, run, vae = self.accelerator, self.run, self.vae
         found = [run.find(self.recipe, self.images_per_step) if accelerator.is_main_process else None]
         if accelerator.num_processes > 1:
@@ -138,7 +139,7 @@ class Training:
         self.state = RunState(origin, players, self.progress, self.meter, self.bad_images, accelerator)
         if checkpoint is not None:
             self.state.load(checkpoint, config)
-        accelerator.wait_for_everyone()  # from here on files are written, so every process must have found no fault
+        accelerator.wait_for_everyone()  # files are written from here on, after every process has passed all checks
         if accelerator.is_main_process:
             run.open(self.recipe, self.progress.step)
         for finding in self.findings:
@@ -160,7 +161,11 @@ class Training:
         self._announce()
 
     def run_to_the_end(self) -> Path:
-        """Do the steps that are left, with their validations and checkpoints. Returns the folder of the saved VAE."""
+        """Do the remaining steps, with their validations and checkpoints.
+
+        Returns:
+            The folder of the saved VAE.
+        """
         config, progress = self.config, self.progress
         if progress.step >= config.steps and progress.validated:
             logger.info("%s is finished: %d steps; the VAE is in %s", self.run.root, progress.step, self.run.model)
@@ -192,7 +197,11 @@ class Training:
         return self.run.model
 
     def _count(self, result: StepResult) -> None:
-        """Count a step and what it reports; after too many skipped ones in a row, end the run."""
+        """Count a step and the values that it reports. Too many skipped steps in a row end the run.
+
+        Raises:
+            InputError: after max_skipped_steps skipped steps in a row.
+        """
         config, progress = self.config, self.progress
         if result.skipped:
             self.skipped.take_note(result)
@@ -228,7 +237,10 @@ class Training:
         raise self.signals.stopped(f"stopped after step {self.progress.step}; the same command continues from {where}")
 
     def _checkpoint_is_due(self) -> bool:
-        """Not while steps are skipped, since too many of them take the run back to before the first."""
+        """Whether to write a checkpoint after this step.
+
+        While steps are skipped, none is written, since after too many the run returns to the state before the first.
+        """
         step = self.progress.step
         healthy = self.progress.skipped_in_a_row == 0
         return step == self.config.steps or (healthy and step % self.config.checkpoint.every_steps == 0)
@@ -246,7 +258,10 @@ class Training:
         return probe(self.vae, images, batch["noise_seed"], self.config, self.perceptual, **conditioning)
 
     def _batches(self) -> Generator[Batch, None, None]:
-        """This process's micro-batches of the steps to do, their bad images noted. Closing it ends the loader."""
+        """This process's micro-batches of the remaining steps. Closing the generator ends the loader.
+
+        Bad images are added to `bad_images`.
+        """
         steps = self.config.steps - self.progress.step
         start = self.progress.position
         for batch in training_batches(self.train_source, self.config, self.accelerator, start=start, steps=steps):

@@ -1,6 +1,6 @@
 """The README.md beside the weights: what the VAE is, its figures, and how to load it.
 
-The hub reads the YAML at its head.
+The Hugging Face hub reads the YAML at the head of the file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ vae = AutoencoderKL.from_pretrained("{place}")
 ```
 """
 
-CONDITIONAL_TEXT = """It is given class labels, 0 to {last}, which diffusers' `AutoencoderKL` does not know:
+CONDITIONAL_TEXT = """It takes class labels, 0 to {last}, which diffusers' `AutoencoderKL` does not:
 
 ```python
 from sdvae.tutorial.conditional import ConditionalAutoencoderKL
@@ -84,7 +84,7 @@ the posterior's mode{with_weights}.
 {perceptual_note}"""
 
 RANDOM_NOTE = """
-`{name}` was computed with a randomly initialised trunk, because no ImageNet weights could be had. It cannot be
+`{name}` was computed with a randomly initialised trunk, because the ImageNet weights could not be loaded. It cannot be
 compared with published LPIPS values.
 """
 
@@ -96,10 +96,10 @@ def model_card(
 
     Args:
         config: the recipe.
-        vae: with its final scaling factor.
-        result: of the validation that is reported.
-        step: steps done.
-        images_seen: crops that all processes have consumed together.
+        vae: the VAE with its final scaling factor.
+        result: the validation that is reported.
+        step: the number of steps done.
+        images_seen: the number of crops that all processes together have trained on.
     """
     frozen = config.fine_tune.freeze_encoder
     shift = vae.config.shift_factor
@@ -175,8 +175,8 @@ def loading_text(vae: AutoencoderKL, place: str, *, what: str = "this folder", p
     Args:
         vae: the VAE.
         place: its folder, or its id on the hub.
-        what: is loaded, in words.
-        programs: keys of LDM_PROGRAMS, where LDM_NAME is beside the card.
+        what: words that say what is loaded.
+        programs: keys of LDM_PROGRAMS; only given if the file LDM_NAME lies beside the card.
     """
     text = LOADING_TEXT.format(what=what, place=place) + _logits_text(vae)
     if programs:
@@ -187,14 +187,14 @@ def loading_text(vae: AutoencoderKL, place: str, *, what: str = "this folder", p
 def figures_text(
     result: ValidationResult, conditions: str, source: str, resolution: int, *, with_weights: str = ""
 ) -> str:
-    """The grid and the table.
+    """The section with the grid of images and the table of figures.
 
     Args:
-        result: gives the figures.
-        conditions: the beginning of the sentence, up to «means over».
-        source: of the images.
-        resolution: of the images, in pixels.
-        with_weights: the end of the sentence.
+        result: the validation with the figures.
+        conditions: the beginning of the sentence below the grid, up to «means over».
+        source: where the images come from.
+        resolution: side of the images, in pixels.
+        with_weights: the end of that sentence.
     """
     random_names = [name for name in result.metrics if name.endswith("_random")]
     return FIGURES_TEXT.format(
@@ -215,14 +215,14 @@ def figures_text(
 
 
 def base_model(source: str | None) -> str | None:
-    """The hub id of the VAE that a VAE was made from, for the hub's tree of models; None for a file or folder."""
+    """The hub id in `source`, which the hub shows as the model's origin; None for a file, a folder or no source."""
     if source is None or Path(source).expanduser().exists() or not HUB_ID.fullmatch(source):
         return None
     return source
 
 
 def describe_start(config: TrainConfig) -> str:
-    """«, starting from `stabilityai/sd-vae-ft-mse` with its encoder frozen», or nothing."""
+    """Text such as «, starting from `stabilityai/sd-vae-ft-mse` with its encoder frozen», or an empty string."""
     if config.fine_tune.source is None:
         return ""
     frozen = " with its encoder frozen" if config.fine_tune.freeze_encoder else ""
@@ -236,5 +236,5 @@ def run_title(config: TrainConfig) -> str:
 
 
 def title(name: str, ratio: int, channels: int) -> str:
-    """«quickstart: an f8, 4-channel image VAE»."""
+    """A title such as «quickstart: an f8, 4-channel image VAE»."""
     return f"{name}: an f{ratio}, {channels}-channel image VAE"

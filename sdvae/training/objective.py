@@ -1,13 +1,13 @@
-"""The training objective: terms first, unweighted, then one line that weighs them.
+"""The training objective: first its unweighted terms, then their weighted sum.
 
 For an image x of C·H·W values and its reconstruction x̂, LDM minimises (ldm/modules/losses/contperceptual.py)
 
     Σ|x - x̂| + C·H·W · w_lpips · LPIPS(x, x̂) + w_kl · KL(q(z|x) || N(0, I)).
 
-Everything here is that divided by C·H·W, so that the published weights keep their meaning and the values do not change
-with resolution. It is the negative ELBO (Kingma & Welling 2014, eq. 3) with a Laplace likelihood and a perceptual term,
-where w_kl has the role of beta (Higgins et al. 2017). With `reconstruction: bce`, no LPIPS and w_kl = 1 it is the
-negative ELBO itself, of a Bernoulli likelihood, in nats for each value.
+This module divides that by C·H·W, so that the published weights keep their meaning and the values do not depend on the
+resolution. The objective is the negative ELBO (Kingma & Welling 2014, eq. 3) with a Laplace likelihood and a perceptual
+term, and w_kl is the beta of Higgins et al. 2017. With `reconstruction: bce`, no LPIPS and w_kl = 1, it is exactly the
+negative ELBO of a Bernoulli likelihood, in nats for each value.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class LossTerms:
     Attributes:
         reconstruction: error for each value, of the kind that `loss.reconstruction` names.
         lpips: LPIPS of an image; 0 when it is off.
-        kl: nats of an image, divided by C·H·W.
-        kl_penalty: the KL that the objective counts, which free bits make larger.
-        equivariance: reconstruction + lpips_weight · LPIPS of the transformed image.
-        logvar: s, the log-variance of the likelihood, where it is learned.
-        nelbo: nats of an image with a KL weight of 1, where the likelihood is Bernoulli.
+        kl: the KL of an image in nats, divided by C·H·W.
+        kl_penalty: the same in the objective, where free bits may make it larger.
+        equivariance: reconstruction + lpips_weight · LPIPS of the transformed image; None when it is off.
+        logvar: s, the log-variance of the likelihood; None unless it is learned.
+        nelbo: the negative ELBO of an image in nats, with a KL weight of 1; None unless the likelihood is Bernoulli.
     """
 
     reconstruction: Tensor
@@ -61,7 +61,7 @@ class LossTerms:
     nelbo: Tensor | None
 
     def logged(self, perceptual: Perceptual | None) -> dict[str, Tensor]:
-        """The terms that are on, under the names they have in the log: LPIPS has that of its trunk."""
+        """The terms that are on, under their names in the log. LPIPS is named after its trunk."""
         named = {"reconstruction": self.reconstruction, "kl": self.kl}
         if perceptual is not None:
             named[perceptual.name] = self.lpips
@@ -69,9 +69,9 @@ class LossTerms:
         return named | {name: term for name, term in optional.items() if term is not None}
 
     def nll(self, config: LossConfig) -> Tensor:
-        """All of the objective except the KL term and the discriminator's.
+        """The objective without the KL term and the discriminator's.
 
-        With a learned s it is LDM's likelihood, (reconstruction + w·LPIPS) / e^s + s.
+        With a learned s it is LDM's negative log-likelihood, (reconstruction + w·LPIPS) / e^s + s.
         """
         nll = self.reconstruction + config.lpips_weight * self.lpips
         if self.equivariance is not None:
@@ -95,10 +95,10 @@ def loss_terms(
     """The terms of one batch.
 
     Args:
-        images: (B, C, H, W) in [-1, 1]; any float dtype, reduced in fp32.
-        output: what the decoder gives for them, in the same shape: reconstructions, or logits with «bce».
-        posterior: of the latents that were decoded.
-        config: which terms there are.
+        images: (B, C, H, W) in [-1, 1] and in any float dtype; sums are computed in fp32.
+        output: the decoder's output for them, the same shape: reconstructions, or logits with «bce».
+        posterior: the posterior of the latents that were decoded.
+        config: the settings of the loss, which say what terms there are.
         perceptual: None leaves LPIPS out.
         transformed: t(x) and D(t(z)), for the equivariance term.
         logvar: s, a scalar.
@@ -126,7 +126,7 @@ def compare(images: Tensor, output: Tensor, kind: str, perceptual: Perceptual | 
 
     Args:
         images: (B, C, H, W) in [-1, 1].
-        output: as in `loss_terms`.
+        output: the same shape; see `loss_terms`.
         kind: a key of RECONSTRUCTION_ERRORS.
         perceptual: None leaves LPIPS out.
     """
@@ -145,14 +145,14 @@ class Transformation:
     quarter_turns: int
 
     def __call__(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
-        """(B, C, H, W) images or latents -> (B, C, *size), with an antialiasing filter that is computed in fp32."""
+        """(B, C, H, W) images or latents -> (B, C, *size), with an antialiasing filter, computed in fp32 or wider."""
         x = torch.rot90(x, self.quarter_turns, dims=(2, 3))
         if x.shape[2:] == size:
             return x
         return F.interpolate(at_least_fp32(x), size=size, mode="bilinear", antialias=True, align_corners=False)
 
     def latent_size(self, latents: Tensor) -> tuple[int, int]:
-        """Height and width of the transformed latents; at least one position."""
+        """Height and width of the transformed latents, at least 1 each."""
         height, width = latents.shape[2:]
         if self.quarter_turns % 2:
             height, width = width, height
@@ -182,7 +182,7 @@ def kl_weight_at(step: int, config: LossConfig) -> float:
 def learning_rate_at(step: int, peak: float, config: OptimizerConfig, steps: int) -> float:
     """The learning rate of step `step` of `steps`, counted from 0: linear warm-up, then constant or a half cosine.
 
-    It depends on the step alone, so a run can be continued without a scheduler's state.
+    It depends only on the step, so a run can be continued without the state of a scheduler.
     """
     if step < config.warmup_steps:
         return peak * (step + 1) / (config.warmup_steps + 1)

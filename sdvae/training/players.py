@@ -20,19 +20,19 @@ from sdvae.training.ema import WeightAverage
 from sdvae.training.objective import Transformation, learning_rate_at
 from sdvae.tutorial.adversary import LatentDiscriminator
 
-FROZEN_PARTS = ("encoder.", "quant_conv.")  # all that latents depend on
+FROZEN_PARTS = ("encoder.", "quant_conv.")  # the parts that latents depend on
 
 
 class VAEOutput(NamedTuple):
-    """What a training step gets from the VAE.
+    """The outputs of the VAE in a training step.
 
-    It is a tuple of tensors, because accelerate converts those to fp32 where the VAE ran under autocast.
+    They are a tuple of tensors, because accelerate converts such a tuple to fp32 after a forward pass under autocast.
 
     Attributes:
-        reconstruction: (B, C, H, W), what the decoder gives: images in [-1, 1], or logits.
+        reconstruction: (B, C, H, W), the decoder's output: images in [-1, 1], or logits.
         moments: (B, 2C_z, h, w), parameters of the posterior.
-        transformed: D(t(z)), where a transformation was given.
-        logvar: s, the log-variance of the likelihood, where it is learned.
+        transformed: D(t(z)); None without a transformation.
+        logvar: s, the log-variance of the likelihood; None unless it is learned.
     """
 
     reconstruction: Tensor
@@ -46,15 +46,15 @@ class VAEOutput(NamedTuple):
 
     @property
     def nll_depends_on(self) -> list[Tensor]:
-        """The outputs that the objective without its KL term is a function of; the reconstruction is first."""
+        """The outputs on which the objective without its KL term depends; the reconstruction is first."""
         return [x for x in (self.reconstruction, self.transformed, self.logvar) if x is not None]
 
 
 class TrainingForward(nn.Module):
-    """Everything in a step that has a gradient in the VAE, in one forward pass, which DDP and autocast wrap.
+    """All computations of a step that have a gradient in the VAE, in one forward pass, which DDP and autocast wrap.
 
     Attributes:
-        logvar: s, the log-variance of the likelihood, where it is learned.
+        logvar: s, the log-variance of the likelihood; None unless it is learned.
     """
 
     def __init__(self, vae: AutoencoderKL, learn_logvar: bool):
@@ -73,9 +73,9 @@ class TrainingForward(nn.Module):
 
         Args:
             images: (B, C, H, W) in [-1, 1].
-            generators: of the posterior's noise, one for each image.
-            transformation: of the equivariance term.
-            conditioning: what else `encode` and `decode` take, such as labels.
+            generators: the generators of the posterior's noise, one for each image.
+            transformation: the one that the equivariance term uses.
+            conditioning: other inputs of `encode` and `decode`, such as labels.
         """
         posterior = encode_images(self.vae, images, **conditioning)
         z = posterior.sample(generators)
@@ -110,7 +110,7 @@ class Player:
             group["lr"] = learning_rate
 
     def clip(self, scaler: Any, max_norm: float) -> Tensor:
-        """Clip the gradients to a global norm, and return the norm that they had."""
+        """Clip the gradients to a global norm, and return their norm before that."""
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         return nn.utils.clip_grad_norm_(self.trained, max_norm)
@@ -122,7 +122,7 @@ class Player:
             scaler.step(self.optimizer)
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
-        """Take the moments from an optimizer's state, and leave its settings as the recipe has them now."""
+        """Load the moments of an optimizer's state, and keep the settings of the present recipe."""
         groups = self.optimizer.param_groups
         settings = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
         self.optimizer.load_state_dict(state)
@@ -134,20 +134,20 @@ class Player:
 
 
 class Players:
-    """The VAE, the moving average of its weights, and the discriminator where there is one.
+    """The VAE, the moving average of its weights, and the discriminator, if there is one.
 
     Args:
-        vae: on the accelerator's device. Parameters that do not train must be frozen already, since DDP expects a
-            gradient from all others.
+        vae: the VAE on the accelerator's device. Parameters that do not train must be frozen already, since DDP
+            expects a gradient from all others.
         config: the recipe.
         accelerator: wraps the networks.
     """
 
     def __init__(self, vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator):
         self.vae = vae
-        self.ema = WeightAverage(vae, config.optimizer.ema_decay)  # a copy, so before anything wraps the original
+        self.ema = WeightAverage(vae, config.optimizer.ema_decay)  # copies the VAE, so this comes before wrapping it
         if config.compile:
-            # block by block: the adaptive weight asks for the gradient of conv_out alone, before the backward pass
+            # block by block, because the adaptive weight needs the gradient of conv_out before the backward pass
             for block in (vae.encoder, vae.decoder.mid_block, *vae.decoder.up_blocks):
                 block.compile()
         forward = TrainingForward(vae, config.loss.learn_logvar).to(accelerator.device)
@@ -176,7 +176,7 @@ class Players:
         rates = {"learning_rate": learning_rate_at(step, optimizer.learning_rate, optimizer, config.steps)}
         self.generator.set_learning_rate(rates["learning_rate"])
         if self.discriminator is not None:
-            # the schedule of the VAE, after a warm-up of its own
+            # the VAE's schedule, after a separate warm-up
             peak = settings.learning_rate or optimizer.learning_rate
             warmup = min(1.0, max(0, step - settings.start_step + 1) / (optimizer.warmup_steps + 1))
             rate = warmup * learning_rate_at(max(step, optimizer.warmup_steps), peak, optimizer, config.steps)
@@ -190,7 +190,7 @@ def build_discriminator(vae: AutoencoderKL, settings: DiscriminatorConfig, resol
 
     Args:
         vae: gives the number of channels.
-        settings: what it sees, and its size.
+        settings: the kind and the size of the discriminator.
         resolution: side in pixels of the training crops.
     """
     if settings.sees == "images":
@@ -200,7 +200,7 @@ def build_discriminator(vae: AutoencoderKL, settings: DiscriminatorConfig, resol
 
 
 def freeze_encoder(vae: AutoencoderKL) -> None:
-    """Train only the decoder and post_quant_conv, so that the latent space stays as it is."""
+    """Train only the decoder and post_quant_conv, so that the latents do not change."""
     for name, parameter in vae.named_parameters():
         if name.startswith(FROZEN_PARTS):
             parameter.requires_grad_(False)
@@ -208,7 +208,7 @@ def freeze_encoder(vae: AutoencoderKL) -> None:
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """A context in which `network` passes gradients on to its input, and its parameters get none."""
+    """A context in which gradients pass through `network` to its input, and its parameters get none."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -223,7 +223,7 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, betas: tuple[fl
     """AdamW over the parameters that train.
 
     Raises:
-        InputError: when bitsandbytes is asked for and not installed.
+        InputError: when the recipe needs bitsandbytes and it is not installed.
     """
     trained = [p for p in network.parameters() if p.requires_grad]
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": betas, "weight_decay": config.weight_decay}

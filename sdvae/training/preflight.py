@@ -1,7 +1,7 @@
-"""What can be seen to be wrong before the first step: each finding is one line with its numbers and a remedy.
+"""Checks before the first step. Each finding is one line with its numbers and, where there is one, a remedy.
 
-config.py checks the recipe by itself; `check_recipe`, the recipe with the VAE, the data and LPIPS's trunk; `probe`, the
-first images.
+config.py checks the recipe on its own. `check_recipe` compares the recipe with the VAE, the data and LPIPS's trunk.
+`probe` runs the VAE on the first images.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from sdvae.training.config import TrainConfig
 from sdvae.training.objective import loss_terms
 
 LARGE = 20e6  # parameters; a VAE as large as SD's has 84 million
-LARGE_LEARNING_RATE = 1e-3  # LDM: 4.5e-6 for each image of a step, 1.1e-4 at its batch of 24
+LARGE_LEARNING_RATE = 1e-3  # LDM takes 4.5e-6 times the images in a step: 1.1e-4 for its batch of 24
 FEW_IMAGES = 1_000
 FEW_VALIDATION_IMAGES = 8
 SMALLEST_LATENT_STD, LARGEST_LATENT_STD = 1e-3, 1e3
-RECOGNISABLE_PSNR = 15.0  # dB; kl-f8 has 23.4 on COCO
+RECOGNISABLE_PSNR = 15.0  # dB; LDM's kl-f8 reaches 23.4 dB on COCO
 PROBED_IMAGES = 4
 
 
@@ -41,15 +41,15 @@ def check_recipe(
 
     Args:
         config: the recipe.
-        images_per_step: of all processes together.
-        train_images: how many there are.
-        validation_images: how many there are.
-        parameters: of the VAE.
-        compression_ratio: of the VAE, which may be one to be fine-tuned.
-        perceptual: LPIPS's name in the log, where it is on.
+        images_per_step: images in a step of all processes together.
+        train_images: the number of training images.
+        validation_images: the number of validation images.
+        parameters: the number of the VAE's parameters.
+        compression_ratio: the VAE's compression ratio; the VAE may be one that is fine-tuned.
+        perceptual: LPIPS's name in the log; None if the loss has no LPIPS.
 
     Raises:
-        InputError: where the run cannot work at all.
+        InputError: when the run cannot work at all.
     """
     metrics = ["psnr", "ssim"] + ([perceptual] if perceptual is not None else [])
     metrics += ["nelbo"] if config.loss.reconstruction == "bce" else []
@@ -69,24 +69,24 @@ def check_recipe(
     if gan.weight > 0:
         if gan.generator_start_step >= config.steps:
             findings.append(
-                f"the discriminator reaches the VAE in step {gan.generator_start_step + 1}, after the last, "
+                f"the discriminator acts on the VAE from step {gan.generator_start_step + 1}, after the last step, "
                 f"{config.steps}: it never acts; lower loss.discriminator.start_step"
             )
         elif gan.generator_start_step + gan.ramp_steps >= config.steps:
             findings.append(
                 f"the discriminator's ramp ends in step {gan.generator_start_step + gan.ramp_steps + 1}, after the "
-                f"last, {config.steps}: its weight never reaches {gan.weight}; shorten loss.discriminator.ramp_steps"
+                f"last step, {config.steps}: its weight never reaches {gan.weight}; lower loss.discriminator.ramp_steps"
             )
     rate = config.optimizer.learning_rate
     if parameters > LARGE and rate > LARGE_LEARNING_RATE:
         findings.append(
             f"optimizer.learning_rate={rate:g} is high for {parameters / 1e6:.0f} M parameters, "
-            f"{rate / (4.5e-6 * images_per_step):.0f} times LDM's 4.5e-6 an image of the step; it is used as it "
-            "stands here: was it multiplied by batch or processes already?"
+            f"{rate / (4.5e-6 * images_per_step):.0f} times LDM's rate of 4.5e-6 for each image in a step; it is used "
+            "as given, not multiplied by the batch or the number of processes; lower it if that was not meant"
         )
     if train_images < images_per_step:
         findings.append(
-            f"a step takes {images_per_step} images and there are {train_images}: each is in every step more than "
+            f"a step takes {images_per_step} images and there are only {train_images}: a step has some image more than "
             "once; lower batch_size, or give more images"
         )
     elif parameters > LARGE and train_images < FEW_IMAGES and config.fine_tune.source is None:
@@ -96,15 +96,16 @@ def check_recipe(
         )
     if validation_images < FEW_VALIDATION_IMAGES:
         findings.append(
-            f"{validation_images} validation images: their mean says little; raise data.validation_count where you can"
+            f"there are only {validation_images} validation images, so their mean is uncertain; raise "
+            "data.validation_count if you can"
         )
     seen = config.steps * images_per_step / train_images
     if seen < 1:
-        findings.append(f"the run ends when it has seen {seen:.0%} of the images; raise steps")
+        findings.append(f"the run ends after {seen:.0%} of the images; raise steps to use them all")
     if config.loss.kl_warmup_steps >= config.steps:
         findings.append(
-            f"loss.kl_warmup_steps={config.loss.kl_warmup_steps} in {config.steps} steps: the KL term never has its "
-            "full weight"
+            f"loss.kl_warmup_steps={config.loss.kl_warmup_steps} in a run of {config.steps} steps: the KL term never "
+            "has its full weight; lower it, or raise steps"
         )
     return findings
 
@@ -121,12 +122,12 @@ def probe(
     """Findings from one forward pass.
 
     Args:
-        vae: before its first step.
-        images: (B, C, H, W) in [-1, 1], of the training images; PROBED_IMAGES are enough.
+        vae: the VAE before its first step.
+        images: (B, C, H, W) in [-1, 1], some training images; PROBED_IMAGES are enough.
         noise_seeds: (B,) int64.
         config: the recipe.
-        perceptual: LPIPS, where it is on.
-        conditioning: what else the VAE is given.
+        perceptual: LPIPS; None if the loss has none.
+        conditioning: other inputs of the VAE, such as labels.
     """
     posterior = encode_images(vae, images, **conditioning)
     z = posterior.sample(posterior_generators(noise_seeds))
@@ -142,8 +143,9 @@ def probe(
     nll, kl = float(terms.nll(config.loss)), config.loss.kl_weight * float(terms.kl)
     if kl > nll:
         findings.append(
-            f"the weighed KL term, {kl:.3g}, is more than all of the reconstruction, {nll:.3g}: the posterior will "
-            "collapse; loss.kl_weight multiplies nats an image (LDM: 1e-6), as a beta near 1 would not"
+            f"the weighted KL term, {kl:.3g}, is larger than the reconstruction term, {nll:.3g}: the posterior will "
+            "collapse; lower loss.kl_weight, which multiplies nats for a whole image (LDM: 1e-6) and is not a beta "
+            "near 1"
         )
     if config.fine_tune.source is not None:
         reconstruction = decode_images(vae, posterior.mode(), images.shape[2:], **conditioning)
@@ -151,6 +153,6 @@ def probe(
         psnr = sum(row["psnr"] for row in rows) / len(rows)
         if psnr < RECOGNISABLE_PSNR:
             findings.append(
-                f"{config.fine_tune.source} reconstructs the first images at {psnr:.1f} dB only: is it the right VAE?"
+                f"{config.fine_tune.source} reconstructs the first images at only {psnr:.1f} dB: is it the right VAE?"
             )
     return findings

@@ -1,4 +1,4 @@
-"""A run's recipe, read back from its config.yaml."""
+"""Reading a run's recipe from its config.yaml."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdvae.training.config import TrainConfig
 
 
 def read_recipe(path: Path) -> TrainConfig:
-    """The recipe in a run folder's config.yaml; fields that it lacks have their defaults.
+    """The recipe in a run folder's config.yaml. Fields that the file lacks get their defaults.
 
     Raises:
         InputError: for an unknown field, or a value that does not fit.

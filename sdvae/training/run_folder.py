@@ -1,4 +1,4 @@
-"""The run folder: what lies where, and whether a command continues the run in it."""
+"""The run folder: the places of its files, and whether a command may continue the run in it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from sdvae.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# Fields that may be changed when a run is continued, because they do not change what is learned. How a step's images
-# are divided into batches is one too, except with an adaptive GAN weight, which is computed for each forward pass.
+# Fields that may change when a run is continued, because they do not change what is learned. BATCH_FIELDS, which divide
+# the images of a step into batches, may change too, except with an adaptive GAN weight: it is computed for each batch.
 FREE_FIELDS = frozenset(
     {"output_dir", "overwrite", "checkpoint", "trackers", "log_every", "grid_images", "max_skipped_steps"}
     | {"data.num_workers", "data.cache_mib", "data.max_bad_fraction"}
@@ -37,7 +37,7 @@ class RunFolder:
     Only the main process reads and writes here.
     """
 
-    TRACKER = "sdvae"  # project name for trackers, and the folder of those that write files
+    TRACKER = "sdvae"  # the trackers' name for the project, and the folder of trackers that write files
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
@@ -53,10 +53,12 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """A context in which no other process can train into this folder. The system frees a killed process's lock.
+        """A context in which no other process can train into this folder.
+
+        The operating system releases the lock when the process ends, even if it is killed.
 
         Raises:
-            InputError: when another process trains into it.
+            InputError: when another process is training into the folder.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         try:
@@ -68,14 +70,15 @@ class RunFolder:
             ) from error
 
     def find(self, config: TrainConfig, images_per_step: int) -> Path | None:
-        """The checkpoint to continue from, or None for a start from step 0. No result of the run is changed.
+        """The checkpoint to continue from, or None to start from step 0. The results in the folder are not changed.
 
         Args:
             config: the recipe, as the user wrote it.
-            images_per_step: of all processes together.
+            images_per_step: images in a step of all processes together.
 
         Raises:
-            InputError: when the folder is not that of a run, or is that of another recipe.
+            InputError: when the folder holds something other than a run, or a run of another recipe, or when none of
+                its checkpoints can be read.
         """
         self.check_ours()
         if config.overwrite or not self.config.is_file():
@@ -87,7 +90,7 @@ class RunFolder:
         if found is None and self.damaged:
             raise InputError(
                 f"none of the {len(self.damaged)} checkpoints in {self.checkpoints} can be read "
-                f"({self.damaged[0][1]}); start anew with --overwrite=true, or put a whole one there"
+                f"({self.damaged[0][1]}); start anew with --overwrite=true, or put an undamaged checkpoint there"
             )
         before = checkpoint.state if checkpoint is not None else {"config": self._recipe()}
         self._check_same(before, config, images_per_step)
@@ -101,7 +104,7 @@ class RunFolder:
             self._remove(self.checkpoints, self.model, self.best_model)
             self.metrics.write_bytes(b"")  # if the process is killed here, `check_ours` still accepts the folder
             self._remove(self.config)
-        for path, _ in self.damaged:  # renamed, so that new ones can have their names, and `prune` does not count them
+        for path, _ in self.damaged:  # renamed, so that a new checkpoint can take the name and `prune` skips this one
             path.rename(path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}"))
         self._forget_after(step)
         with replacing(self.config) as temporary:
@@ -114,12 +117,12 @@ class RunFolder:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def check_ours(self) -> None:
-        """Refuse a folder that is neither empty nor that of a run, which has a recipe and a log.
+        """Refuse a folder that is neither empty nor the folder of a run, which has a recipe and a log.
 
-        A run that was killed in its first moments may have left an empty log only.
+        A run that was killed in its first moments may have left only an empty log, which is accepted.
 
         Raises:
-            InputError: when it holds files of something else.
+            InputError: when the folder holds other files, or is a file.
         """
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"output_dir={self.root} is a file; need the path of a folder")
@@ -161,7 +164,7 @@ class RunFolder:
         return yaml.safe_load(self.config.read_text(encoding="utf-8"))
 
     def _forget_after(self, step: int) -> None:
-        """Remove the lines of metrics.jsonl that the run will write again, and an incomplete last one."""
+        """Remove the lines of metrics.jsonl that the run will write again, and an incomplete last line."""
         kept = []
         text = self.metrics.read_text(encoding="utf-8") if self.metrics.is_file() else ""
         for line in text.splitlines(keepends=True):
@@ -193,7 +196,7 @@ class RunFolder:
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
-    """The recipe as JSON and YAML hold it, with lists for tuples."""
+    """The recipe as a dict of what JSON and YAML can hold: tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 

@@ -1,4 +1,4 @@
-"""What a validation leaves: figures in the log, pictures, model/ and best_model/."""
+"""The results of a validation: figures in the log, pictures, model/ and best_model/."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ class Validator:
     """Validates the moving average of the weights, and saves it.
 
     Args:
-        config: the recipe, with the model section of the VAE that trains.
-        players: of the run.
+        config: the recipe, with the model section of the VAE that is trained.
+        players: the run's players.
         source: validation images.
-        train_source: the first of these, in the order of the first epoch, measure the scaling factor.
-        perceptual: LPIPS, where it is on.
-        bad_images: takes note of images that cannot be read.
-        run: where pictures and models go.
-        log: takes the figures.
-        accelerator: of the run.
+        train_source: training images. The scaling factor is measured on the first of them, in the order of the first
+            epoch.
+        perceptual: LPIPS; None if the loss has none.
+        bad_images: images that cannot be read are added to it.
+        run: the folder of pictures and models.
+        log: the log of the figures.
+        accelerator: the run's Accelerator.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Validator:
         self.accelerator = accelerator
 
     def __call__(self, progress: Progress) -> None:
-        """Measure, draw, and save model/, and best_model/ too where it is the best so far.
+        """Measure, draw, and save model/. If the model is the best so far, save best_model/ too.
 
         Every process must call it.
         """
@@ -78,7 +79,7 @@ class Validator:
             self.players.vae.train()
         result = self._validate(average)
         self.log.report("validation", result.metrics, step)
-        if not config.fine_tune.freeze_encoder:  # else the latents, and with them the factors, are what they were
+        if not config.fine_tune.freeze_encoder:  # a frozen encoder keeps the latents and so the factors
             batches = evaluation_batches(self.measured, config, self.accelerator)
             moments = measure_latents(average, batches, self.accelerator, self.bad_images)
             scaling_factor, shift_factor = moments.factors(with_shift=config.model.measure_shift)
@@ -103,12 +104,12 @@ class Validator:
 
 
 def is_better(metrics: dict[str, float], best: dict[str, Any], name: str) -> bool:
-    """Whether a validation is better than the best so far, or than none by this metric.
+    """Whether a validation is better than the best so far by this metric; true if there is none by this metric.
 
     Args:
-        metrics: of the validation.
+        metrics: the metrics of the validation.
         best: `Progress.best`.
-        name: the metric that counts.
+        name: the metric to compare.
     """
     if best.get("metric") != name:
         return True
@@ -149,7 +150,7 @@ def save_model(
     step: int,
     images_seen: int,
 ) -> None:
-    """Write model/, whole or not at all: weights, config.json, model card and reconstruction grid.
+    """Write model/, completely or not at all: weights, config.json, model card and reconstruction grid.
 
     Raises:
         InputError: when a weight is not finite.

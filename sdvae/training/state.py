@@ -1,7 +1,7 @@
 """The state of a run: what a checkpoint holds, and how a run is continued from one.
 
-It is made of objects with `state_dict` and `load_state_dict`, as in torch. Networks and optimizers have a file each.
-The others share state.json, where each has keys of its own.
+It consists of objects with `state_dict` and `load_state_dict`, as in torch. Networks and optimizers have a file each.
+The others share state.json, in which each has its own keys.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Stateful(Protocol):
     """An object with keys in state.json."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Its keys and their values, as JSON holds them. Every process must call it."""
+        """The object's keys and values, which JSON can hold. Every process must call it."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take its keys from the whole of state.json."""
+        """Load the object's keys from the content of state.json."""
 
 
 @dataclass
 class Progress:
-    """Where a run is.
+    """How far a run has come.
 
     Attributes:
         step: steps done, skipped ones included.
-        position: samples consumed by all processes together.
+        position: samples used by all processes together.
         skipped_in_a_row: how many of the last steps were skipped.
         validated: whether the validation due at this step is done.
         best: metric, value and step of the best validation.
@@ -71,14 +71,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run was begun with. A checkpoint that was begun with something else is refused.
+    """The recipe and data with which a run began. A checkpoint of a run that began with others is refused.
 
     Attributes:
         config: the recipe.
-        images_per_step: of all processes together.
+        images_per_step: images in a step of all processes together.
         train_images: number of training images, which with the seed gives their order.
         train_names: digest of the names of the training images.
-        perceptual: name of LPIPS's trunk.
+        perceptual: LPIPS's name, which says its trunk; None without LPIPS.
     """
 
     config: dict[str, Any]
@@ -88,7 +88,7 @@ class Origin:
     perceptual: str | None
 
     def check(self, state: dict[str, Any], accept_changed_config: bool) -> None:
-        """Compare with the state.json of a checkpoint, except for the recipe, which `RunFolder.find` has compared.
+        """Compare with the state.json of a checkpoint. The recipe is left out: `RunFolder.find` has compared it.
 
         Raises:
             InputError: when images or trunk differ.
@@ -96,13 +96,13 @@ class Origin:
         if state["train_images"] != self.train_images:
             raise InputError(
                 f"data.source has {self.train_images} training images and had {state['train_images']} when the "
-                "run began, so its order would be another; restore them, or start anew with --overwrite=true"
+                "run began, so their order would change; restore them, or start anew with --overwrite=true"
             )
         if accept_changed_config:
             return
         if state["train_names"] != self.train_names:
             raise InputError(
-                "data.source has other images than when the run began, by their names; restore them, start anew "
+                "data.source has images with other names than when the run began; restore them, start anew "
                 "with --overwrite=true, or continue with --checkpoint.accept_changed_config=true"
             )
         if state["perceptual"] != self.perceptual:
@@ -113,7 +113,7 @@ class Origin:
 
 
 class RunState:
-    """Everything that a run is continued from."""
+    """All state from which a run is continued."""
 
     def __init__(
         self,
@@ -140,9 +140,9 @@ class RunState:
         ]
 
     def save(self, root: Path, keep_last: int) -> None:
-        """Write a checkpoint into `root`, and remove old ones when it is whole.
+        """Write a checkpoint into `root`, and remove old ones when it is complete.
 
-        Every process must call it; the main one writes.
+        Every process must call it. Only the main process writes.
         """
         state = asdict(self.origin)
         for part in self.in_json:
@@ -159,13 +159,13 @@ class RunState:
         """Continue from the checkpoint in `folder`.
 
         Raises:
-            InputError: when the checkpoint does not fit, before anything of it is loaded.
+            InputError: when the checkpoint does not fit. Nothing is loaded then.
         """
         checkpoint = read_checkpoint(folder)
         for name, network in self.networks.items():
             if name in checkpoint.weights:
                 check_fit(network.state_dict(), checkpoint.weights[name], f"{folder}/{name}.safetensors")
-            elif name != "discriminator":  # a changed recipe may add one
+            elif name != "discriminator":  # a changed recipe may add a discriminator
                 raise InputError(f"{folder} lacks {name}.safetensors")
         self.origin.check(checkpoint.state, config.checkpoint.accept_changed_config)
         optimizers = self._optimizers_that_fit(checkpoint, config.optimizer.kind)
@@ -181,7 +181,7 @@ class RunState:
         logger.info("continuing from %s", folder)
 
     def _optimizers_that_fit(self, checkpoint: Checkpoint, kind: str) -> dict[str, dict[str, Any]]:
-        """The optimizers' states; none where the recipe now has an optimizer that cannot take them.
+        """The optimizers' states, or an empty dict if the recipe now has an optimizer that cannot load them.
 
         Raises:
             InputError: when the number of trained parameters has changed.
@@ -203,7 +203,7 @@ class RunState:
 
 
 class _LossScaler:
-    """fp16's loss scale."""
+    """The loss scale of fp16 training."""
 
     def __init__(self, scaler: Any):
         self._scaler = scaler
@@ -217,7 +217,7 @@ class _LossScaler:
 
 
 class _BadImages:
-    """The bad images that all processes have met, so that they are reported and counted once in a run."""
+    """The bad images that all processes have found, so that each is reported and counted once in a run."""
 
     def __init__(self, bad_images: BadImages):
         self._bad_images = bad_images
@@ -242,6 +242,6 @@ def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str
 
 
 def digest_of_names(source: ImageSource) -> str:
-    """A digest of up to 10,000 names spread over the source, which changes when images come or go."""
+    """A digest of up to 10,000 names spread over the source, which changes when images are added or removed."""
     step = max(1, len(source) // 10_000)
     return f"{zlib.crc32(chr(10).join(source.name(i) for i in range(0, len(source), step)).encode()):08x}"

@@ -1,8 +1,8 @@
-"""One optimizer step of the VAE and its discriminator, on the same images: `TrainStep.__call__` is the whole of it.
+"""One optimizer step of the VAE and its discriminator, on the same images: `TrainStep.__call__`.
 
-The discriminator is frozen while the VAE's loss goes back through it, and it sees the reconstruction (or the latents)
-detached, so neither network leaves gradients in the other. All processes agree on whether every loss and gradient is
-finite; then both networks step, or neither does.
+The discriminator is frozen during the backward pass of the VAE's loss, and its own input, the reconstruction (or the
+latents), is detached, so neither network gets gradients from the other's loss. All processes share whether every loss
+and gradient is finite. If so, both networks step; otherwise neither does.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from sdvae.tutorial.adversary import LatentDiscriminator, posterior_and_prior_sa
 
 @dataclass
 class StepResult:
-    """What one step did.
+    """The result of one step.
 
     Attributes:
-        skipped: some process had a loss or gradient that is not finite, so nothing was learned.
-        culprits: on this process, «term value» of what was not finite.
-        indices: of this process's images in the data set.
-        stop: some process was told to stop.
+        skipped: whether some process had a loss or gradient that is not finite, so that no network stepped.
+        culprits: the term and the value of each number on this process that was not finite.
+        indices: the places of this process's images in the data set.
+        stop: whether some process was told to stop.
         values: scalars to be averaged into the log: a dict for each micro-batch, and one for the step.
         state: scalars that hold for the whole step.
     """
@@ -57,13 +57,13 @@ class StepResult:
 
 
 class TrainStep:
-    """One step of a run with these networks: call it with the step's number and the batches.
+    """The step of a run with these networks. It is called with the step's number and the batches.
 
     Args:
         config: the recipe.
         players: the networks and their optimizers.
-        perceptual: LPIPS, where it is on.
-        accelerator: of the run.
+        perceptual: LPIPS; None if the loss has none.
+        accelerator: the run's Accelerator.
     """
 
     def __init__(self, config: TrainConfig, players: Players, perceptual: Perceptual | None, accelerator: Accelerator):
@@ -82,10 +82,11 @@ class TrainStep:
         """Do step `step`, counted from 0, on the next gradient_accumulation_steps batches.
 
         Args:
-            step: sets the learning rates, the weights and the transformation.
-            batches: this process's micro-batches; the `bad` images named in them are left to the caller.
-            waiting: a context that is entered while the next batch is awaited.
-            stop: asked at the end of the step whether this process was told to stop; the result tells all processes.
+            step: the number of the step, on which learning rates, weights and transformation depend.
+            batches: this process's micro-batches. Their `bad` images are not counted here.
+            waiting: a context that is entered while waiting for the next batch.
+            stop: a function that says, at the end of the step, whether this process was told to stop. All processes
+                get this in their result.
         """
         config, players, device = self.config, self.players, self.accelerator.device
         result = StepResult(state=players.set_learning_rates(step, config))
@@ -138,11 +139,11 @@ class TrainStep:
         Args:
             step: counted from 0.
             images: (B, C, H, W) in [-1, 1], on the accelerator's device.
-            noise_seeds: (B,) int64, of the posterior's noise.
-            conditioning: what else the VAE is given, as `conditioning_of` returns it.
+            noise_seeds: (B,) int64, the seeds of the posterior's noise.
+            conditioning: other inputs of the VAE, as `conditioning_of` returns them.
 
         Returns:
-            Scalars for the log, and what the discriminator is to take for real and for fake, without gradients.
+            Scalars for the log, and the real and the fake inputs of the discriminator, without gradients.
         """
         config, players = self.config.loss, self.players
         transformation = transformation_at(step, self.config.seed, config.equivariance)
@@ -183,8 +184,8 @@ class TrainStep:
         """Forward and backward pass of the discriminator.
 
         Args:
-            real_inputs: images, or draws of the prior.
-            fake_inputs: their reconstructions, or samples of the posterior, in the same shape and without gradients.
+            real_inputs: images, or samples of the prior.
+            fake_inputs: their reconstructions, or samples of the posterior; the same shape, without gradients.
 
         Returns:
             Scalars for the log, and the mean logits of real and fake, (2,) fp32.
@@ -196,8 +197,8 @@ class TrainStep:
         loss = discriminator_loss(real, fake, settings.loss)
         values = {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
         if settings.r1_weight > 0:
-            # In fp32, since a squared gradient leaves half precision's range: `layers` is called because accelerate
-            # has put autocast into `forward`.
+            # In fp32, since a squared gradient exceeds the range of half precision. This calls `layers`, because
+            # accelerate has put autocast into `forward`.
             with torch.autocast(real_inputs.device.type, enabled=False):
                 inputs = real_inputs.float().requires_grad_(True)
                 penalty = r1_penalty(player.network.layers(inputs), inputs)
@@ -211,22 +212,22 @@ class TrainStep:
         return values, torch.stack([real.mean(), fake.mean()]).detach().float()
 
     def _gradients_of(self, player: Player, last: bool) -> AbstractContextManager[None]:
-        """DDP averages gradients over processes in the backward pass of the last micro-batch only."""
+        """A context for a backward pass, in which DDP averages gradients only for the last micro-batch of the step."""
         return nullcontext() if last else self.accelerator.no_sync(player.wrapped)
 
     def _agree(
         self, result: StepResult, values: list[dict[str, Tensor]], logits: list[Tensor], stop: bool
     ) -> tuple[float, float] | None:
-        """One small sum over all processes, after which each knows whether to skip the step and whether to stop.
+        """Decide for all processes, by one small sum over them, whether to skip the step and whether to stop.
 
         Args:
-            result: gets its `values`, `skipped`, `culprits` and `stop`.
+            result: the step's result; its `values`, `skipped`, `culprits` and `stop` are set here.
             values: the step's scalars.
-            logits: mean logits of each micro-batch, (2,), where the discriminator learns.
+            logits: mean logits of each micro-batch, (2,) each; empty unless the discriminator learns.
             stop: whether this process was told to stop.
 
         Returns:
-            The mean logits of real and fake over all processes, where the discriminator learns.
+            The mean logits of real and fake over all processes, or None unless the discriminator learns.
         """
         here = torch.stack([value.detach().float() for scalars in values for value in scalars.values()])
         broken = (~torch.isfinite(here)).any().float()

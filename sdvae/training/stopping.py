@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: finish the step, write a checkpoint, exit with 128 + the signal's number."""
+"""On SIGTERM or SIGINT, a run finishes its step, writes a checkpoint and exits with 128 + the signal's number."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """A context in which the first signal is noted, and a second one has its usual effect.
+    """A context that records the first signal instead of acting on it. A second signal has its usual effect.
 
     Attributes:
-        received: the signal's number, or None.
+        received: the number of the signal, or None if none came.
     """
 
     def __init__(self) -> None:
@@ -44,5 +44,5 @@ class StopSignal:
         return self.received is not None
 
     def stopped(self, message: str) -> Stopped:
-        """The exception that ends the run, with the exit code of SIGTERM where only another process got the signal."""
+        """The exception that ends the run. If only another process got the signal, it counts as SIGTERM."""
         return Stopped(message, self.received or signal.SIGTERM)

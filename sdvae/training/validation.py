@@ -29,14 +29,14 @@ StatisticsT = TypeVar("StatisticsT", bound=Sums)
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """What a validation found.
+    """The results of a validation.
 
     Attributes:
         metrics: means over the validation images, and figures of their latents.
         health: statistics of their latents.
         per_image: the figures of each image, with its `index` and `name`.
         images: the first few images, (N, C, R, R) in [-1, 1], fp32 on the CPU.
-        reconstructions: theirs, in the same shape.
+        reconstructions: their reconstructions, the same shape.
     """
 
     metrics: dict[str, float]
@@ -61,16 +61,16 @@ def validate(
     """Reconstruct each process's share of the images from the posterior's mode, and average over all processes.
 
     Args:
-        vae: on the accelerator's device.
+        vae: the VAE on the accelerator's device.
         batches: this process's share: `image` (B, C, R, R), `name`, `index`, the place in the whole set, and `bad`.
-        accelerator: of the run.
-        perceptual: LPIPS, where it is on.
-        bad_images: takes note of the images that could not be read.
-        keep: how many images, from the first on, come back as tensors.
-        seed: of the posterior sample that the ELBO of a VAE with a Bernoulli likelihood is estimated from. Its
-            `nelbo`, `distortion` and `rate` are then among the metrics, in nats an image.
-        full_precision: compute without autocast, whatever the accelerator says. (Accelerators share one precision in
-            a process: that of a training before this would count.)
+        accelerator: the run's Accelerator.
+        perceptual: LPIPS; None leaves it out.
+        bad_images: images that cannot be read are added to it.
+        keep: the number of first images that are returned as tensors.
+        seed: the seed of the posterior sample from which the ELBO of a VAE with a Bernoulli likelihood is estimated.
+            The metrics of such a VAE include `nelbo`, `distortion` and `rate`, in nats for each image.
+        full_precision: whether to compute without autocast, whatever the accelerator's precision is. (All
+            Accelerators of a process share one precision, so an earlier training could have set it.)
 
     Raises:
         InputError: when no image can be read, or when a figure is not finite.
@@ -130,7 +130,7 @@ def measure_latents(
 
 
 def readable(batches: Iterable[dict[str, Any]], bad_images: BadImages) -> Iterator[dict[str, Any]]:
-    """The batches in which at least one image could be read. All bad images are noted."""
+    """The batches in which at least one image could be read. All bad images are added to `bad_images`."""
     for batch in batches:
         bad_images.add(batch["bad"])
         if batch["name"]:
@@ -141,7 +141,7 @@ def merged(share: StatisticsT) -> StatisticsT:
     """The statistics of all processes together. Every process must call it.
 
     Args:
-        share: what this process has seen.
+        share: the statistics of this process.
     """
     first, *others = gather_object([share])
     for other in others:

@@ -1,1 +1,1 @@
-"""The VAEs of the tutorials: a Bernoulli likelihood, class labels, an adversary on the latents."""
+"""Code for the VAEs of tutorials: with a Bernoulli likelihood, class labels, or an adversary on the latents."""

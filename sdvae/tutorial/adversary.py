@@ -8,15 +8,13 @@ from torch import Tensor, nn
 from sdvae.model import DiagonalGaussian
 from sdvae.noise import posterior_generators
 
-SLOPE = 0.2  # of the leaky ReLUs
+SLOPE = 0.2  # slope of the leaky ReLUs below zero
 
 
 class LatentDiscriminator(nn.Module):
     """An MLP with `layers` hidden layers of `width` units over all latents of an image.
 
-    Its logit is above zero for «from the prior».
-
-    (B, C_z, h, w) -> (B, 1).
+    (B, C_z, h, w) -> (B, 1), a logit that is above zero for latents that seem to be drawn from the prior.
     """
 
     def __init__(self, latents: int, layers: int = 3, width: int = 64):
@@ -31,11 +29,11 @@ class LatentDiscriminator(nn.Module):
 
 
 def posterior_and_prior_samples(posterior: DiagonalGaussian, noise_seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """What the discriminator is to tell apart: samples of the posterior, with gradients, and as many of the prior.
+    """The inputs of the discriminator: samples of the posterior, with gradients, and as many samples of the prior.
 
     Args:
         posterior: over (B, C_z, h, w).
-        noise_seeds: (B,) int64; the posterior's samples are those that these seeds give everywhere else.
+        noise_seeds: (B,) int64, the seeds of the posterior's noise; they give the same samples in all other code.
     """
     z = posterior.sample(posterior_generators(noise_seeds))
     return z, prior_samples(z, noise_seeds)
@@ -45,7 +43,7 @@ def prior_samples(like: Tensor, noise_seeds: Tensor) -> Tensor:
     """z ~ N(0, I) in the shape of `like`, (B, C_z, h, w), from noise that is independent of the posterior's.
 
     Args:
-        like: gives shape, device and dtype.
+        like: a tensor of the shape, device and dtype that the result gets.
         noise_seeds: (B,) int64, one for each image.
     """
     return randn_tensor(like.shape, posterior_generators(~noise_seeds), like.device, like.dtype)

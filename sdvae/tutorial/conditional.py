@@ -1,9 +1,9 @@
-"""ConditionalAutoencoderKL: the VAE given a class label, q(z|x, y) and p(x|z, y).
+"""ConditionalAutoencoderKL: a VAE conditioned on a class label, q(z|x, y) and p(x|z, y).
 
 The label is embedded, and each ResNet block of encoder and decoder adds its own linear map of the embedding between its
-two convolutions: where LDM's blocks take the embedding of the diffusion time («temb»; ldm/modules/diffusionmodules/
-model.py). One more row of the table stands for «no label», so one model is also the unconditional VAE, if it was
-trained with some labels left out (data.label_dropout; Ho & Salimans 2022, section 3.2).
+two convolutions. In that place LDM's blocks take the embedding of the diffusion time (`temb`;
+ldm/modules/diffusionmodules/model.py). One more row of the table stands for no label, so a model that was trained with
+some labels left out is also an unconditional VAE (data.label_dropout; Ho & Salimans 2022, section 3.2).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sdvae.model.posterior import DiagonalGaussian
 
 
 def _with_arguments_of(base: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Spell out the `**shape` of an __init__: diffusers reads the config's keys from its signature."""
+    """Replace `**shape` in the signature of an __init__ by the arguments of `base`, where diffusers reads the keys."""
 
     def spelt_out(init: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(init).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -41,7 +41,7 @@ def _with_arguments_of(base: Callable[..., None]) -> Callable[[Callable[..., Non
 class ConditionalAutoencoderKL(AutoencoderKL):
     """An AutoencoderKL whose `encode`, `decode` and `forward` take `labels` too.
 
-    `save_pretrained` and `from_pretrained` work as for any model of diffusers; no pipeline calls it with labels.
+    `save_pretrained` and `from_pretrained` work as for any model of diffusers. diffusers' pipelines give no labels.
 
     Args:
         num_classes: labels are 0 .. num_classes - 1.
@@ -64,12 +64,12 @@ class ConditionalAutoencoderKL(AutoencoderKL):
     def encode(
         self, x: Tensor, return_dict: bool = True, labels: Tensor | None = None
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
-        """As `AutoencoderKL.encode`, given the labels.
+        """`AutoencoderKL.encode`, conditioned on labels.
 
         Args:
             x: (B, in_channels, H, W) float in [-1, 1].
             return_dict: false gives a 1-tuple of the posterior.
-            labels: (B,) integers, below zero for no label; None is no label for all.
+            labels: (B,) integers, below zero for no label; None means no label for any image.
 
         Raises:
             InputError: for images or labels that do not fit.
@@ -85,12 +85,12 @@ class ConditionalAutoencoderKL(AutoencoderKL):
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """As `AutoencoderKL.decode`, given the labels, (B,) as in `encode`."""
+        """`AutoencoderKL.decode`, conditioned on labels, (B,) as in `encode`."""
         image = self._reconstruction(z, self._embedded(labels, z))
         return DecoderOutput(sample=image) if return_dict else (image,)
 
     def to_diffusers(self) -> StockAutoencoderKL:
-        """Refused, since diffusers has no such class.
+        """Not possible, since diffusers has no such class.
 
         Raises:
             InputError: always.

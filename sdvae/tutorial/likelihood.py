@@ -1,11 +1,11 @@
 """The ELBO of a VAE with a Bernoulli likelihood, a tighter bound on log p(x), and pictures drawn from the prior.
 
-With a Bernoulli likelihood («bce» in `loss.reconstruction`) the decoder gives the logit of each pixel's brightness.
-Images are in [-1, 1] as everywhere. `probabilities` maps them to [0, 1], where the cross-entropy takes a grey value for
-the probability of white, as the tutorials on MNIST do; `sdvae.roundtrip.bernoulli_mean` maps logits to [-1, 1].
+With a Bernoulli likelihood (`loss.reconstruction: bce`) the decoder outputs the logit of each pixel's brightness.
+Images are in [-1, 1] as everywhere. `probabilities` maps them to [0, 1], and the cross-entropy treats a grey value as
+the probability of white, as tutorials on MNIST do. `sdvae.roundtrip.bernoulli_mean` maps logits to [-1, 1].
 
-All figures are in nats for each image, summed over its values. An image that was padded for the encoder is compared
-over its own pixels only, so MNIST's figures are over 28 · 28 of them.
+All figures are in nats for each image, summed over its values. If an image was padded for the encoder, only its own
+pixels count, so MNIST's figures are sums over 28 · 28 pixels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def bernoulli_nll(images: Tensor, logits: Tensor) -> Tensor:
 
     Args:
         images: x, (B, C, H, W) in [-1, 1].
-        logits: of p, in the same shape.
+        logits: the logits of p, the same shape.
 
     Returns:
         (B,) in fp32 or wider.
@@ -90,12 +90,12 @@ def elbo(
     """The ELBO of each image, estimated from one sample (Kingma & Welling 2014, equation 7 with L = 1).
 
     Args:
-        vae: of a Bernoulli likelihood.
+        vae: a VAE with a Bernoulli likelihood.
         images: (B, C, H, W) in [-1, 1].
-        labels: (B,), of a conditional VAE; the ELBO is then a bound on log p(x|y).
-        generator: of the posterior's noise; a list has one for each image.
-        sample_posterior: False takes z = μ instead, which gives no bound. Many tutorials print it as their test loss,
-            since their models sample in training only.
+        labels: (B,), for a conditional VAE; the ELBO is then a bound on log p(x|y).
+        generator: the generator of the posterior's noise; a list has one for each image.
+        sample_posterior: False takes z = μ, for which the result is not a bound. Many tutorials print it as their test
+            loss, since their models sample only in training.
     """
     posterior = encode_images(vae, images, labels)
     z = posterior.sample(generator) if sample_posterior else posterior.mode()
@@ -110,14 +110,14 @@ def elbo_figures(
     generators: list[torch.Generator],
     labels: Tensor | None = None,
 ) -> list[dict[str, float]]:
-    """`nelbo`, `distortion` and `rate` of each image, from one sample of a posterior that is known already.
+    """`nelbo`, `distortion` and `rate` of each image, from one sample of a posterior that was computed before.
 
     Args:
-        vae: as in `elbo`, and so are `images` and `labels`.
+        vae: a VAE with a Bernoulli likelihood.
         images: (B, C, H, W) in [-1, 1].
-        posterior: of these images.
-        generators: of the posterior's noise, one for each image.
-        labels: (B,), of a conditional VAE.
+        posterior: the posterior of these images.
+        generators: the generators of the posterior's noise, one for each image.
+        labels: (B,), for a conditional VAE.
     """
     z = posterior.sample(generators)
     distortion = bernoulli_nll(images, decode_output(vae, z, images.shape[2:], labels)).tolist()
@@ -138,11 +138,11 @@ def log_likelihood(
     log 1/K Σ_k p(x|z_k) p(z_k) / q(z_k|x) with z_k from q (Burda et al. 2016, equation 8); K = 1 is the ELBO.
 
     Args:
-        vae: of a Bernoulli likelihood.
+        vae: a VAE with a Bernoulli likelihood.
         images: (B, C, H, W) in [-1, 1].
-        labels: (B,), of a conditional VAE.
+        labels: (B,), for a conditional VAE.
         samples: K, at least 1.
-        generator: of the posterior's noise.
+        generator: the generator of the posterior's noise.
 
     Returns:
         (B,).
@@ -168,11 +168,11 @@ def draw_from_prior(
     """Pictures from z ~ N(0, I).
 
     Args:
-        vae: of a Bernoulli likelihood.
-        count: how many.
-        side: of the images that the VAE was trained on, in pixels.
-        labels: (count,), of a conditional VAE: what to draw.
-        generator: of z.
+        vae: a VAE with a Bernoulli likelihood.
+        count: the number of pictures.
+        side: side of the images that the VAE was trained on, in pixels.
+        labels: (count,), for a conditional VAE: the classes to draw.
+        generator: the generator that draws z.
         guidance: w in p(x|z, y)^w p(x|z)^(1 - w), for a VAE trained with data.label_dropout: above 1 it exaggerates
             what the label changes (Ho & Salimans 2022, equation 6, on the decoder's logits). 1 draws from p(x|z, y).
 
@@ -183,7 +183,9 @@ def draw_from_prior(
         InputError: for guidance without labels.
     """
     if guidance != 1 and labels is None:
-        raise InputError(f"got guidance={guidance} without labels; need labels to be guided by, or leave it out")
+        raise InputError(
+            f"got guidance={guidance} without labels; need labels for guidance; give them, or leave it out"
+        )
     size = math.ceil(side / vae.spatial_compression_ratio)
     z = torch.randn(count, vae.config.latent_channels, size, size, generator=generator).to(vae.device, vae.dtype)
     given = {} if labels is None else {"labels": labels}

@@ -31,14 +31,14 @@ FLUX_SCALING_FACTOR, FLUX_SHIFT_FACTOR = 0.3611, 0.1159  # black-forest-labs/flu
 def checked_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The keys of a config.json that `AutoencoderKL` takes, with lists as tuples.
 
-    Keys that begin with "_" are notes and left out, except `_likelihood`.
+    Keys that begin with "_", except `_likelihood`, are notes and left out.
 
     Args:
         config: the content of the file.
-        origin: its name, for messages.
+        origin: the file's name, for messages.
 
     Raises:
-        InputError: for another class's config, an unknown key, a value of the wrong kind.
+        InputError: for the config of another class, an unknown key, or a value of the wrong kind.
     """
     class_name = config.get("_class_name", "AutoencoderKL")
     if class_name != "AutoencoderKL":
@@ -64,11 +64,11 @@ def checked_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 def _fault(default: Any, value: Any) -> str | None:
-    """What a key with this default needs instead of `value`; None where the value is right."""
+    """The kind of value that a key with this default needs, or None if `value` is of that kind."""
     if isinstance(default, tuple):
         kind = type(default[0])
         fits = isinstance(value, tuple) and value and all(isinstance(item, kind) for item in value)
-        return None if fits else f"a list of {'widths' if kind is int else 'block names'}, one a level"
+        return None if fits else f"a list of {'widths' if kind is int else 'block names'}, one for each level"
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
     if isinstance(default, int):
@@ -80,13 +80,13 @@ def _fault(default: Any, value: Any) -> str | None:
 
 
 def read_config(source: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
-    """What the caller gives as `config=`: a dict, the path of a config.json, or nothing.
+    """The checked keys of a config: a dict, the path of a config.json, or None for no keys.
 
     Args:
-        source: of `load_vae`.
+        source: the argument `config` of `load_vae`.
 
     Raises:
-        InputError: as `checked_config`, or when the file can not be read.
+        InputError: as `checked_config` does, or when the file cannot be read.
     """
     if source is None:
         return {}
@@ -96,17 +96,18 @@ def read_config(source: Mapping[str, Any] | str | Path | None) -> dict[str, Any]
 
 
 def infer_config(weights: Mapping[str, Tensor], given: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The configuration that weights in diffusers' names must have come from.
+    """The configuration that belongs to weights with diffusers' names.
 
     Shapes determine everything except the number of groups (32, as in all published models), the factors and
-    `sample_size`. For the factors, 4 channels are taken for SD 1 or 2 (SDXL's scaling_factor is 0.13025), and 16
-    channels without quant convs for Flux (SD3's factors are 1.5305 and 0.0609). Shapes cannot tell these apart, so the
-    choice is logged. For any other number of channels the factors are 1 and 0, with a warning.
+    `sample_size`. A VAE of 4 channels gets the factor of SD 1 and 2, although SDXL's VAE, with a scaling_factor of
+    0.13025, has the same shapes. A VAE of 16 channels without quant convs gets Flux's factors, although SD3's, with
+    1.5305 and 0.0609, has the same shapes. Both choices are logged. Any other VAE gets the factors 1 and 0, with a
+    warning.
 
     Args:
         weights: name -> tensor.
-        given: keys that the caller knows; they win over what is inferred.
-        origin: of the weights, for messages.
+        given: keys that the caller knows; they replace the inferred ones.
+        origin: where the weights come from, for messages.
 
     Raises:
         InputError: when the shapes do not determine a VAE.
@@ -140,7 +141,7 @@ def infer_config(weights: Mapping[str, Tensor], given: Mapping[str, Any], origin
         if odd:
             raise InputError(
                 f"{origin} has a level of width {odd[0]}, no multiple of {groups}, so the number of groups is unknown; "
-                'give it: config={"norm_num_groups": …}, or a config.json (sdvae export --config FILE)'
+                'need it from you: give config={"norm_num_groups": …}, or a config.json (sdvae export --config FILE)'
             )
         config["norm_num_groups"] = groups
     return {**config, **_factors({**config, **given}, given, origin), **given}
@@ -152,14 +153,14 @@ def _factors(config: Mapping[str, Any], given: Mapping[str, Any], origin: str) -
     channels = config["latent_channels"]
     if channels == 4:
         log.info(
-            "%s: scaling_factor %s of SD 1 and 2 assumed; SDXL's is 0.13025: config={'scaling_factor': 0.13025}",
+            "%s: assuming scaling_factor %s, that of SD 1 and 2; for SDXL's give config={'scaling_factor': 0.13025}",
             origin,
             SD1_SCALING_FACTOR,
         )
         return {"scaling_factor": SD1_SCALING_FACTOR}
     if channels == 16 and not config["use_quant_conv"] and not config["use_post_quant_conv"]:
         log.info(
-            "%s: Flux's scaling_factor %s and shift_factor %s assumed; for SD3's give "
+            "%s: assuming Flux's scaling_factor %s and shift_factor %s; for SD3's give "
             "config={'scaling_factor': 1.5305, 'shift_factor': 0.0609}",
             origin,
             FLUX_SCALING_FACTOR,
@@ -167,7 +168,7 @@ def _factors(config: Mapping[str, Any], given: Mapping[str, Any], origin: str) -
         )
         return {"scaling_factor": FLUX_SCALING_FACTOR, "shift_factor": FLUX_SHIFT_FACTOR}
     log.warning(
-        "%s: no known scaling_factor for %d latent channels; 1.0 is taken: measure it, or give config=",
+        "%s: the scaling_factor for %d latent channels is not known, so it is set to 1.0; measure it, or give config=",
         origin,
         channels,
     )

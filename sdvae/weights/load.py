@@ -1,4 +1,4 @@
-"""Load a Stable-Diffusion VAE from any form in which one is published, or refuse it in one clear line."""
+"""Loading a Stable Diffusion VAE from any form in which VAEs are published."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from sdvae.weights.read import WEIGHT_DTYPES, WEIGHT_SUFFIXES, check_tensors, is
 
 log = logging.getLogger(__name__)
 
-PREFIXES = ("first_stage_model.", "vae.", "")  # full SD checkpoints; some repacked ones; files of a VAE alone
+# Prefixes of the VAE's keys: in full SD checkpoints, in some repacked ones, and in files that hold only a VAE.
+PREFIXES = ("first_stage_model.", "vae.", "")
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # What LDM's training stores beside the VAE: discriminator, LPIPS and logvar; the EMA copy; the step.
 NO_WEIGHTS = ("loss.", "model_ema.", "global_step")
-STEM = "diffusion_pytorch_model"  # diffusers' name of the weights' file
+STEM = "diffusion_pytorch_model"  # diffusers' name for the file of weights, without its ending
 PACKAGED_VAE = Path(__file__).parents[1] / "pretrained" / "small_f8c4"
 
 
@@ -42,17 +43,17 @@ def load_vae(
 
     Args:
         source: one of
-            - a diffusers folder of a VAE, of a whole pipeline (its vae/ is taken) or of a training run (its model/);
+            - a folder: a VAE in diffusers' format, a whole pipeline (its vae/ is used) or a training run (its model/);
             - a single file (.safetensors, .sft, .ckpt, .pt, .pth, .bin) in LDM's or diffusers' layout: the VAE
-              alone or a full checkpoint, also of a model that was compiled or wrapped for DDP;
+              alone or a full checkpoint, also one of a model that was compiled or wrapped for DDP;
             - the id of a repository on the Hugging Face hub;
             - None: the small VAE that comes with this package (f8, 4 channels), which needs no download.
-        subfolder: where in the folder or repository the VAE lies.
-        config: keys that win over config.json or over what is inferred from a single file's shapes; a dict or
-            the path of a config.json. Shapes can not tell SDXL's factor (0.13025) from SD's, nor SD3's from
-            Flux's, nor the number of groups when a width is no multiple of 32.
-        dtype: of the weights: a torch.dtype, or its short name, or "file" for the file's own, the widest if it has
-            several. Half precision halves the memory, but many operations lack it on a CPU.
+        subfolder: the folder inside the source that holds the VAE.
+        config: keys that replace those of config.json, or those inferred from the shapes in a single file; a dict or
+            the path of a config.json. Shapes cannot tell SDXL's scaling factor (0.13025) from SD's, or SD3's from
+            Flux's, and do not give the number of groups when a width is not a multiple of 32.
+        dtype: the dtype of the weights: a torch.dtype, its short name, or "file" to keep the file's own (the widest,
+            if it has several). Half precision halves the memory, but a CPU lacks it for many operations.
 
     Returns:
         The model.
@@ -70,7 +71,7 @@ def load_vae(
         path = _download(str(source), subfolder)
     if path.is_dir():
         folder = _model_folder(path, subfolder)
-        # read before the weights, so that another class's folder is refused for its class and not for its keys
+        # read before the weights, so that the folder of another class is refused because of its class, not its keys
         settings = {**checked_config(read_json(folder / "config.json"), str(folder / "config.json")), **given}
         weights = _read_folder(folder)
         origin = str(folder)
@@ -122,7 +123,7 @@ def _check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], or
 
 
 def _pick_vae(keys: list[str], origin: str) -> dict[str, str]:
-    """The VAE's part of a checkpoint: {key in the file: its name without prefix and wrappers}."""
+    """The keys of a checkpoint that belong to the VAE: {key in the file: the key without prefix and wrappers}."""
     names = _unwrapped(keys)
     prefix = next(
         (p for p in PREFIXES if any(name.startswith(tuple(p + part for part in VAE_PARTS)) for name in names.values())),
@@ -135,7 +136,7 @@ def _pick_vae(keys: list[str], origin: str) -> dict[str, str]:
         )
     picked = {key: name.removeprefix(prefix) for key, name in names.items() if name.startswith(prefix)}
     if any(name.startswith("model_ema.") for name in picked.values()):
-        log.info("%s: took the trained weights, and not their moving average under model_ema.", origin)
+        log.info("%s: loading the trained weights, not their moving average under model_ema.", origin)
     return {key: name for key, name in picked.items() if not name.startswith(NO_WEIGHTS)}
 
 
@@ -162,7 +163,10 @@ def _model_folder(folder: Path, subfolder: str | None) -> Path:
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """All weights of a diffusers folder: safetensors if there are any, else .bin; a variant only if it is alone."""
+    """All weights of a diffusers folder: safetensors if there are any, else .bin.
+
+    A variant, such as diffusion_pytorch_model.fp16.safetensors, is read only if it is the only file of weights.
+    """
     for suffix in (".safetensors", ".bin"):
         singles = {path.name: path for path in folder.glob(f"{STEM}*{suffix}") if "-of-" not in path.name}
         indices = {path.name: path for path in folder.glob(f"{STEM}*{suffix}.index*.json")}
@@ -199,10 +203,14 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _download(repo: str, subfolder: str | None) -> Path:
-    """Download config and weights from the hub: safetensors if there are any, else .bin. Returns the folder."""
+    """Download config and weights from the hub: safetensors if there are any, else .bin.
+
+    Returns:
+        The folder of the downloaded files.
+    """
     if not HUB_ID.fullmatch(repo):
         raise InputError(
-            f"there is no file or folder {repo}, and it is no hub id (owner/name); check the path "
+            f"there is no file or folder {repo}, and it is not a hub id (owner/name); check the path "
             f"(single files end in {', '.join(WEIGHT_SUFFIXES)})"
         )
     places = [f"{subfolder.strip('/')}/"] if subfolder else ["", "vae/"]

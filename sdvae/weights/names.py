@@ -1,8 +1,8 @@
-"""The names of the same weights in diffusers' and in LDM's state dict: one table, read in both directions.
+"""The names of weights in diffusers' and in LDM's state dicts, and the conversion in both directions by one table.
 
-LDM (CompVis, Stability, ComfyUI, A1111, Flux's ae.safetensors) numbers the decoder's levels from the image
-inwards, diffusers numbers them from the latents outwards. LDM stores attention projections as 1x1 convolutions,
-diffusers as linear layers. Everything else is renaming.
+LDM (CompVis, Stability, ComfyUI, A1111, Flux's ae.safetensors) numbers the decoder's levels from the image to the
+latents, and diffusers from the latents to the image. LDM stores attention projections as 1x1 convolutions, and
+diffusers as linear layers. All other weights only have other names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdvae.errors import InputError, first_few
 
-# diffusers, LDM. {level} counts as diffusers does, {mirrored} = levels - 1 - level.
+# Pairs (diffusers, LDM). {level} is diffusers' number of the level, and {mirrored} = levels - 1 - level.
 _RESNETS = [
     ("encoder.down_blocks.{level}.resnets.{layer}", "encoder.down.{level}.block.{layer}"),
     ("encoder.mid_block.resnets.0", "encoder.mid.block_1"),
@@ -62,7 +62,7 @@ TABLE: list[tuple[str, str]] = [
     *((f"{a}.{layer_a}", f"{b}.{layer_b}") for (a, b), (layer_a, layer_b) in product(_ATTENTIONS, _ATTENTION_LAYERS)),
 ]
 
-# Names of attention layers that diffusers wrote before 0.13 -> today's, in diffusers' and in LDM's layout.
+# Names of attention layers before diffusers 0.13 -> today's names in diffusers' and in LDM's layout.
 _LEGACY_ATTENTION = {
     "query": ("to_q", "q"),
     "key": ("to_k", "k"),
@@ -84,12 +84,12 @@ _FROM_LDM = [(_pattern(ldm), diffusers) for diffusers, ldm in TABLE]
 
 
 def is_diffusers_layout(keys: list[str]) -> bool:
-    """Are these keys of a VAE, without prefix, diffusers' names? (Otherwise they are LDM's.)"""
+    """Whether these keys of a VAE, without prefix, are diffusers' names. Otherwise they are LDM's."""
     return any(_DIFFUSERS_ONLY.fullmatch(key) for key in keys)
 
 
 def unwrapped_name(key: str) -> str:
-    """The key without the parts that DDP («module.») and torch.compile («_orig_mod.») insert, wherever they stand."""
+    """The key without the parts `module.` and `_orig_mod.`, which DDP and torch.compile insert at any place in it."""
     return _WRAPPER.sub("", key)
 
 
@@ -97,7 +97,7 @@ def modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename attention layers that have an old name to today's name in the same layout, diffusers' or LDM's.
 
     Raises:
-        InputError: when a weight is there under its old and its new name.
+        InputError: when a weight is there under both its old and its new name.
     """
     column = 0 if is_diffusers_layout(list(weights)) else 1
     renamed: dict[str, Tensor] = {}
@@ -121,13 +121,15 @@ def linear_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert diffusers' state dict to LDM's, without prefix; attention projections (C, C) become (C, C, 1, 1).
+    """Convert a state dict from diffusers' names to LDM's, without prefix.
+
+    Attention projections (C, C) become (C, C, 1, 1).
 
     Args:
-        weights: by diffusers' names.
+        weights: diffusers' name -> tensor.
 
     Returns:
-        By LDM's names, the tensors of the input or views of them.
+        LDM's name -> tensor of the input, or a view of it.
 
     Raises:
         InputError: naming the keys that a VAE does not have.
@@ -140,13 +142,13 @@ def to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert LDM's state dict, without prefix, to diffusers': the inverse of `to_ldm`.
+    """Convert a state dict from LDM's names, without prefix, to diffusers': the inverse of `to_ldm`.
 
     Args:
-        weights: by LDM's names; attention projections may also be (C, C).
+        weights: LDM's name -> tensor; attention projections may also be (C, C).
 
     Returns:
-        By diffusers' names, the tensors of the input or views of them.
+        diffusers' name -> tensor of the input, or a view of it.
 
     Raises:
         InputError: naming the keys that a VAE does not have.

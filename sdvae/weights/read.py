@@ -1,4 +1,4 @@
-"""Tensors from files and their checks. No file can execute code here."""
+"""Reading tensors from files, and checking them. No file can execute code here."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ STATE_DICT_KEYS = ("state_dict", "model", "module", "vae", "ema", "model_ema")
 
 
 def is_weight_file(path: Path) -> bool:
-    """Does the name end as that of a single file of weights? Upper case counts as lower case."""
+    """Whether the name has the ending of a file of weights, in upper or lower case."""
     return path.suffix.lower() in WEIGHT_SUFFIXES
 
 
 def read_weights(path: Path, pick: Callable[[list[str]], dict[str, str]]) -> dict[str, Tensor]:
-    """Read tensors of one file, on the CPU, in the file's dtypes.
+    """Read tensors from one file, to the CPU and in the file's dtypes.
 
     Args:
         path: a safetensors file (.safetensors, .sft), or a pickle (.ckpt, .pt, .pth, .bin), which is read with
@@ -41,8 +41,8 @@ def read_weights(path: Path, pick: Callable[[list[str]], dict[str, str]]) -> dic
         The tensors by their new names.
 
     Raises:
-        InputError: when the file is missing, truncated, no checkpoint or holds code, when it has several state
-            dicts, or when `pick` gives several keys the same name.
+        InputError: when the file is missing, truncated, not a checkpoint, or holds code; when it has several state
+            dicts; or when `pick` gives several keys the same name.
     """
     _check_head(path)
     if path.suffix.lower() not in SAFETENSORS_SUFFIXES:
@@ -55,7 +55,8 @@ def read_weights(path: Path, pick: Callable[[list[str]], dict[str, str]]) -> dic
 
 
 def _read_pickle(path: Path, pick: Callable[[list[str]], dict[str, str]]) -> dict[str, Tensor]:
-    # A full Stable Diffusion checkpoint has 2 to 7 GB, of which the VAE is 0.3: map the file and copy that part.
+    # A full Stable Diffusion checkpoint has 2 to 7 GB, and its VAE only 0.3 GB. So the file is mapped into memory, and
+    # only the VAE's part is copied.
     mapped = zipfile.is_zipfile(path)
     try:
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
@@ -66,18 +67,18 @@ def _read_pickle(path: Path, pick: Callable[[list[str]], dict[str, str]]) -> dic
                 "convert it to safetensors on a machine you trust"
             ) from error
         raise InputError(
-            f"{path} is damaged, truncated or no checkpoint ({type(error).__name__}); get a whole copy"
+            f"{path} is damaged, truncated or not a checkpoint ({type(error).__name__}); get a whole copy"
         ) from error
     content = _state_dict(path, content)
     picked = _picked(path, pick, [key for key in content if isinstance(key, str)])
     strangers = [key for key in picked if not isinstance(content[key], Tensor)]
     if strangers:
-        raise InputError(f"{path} has entries that are no tensors ({first_few(strangers)}); need a plain state dict")
+        raise InputError(f"{path} has entries that are not tensors ({first_few(strangers)}); need a plain state dict")
     return {name: content[key].clone() if mapped else content[key] for key, name in picked.items()}
 
 
 def _state_dict(path: Path, content: Any) -> Mapping[Any, Any]:
-    """The dict of tensors in a pickle: all of it, or what stands under one of `STATE_DICT_KEYS`."""
+    """The dict of tensors in a pickle's content: the content itself, or its value under one of `STATE_DICT_KEYS`."""
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}; need a dict of tensors (a state dict)")
     inner = {
@@ -119,14 +120,14 @@ def _check_head(path: Path) -> None:
 
 
 def check_tensors(weights: Mapping[str, Tensor], origin: str) -> None:
-    """Check that all weights are floating and finite.
+    """Check that all weights are floating-point numbers and finite.
 
     Args:
-        weights: by name.
+        weights: name -> tensor.
         origin: where they come from, for the message.
 
     Raises:
-        InputError: naming the first few that are not.
+        InputError: with the names of the first few that are not.
     """
     odd = [f"{key} ({weight.dtype})" for key, weight in weights.items() if weight.dtype not in WEIGHT_DTYPES]
     if odd:

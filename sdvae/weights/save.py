@@ -1,4 +1,4 @@
-"""Write a VAE: a diffusers folder, or a single file in LDM's layout, which the UIs load."""
+"""Writing a VAE: as a diffusers folder, or as a single file in LDM's layout, which ComfyUI, A1111 and kohya load."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 def save_ldm(vae: AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the weights as one unprefixed .safetensors file in LDM's layout, for ComfyUI, A1111 and kohya.
 
-    The file holds no configuration: the UIs take the scaling factor from the diffusion model. `export_targets` says
-    which of them can load this VAE. `path` is never half-written.
+    The file holds no configuration: these programs take the scaling factor from the diffusion model. `export_targets`
+    says which of them can load this VAE. `path` is never half-written.
 
     Args:
-        vae: the model; it stays as it is.
-        path: of the file, which is replaced if it exists.
-        dtype: of the weights in the file; by default the model's own.
+        vae: the model, which is not changed.
+        path: the file to write; it is replaced if it exists.
+        dtype: the dtype of the weights in the file; by default the model's own.
 
     Raises:
-        InputError: when the path is a folder or does not end in .safetensors, or when a weight is not finite, in
-            `dtype` if that is given: float16 ends at 65504.
+        InputError: when the path is a folder or does not end in .safetensors, or when a weight is not finite after
+            the conversion to `dtype` (float16 ends at 65504).
         OSError: when the file cannot be written.
     """
     path = Path(path).expanduser()
@@ -59,8 +59,8 @@ def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
 
     Args:
         vae: the model, whose weights are written in its own dtype.
-        folder: a new or empty folder, or that of a VAE. This is replaced when the new one is complete; its other files
-            (such as a model card) are kept.
+        folder: a new or empty folder, or the folder of a VAE. An old VAE is replaced when the new one is complete;
+            other files in its folder (such as a model card) are kept.
 
     Raises:
         InputError: when `folder` holds something other than a VAE, or when a weight is not finite.
@@ -79,7 +79,7 @@ def _other_files(folder: Path) -> list[Path]:
     """The files of an existing VAE folder that are not part of the VAE.
 
     Raises:
-        InputError: when it is not a VAE's folder, since it would be replaced.
+        InputError: when the folder is not that of a VAE, since it would be replaced.
     """
     if not folder.exists():
         return []
@@ -98,20 +98,21 @@ def _other_files(folder: Path) -> list[Path]:
 
 
 def export_targets(vae: AutoencoderKL) -> dict[str, str | None]:
-    """Say which programs load this VAE.
+    """Which programs can load this VAE.
 
     "diffusers" loads the folder of `save_vae`; "comfyui", "a1111" and "kohya" load the file of `save_ldm`. These three
     build a network of fixed shape (ComfyUI comfy/sd.py, A1111 modules/sd_vae.py, kohya library/model_util.py).
 
     Args:
-        vae: the model, of which only the configuration counts.
+        vae: the model; only its configuration is used.
 
     Returns:
-        For each program None if it loads the VAE, else the reason why not.
+        For each program None if it can load the VAE, else the reason why it cannot.
     """
     config: Any = vae.config
     widths = tuple(config.block_out_channels)
-    sd_widths, x4_widths = (128, 256, 512, 512), (128, 256, 512)  # ch 128; ch_mult [1, 2, 4, 4], [1, 2, 4]
+    # In LDM's configs: ch 128, and ch_mult [1, 2, 4, 4] or, for the x4 upscaler, [1, 2, 4].
+    sd_widths, x4_widths = (128, 256, 512, 512), (128, 256, 512)
     level_attention = any(name.startswith("Attn") for name in (*config.down_block_types, *config.up_block_types))
     has_quant = config.use_quant_conv and config.use_post_quant_conv
     common = [

@@ -19,7 +19,7 @@ from sdvae.pictures import AMPLIFICATION
 from sdvae.studio.demo.view import Edits, Encoded, Model, encode, open_photograph, save_latents, show, show_latents
 
 KEPT_SECONDS = 3600  # uploads, pictures and latents are deleted this long after their last use
-CLEANING_SECONDS = 600  # between two searches for files to delete
+CLEANING_SECONDS = 600  # time between two searches for files to delete
 GRADIO_FOLDER = "GRADIO_TEMP_DIR"
 QUEUE_SIZE = 16  # waiting requests; more are refused
 
@@ -49,8 +49,8 @@ class Handlers:
 
     Args:
         models: one or two.
-        max_side: in pixels; photographs with a longer side are shrunk to it.
-        folder: for the files of latents that can be downloaded.
+        max_side: a number of pixels; photographs with a longer side are shrunk to it.
+        folder: where the files of latents are written that can be downloaded.
     """
 
     def __init__(self, models: Sequence[Model], max_side: int, folder: Path):
@@ -80,7 +80,7 @@ class Handlers:
             encoded = [encode(model, photograph, other) for model in self.models]
         shown = self.settings(
             encoded, *settings
-        )  # may fail, so before files are written, which gradio deletes only if it gets them
+        )  # This may fail, so files are written after it: gradio deletes only files that it was given.
         files = [self._file(model, one, Path(first).stem) for model, one in zip(self.models, encoded, strict=True)]
         return [encoded, status, *files, *shown]
 
@@ -97,7 +97,7 @@ class Handlers:
         return shown
 
     def channel(self, encoded: list[Encoded] | None, *settings: Any) -> list[Any]:
-        """Draw the latents only, without decoding."""
+        """Draw only the latents, without decoding them."""
         if encoded is None:
             return [None] * len(self.models)
         *edited, channel = settings
@@ -125,12 +125,12 @@ def _said_on_page() -> Iterator[None]:
 
 
 def _edits(blend: float, path: str, noise: float, seed: float | None, zeroed: list[int]) -> Edits:
-    """From all settings of the page except the last. An empty number field is None."""
+    """The edits, from all settings of the page except the last. An empty number field gives a seed of None."""
     return Edits(blend, path == "spherical", noise, int(seed or 0), tuple(zeroed))
 
 
 def page(handlers: Handlers) -> gr.Blocks:
-    """Components and events. The models handle one request at a time, from all visitors together."""
+    """The page's components and events. The models handle one request at a time, for all visitors together."""
     models = handlers.models
     with gr.Blocks(
         title="sdvae demo", analytics_enabled=False, delete_cache=(CLEANING_SECONDS, KEPT_SECONDS)
@@ -166,7 +166,7 @@ def page(handlers: Handlers) -> gr.Blocks:
             **model_use,
         )
         gr.on(
-            [component.change for component in edited],  # not .input: a slider's reset button does not fire it
+            [component.change for component in edited],  # not `input`, which a slider's reset button does not trigger
             handlers.settings,
             [encoded, *settings],
             shown,
@@ -251,9 +251,9 @@ def running(
     Args:
         models: one or two.
         host: address to listen on.
-        port: to listen on.
-        max_side: in pixels; photographs with a longer side are shrunk to it.
-        max_megabytes: of an uploaded file.
+        port: the port to listen on.
+        max_side: a number of pixels; photographs with a longer side are shrunk to it.
+        max_megabytes: the greatest size of an uploaded file.
 
     Raises:
         InputError: when the server cannot listen at that host and port.
@@ -311,12 +311,12 @@ def serve(vae: str | None, compare: str | None, *, host: str, port: int, max_sid
     """Serve the page until Ctrl-C.
 
     Args:
-        vae: a source for `load_vae`; None is the VAE of this package.
-        compare: a second one, to show beside the first; None shows only one.
+        vae: a source for `load_vae`; None is the VAE in this package.
+        compare: a second source for `load_vae`, whose VAE is shown beside the first; None shows only one.
         host: address to listen on.
-        port: to listen on.
-        max_side: in pixels; photographs with a longer side are shrunk to it.
-        max_megabytes: of an uploaded file.
+        port: the port to listen on.
+        max_side: a number of pixels; photographs with a longer side are shrunk to it.
+        max_megabytes: the greatest size of an uploaded file.
 
     Raises:
         InputError: for a VAE that cannot be read, or an option out of range.

@@ -1,4 +1,4 @@
-"""What the demo's page shows: a photograph's reconstruction from its latents, which may be edited before.
+"""The pictures and figures of the demo's page: a photograph's reconstruction from its latents, which may be edited.
 
 photograph --encode--> latents --edit--> decode --> pictures and figures
 """
@@ -29,7 +29,9 @@ from sdvae.studio.explore.moves import lerp, slerp
 from sdvae.weights import load_vae
 
 SHEET_WIDTH = 768  # approximate width in pixels of the picture of all channels
-WHOLE_BYTES = 2**29  # of one layer's activations; larger images are computed in strips. A whole one takes thrice that.
+# Size of the largest layer's maps up to which an image is computed as a whole, which takes three times as much memory.
+# Larger images are computed in strips.
+WHOLE_BYTES = 2**29
 CONTRAST = (0.01, 0.99)  # quantiles of a channel that are drawn black and white, so that outliers do not matter
 
 
@@ -67,7 +69,7 @@ class Model:
 
     @property
     def summary(self) -> str:
-        """«f8, 4 channels, 3.11 M parameters, cpu»."""
+        """Text such as «f8, 4 channels, 3.11 M parameters, cpu»."""
         millions = sum(p.numel() for p in self.vae.parameters()) / 1e6
         channels = self.vae.config.latent_channels
         ratio = self.vae.spatial_compression_ratio
@@ -84,7 +86,7 @@ class Model:
         return decode_images(self.vae, z.to(self.vae.device), (height, width)).cpu()
 
     def _tile_if_large(self, height: int, width: int) -> None:
-        """Use strips if the whole image would take gigabytes. The result is the same; for small images it is slower."""
+        """Use strips if the whole image would take gigabytes. They give the same result, and are slower."""
         ratio = self.vae.spatial_compression_ratio
         height, width = height + -height % ratio, width + -width % ratio  # as padded
         self.vae.enable_tiling(map_bytes(self.vae, 1, height, width, torch.float32) > WHOLE_BYTES)
@@ -97,8 +99,9 @@ class Encoded:
     Attributes:
         x: (1, C, H, W) in [-1, 1], on the CPU.
         posterior: over (1, c, ⌈H/f⌉, ⌈W/f⌉), on the CPU.
-        second: the same shape: the posterior's mode of the second photograph, cut to the size of the first; or None.
-        seconds: the time that encoding the first one took.
+        second: the same shape, the posterior's mode for the second photograph, which is cropped to the size of the
+            first; None without a second one.
+        seconds: the time of encoding the first photograph.
     """
 
     x: Tensor
@@ -116,7 +119,7 @@ class Edits:
     spherical: bool = False
     """Blend along an arc instead of a straight line."""
     noise: float = 0.0
-    """Standard deviation of added noise, in units of that of the latents of photographs."""
+    """Standard deviation of added noise, divided by that of the latents of photographs."""
     seed: int = 0
     """Seed of the noise."""
     zeroed: tuple[int, ...] = ()
@@ -125,13 +128,13 @@ class Edits:
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows of one VAE, except its latents.
+    """The pictures and figures of one VAE on the page, without the picture of its latents.
 
     Attributes:
         original: the photograph as the VAE gets it.
         reconstruction: decoded from the edited latents.
         difference: the amplified absolute difference of the two.
-        figures: numbers as text, by what they are.
+        figures: name of a figure -> its value as text.
     """
 
     original: Image.Image
@@ -172,8 +175,8 @@ def encode(model: Model, image: Image.Image, second: Image.Image | None = None) 
 
     Args:
         model: the VAE.
-        image: RGB; a grey VAE gets its luma.
-        second: the same, to blend with; None for no blending.
+        image: an RGB image; a VAE for grey images gets its luma.
+        second: a second RGB image, to blend with; None for no blending.
     """
     x = _pixels(model, image)
     start = time.perf_counter()
@@ -219,8 +222,8 @@ def show_latents(model: Model, encoded: Encoded, edits: Edits, channel: int | No
     Args:
         model: the VAE.
         encoded: the photograph.
-        edits: to its latents.
-        channel: the one to draw; None, or a number beyond the VAE's channels, draws all.
+        edits: the edits of its latents.
+        channel: the channel to draw; None, or a number beyond the VAE's channels, draws all.
     """
     z = edit(encoded.posterior.mode(), encoded.second, edits, model.std)
     return draw_channels(z[0], None if channel is None or channel >= z.shape[1] else channel)
@@ -231,15 +234,15 @@ def edit(z: Tensor, second: Tensor | None, edits: Edits, std: float) -> Tensor:
 
     Args:
         z: (1, c, h, w), unscaled.
-        second: the same shape, of the second photograph, or None.
-        edits: what is done.
-        std: of the latents of photographs, the unit of `edits.noise`.
+        second: the latents of the second photograph, the same shape, or None.
+        edits: the changes to make.
+        std: standard deviation of the latents of photographs, the unit of `edits.noise`.
 
     Returns:
         A new tensor of the same shape.
 
     Raises:
-        InputError: for a spherical blend of latents between which there is no single arc: zeros or opposite ones.
+        InputError: for a spherical blend of zeros or of opposite latents, between which there is no single arc.
     """
     if second is not None:
         blend = slerp if edits.spherical else lerp

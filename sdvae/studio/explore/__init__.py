@@ -1,4 +1,4 @@
-"""`sdvae explore`: what a VAE's latents are like, as functions and as pictures."""
+"""`sdvae explore`: experiments on a VAE's latents, with pictures and figures, and the functions behind them."""
 
 from sdvae.statistics import LatentCovariance, PrincipalComponents
 from sdvae.studio.explore.anomaly import add_defect, anomaly_scores, auroc, error_map

@@ -1,8 +1,8 @@
-"""Reconstruction errors as a sign that something is wrong with an image.
+"""Reconstruction errors as a sign of defects in an image.
 
-An autoencoder that was trained on flawless parts only cannot reconstruct a scratch, so the scratch remains in the
-difference (Bergmann et al. 2019, «Improving Unsupervised Defect Segmentation by Applying Structural Similarity to
-Autoencoders»). That needs an autoencoder of narrow training data. A VAE for Stable Diffusion is trained to reconstruct
+An autoencoder that was trained only on flawless parts cannot reconstruct a scratch, so the difference shows the scratch
+(Bergmann et al. 2019, «Improving Unsupervised Defect Segmentation by Applying Structural Similarity to Autoencoders»).
+This needs an autoencoder whose training images are all alike. A VAE for Stable Diffusion is trained to reconstruct
 anything, including defects.
 """
 
@@ -21,7 +21,7 @@ from sdvae.model import DiagonalGaussian
 DEFECTS = ("scratch", "speckle", "patch")
 WINDOW = 8  # pixels a side of the local error: one position of f8 latents
 PATCHES = 8  # places to choose from for a copied patch
-ERROR_RANGE = (1e-12, 4.0)  # of squared errors of values in [-1, 1]
+ERROR_RANGE = (1e-12, 4.0)  # the range of squared errors of values in [-1, 1]
 ERROR_BINS = 4096
 
 
@@ -39,12 +39,12 @@ def error_map(images: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def anomaly_scores(images: Tensor, reconstructions: Tensor, posterior: DiagonalGaussian) -> dict[str, Tensor]:
-    """Three scores of each image, which are higher for images that the VAE finds unusual.
+    """Three scores of each image, which are higher for images that are unlike the VAE's training images.
 
     Args:
         images: (N, C, H, W) in [-1, 1].
         reconstructions: the same shape.
-        posterior: of the images.
+        posterior: the posterior of the images.
 
     Returns:
         (N,) each: `mse`, the mean squared error; `local`, the largest mean squared error in any 8×8 pixels, which
@@ -63,8 +63,8 @@ def anomaly_scores(images: Tensor, reconstructions: Tensor, posterior: DiagonalG
 def auroc(normal: Tensor, anomalous: Tensor) -> float:
     """The probability that an anomaly scores higher than a normal image, a tie counted as half.
 
-    torchmetrics takes scores outside [0, 1] for logits and applies a sigmoid, which makes large ones equal. So it gets
-    the ranks of the scores.
+    torchmetrics treats scores outside [0, 1] as logits and applies a sigmoid, which makes large scores equal.
+    Therefore it is given the ranks of the scores.
 
     Args:
         normal: (N,) scores, of any scale.
@@ -87,12 +87,12 @@ def auroc(normal: Tensor, anomalous: Tensor) -> float:
 def count_errors(errors: Tensor) -> Tensor:
     """A histogram of values of `error_map`, for `auroc_of_counts`.
 
-    Unlike the errors of all pixels of many images, it needs little memory, and histograms can be added. Its bins are
-    equally wide in the logarithm of the error, 0.7 % of an error each; the outermost ones hold what is outside
-    ERROR_RANGE. torchmetrics' binned AUROC compares every pixel with every threshold, which is far slower.
+    It needs much less memory than the errors of all pixels of many images, and histograms can be added. Its bins are
+    equally wide in the logarithm of the error; each covers 0.7 % of an error. The outermost bins also hold the errors
+    outside ERROR_RANGE. torchmetrics' binned AUROC compares every pixel with every threshold, which is far slower.
 
     Args:
-        errors: of any shape.
+        errors: a tensor of any shape.
 
     Returns:
         (ERROR_BINS,) int64.
@@ -120,7 +120,7 @@ def add_defect(image: Tensor, kind: str, generator: torch.Generator) -> tuple[Te
     Args:
         image: (C, H, W) in [-1, 1].
         kind: one of DEFECTS.
-        generator: of the place and the values.
+        generator: the generator of the place and the values.
 
     Returns:
         The image, and (H, W) bool: where a value changed.

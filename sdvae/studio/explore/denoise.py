@@ -1,4 +1,4 @@
-"""Noise, and a blur to compare with: does a round trip through the latents remove noise?"""
+"""Adding noise, and a blur, with which denoising by a round trip through the latents is compared."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def add_noise(images: Tensor, sigma: float, generator: torch.Generator) -> Tenso
 
     Args:
         images: (N, C, H, W) in [-1, 1].
-        sigma: standard deviation in levels of 0..255, as in the literature on denoising.
-        generator: of the noise.
+        sigma: standard deviation in levels of 0..255, as usual in the literature on denoising.
+        generator: the generator of the noise.
 
     Returns:
         (N, C, H, W) in [-1, 1].
@@ -30,7 +30,7 @@ def blur(images: Tensor, sigma: float) -> Tensor:
     """Blur with a Gaussian, (N, C, H, W) -> (N, C, H, W). Borders are mirrored.
 
     Args:
-        images: with sides of more than 3.5 sigma.
+        images: images whose sides are longer than 3.5 sigma.
         sigma: standard deviation in pixels; the kernel ends at 3.5 sigma.
     """
     return gaussian_blur(images, 2 * [2 * math.ceil(3.5 * sigma) + 1], 2 * [sigma])

@@ -33,7 +33,7 @@ from sdvae.studio.explore.study import MOST_SHOWN, Finding, Study, caption, cont
 
 REACH = 3.0  # standard deviations to each side, in a traversal
 SHOWN_STD = 2.5  # standard deviations from the mean at which a principal component has its full colour
-SAMPLES = 5  # from each distribution
+SAMPLES = 5  # number of samples from each distribution
 NEEDED = {"interpolate": 2, "arithmetic": 3}  # photographs to draw; the other experiments need 1
 SHOWN_ANOMALIES = 6
 WHITE_QUANTILE = 0.998  # of the errors; larger errors get the same colour
@@ -83,7 +83,7 @@ def explore_interpolation(study: Study) -> Finding:
 
 
 def explore_arithmetic(study: Study) -> Finding:
-    """a - b + c in latents, in pixels, and in the channels' means only."""
+    """Compute a - b + c in latents, in pixels, and only in the channels' means."""
     names, images = study.shown(3, needed=NEEDED["arithmetic"])
     a, b, c = study.encode(images).mode()
     (*decoded, of_latents, of_means) = study.decode(torch.stack([a, b, c, analogy(a, b, c), mean_analogy(a, b, c)]))
@@ -241,9 +241,9 @@ class Scored:
 
     Attributes:
         normal: `anomaly_scores` of each normal image.
-        abnormal: the same of each abnormal one.
-        tiles: of abnormal images that are drawn: a name, the score `local`, and the pictures, of which the last is the
-            error map (R, R).
+        abnormal: `anomaly_scores` of each abnormal image.
+        tiles: for each abnormal image that is drawn: its name, the score `local`, and its pictures. The last picture is
+            the error map (R, R).
     """
 
     normal: list[dict[str, float]] = field(default_factory=list)
@@ -251,19 +251,19 @@ class Scored:
     tiles: list[tuple[str, float, list[Tensor]]] = field(default_factory=list)
 
     def columns(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each kind of score, those of the normal images and those of the abnormal ones."""
+        """Kind of score -> (scores of the normal images, scores of the abnormal images)."""
         return {kind: (_column(self.normal, kind), _column(self.abnormal, kind)) for kind in self.normal[0]}
 
 
 @dataclass
 class Defects:
-    """What is known of images to which a defect was given, beside their scores.
+    """Measurements of images with an added defect, besides their scores.
 
     Attributes:
-        inside: for each kind of defect, errors of the pixels inside, counted by `count_errors`.
-        outside: errors of all other pixels of those images.
+        inside: kind of defect -> errors of the pixels inside the defect, counted by `count_errors`.
+        outside: errors of all other pixels of those images, counted in the same way.
         damaged: places of the normal images to which a defect could be given.
-        unchanged: for each kind, the number of images in which the defect would not be visible; they are left out.
+        unchanged: kind of defect -> number of images that the defect would not change. These images are left out.
     """
 
     inside: dict[str, Tensor] = field(default_factory=lambda: {kind: count_errors(torch.empty(0)) for kind in DEFECTS})
@@ -275,7 +275,7 @@ class Defects:
         """Figures, lines and a note for the picture.
 
         Args:
-            columns: of `Scored.columns`.
+            columns: the tensors of `Scored.columns`.
         """
         raised = {kind: float((b > a[self.damaged]).float().mean()) for kind, (a, b) in columns.items()}
         pixels = {kind: auroc_of_counts(self.outside, counts) for kind, counts in self.inside.items() if counts.any()}
@@ -347,7 +347,7 @@ def _score_with_defects(study: Study) -> tuple[Scored, Defects]:
 
 
 def _score_second_set(study: Study, source: str) -> Scored:
-    """Score the measured images and those of `source`, of which the ones with the largest errors are drawn."""
+    """Score the measured images and those of `source`. The images of `source` with the largest errors are drawn."""
     scored = Scored([_score(study, image)[0] for _, image in study.measured()])
     for name, image in study.measured(source):
         scores, reconstruction, errors = _score(study, image)
@@ -439,7 +439,7 @@ def _heat(values: Tensor) -> Tensor:
 
 
 def _noise_of(seed: int, index: int) -> torch.Generator:
-    """For the noise of one image, which does not depend on the other images."""
+    """The generator of one image's noise, which does not depend on the other images."""
     return torch.Generator().manual_seed(sample_seed(seed, 0, index, "noise"))
 
 

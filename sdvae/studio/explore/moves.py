@@ -1,8 +1,8 @@
-"""Moves in latent space: between two points, along a channel, by a difference.
+"""Moves in latent space: between two points, along a channel, and by a difference.
 
-In tutorials on digits, one vector stands for a whole image. Here the latents are a small picture, (c, H/8, W/8), and
-the decoder is nearly local. So halfway between the latents of two photographs it draws both at once, much like a
-cross-fade of pixels. No object turns into another.
+In tutorials on digits, the latent of an image is a single vector. Here the latents are a small picture, (c, H/8, W/8),
+and the decoder is nearly local. So latents halfway between those of two photographs decode to both at once, much like
+a cross-fade of pixels, and not to an object between the two.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from sdvae.errors import InputError
 
-OPPOSITE = 1e-5  # radians from 180 degrees; fp32 latents have their direction to about 1e-7
+OPPOSITE = 1e-5  # radians from 180 degrees; the direction of fp32 latents is precise to about 1e-7
 
 
 def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """(1 - t) a + t b, the straight line.
 
     Args:
-        a: of any shape.
+        a: a tensor of any shape.
         b: the same shape.
         t: (T,); 0 gives a, 1 gives b.
 
@@ -35,13 +35,13 @@ def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """sin((1 - t) θ) / sin θ · a  +  sin(t θ) / sin θ · b, the arc of a circle around the origin.
 
-    θ is the angle between a and b, each taken as one long vector (Shoemake 1985, «Animating rotation with quaternion
-    curves», for unit vectors; if the lengths differ, the length changes smoothly too). Samples of N(0, I) in many
-    dimensions all have nearly the same length, and the straight line between two of them has shorter points: halfway
-    by a factor of √2. The latents of a photograph are not such a sample; see the module's docstring.
+    θ is the angle between a and b as flat vectors (Shoemake 1985, «Animating rotation with quaternion curves», for unit
+    vectors; if the lengths differ, the length changes smoothly too). Samples of N(0, I) in many dimensions all have
+    nearly the same length, and points on the straight line between two of them are shorter, by a factor of √2 halfway.
+    The latents of a photograph are not such a sample.
 
     Args:
-        a: of any shape; computed in float64.
+        a: a tensor of any shape; the result is computed in float64.
         b: the same shape.
         t: (T,); 0 gives a, 1 gives b.
 
@@ -49,7 +49,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
         (T, …) in the dtype of a. Parallel vectors give the straight line, which is the limit.
 
     Raises:
-        InputError: for vectors without an angle between them, or opposite ones, which have no single arc.
+        InputError: for zero vectors, vectors that are not finite, and opposite vectors, which have no single arc.
     """
     x, y, s = a.double().flatten(), b.double().flatten(), t.double()
     angle = angle_between(a, b)
@@ -62,7 +62,9 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def angle_between(a: Tensor, b: Tensor) -> float:
-    """In radians, 0 … π: 2 atan2(|u - v|, |u + v|) of the unit vectors, precise where acos(u · v) is not.
+    """The angle in radians, 0 … π.
+
+    It is 2 atan2(|u - v|, |u + v|) of the unit vectors, which is precise for small angles, unlike acos(u · v).
 
     Raises:
         InputError: for a vector of zeros, or one with values that are not finite.
@@ -76,9 +78,9 @@ def angle_between(a: Tensor, b: Tensor) -> float:
 
 
 def analogy(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a - b + c: what a has and b does not, added to c (Mikolov et al. 2013 for words; Radford et al. 2016 for faces).
+    """a - b + c: the difference of a and b, added to c (Mikolov et al. 2013 for words; Radford et al. 2016 for faces).
 
-    It is computed at each position on its own, so it is meaningful only for images that are aligned.
+    Each position is computed separately, so the result is meaningful only for images that are aligned.
 
     Args:
         a: (…, C, h, w).
@@ -89,7 +91,7 @@ def analogy(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def mean_analogy(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """c + mean(a) - mean(b), with each channel's mean over all positions: changes colours and keeps objects."""
+    """c + mean(a) - mean(b), with each channel's mean over all positions. It changes colours and keeps objects."""
     over = (-2, -1)
     return c + a.mean(over, keepdim=True) - b.mean(over, keepdim=True)
 
@@ -97,12 +99,12 @@ def mean_analogy(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 def traverse(z: Tensor, std: Tensor, reach: Tensor) -> Tensor:
     """z + k · std_c · e_c: channel c moved by k of its standard deviations, by the same amount at every position.
 
-    After the latent traversals of Higgins et al. 2017, «beta-VAE», in which a latent dimension is one number. Here it
-    is a channel, and a move that is the same everywhere keeps the content of the picture.
+    Higgins et al. 2017, «beta-VAE», traverse a latent dimension, which is one number of an image. Here a channel is
+    traversed, and a move that is the same at every position keeps the content of the picture.
 
     Args:
         z: (C, h, w).
-        std: (C,), as LatentMoments.channel_std.
+        std: (C,), such as LatentMoments.channel_std.
         reach: (K,), the values of k.
 
     Returns:

@@ -1,10 +1,10 @@
 """Distributions to draw latents from when there is no photograph.
 
-A tutorial's VAE can be sampled from its prior N(0, I): its KL term has a weight of one, which keeps the latents of all
-images together, the aggregate posterior q(z) = E_x q(z|x), close to the prior. Stable Diffusion's VAE has a weight of
-1e-6. Its q(z) is wider than the prior and its positions depend on each other, so the decoder has never seen anything
-like a sample from the prior. By Hoffman & Johnson 2016, «ELBO surgery», the KL of the ELBO is
-I(x; z) + KL(q(z) || p(z)): a latent that tells much about its image increases one of the two.
+A tutorial's VAE can be sampled from its prior N(0, I): its KL term has a weight of 1, which keeps the distribution of
+the latents of all images, the aggregate posterior q(z) = E_x q(z|x), close to the prior. Stable Diffusion's VAE has a
+weight of 1e-6. Its q(z) is wider than the prior and its positions depend on each other, so its decoder was not trained
+on anything like a sample from the prior. By Hoffman & Johnson 2016, «ELBO surgery», the KL of the ELBO is
+I(x; z) + KL(q(z) || p(z)), so latents with much information about their image have a large KL.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from sdvae.statistics import LatentMoments
 
 
 def sample_moments(moments: LatentMoments, size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """Samples of N(mean_c, std_c²), independent at each position: only mean and scale are those of the data's latents.
+    """Samples of N(mean_c, std_c²), independent at each position, with the mean and std of the data's latents.
 
     Args:
-        moments: of C channels.
+        moments: the moments of the latents of C channels.
         size: (N, h, w).
-        generator: of the samples.
+        generator: the generator of the samples.
 
     Returns:
         (N, C, h, w) float32.
@@ -46,7 +46,7 @@ def gaussian_kl(moments: LatentMoments) -> Tensor:
 
 
 class LatentSpectrum:
-    """Mean and cross-spectral density of latents of one size: which channels vary together, at which frequencies.
+    """Mean and cross-spectral density of latents of one size: how channels vary together at each frequency.
 
     S(f) = E[ẑ(f) ẑ(f)ᴴ] / (4·h·w), a C×C matrix for each frequency f of the Fourier transform ẑ of z - mean. For
     stationary latents it determines the covariance between any two channels at any distance (the Wiener-Khinchin
@@ -61,7 +61,7 @@ class LatentSpectrum:
         width: w of the latents.
 
     Attributes:
-        sums: (2h, w + 1, C, C) float64, Σ ẑ ẑᴴ over images; like the others on the CPU.
+        sums: (2h, w + 1, C, C) float64, Σ ẑ ẑᴴ over images. All attributes are on the CPU.
         mean_sum: (C,) float64, Σ z over images and positions.
         noise_sum: (C,) float64, Σ var over images and positions.
         count: number of images.
@@ -109,8 +109,8 @@ class LatentSpectrum:
         """Gaussian fields with this mean and spectrum: white noise filtered with S(f)^½, cropped to (h, w).
 
         Args:
-            count: how many.
-            generator: of the noise.
+            count: the number of samples.
+            generator: the generator of the noise.
 
         Returns:
             (count, C, h, w) float32.

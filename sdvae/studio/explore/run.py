@@ -21,9 +21,9 @@ def explore(what: str, settings: Settings, *, vae: str | None, subfolder: str | 
     """Run experiments, write WHAT.png and WHAT.json of each as soon as it is done, and print the main figures.
 
     Args:
-        what: a key of EXPERIMENTS, or "all". If one experiment fails, the files of those before it stay.
-        settings: those of the experiments.
-        vae: a source for `load_vae`; None is the VAE of this package.
+        what: a key of EXPERIMENTS, or "all". If one experiment fails, the files of earlier ones stay.
+        settings: the settings of the experiments.
+        vae: a source for `load_vae`; None is the VAE in this package.
         subfolder: folder inside the source that holds the VAE.
         output: folder for the files.
 

@@ -1,4 +1,4 @@
-"""What every experiment needs: a VAE, the photographs that are drawn, and the set of images that is measured."""
+"""The inputs of all experiments: a VAE, the photographs that are drawn, and the images that are measured."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Finding:
     """The result of an experiment.
 
     Attributes:
-        picture: what is drawn.
+        picture: the picture.
         figures: numbers for the JSON file.
-        lines: the main ones in words, to be printed.
+        lines: text with the main numbers, which is printed.
     """
 
     picture: Image.Image
@@ -53,10 +53,10 @@ class Statistics(NamedTuple):
     """Statistics of the posteriors of the measured images.
 
     Attributes:
-        names: of the images.
+        names: the names of the images.
         moments: mean and variance of each channel.
-        covariance: between channels.
-        spectrum: covariance between positions.
+        covariance: the covariance between channels.
+        spectrum: the covariance between positions.
         kl: mean of KL(q(z|x) || N(0, I)) over images and latent elements, in nats.
     """
 
@@ -68,16 +68,17 @@ class Statistics(NamedTuple):
 
 
 class Study:
-    """A VAE and the images of the experiments. The VAE gets one image at a time, so that results do not depend on
-    batches.
+    """A VAE and the images of the experiments.
+
+    The VAE computes one image at a time, so that results do not depend on batches.
 
     The photographs that are drawn are `settings.images`, by default the first of `settings.data`. Measurements are made
     on the first `settings.count` readable images of `settings.data`. All are centre crops of R x R pixels,
     R = `settings.resolution`.
 
     Args:
-        vae: in fp32; moved to the accelerator, if there is one.
-        settings: those of the experiments.
+        vae: a VAE in fp32, which is moved to the accelerator, if there is one.
+        settings: the settings of the experiments.
 
     Raises:
         InputError: for settings out of range.
@@ -98,7 +99,7 @@ class Study:
         self.vae.enable_slicing()
         self.settings = settings
         self._opened: dict[str, EvaluationImages] = {}
-        self._bad = BadImages()  # warns of each unreadable image once, however many passes there are
+        self._bad = BadImages()  # warns of each unreadable image only once, in several passes over the images
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> DiagonalGaussian:
@@ -136,7 +137,7 @@ class Study:
         """Read the photographs to draw and the first abnormal image, to find faults before minutes of computation.
 
         Args:
-            needed: number of photographs that the experiments need at least.
+            needed: the least number of photographs that the experiments need.
 
         Raises:
             InputError: as `shown` and `measured` do.
@@ -149,8 +150,8 @@ class Study:
         """(name, (C, R, R)) of the first readable images.
 
         Args:
-            source: by default `settings.data`.
-            most: how many, at most; by default `settings.count`.
+            source: a source for `open_source`; by default `settings.data`.
+            most: the largest number of images; by default `settings.count`.
 
         Raises:
             InputError: when none can be read.
@@ -172,7 +173,7 @@ class Study:
 
     @cached_property
     def statistics(self) -> Statistics:
-        """From one pass over the measured images."""
+        """The statistics of the measured images, from one pass over them."""
         channels = self.vae.config.latent_channels
         side = -(-self.settings.resolution // self.vae.spatial_compression_ratio)
         names, kl = [], 0.0
@@ -197,7 +198,7 @@ class Study:
         return self._opened[source]
 
     def _named(self, name: str) -> Tensor:
-        """(C, R, R): an image file, or an image of `settings.data`.
+        """(C, R, R): the image in a file, or the image of `settings.data` that has this name.
 
         Raises:
             InputError: when there is no such image, or it cannot be read.
@@ -223,7 +224,7 @@ class Study:
 
 
 def caption(name: str) -> str:
-    """An image's name as it is written in a picture: without folder and extension."""
+    """An image's name without folder and extension, for a picture."""
     return Path(name).stem
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from sdvae.data import to_image
 
 EXTREMES = 3  # how many of the worst images, and of the best, are shown large
-PICTURE_BYTES = 9_000_000  # of all pictures in the page; 12 MB in base64
+PICTURE_BYTES = 9_000_000  # size of all pictures in the page, which in base64 is 12 MB
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Picture:
     """An image and its reconstruction, in 8 bits, compressed without loss.
 
     Attributes:
-        name: of the image.
+        name: the image's name.
         original: a WebP file.
         reconstruction: a WebP file.
-        figures: those of `image_figures`.
+        figures: the figures of `image_figures`.
     """
 
     name: str
@@ -32,21 +32,21 @@ class Picture:
 
     @property
     def size(self) -> int:
-        """Of both files together, in bytes."""
+        """The size of both files together, in bytes."""
         return len(self.original) + len(self.reconstruction)
 
 
 class Gallery:
-    """Takes images one by one and keeps those that may be shown, so that memory does not grow with their number.
+    """The images that the page may show. They are added one by one, and memory does not grow with their number.
 
-    Kept are the first images, up to PICTURE_BYTES, and EXTREMES each of the worst and the best so far.
+    It keeps the first images, up to PICTURE_BYTES, and the EXTREMES worst and best images so far.
 
     Args:
         ranked_by: the figure that says how good a reconstruction is: «psnr», or the name of a distance.
 
     Attributes:
-        images: how many were added.
-        pictures: those kept, by their place in the data.
+        images: the number of images that were added.
+        pictures: place in the data -> picture, of the images that are kept.
     """
 
     def __init__(self, ranked_by: str):
@@ -58,13 +58,13 @@ class Gallery:
         self._room = PICTURE_BYTES
 
     def add(self, name: str, original: Tensor, reconstruction: Tensor, figures: dict[str, float]) -> None:
-        """Take the next image.
+        """Add the next image.
 
         Args:
-            name: of the image.
-            original: (C, H, W) in [-1, 1]; compressed only if it is kept.
+            name: the image's name.
+            original: (C, H, W) in [-1, 1]; it is compressed only if it is kept.
             reconstruction: the same shape.
-            figures: those of `image_figures`.
+            figures: the figures of `image_figures`.
         """
         place, self.images = self.images, self.images + 1
         figure = figures[self.ranked_by]
@@ -83,7 +83,7 @@ class Gallery:
                 self.pictures.pop(other, None)
 
     def best_first(self) -> list[int]:
-        """Places of the extremes; of two equal ones the earlier is better."""
+        """Places of the extremes, the best first. If two are equal, the earlier comes first."""
         return sorted(self._badness, key=self._badness.__getitem__)
 
     def extremes(self) -> tuple[list[int], list[int]]:
@@ -94,7 +94,7 @@ class Gallery:
         return worst, [place for place in best_first[:some] if place not in worst]
 
     def shown(self) -> dict[int, Picture]:
-        """The pictures on the page, in the order of the data: all extremes, and first ones up to PICTURE_BYTES."""
+        """The pictures on the page, in the order of the data: all extremes, and first images up to PICTURE_BYTES."""
         chosen: list[int] = []
         room = PICTURE_BYTES
         extremes = [place for places in self.extremes() for place in places]
@@ -107,7 +107,7 @@ class Gallery:
 
 
 def webp(image: Image.Image) -> bytes:
-    """A lossless WebP file: a lossy one would add artefacts to the VAE's own. A third smaller than PNG."""
+    """A lossless WebP file, a third smaller than PNG. A lossy file would add artefacts to those of the VAE."""
     buffer = io.BytesIO()
     # measured: quality 100 and method 6 take 60 times as long for files 4 % smaller
     image.save(buffer, format="WEBP", lossless=True, quality=50, method=3)

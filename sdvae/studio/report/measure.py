@@ -1,4 +1,4 @@
-"""One pass over the images that measures all that the report shows, with one batch in memory at a time."""
+"""All measurements of the report, in one pass over the images with one batch in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from sdvae.studio.report.spectra import radial_power
 
 BATCH_SIZE = 4  # images
 FIRST = 4  # images that are also shown with their latents, repeated round trips and half precision
-SAMPLE_SEED = 0  # of the latents that the histograms count
+SAMPLE_SEED = 0  # seed of the latents that the histograms count
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one VAE does to some images.
+    """The measurements of one VAE on some images.
 
     Attributes:
         gallery: the pictures to show.
-        sums: of each figure of `image_figures`, over the images.
+        sums: the sum over the images of each figure of `image_figures`.
         health: statistics of the posteriors.
-        maps: the same by position.
+        maps: statistics of the posteriors by position.
         originals: (N // 2,) mean power of the images at 1, 2, …, N/2 cycles a side; see `radial_power`.
-        reconstructions: the same of their reconstructions.
-        first: (FIRST, C, R, R) at most, in [-1, 1], on the CPU.
-        first_latents: (FIRST, c, h, w), the modes of their posteriors, scaled.
+        reconstructions: the same for their reconstructions.
+        first: the first images, at most (FIRST, C, R, R), in [-1, 1], on the CPU.
+        first_latents: (FIRST, c, h, w), the scaled modes of their posteriors.
     """
 
     gallery: Gallery
@@ -51,11 +51,11 @@ class Measured:
 
     @property
     def images(self) -> int:
-        """How many were measured."""
+        """The number of images that were measured."""
         return self.gallery.images
 
     def mean(self, key: str) -> float:
-        """Of one figure, over the images."""
+        """The mean of one figure over the images."""
         return self.sums[key] / self.images
 
 
@@ -69,7 +69,7 @@ def measure(
     """Reconstruct every image from its posterior's mode, and measure the reconstructions and the latents.
 
     Args:
-        vae: in fp32.
+        vae: a VAE in fp32.
         batches: `image` (B, C, R, R) in [-1, 1], `name`, and `bad`, the images that could not be read.
         perceptual: LPIPS, on the VAE's device; None leaves it out.
         bad_images: receives the images that could not be read.

@@ -1,4 +1,4 @@
-"""The measurements as a single HTML file that needs no network, no other file and no framework."""
+"""The page of the report: a single HTML file that needs no network, no other file and no framework."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from sdvae.studio.report.plots import SMALL, WIDE, svg
 from sdvae.studio.report.robustness import SHOWN_TRIPS, Delta, Drift, computes_natively
 
 STRIPS = 2  # images whose round trips are shown
-FACTOR_TOLERANCE = 0.1  # relative; beyond it the page says that the configured scaling factor is not 1/std
+FACTOR_TOLERANCE = 0.1  # if the scaling factor differs from 1/std by more than this share, the page says so
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What the report is about.
+    """The subject of the report.
 
     Attributes:
-        name: of the VAE.
+        name: the VAE's name.
         model: the VAE.
         data: name of the images' source.
         resolution: side of the images in pixels.
-        lpips_name: name of the perceptual distance, or None.
+        lpips_name: name of the perceptual distance; None if it was not measured.
         bad_images: (name, reason) of images that could not be read.
-        curves: as from `read_curves`; empty if there is no run.
+        curves: the result of `read_curves`; empty if there is no run.
         recipe: text of the run's config.yaml, or None.
     """
 
@@ -107,7 +107,7 @@ def _head(subject: Subject, measured: Measured) -> dict[str, Any]:
 
 
 def _reconstructions(measured: Measured) -> dict[str, Any]:
-    """Which images are worst and best, and the pictures that go into the page."""
+    """The worst and the best images, and the pictures on the page."""
     gallery = measured.gallery
     worst, best = gallery.extremes()
     return {

@@ -50,7 +50,7 @@ def svg(draw: Callable[[Axes], None], size: tuple[float, float] = WIDE) -> bytes
     """An SVG file with one plot.
 
     Args:
-        draw: draws it on the axes.
+        draw: the function that draws the plot on the axes.
         size: width and height in inches.
     """
     with matplotlib.rc_context(STYLE):
@@ -72,7 +72,7 @@ def histogram(axes: Axes, counts: Tensor, total: int) -> None:
     """Density of the scaled latents of one channel, with that of N(0, 1) for comparison.
 
     Args:
-        axes: to draw on.
+        axes: the axes to draw on.
         counts: (HISTOGRAM_BINS,).
         total: number of latents, including those outside HISTOGRAM_RANGE.
     """
@@ -135,9 +135,9 @@ def power(axes: Axes, side: int, originals: Tensor, reconstructions: Tensor, fac
     """The spectra of originals and reconstructions, log-log.
 
     Args:
-        axes: to draw on.
-        side: of the images, in pixels.
-        originals: (side // 2,), as from `radial_power`.
+        axes: the axes to draw on.
+        side: side of the images, in pixels.
+        originals: (side // 2,), from `radial_power`.
         reconstructions: the same shape.
         factor: the compression ratio; a dashed line marks the highest frequency that the grid of latents can hold.
     """
@@ -150,7 +150,7 @@ def power(axes: Axes, side: int, originals: Tensor, reconstructions: Tensor, fac
 
 
 def power_ratio(axes: Axes, side: int, originals: Tensor, reconstructions: Tensor, factor: int) -> None:
-    """The reconstructions' power divided by the originals'. Arguments as for `power`."""
+    """The reconstructions' power divided by the originals'. The arguments are those of `power`."""
     axes.loglog(_frequencies(side), (reconstructions / originals).numpy(), color=RED)
     axes.axhline(1, color=INK, linewidth=1)
     axes.axvline(1 / (2 * factor), color=MUTED, linewidth=1, linestyle="--")

@@ -22,10 +22,10 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Drift:
-    """What happens to images that are encoded and decoded again and again.
+    """The change of images that are encoded and decoded several times in a row.
 
     Attributes:
-        to_original: (TRIPS, B) PSNR in dB against the original image; the first row is that of the reconstruction.
+        to_original: (TRIPS, B) PSNR in dB against the original image; the first row is the reconstruction's PSNR.
         to_previous: (TRIPS, B) PSNR in dB against the image before this trip.
         shown: the images after each of SHOWN_TRIPS, (B, C, H, W) in [-1, 1].
     """
@@ -37,7 +37,7 @@ class Drift:
 
 @torch.inference_mode()
 def drift(vae: AutoencoderKL, images: Tensor) -> Drift:
-    """Encode and decode TRIPS times, by the posterior's mode; clamped to [-1, 1] each time, not rounded to 8 bits.
+    """Encode and decode TRIPS times, by the posterior's mode. Each result is clamped to [-1, 1], not rounded to 8 bits.
 
     Args:
         vae: the VAE.
@@ -57,14 +57,14 @@ def drift(vae: AutoencoderKL, images: Tensor) -> Drift:
 
 @dataclass(frozen=True)
 class Delta:
-    """How far a reconstruction is from that of the whole image in fp32, both clamped to [-1, 1].
+    """The difference of a reconstruction from that of the whole image in fp32, both clamped to [-1, 1].
 
     Attributes:
         name: «bf16», «fp16» or «strips».
         values: number of values in all images together.
-        not_finite: how many of them are infinite or NaN. If any are, the last three attributes are None.
-        latents_not_finite: how many values of the latents are infinite or NaN, which the encoder made.
-        largest: greatest absolute difference, in levels of 8 bits.
+        not_finite: how many of them are infinite or NaN. If there are any, the last three attributes are None.
+        latents_not_finite: how many values of the latents, the encoder's output, are infinite or NaN.
+        largest: greatest absolute difference, in 8-bit levels.
         psnr: dB between the two, the mean over images.
         changed: share of the values that differ after rounding to 8 bits.
     """
@@ -83,7 +83,7 @@ def deltas(vae: AutoencoderKL, images: Tensor) -> list[Delta]:
     """bf16, fp16 and `enable_tiling`, each compared with the whole image in fp32.
 
     Args:
-        vae: in fp32.
+        vae: a VAE in fp32.
         images: (B, C, H, W) in [-1, 1], on its device.
     """
     wanted = round_trip(vae, images).reconstruction
@@ -98,12 +98,12 @@ def deltas(vae: AutoencoderKL, images: Tensor) -> list[Delta]:
 
 
 def computes_natively(device: torch.device) -> bool:
-    """Whether half precision is computed by the device itself, or emulated; see `_in_half`."""
+    """Whether the device itself computes in half precision. Otherwise it is emulated; see `_in_half`."""
     return device.type != "cpu"
 
 
 def _in_half(vae: AutoencoderKL, images: Tensor, dtype: torch.dtype) -> RoundTrip:
-    """On a GPU by its own half precision. Most CPUs would take minutes an image; there `Rounded` emulates it."""
+    """Reconstruct in half precision: a GPU's own, or emulated by `Rounded`, since most CPUs take minutes an image."""
     half = torch.nn.Module.to(copy.deepcopy(vae), dtype)  # diffusers' own method warns of modules to keep in fp32
     if computes_natively(images.device):
         return round_trip(half, images)

@@ -1,4 +1,4 @@
-"""`sdvae report`: measure a VAE, or the VAE of a run folder, and write the page."""
+"""`sdvae report`: measure a VAE, which may be that of a run folder, and write the page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sdvae.weights import load_vae
 logger = logging.getLogger(__name__)
 
 PACKAGED = "packaged VAE"
-RESOLUTION = 256  # pixels, where neither the user nor a run gives one
+RESOLUTION = 256  # pixels, if neither the user nor a run gives a resolution
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Photographs:
 
     Attributes:
         source: where they come from.
-        name: of the source, for the page.
+        name: the source's name, for the page.
         resolution: side of the centre crops in pixels.
         min_side: images with a shorter side, in pixels, are skipped; None means half the resolution.
     """
@@ -65,17 +65,18 @@ def write_report(
     """Measure a VAE on the first images of some data, write the page, and print its size.
 
     Args:
-        vae: a source for `load_vae`, or a run folder of the trainer, of which model/ is used; None is the VAE of this
+        vae: a source for `load_vae`, or a run folder of the trainer, whose model/ is used; None is the VAE in this
             package.
         output: the HTML file. An existing one is replaced when the new one is complete.
-        data: a source for `open_source`; by default scikit-image's photographs, or for a run the images that it held
-            out of training.
-        count: how many images, at most.
-        resolution: side of the centre crops in pixels; by default 256, or for a run that of its validation.
+        data: a source for `open_source`; by default the images that the run held out of training, or scikit-image's
+            photographs if there is no run.
+        count: the largest number of images.
+        resolution: side of the centre crops in pixels; by default that of the run's validation, or 256 if there is no
+            run.
         subfolder: folder inside the source that holds the VAE.
         lpips: "vgg", "alex", "squeeze" or "none". If the trunk cannot be downloaded, LPIPS is left out.
         lpips_weights: local file of the trunk, as for `load_perceptual`.
-        lpips_heads: as for `load_perceptual`.
+        lpips_heads: the `heads` of `load_perceptual`.
 
     Returns:
         The written file.
@@ -135,7 +136,7 @@ def _run_folder(vae: str | None) -> RunFolder | None:
 
 
 def _photographs(run: RunFolder | None, data: str | None, resolution: int | None) -> Photographs:
-    """The images that were asked for; else those that the run held out, or scikit-image's."""
+    """The images in `data`; by default those that the run held out, or scikit-image's if there is no run."""
     if run is None:
         data, min_side = "skimage" if data is None else data, None
         resolution = RESOLUTION if resolution is None else resolution
@@ -173,7 +174,7 @@ def _measured(
 
 
 def _name(vae: str) -> str:
-    """The last telling part of a path: «quickstart» of runs/quickstart/model. An id on the hub stays as it is."""
+    """The name of a VAE at a path: «quickstart» for runs/quickstart/model. An id on the hub is returned unchanged."""
     path = Path(vae).expanduser()
     if not path.exists():
         return vae
