@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,11 +20,9 @@ from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
 from sdvae.noise import posterior_generators, sample_seed
 from sdvae.roundtrip import decode_images, encode_images
-from sdvae.statistics import LatentHealth, LatentMoments, Sums
+from sdvae.statistics import LatentHealth, LatentMoments, merged
 from sdvae.training.data import conditioning_of
 from sdvae.tutorial.likelihood import elbo_figures
-
-StatisticsT = TypeVar("StatisticsT", bound=Sums)
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def validate(
     kept = sorted(gather_object(kept), key=lambda entry: entry[0])[:keep]
     if not rows:
         raise InputError("no validation image can be read; give others with data.validation_source or …_names")
-    health = merged(health)
+    health = merged(gather_object([health]))
     names = [name for name in rows[0] if name not in ("index", "name")]
     metrics = {name: sum(row[name] for row in rows) / len(rows) for name in names}
     broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
@@ -126,7 +124,7 @@ def measure_latents(
         conditioning = conditioning_of(batch, accelerator.device)
         with accelerator.autocast():
             moments.update(encode_images(vae, batch["image"].to(accelerator.device), **conditioning))
-    return merged(moments)
+    return merged(gather_object([moments]))
 
 
 def readable(batches: Iterable[dict[str, Any]], bad_images: BadImages) -> Iterator[dict[str, Any]]:
@@ -135,15 +133,3 @@ def readable(batches: Iterable[dict[str, Any]], bad_images: BadImages) -> Iterat
         bad_images.add(batch["bad"])
         if batch["name"]:
             yield batch
-
-
-def merged(share: StatisticsT) -> StatisticsT:
-    """The statistics of all processes together. Every process must call it.
-
-    Args:
-        share: the statistics of this process.
-    """
-    first, *others = gather_object([share])
-    for other in others:
-        first.merge(other)
-    return first
