@@ -169,6 +169,12 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def is_inside(path: str | Path, folder: str | Path) -> bool:
+    """Whether `folder` is a folder that is there, and `path` is the same or lies below it."""
+    inner, outer = Path(path).expanduser().resolve(), Path(folder).expanduser().resolve()
+    return outer.is_dir() and (inner == outer or outer in inner.parents)
+
+
 def version() -> str:
     """The version of the installed package."""
     return metadata.version("sdvae")

@@ -359,6 +359,21 @@ def test_another_best_metric_begins_its_own_comparison(whole, tmp_path):
     assert best["value"] == max(line["validation/ssim"] for line in lines)
 
 
+def test_the_best_model_is_chosen_anew_when_it_is_measured_on_other_images(whole, tmp_path):
+    """A figure of larger crops says nothing about one of smaller crops."""
+    source, _ = whole
+    changes = {"validate_every": "1", "data__num_workers": "0"}
+    with fault("sigterm", 3), pytest.raises(Stopped):
+        run(source, tmp_path / "run", **changes)
+    anew = {"data__validation_resolution": "48", "checkpoint__accept_changed_config": "true"}
+    run(source, tmp_path / "run", **changes, **anew)
+    best = result(tmp_path / "run")["state"]["best"]
+    lines = [line for line in records(tmp_path / "run") if "validation/psnr" in line and line["step"] >= 4]
+    assert "48 pixels" in best["on"]
+    assert best["step"] >= 4
+    assert best["value"] == max(line["validation/psnr"] for line in lines)
+
+
 def test_an_overwriting_run_that_is_killed_can_be_overwritten_again(whole, tmp_path, monkeypatch):
     source, _ = whole
     once = {"steps": "1", "optimizer__warmup_steps": "0", "loss__discriminator__weight": "0", "data__num_workers": "0"}
@@ -394,11 +409,9 @@ def test_the_newest_checkpoints_are_kept_and_the_best_model_is_by_its_metric(who
     assert kept == ["step-00000005", "step-00000004", "step-00000003"]
     lines = [line for line in result(tmp_path / "run")["metrics"] if "validation/psnr" in line]
     best = max(lines, key=lambda line: line["validation/psnr"])
-    assert result(tmp_path / "run")["state"]["best"] == {
-        "metric": "psnr",
-        "value": best["validation/psnr"],
-        "step": best["step"],
-    }
+    chosen = result(tmp_path / "run")["state"]["best"]
+    assert (chosen["metric"], chosen["value"], chosen["step"]) == ("psnr", best["validation/psnr"], best["step"])
+    assert chosen["on"].startswith("3 images at 32 pixels, ")
     card = (tmp_path / "run" / "best_model" / "README.md").read_text()
     assert f"After {best['step']} steps" in card
 

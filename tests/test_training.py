@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from sdvae.cli import main, parse_train_config
 from sdvae.data import center_crop, open_source, read_image, to_tensor
 from sdvae.runtime import resolve_precision
 from sdvae.training.build import build_vae
+from sdvae.training.checkpoint import checkpoints, read_checkpoint
 from sdvae.training.ema import WeightAverage, ema_decay_at
 from sdvae.training.loop import train
 from sdvae.weights import load_vae, save_ldm
@@ -330,6 +332,22 @@ def test_a_folder_that_no_run_wrote_is_never_removed(photographs, tmp_path):
     with pytest.raises(InputError, match="holds files that no run wrote"):
         run(photographs, output, overwrite="true")
     assert (output / "chapter.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("key", ["data__source", "data__validation_source"])
+@pytest.mark.parametrize("overwrite", ["false", "true"])
+def test_a_run_folder_among_the_images_is_refused_and_nothing_is_written(photographs, tmp_path, key, overwrite):
+    other = draw_photographs(tmp_path / "other")
+    with pytest.raises(InputError, match=f"inside data.{key.removeprefix('data__')}="):
+        run(other, photographs / "runs" / "first", **{key: str(photographs)}, overwrite=overwrite)
+    assert sorted(path.name for path in photographs.iterdir()) == [f"{i:02}.png" for i in range(10)]
+
+
+def test_a_name_that_is_not_utf8_reaches_the_checkpoint(photographs, tmp_path):
+    os.rename(os.fsencode(photographs / "00.png"), os.fsencode(photographs) + b"/caf\xe9.png")
+    run(photographs, tmp_path / "run", steps="2")
+    (newest,) = checkpoints(tmp_path / "run" / "checkpoints")
+    assert read_checkpoint(newest).state["train_names"]
 
 
 def test_overwriting_a_run_removes_only_what_a_run_writes(photographs, tmp_path):

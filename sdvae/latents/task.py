@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from sdvae.data import cover, open_source, open_stream, read_image
 from sdvae.errors import InputError
-from sdvae.io import utf8
+from sdvae.io import is_inside, utf8
 from sdvae.latents.buckets import Placement, Size, bucket_sizes, place
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.encoder import MomentEncoder, PendingMoments, choose_device, choose_precision, encoder_sha256
@@ -140,8 +139,7 @@ class EncodeTask:
 
     def _open_source(self) -> Shards:
         config = self.config
-        source_folder, output = Path(config.source).expanduser().resolve(), Path(config.output).expanduser().resolve()
-        if source_folder.is_dir() and (output == source_folder or source_folder in output.parents):
+        if is_inside(config.output, config.source):
             raise InputError(f"got output {config.output} inside the source {config.source}; choose another folder")
         arguments: dict[str, Any] = {"split": config.split, "image_column": config.image_column}
         if config.streaming:

@@ -27,6 +27,7 @@ from sdvae.data import (
 )
 from sdvae.data.dataset import Batch, collate_training, read_labels
 from sdvae.errors import InputError
+from sdvae.io import is_inside
 from sdvae.training.config import DataConfig, TrainConfig
 
 
@@ -50,6 +51,20 @@ def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSourc
     if len(validation) > config.validation_count:
         _, validation = split_off(validation, names=None, count=config.validation_count, seed=seed)
     return source, validation
+
+
+def check_output_outside(config: TrainConfig) -> None:
+    """Refuse a run folder among the images: its own pictures would become training images.
+
+    Raises:
+        InputError: when output_dir is one of the folders that images are read from, or lies below one.
+    """
+    for key, source in (("source", config.data.source), ("validation_source", config.data.validation_source)):
+        if source and is_inside(config.output_dir, source):
+            raise InputError(
+                f"got output_dir={config.output_dir} inside data.{key}={source}, so that the run's own pictures would "
+                "be read as images; choose a folder outside"
+            )
 
 
 def training_batches(

@@ -25,6 +25,7 @@ from sdvae.training.build import build_accelerator, build_perceptual, lay_out, s
 from sdvae.training.checkpoint import checkpoint_name
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import (
+    check_output_outside,
     conditioning_of,
     first_batch,
     labels_of,
@@ -99,6 +100,7 @@ class Training:
 
         if accelerator.is_main_process:
             self.run.check_ours()
+        check_output_outside(recipe)
         self.train_source, self.validation_source = open_sources(recipe.data, recipe.seed)
         for source in (self.train_source, self.validation_source):
             labels_of(source, recipe)  # raises for labels that do not fit, before anything is written

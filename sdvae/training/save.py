@@ -20,7 +20,7 @@ from sdvae.training.log import RunLog
 from sdvae.training.model_card import GRID_NAME, model_card
 from sdvae.training.players import Players
 from sdvae.training.run_folder import RunFolder
-from sdvae.training.state import Progress
+from sdvae.training.state import Progress, digest_of_names
 from sdvae.training.validation import ValidationResult, measure_latents, validate
 from sdvae.weights.read import check_tensors
 
@@ -61,6 +61,8 @@ class Validator:
         self.players = players
         self.source = source
         self.measured = first_images(train_source, config.scale_images, config.seed)
+        resolution = config.data.evaluation_resolution
+        self.measured_on = f"{len(source)} images at {resolution} pixels, {digest_of_names(source)}"
         self.perceptual = perceptual
         self.bad_images = bad_images
         self.run = run
@@ -84,10 +86,10 @@ class Validator:
             moments = measure_latents(average, batches, self.accelerator, self.bad_images)
             scaling_factor, shift_factor = moments.factors(with_shift=config.model.measure_shift)
             average.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
-        improved = is_better(result.metrics, progress.best, config.checkpoint.best_metric)
+        name = config.checkpoint.best_metric
+        improved = is_better(result.metrics, progress.best, name, self.measured_on)
         if improved:
-            name = config.checkpoint.best_metric
-            progress.best = {"metric": name, "value": result.metrics[name], "step": step}
+            progress.best = {"metric": name, "value": result.metrics[name], "step": step, "on": self.measured_on}
         if self.accelerator.is_main_process:
             for complaint in result.health.complaints():
                 logger.warning("latents: %s", complaint)
@@ -103,15 +105,17 @@ class Validator:
         return validate(vae, batches, self.accelerator, self.perceptual, self.bad_images, keep, seed)
 
 
-def is_better(metrics: dict[str, float], best: dict[str, Any], name: str) -> bool:
-    """Whether a validation is better than the best so far by this metric; true if there is none by this metric.
+def is_better(metrics: dict[str, float], best: dict[str, Any], name: str, measured_on: str) -> bool:
+    """Whether a validation is better than the best so far; true if none so far measured the same.
 
     Args:
         metrics: the metrics of the validation.
-        best: `Progress.best`.
+        best: `Progress.best`. One that an earlier version wrote does not say what it was measured on, and counts as
+            measured on the same images.
         name: the metric to compare.
+        measured_on: the images and their size.
     """
-    if best.get("metric") != name:
+    if best.get("metric") != name or best.get("on", measured_on) != measured_on:
         return True
     return metrics[name] < best["value"] if lower_is_better(name) else metrics[name] > best["value"]
 

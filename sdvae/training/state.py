@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sdvae.data import BadImages, ImageSource
 from sdvae.errors import InputError
+from sdvae.io import utf8
 from sdvae.training.checkpoint import Checkpoint, checkpoint_name, prune, read_checkpoint, write_checkpoint
 from sdvae.training.config import TrainConfig
 from sdvae.training.log import Meter
@@ -45,7 +46,7 @@ class Progress:
         position: samples used by all processes together.
         skipped_in_a_row: how many of the last steps were skipped.
         validated: whether the validation due at this step is done.
-        best: metric, value and step of the best validation.
+        best: metric, value and step of the best validation, and what it was measured on.
     """
 
     step: int = 0
@@ -244,4 +245,4 @@ def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str
 def digest_of_names(source: ImageSource) -> str:
     """A digest of up to 10,000 names spread over the source, which changes when images are added or removed."""
     step = max(1, len(source) // 10_000)
-    return f"{zlib.crc32(chr(10).join(source.name(i) for i in range(0, len(source), step)).encode()):08x}"
+    return f"{zlib.crc32(chr(10).join(utf8(source.name(i)) for i in range(0, len(source), step)).encode()):08x}"
