@@ -571,9 +571,10 @@ def test_converted_weights_are_not_held_twice(tmp_path):
         load_vae(sys.argv[1])
         print(peak() - before)
     """
-    used = int(subprocess.check_output([sys.executable, "-c", program, tmp_path / "vae.pt"]))
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}  # threads keep memory of their own
+    used = int(subprocess.check_output([sys.executable, "-c", program, tmp_path / "vae.pt"], env=alone))
     in_fp32 = 4 * sum(weight.numel() for weight in weights.values())
-    assert 0.7 < used / in_fp32 < 1.1, "beside a whole copy in fp16 it was 1.3"
+    assert 0.7 < used / in_fp32 < 1.2, "beside a whole copy in fp16 it is 1.3 to 1.5"
 
 
 @pytest.mark.parametrize("dtype", ["half", "float16", torch.int8, None, 16])
