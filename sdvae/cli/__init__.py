@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import get_type_hints
 
 from sdvae.cli.commands import COMMANDS
-from sdvae.cli.parsing import parse_options, parse_train_config, suggest
 from sdvae.errors import InputError, exit_code
+from sdvae.options import parse_options, suggest
+from sdvae.training.recipe import parse_train_config
 
 __all__ = ["main", "parse_train_config"]
 

@@ -1,13 +1,21 @@
-"""Reading a run's recipe from its config.yaml."""
+"""Reading a recipe: from the command line, and from the config.yaml of a run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentError, ArgumentParser
-
-from sdvae.errors import InputError, one_line
+from sdvae.options import parse_options
 from sdvae.training.config import TrainConfig
+
+
+def parse_train_config(argv: Sequence[str]) -> TrainConfig:
+    """Parse YAML files and dotted options into a training recipe, as `parse_options` does.
+
+    Raises:
+        InputError: as `parse_options` does.
+    """
+    return parse_options(TrainConfig, argv, "sdvae train")
 
 
 def read_recipe(path: Path) -> TrainConfig:
@@ -16,9 +24,4 @@ def read_recipe(path: Path) -> TrainConfig:
     Raises:
         InputError: for an unknown field, or a value that does not fit.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig)
-    try:
-        return TrainConfig(**vars(parser.instantiate(parser.parse_string(path.read_text(encoding="utf-8")))))
-    except ArgumentError as error:
-        raise InputError(f"{path} does not hold a recipe of `sdvae train`: {one_line(error)}") from error
+    return parse_train_config(["--config", str(path)])

@@ -14,7 +14,6 @@ from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from sdvae.errors import InputError, one_line
-from sdvae.training.config import TrainConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # each field's docstring is its help text
 
@@ -22,15 +21,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Options = TypeVar("Options", bound="DataclassInstance")
-
-
-def parse_train_config(argv: Sequence[str]) -> TrainConfig:
-    """Parse YAML files and dotted options into a training recipe, as `parse_options` does.
-
-    Raises:
-        InputError: as `parse_options` does.
-    """
-    return parse_options(TrainConfig, argv, "sdvae train")
 
 
 def parse_options(
