@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.model.autoencoder import check_floating
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ def round_trip(
     Raises:
         InputError: for images of integers, or whose number of channels is not the VAE's.
     """
-    if not images.is_floating_point():  # which the conversion to the VAE's dtype would hide
-        raise InputError(f"got images of {images.dtype}; need floats in [-1, 1]; scale 0 to 255 by x / 127.5 - 1")
+    check_floating(images)  # before the conversion to the VAE's dtype, which would hide integers
     start = _now(vae.device)
     posterior = encode_images(vae, images.to(vae.device, vae.dtype), labels)
     posterior = DiagonalGaussian(posterior.parameters.float())

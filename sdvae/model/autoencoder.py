@@ -32,6 +32,16 @@ from sdvae.model.posterior import DiagonalGaussian
 from sdvae.model.tiling import Streamed, can_stream, plan
 
 
+def check_floating(images: Tensor) -> None:
+    """Refuse images of integers.
+
+    Raises:
+        InputError: with the way to scale them.
+    """
+    if not images.is_floating_point():
+        raise InputError(f"got images of {images.dtype}; need floats in [-1, 1]; scale 0 to 255 by x / 127.5 - 1")
+
+
 @dataclass
 class AutoencoderForwardOutput(DecoderOutput):
     """diffusers' DecoderOutput together with the posterior, which the KL term of the loss needs.
@@ -340,8 +350,7 @@ class AutoencoderKL(StockAutoencoderKL):
                 f"got images of shape {tuple(x.shape)}; need (batch, {self.config.in_channels}, height, width) "
                 "in [-1, 1]"
             )
-        if not x.is_floating_point():
-            raise InputError(f"got images of {x.dtype}; need floats in [-1, 1]; scale 0 to 255 by x / 127.5 - 1")
+        check_floating(x)
         for name, size in (("height", x.shape[2]), ("width", x.shape[3])):
             if size == 0 or size % factor:
                 down, up = size - size % factor, size + -size % factor or factor
