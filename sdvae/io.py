@@ -71,7 +71,7 @@ def replacing(target: Path) -> Iterator[Path]:
             shutil.rmtree(retired)
         else:
             os.replace(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     except (SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
@@ -85,11 +85,11 @@ def replacing(target: Path) -> Iterator[Path]:
 
 def _flush(path: Path) -> None:
     for inner in path.rglob("*") if path.is_dir() else ():
-        _sync(inner)
-    _sync(path)
+        sync(inner)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until the content is on disk. Otherwise a power cut might keep the new name and lose the content."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return

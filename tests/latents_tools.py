@@ -73,12 +73,8 @@ def rows_of(folder: Path) -> dict[str, dict]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Name -> content of every file in a folder except the lock."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != ".lock"
-    }
+    """Name -> content of every file in a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def in_process(function: Callable[[], None]) -> multiprocessing.Process:

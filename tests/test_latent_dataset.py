@@ -197,6 +197,6 @@ def test_what_cannot_be_read_is_refused(folder, tmp_path):
     (tmp_path / "begun" / "manifest.json").write_text(manifest.replace('"complete": true', '"complete": false'))
     with pytest.raises(InputError, match="is not complete; run `sdvae encode`"):
         LatentDataset(tmp_path / "begun")
-    (tmp_path / "begun" / "manifest.json").write_text(manifest.replace('"version": 1', '"version": 2'))
-    with pytest.raises(InputError, match="version 2; need"):
+    (tmp_path / "begun" / "manifest.json").write_text(manifest.replace('"version": 2', '"version": 3'))
+    with pytest.raises(InputError, match="version 3; need"):
         LatentDataset(tmp_path / "begun")

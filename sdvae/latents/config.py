@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from sdvae.errors import InputError
+from sdvae.storage import is_url
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class EncodeConfig:
     """Images in a forward pass. The last pass of a shard and bucket may have fewer."""
     num_workers: int = 2
     """Threads that read, decode and resize images, in each process."""
+    part: str | None = None
+    """i/n, with i from 0 to n - 1: encode only every n-th shard, beginning with shard i. For n processes that are
+    started separately, such as the tasks of a job array. By default processes on one disk divide the shards by file
+    locks, and those that a launcher started take RANK/WORLD_SIZE if the output is a URL."""
     shard_rows: int | None = None
     """Images in a file. An interruption loses at most one file for each process. By default 1/64 of all images, within
     64 and 4096, and at most 128 MiB."""
@@ -77,6 +84,7 @@ class EncodeConfig:
         for name in ("resolution", "bucket_step", "batch_size", "num_workers"):
             if getattr(self, name) < 1:
                 raise InputError(f"got {name}={getattr(self, name)}; need at least 1")
+        _ = self.part_numbers
         for name in ("shard_rows", "min_side"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -89,3 +97,18 @@ class EncodeConfig:
             raise InputError(f"got verify_rows={self.verify_rows}; need 0 or more")
         if any(not 0 <= value <= 255 for value in self.background):
             raise InputError(f"got background={self.background}; need three numbers from 0 to 255")
+
+    @property
+    def part_numbers(self) -> tuple[int, int] | None:
+        """(i, n): encode shards i, i + n, i + 2 n, …; None if processes divide the shards by locks.
+
+        Raises:
+            InputError: when `part` is no part.
+        """
+        if self.part is None:
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            return (int(os.environ["RANK"]), world_size) if is_url(self.output) and world_size > 1 else None
+        found = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        if found is None or int(found[1]) >= int(found[2]):
+            raise InputError(f"got part={self.part}; need i/n, with i from 0 to n - 1, such as 0/8")
+        return int(found[1]), int(found[2])

@@ -71,7 +71,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self.sample = sample
         self.seed = seed
         self._has_moments = stored["what"] == "moments"
-        self._groups = _row_groups(manifest["shards"])
+        self._groups = _row_groups(self._folder.shards)
         self._starts = np.array([group[2] for group in self._groups], dtype=np.int64)
         self._reader = _Reader(self._folder)
 
@@ -306,12 +306,10 @@ class _Reader:
         return self._groups[key]
 
     def _file(self, shard: int) -> Any:
-        import pyarrow.parquet as pq
-
         if self._process != os.getpid():  # a forked worker opens files of its own
             self._forget()
         if shard not in self._files:
-            self._files[shard] = pq.ParquetFile(self._folder.shard_path(shard), memory_map=True)
+            self._files[shard] = self._folder.parquet(shard)
             if len(self._files) > WINDOW:
                 self._files.popitem(last=False)
         self._files.move_to_end(shard)

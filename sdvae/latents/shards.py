@@ -70,6 +70,10 @@ class Shards(Protocol):
         """The values that must be equal for two runs to make the same shards."""
         ...
 
+    def count(self, shard: int) -> int | None:
+        """The number of images in a shard, if it is known before they are read."""
+        ...
+
     def images(self, shard: int) -> Iterator[SourceImage]: ...
 
     def columns(self, images: Sequence[SourceImage]) -> pa.Table:
@@ -121,9 +125,14 @@ class RangeShards:
             "columns": {name: str(feature) for name, feature in self._features.items()},
         }
 
+    def count(self, shard: int) -> int | None:
+        return len(self._range(shard))
+
+    def _range(self, shard: int) -> range:
+        return range(len(self._source))[shard * self._shard_rows :][: self._shard_rows]
+
     def images(self, shard: int) -> Iterator[SourceImage]:
-        start = shard * self._shard_rows
-        for index in range(start, min(start + self._shard_rows, len(self._source))):
+        for index in self._range(shard):
             yield SourceImage(index, self._source.name(index), partial(self._source.read, index))
 
     def columns(self, images: Sequence[SourceImage]) -> pa.Table:
@@ -163,6 +172,9 @@ class StreamShards:
             "parts": len(self),
             "columns": {name: str(feature) for name, feature in self._features.items()},
         }
+
+    def count(self, shard: int) -> int | None:
+        return None
 
     def images(self, shard: int) -> Iterator[SourceImage]:
         for position, (name, data, others) in enumerate(self._stream.part(shard)):

@@ -68,7 +68,7 @@ class EncodeTask:
         self.vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
         self.fingerprint = self._fingerprint(vae)
         self.encoder = MomentEncoder(vae, self.device, self.precision, config.mirror)
-        self.folder = LatentWriter(config.output)
+        self.folder = LatentWriter(config.output, config.part_numbers)
 
     def begin(self) -> None:
         """Start the data set on disk, or continue it.

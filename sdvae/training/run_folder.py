@@ -62,7 +62,7 @@ class RunFolder:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.lock, timeout=0):
+            with FileLock(self.lock, timeout=0, fallback_to_soft=False):
                 yield
         except Timeout as error:
             raise InputError(
