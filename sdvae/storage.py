@@ -212,7 +212,8 @@ class BucketStorage:
         self.url = url.rstrip("/")
         scheme = url.partition("://")[0]
         try:
-            self._fs, self._root = fsspec.url_to_fs(self.url)
+            self._opened_fs, self._root = fsspec.url_to_fs(self.url)
+            self._process = os.getpid()
         except ImportError as error:
             extra = EXTRAS.get(scheme)
             fix = f'pip install "sdvae[{extra}]"' if extra else one_line(error)
@@ -223,11 +224,17 @@ class BucketStorage:
                 f"got {url} ({one_line(error)}); need a path or a URL such as one of {known}://"
             ) from error
 
+    @property
+    def _fs(self) -> Any:
+        if self._process != os.getpid():  # a forked process cannot use the connections of its parent
+            self.__init__(self.url)  # type: ignore[misc]
+        return self._opened_fs
+
     def __str__(self) -> str:
         return self.url
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url}  # a process of its own opens connections of its own
+        return {"url": self.url}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["url"])  # type: ignore[misc]
