@@ -26,6 +26,7 @@ from sdvae.data.images import (
     to_tensor,
 )
 from sdvae.data.order import SampleKey, SampleOrder, ShardedBatches
+from sdvae.data.reading import ReadOptions
 from sdvae.data.sources import (
     SKIMAGE_PHOTOGRAPHS,
     ImageSource,
@@ -46,6 +47,7 @@ __all__ = [
     "ImageError",
     "ImageSource",
     "ImageStream",
+    "ReadOptions",
     "Sample",
     "SampleKey",
     "SampleOrder",

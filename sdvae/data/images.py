@@ -30,13 +30,13 @@ from PIL import Image
 from PIL.Image import Resampling, Transpose
 from torch import Tensor
 
+from sdvae.data.reading import ReadOptions
 from sdvae.errors import InputError, one_line
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM"),
     *("PSD", "QOI", "ICO", "ICNS", "DDS", "SGI", "PCX"),
 )
-MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte of RGB
 
 # Pillow antialiases when it shrinks. Bicubic rings less than Lanczos, and an autoencoder learns to draw rings.
 RESAMPLING = Resampling.BICUBIC
@@ -60,22 +60,12 @@ class ImageError(InputError):
     """A file cannot be used. The message is only the reason; the caller adds the name of the file."""
 
 
-def read_image(
-    data: bytes | str | PathLike[str],
-    *,
-    channels: int = 3,
-    background: tuple[int, int, int] = (255, 255, 255),
-    min_side: int = 1,
-    max_pixels: int = MAX_PIXELS,
-) -> Image.Image:
+def read_image(data: bytes | str | PathLike[str], options: ReadOptions = ReadOptions()) -> Image.Image:
     """Decode the image in a file and turn it upright. The module's docstring says how each kind of file is treated.
 
     Args:
         data: the bytes of the file, or its path.
-        channels: 3 for mode "RGB", 1 for "L".
-        background: RGB in 0..255, the colour behind transparent parts.
-        min_side: the smallest permitted length of the shorter side, in pixels.
-        max_pixels: the largest permitted number of pixels; the header is checked before anything is decoded.
+        options: what it becomes, and which files are refused.
 
     Returns:
         An image of mode "RGB" or "L", without metadata.
@@ -83,8 +73,6 @@ def read_image(
     Raises:
         ImageError: when the file is not an image, is damaged, or exceeds a limit; the message is the reason.
     """
-    if channels not in (1, 3):
-        raise InputError(f"channels is {channels}; need 1 (grey) or 3 (RGB)")
     if not isinstance(data, bytes):
         data = read_file(data)
     if not data:
@@ -93,7 +81,7 @@ def read_image(
     image = _open(data)
     kind = image.format
     try:
-        _check_size(image, min_side, max_pixels)
+        _check_size(image, options.min_side or 1, options.max_pixels)
         if kind == "PNG":
             _check_png(data)
         image.load()
@@ -102,7 +90,7 @@ def read_image(
         # Read after `load`: PNG and WebP files may hold EXIF data after the pixels, and Pillow's TIFF reader turns the
         # image itself and removes the tag.
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-        image = _to_rgb_or_grey(image, channels, background)
+        image = _to_rgb_or_grey(image, options.channels, options.background)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # for a damaged file, Pillow's plugins raise exceptions of any class

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from torch import nn
 
-from sdvae.data import BadImages, EvaluationImages, evaluation_loader, open_source
+from sdvae.data import BadImages, EvaluationImages, ReadOptions, evaluation_loader, open_source
 from sdvae.errors import InputError, one_line
 from sdvae.io import HUB_ID, replacing, version
 from sdvae.metrics import SMALLEST_SIDE
@@ -211,7 +211,7 @@ def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int) -> Va
             f"got count={count}, resolution={resolution}; need at least 1 image, and {SMALLEST_SIDE} pixels for SSIM"
         )
     source = open_source(data)
-    images = EvaluationImages(source, resolution, vae.config.in_channels, min_side=1)
+    images = EvaluationImages(source, resolution, ReadOptions(channels=vae.config.in_channels, min_side=1))
     loader = evaluation_loader(images, range(min(count, len(source))), batch_size=1, num_workers=0)
     accelerator = Accelerator(cpu=accelerator_type() is None)
     copied = copy.deepcopy(vae)

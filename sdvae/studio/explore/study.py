@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdvae.data import BadImages, EvaluationImages, center_crop, open_source, read_image, to_tensor
+from sdvae.data import BadImages, EvaluationImages, ReadOptions, center_crop, open_source, read_image, to_tensor
 from sdvae.data.images import ImageError
 from sdvae.errors import InputError
 from sdvae.io import utf8
@@ -188,13 +188,12 @@ class Study:
         return Statistics(names, moments, covariance, spectrum, kl / len(names))
 
     @property
-    def _channels(self) -> int:
-        return self.vae.config.in_channels
+    def _reading(self) -> ReadOptions:
+        return ReadOptions(channels=self.vae.config.in_channels, min_side=1)
 
     def _images(self, source: str) -> EvaluationImages:
         if source not in self._opened:
-            images = EvaluationImages(open_source(source), self.settings.resolution, self._channels, min_side=1)
-            self._opened[source] = images
+            self._opened[source] = EvaluationImages(open_source(source), self.settings.resolution, self._reading)
         return self._opened[source]
 
     def _named(self, name: str) -> Tensor:
@@ -206,7 +205,7 @@ class Study:
         path = Path(name).expanduser()
         if path.is_file():
             try:
-                image = read_image(path, channels=self._channels)
+                image = read_image(path, self._reading)
             except ImageError as error:
                 raise InputError(f"{path}: {error}; need an image file") from error
             return to_tensor(center_crop(image, self.settings.resolution))

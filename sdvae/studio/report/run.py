@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sdvae.data import BadImages, EvaluationImages, ImageSource, evaluation_loader, open_source
+from sdvae.data import BadImages, EvaluationImages, ImageSource, ReadOptions, evaluation_loader, open_source
 from sdvae.errors import InputError
 from sdvae.io import make_folder, replacing, utf8
 from sdvae.metrics import SMALLEST_SIDE
@@ -41,13 +42,13 @@ class Photographs:
         source: where they come from.
         name: the source's name, for the page.
         resolution: side of the centre crops in pixels.
-        min_side: images with a shorter side, in pixels, are skipped; None means half the resolution.
+        reading: how image files are read, except for the number of channels.
     """
 
     source: ImageSource
     name: str
     resolution: int
-    min_side: int | None
+    reading: ReadOptions
 
 
 def write_report(
@@ -138,19 +139,18 @@ def _run_folder(vae: str | None) -> RunFolder | None:
 def _photographs(run: RunFolder | None, data: str | None, resolution: int | None) -> Photographs:
     """The images in `data`; by default those that the run held out, or scikit-image's if there is no run."""
     if run is None:
-        data, min_side = "skimage" if data is None else data, None
+        data = "skimage" if data is None else data
         resolution = RESOLUTION if resolution is None else resolution
     else:
         recipe = read_recipe(run.config)
         resolution = recipe.data.evaluation_resolution if resolution is None else resolution
-        min_side = recipe.data.min_side if data is None else None
     if resolution < SMALLEST_SIDE:
         raise InputError(f"got resolution={resolution}; need at least {SMALLEST_SIDE} for SSIM")
     if data is not None:
-        return Photographs(open_source(data), data, resolution, min_side)
+        return Photographs(open_source(data), data, resolution, ReadOptions())
     _, held_out = open_sources(recipe.data, recipe.seed)
     name = recipe.data.validation_source or f"{recipe.data.source} (held out of training)"
-    return Photographs(held_out, name, resolution, min_side)
+    return Photographs(held_out, name, resolution, ReadOptions(min_side=recipe.data.min_side))
 
 
 def _measured(
@@ -165,9 +165,8 @@ def _measured(
     model.to(device)  # type: ignore[arg-type]
     if perceptual is not None:
         perceptual.to(device)
-    images = EvaluationImages(
-        photographs.source, photographs.resolution, model.config.in_channels, min_side=photographs.min_side
-    )
+    reading = dataclasses.replace(photographs.reading, channels=model.config.in_channels)
+    images = EvaluationImages(photographs.source, photographs.resolution, reading)
     loader = evaluation_loader(images, range(min(count, len(images))), batch_size=BATCH_SIZE, num_workers=0)
     batches = tqdm(loader, "reconstructing", unit="batch", file=sys.stderr, leave=False)
     return measure(model, batches, perceptual, bad_images)
