@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sdvae.data.images import ImageError, read_image, to_image, to_tensor
+from sdvae.data.crops import to_image, to_tensor
+from sdvae.data.images import ImageError, read_image
 from sdvae.errors import InputError
 from sdvae.io import replacing
 from sdvae.metrics import SMALLEST_SIDE
