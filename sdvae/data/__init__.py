@@ -1,5 +1,15 @@
 """Images: opening them, turning them into tensors, and the order in which training uses them."""
 
+from sdvae.data.crops import (
+    adm_center_crop,
+    center_crop,
+    color_jitter,
+    cover,
+    cover_box,
+    random_crop,
+    to_image,
+    to_tensor,
+)
 from sdvae.data.dataset import (
     BadImages,
     Batch,
@@ -13,18 +23,7 @@ from sdvae.data.dataset import (
     evaluation_loader,
     training_loader,
 )
-from sdvae.data.images import (
-    ImageError,
-    adm_center_crop,
-    center_crop,
-    color_jitter,
-    cover,
-    cover_box,
-    random_crop,
-    read_image,
-    to_image,
-    to_tensor,
-)
+from sdvae.data.images import ImageError, read_image
 from sdvae.data.order import SampleKey, SampleOrder, ShardedBatches
 from sdvae.data.reading import ReadOptions
 from sdvae.data.sources import (

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sdvae.data.images import ImageError, center_crop, color_jitter, random_crop, read_image, to_tensor
+from sdvae.data.crops import center_crop, color_jitter, random_crop, to_tensor
+from sdvae.data.images import ImageError, read_image
 from sdvae.data.order import SampleKey, ShardedBatches
 from sdvae.data.reading import ReadOptions
 from sdvae.data.sources import ImageSource

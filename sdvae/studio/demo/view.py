@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdvae.data.images import RESAMPLING, ImageError, cover, read_image, to_image, to_tensor
-from sdvae.data.reading import ReadOptions
+from sdvae.data import ImageError, ReadOptions, read_image, to_image, to_tensor
+from sdvae.data.crops import RESAMPLING, cover
 from sdvae.errors import InputError
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.image import image_metrics
