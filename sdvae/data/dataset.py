@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sdvae.data.base import ImageSource
 from sdvae.data.images import ImageError, center_crop, color_jitter, random_crop, read_image, to_tensor
 from sdvae.data.order import SampleKey, ShardedBatches
-from sdvae.data.sources import ImageSource
 from sdvae.errors import InputError
 from sdvae.io import utf8
 from sdvae.noise import sample_seed
