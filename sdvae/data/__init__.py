@@ -1,5 +1,6 @@
 """Images: opening them, turning them into tensors, and the order in which training uses them."""
 
+from sdvae.data.base import ImageSource
 from sdvae.data.crops import (
     adm_center_crop,
     center_crop,
@@ -28,13 +29,12 @@ from sdvae.data.order import SampleKey, SampleOrder, ShardedBatches
 from sdvae.data.reading import ReadOptions
 from sdvae.data.sources import (
     SKIMAGE_PHOTOGRAPHS,
-    ImageSource,
-    ImageStream,
     open_source,
     open_stream,
     split_off,
     subset,
 )
+from sdvae.data.streams import ImageStream
 
 __all__ = [
     "SKIMAGE_PHOTOGRAPHS",

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sdvae.data.base import ImageSource
 from sdvae.data.crops import center_crop, color_jitter, random_crop, to_tensor
 from sdvae.data.images import ImageError, read_image
 from sdvae.data.order import SampleKey, ShardedBatches
 from sdvae.data.reading import ReadOptions
-from sdvae.data.sources import ImageSource
 from sdvae.errors import InputError
 from sdvae.io import utf8
 from sdvae.noise import sample_seed
