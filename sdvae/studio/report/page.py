@@ -13,7 +13,6 @@ from typing import Any
 import diffusers
 import jinja2
 import torch
-from matplotlib.axes import Axes
 from PIL import Image
 
 from sdvae.data import to_image
@@ -78,7 +77,10 @@ def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[
         **_drift(measured, drift),
         **_deltas(subject.model, deltas),
         spectra=_spectra(subject, measured),
-        curves={name: _plot(partial(_curve, name, *series), SMALL) for name, series in subject.curves.items()},
+        curves={
+            name: _plot(partial(draw_curve, name=name, steps=steps, values=values), SMALL)
+            for name, (steps, values) in subject.curves.items()
+        },
     )
 
 
@@ -200,10 +202,6 @@ def _spectra(subject: Subject, measured: Measured) -> dict[str, Any]:
         "edge": 1 / (2 * factor),
         "factor": factor,
     }
-
-
-def _curve(name: str, steps: list[int], values: list[float], axes: Axes) -> None:
-    draw_curve(axes, name, steps, values)
 
 
 def _plot(draw: Any, size: tuple[float, float] = WIDE) -> str:
