@@ -19,7 +19,7 @@ from sdvae.data import to_image
 from sdvae.io import version
 from sdvae.metrics.image import PEAK_PSNR
 from sdvae.model import AutoencoderKL
-from sdvae.pictures import AMPLIFICATION, draw_curve
+from sdvae.pictures import AMPLIFICATION, draw_curve, draw_log_variances
 from sdvae.statistics import HISTOGRAM_RANGE
 from sdvae.studio.report import plots
 from sdvae.studio.report.gallery import Picture, webp
@@ -163,7 +163,7 @@ def _latents(model: AutoencoderKL, measured: Measured) -> dict[str, Any]:
         "covariance": maps.covariance(moments).tolist(),
         "kl_map": _plot(partial(plots.position_map, values=maps.kl())),
         "std_map": _plot(partial(plots.position_map, values=maps.std(moments))),
-        "log_variances": _plot(partial(plots.log_variances, health=health)),
+        "log_variances": _plot(partial(draw_log_variances, health=health, colour=plots.BLUE, clamped=plots.RED)),
     }
 
 

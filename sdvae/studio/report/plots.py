@@ -13,14 +13,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
-from sdvae.model.posterior import LOGVAR_RANGE
-from sdvae.statistics import BINS, HISTOGRAM_BINS, HISTOGRAM_RANGE, LatentHealth
+from sdvae.statistics import HISTOGRAM_BINS, HISTOGRAM_RANGE
 from sdvae.studio.report.robustness import Drift
 
 INK, MUTED, BLUE, RED = "#1b1f24", "#8b949e", "#2563b0", "#c2410c"
@@ -55,7 +53,6 @@ def svg(draw: Callable[[Axes], None], size: tuple[float, float] = WIDE) -> bytes
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="compressed")
-        FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -107,15 +104,6 @@ def position_map(axes: Axes, values: Tensor) -> None:
     image = axes.imshow(values.numpy(), cmap="viridis")
     axes.figure.colorbar(image, ax=axes, shrink=0.85)
     axes.set(xlabel="column", ylabel="row")
-
-
-def log_variances(axes: Axes, health: LatentHealth) -> None:
-    """Histogram of the posterior's log-variance; the lowest bin, which is at the clamp, is red."""
-    edges = np.linspace(*LOGVAR_RANGE, BINS + 1)
-    counts = health.logvar_histogram.numpy()
-    axes.set(yscale="log", ylim=(0.5, 2 * max(1, counts.max())))  # 0.5: a bar of one element is visible
-    axes.bar(edges[:-1], counts, width=1.0, align="edge", color=[RED] + [BLUE] * (BINS - 1))
-    axes.set(xlim=(edges[0] - 1, edges[-1] + 1), xlabel="log-variance of the posterior, nats", ylabel="elements")
 
 
 def drift_curves(axes: Axes, drift: Drift) -> None:
