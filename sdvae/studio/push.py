@@ -268,19 +268,14 @@ def _refusals(repo_id: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = error.response.status_code
         said = _short(error.server_message or error)
-        if status == 401:
-            raise InputError(f"got a token that the hub does not know (401); {WANT_TOKEN}") from error
-        if status == 403:
-            owner = repo_id.split("/")[0]
-            raise InputError(
-                f"got a token that may not write to {owner}'s {repo_id} (403: {said}); {WANT_TOKEN}"
-            ) from error
-        if status == 404:
-            raise InputError(
-                f"the hub has no {repo_id} that this token may see (404: {said}); check the name"
-            ) from error
+        refusals = {
+            401: f"got a token that the hub does not know (401); {WANT_TOKEN}",
+            403: f"got a token that may not write to {repo_id.split('/')[0]}'s {repo_id} (403: {said}); {WANT_TOKEN}",
+            404: f"the hub has no {repo_id} that this token may see (404: {said}); check the name",
+        }
         if status < 500 and status != 429:
-            raise InputError(f"the hub refuses {repo_id} ({status}: {said}); correct that") from error
+            other = f"the hub refuses {repo_id} ({status}: {said}); correct that"
+            raise InputError(refusals.get(status, other)) from error
         raise ConnectionError(f"the hub failed ({status}: {said}); try again later") from error
     except ValueError as error:  # raised when the card's head or the repository's name is not valid
         raise InputError(f"the hub refuses this card or name: {_short(error)}") from error
