@@ -180,13 +180,10 @@ class Study:
             kl += float(posterior.kl_map().double().mean())
         return Statistics(names, moments, covariance, spectrum, kl / len(names))
 
-    @property
-    def _channels(self) -> int:
-        return self.vae.config.in_channels
-
     def _images(self, source: str) -> EvaluationImages:
         if source not in self._opened:
-            images = EvaluationImages(open_source(source), self.settings.resolution, self._channels, min_side=1)
+            channels = self.vae.config.in_channels
+            images = EvaluationImages(open_source(source), self.settings.resolution, channels, min_side=1)
             self._opened[source] = images
         return self._opened[source]
 
@@ -199,7 +196,7 @@ class Study:
         path = Path(name).expanduser()
         if path.is_file():
             try:
-                image = read_image(path, channels=self._channels)
+                image = read_image(path, channels=self.vae.config.in_channels)
             except ImageError as error:
                 raise InputError(f"{path}: {error}; need an image file") from error
             return to_tensor(center_crop(image, self.settings.resolution))

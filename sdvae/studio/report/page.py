@@ -190,15 +190,9 @@ def _deltas(model: AutoencoderKL, deltas: Sequence[Delta]) -> dict[str, Any]:
 
 def _spectra(subject: Subject, measured: Measured) -> dict[str, Any]:
     factor = subject.model.spatial_compression_ratio
-    arguments: dict[str, Any] = {
-        "side": subject.resolution,
-        "originals": measured.originals,
-        "reconstructions": measured.reconstructions,
-        "factor": factor,
-    }
     return {
-        "power": _plot(partial(plots.power, **arguments)),
-        "ratio": _plot(partial(plots.power_ratio, **arguments)),
+        "power": _plot(partial(plots.power, measured=measured, factor=factor)),
+        "ratio": _plot(partial(plots.power_ratio, measured=measured, factor=factor)),
         "edge": 1 / (2 * factor),
         "factor": factor,
     }

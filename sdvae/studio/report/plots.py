@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdvae.statistics import HISTOGRAM_BINS, HISTOGRAM_RANGE
+from sdvae.studio.report.measure import Measured
 from sdvae.studio.report.robustness import Drift
 
 INK, MUTED, BLUE, RED = "#1b1f24", "#8b949e", "#2563b0", "#c2410c"
@@ -119,27 +120,25 @@ def drift_curves(axes: Axes, drift: Drift) -> None:
     axes.legend()
 
 
-def power(axes: Axes, side: int, originals: Tensor, reconstructions: Tensor, factor: int) -> None:
+def power(axes: Axes, measured: Measured, factor: int) -> None:
     """The spectra of originals and reconstructions, log-log.
 
     Args:
         axes: the axes to draw on.
-        side: side of the images, in pixels.
-        originals: (side // 2,), from `radial_power`.
-        reconstructions: the same shape.
+        measured: the measurements with the spectra.
         factor: the compression ratio; a dashed line marks the highest frequency that the grid of latents can hold.
     """
-    axes.loglog(_frequencies(side), originals.numpy(), color=INK, label="originals")
-    axes.loglog(_frequencies(side), reconstructions.numpy(), color=RED, label="reconstructions")
+    axes.loglog(_frequencies(measured), measured.originals.numpy(), color=INK, label="originals")
+    axes.loglog(_frequencies(measured), measured.reconstructions.numpy(), color=RED, label="reconstructions")
     axes.axvline(1 / (2 * factor), color=MUTED, linewidth=1, linestyle="--")
     axes.set(xlabel="cycles a pixel", ylabel="power")
     _plain_ticks(axes.xaxis)
     axes.legend(loc="lower left")
 
 
-def power_ratio(axes: Axes, side: int, originals: Tensor, reconstructions: Tensor, factor: int) -> None:
+def power_ratio(axes: Axes, measured: Measured, factor: int) -> None:
     """The reconstructions' power divided by the originals'. The arguments are those of `power`."""
-    axes.loglog(_frequencies(side), (reconstructions / originals).numpy(), color=RED)
+    axes.loglog(_frequencies(measured), (measured.reconstructions / measured.originals).numpy(), color=RED)
     axes.axhline(1, color=INK, linewidth=1)
     axes.axvline(1 / (2 * factor), color=MUTED, linewidth=1, linestyle="--")
     axes.set(xlabel="cycles a pixel", ylabel="reconstructions / originals")
@@ -147,7 +146,9 @@ def power_ratio(axes: Axes, side: int, originals: Tensor, reconstructions: Tenso
     _plain_ticks(axes.yaxis)
 
 
-def _frequencies(side: int) -> np.ndarray:
+def _frequencies(measured: Measured) -> np.ndarray:
+    """Of the spectra's rings, in cycles a pixel."""
+    side = measured.first.shape[-1]
     return np.arange(1, side // 2 + 1) / side
 
 
