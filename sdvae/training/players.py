@@ -129,9 +129,6 @@ class Player:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
 
-    def forget_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
 
 class Players:
     """The VAE, the moving average of its weights, and the discriminator, if there is one.
