@@ -151,7 +151,6 @@ def probe(
         reconstruction = decode_images(vae, posterior.mode(), images.shape[2:], **conditioning)
         mean_db = float(psnr(images, reconstruction).mean())
         if mean_db < RECOGNISABLE_PSNR:
-            findings.append(
-                f"{config.fine_tune.source} reconstructs the first images at only {mean_db:.1f} dB: is it the right VAE?"
-            )
+            source = config.fine_tune.source
+            findings.append(f"{source} reconstructs the first images at only {mean_db:.1f} dB: is it the right VAE?")
     return findings
