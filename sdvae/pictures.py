@@ -56,7 +56,7 @@ def tile_grid(
     Args:
         tiles: for each row a list of (C, H, W) float in [-1, 1], drawn as by `reconstruction_grid`; None leaves a
             place empty.
-        columns: text above each column.
+        columns: text above each column; may be empty strings.
         rows: text left of each row.
         captions: text below each tile, in the shape of `tiles`.
         note: text below the grid.
@@ -77,7 +77,7 @@ def tile_grid(
         labels, _ = wrapped(rows, LABEL_WIDTH)
         left = 2 * GAP + math.ceil(max(font.getlength(part) for label in labels for part in label.split("\n")))
     headings, above = wrapped(columns, width + GAP)
-    above = max(CAPTION_HEIGHT, above + 2 * GAP)
+    above = max(CAPTION_HEIGHT, above + 2 * GAP) if any(columns) else 0
     below = [wrapped(row, width + GAP) for row in captions] or [([], 0)] * len(tiles)
     inside = len(columns) * (width + GAP) - GAP
     remark, last = wrapped([note], left + inside - 2 * GAP)
