@@ -22,24 +22,7 @@ KEPT_SECONDS = 3600  # uploads, pictures and latents are deleted this long after
 CLEANING_SECONDS = 600  # time between two searches for files to delete
 GRADIO_FOLDER = "GRADIO_TEMP_DIR"
 QUEUE_SIZE = 16  # waiting requests; more are refused
-
-CSS = """
-.gradio-container { max-width: 1500px !important; }
-#status { padding-bottom: 0 !important; } #status p { margin: 0; }
-#status .error { color: #b91c1c; font-weight: 600; } .dark #status .error { color: #fca5a5; }
-.picture { padding-top: 30px !important; overflow: visible !important; }  /* label and buttons above, not on it */
-.picture .icon-button-wrapper { top: -29px !important; }
-.picture img { width: 100%; height: auto; }
-.figures table { width: 100%; max-width: 32em; border-collapse: collapse; }
-.figures table, .figures tbody, .figures tr { border: none !important; }
-.figures th, .figures td {
-  border: none !important; border-bottom: 1px solid var(--border-color-primary) !important; padding: 4px 8px !important;
-}
-.figures th { text-align: left; font-weight: 500; width: 7em; }
-@media (max-width: 760px) {  /* results before the settings */
-  #left { display: contents; } #photograph { order: 1; } #results { order: 2; } #settings { order: 3; }
-}
-"""
+STYLE = Path(__file__).with_name("style.css")
 
 ALL = -1  # value of the channel menu that shows all channels
 
@@ -266,7 +249,7 @@ def running(
                 server_port=port,
                 max_file_size=int(max_megabytes * 2**20),
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-                css=CSS,
+                css_paths=STYLE,
                 prevent_thread_lock=True,
                 share=False,
                 quiet=True,
