@@ -38,6 +38,7 @@ from sdvae.studio.demo.view import (
     show,
     show_latents,
 )
+from sdvae.studio.settings import DemoOptions
 
 MAX_SIDE = 96
 SIZE = (61, 51)  # sides that are no multiples of 8
@@ -390,7 +391,7 @@ class serving:
         self.models = models
 
     def __enter__(self) -> str:
-        self.context = running(self.models, host="127.0.0.1", port=free_port(), max_side=MAX_SIDE, max_megabytes=1)
+        self.context = running(self.models, DemoOptions(port=free_port(), max_side=MAX_SIDE, max_megabytes=1))
         return self.context.__enter__().local_url
 
     def __exit__(self, *error: object) -> None:

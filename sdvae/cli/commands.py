@@ -1,7 +1,7 @@
 """The commands and their options: each field of an options class is an option, and the string below it is its help.
 
 A command imports its part of the package only when it runs, because nearly every part imports torch. The options of
-`train`, `encode`, `evaluate` and `report` are defined beside the code that uses them.
+`train`, `encode`, `evaluate`, `demo` and `report` are defined beside the code that uses them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from sdvae.errors import InputError, require
 from sdvae.evaluation.config import EvaluateConfig
 from sdvae.latents.config import EncodeConfig
-from sdvae.studio.settings import ReportOptions, Settings
+from sdvae.studio.settings import DemoOptions, ReportOptions, Settings
 from sdvae.training.config import TrainConfig
 
 
@@ -188,30 +188,12 @@ def explore(options: ExploreOptions) -> None:
     explore(options.what, options.settings(), vae=options.vae, subfolder=options.subfolder, output=options.output)
 
 
-@dataclass(frozen=True)
-class DemoOptions:
-    """Options of `sdvae demo`."""
-
-    vae: str | None = None
-    """The VAE: whatever `sdvae export` takes as its source. By default the one inside this package."""
-    compare: str | None = None
-    """A second VAE, shown beside the first."""
-    host: str = "127.0.0.1"
-    """Address to listen on. 0.0.0.0 lets other machines use the page."""
-    port: int = 7860
-    """Port to listen on."""
-    max_side: int = 1024
-    """Photographs with a longer side than this are shrunk to it, in pixels."""
-    max_megabytes: float = 20.0
-    """Largest size of an uploaded file, in megabytes."""
-
-
 def demo(options: DemoOptions) -> None:
     """Serve a page to reconstruct photographs and edit latents: [VAE] [--compare VAE] [--port P]"""
     require("gradio", "sdvae demo", "studio")
     from sdvae.studio.demo.page import serve
 
-    serve(**vars(options))
+    serve(options)
 
 
 def report(options: ReportOptions) -> None:

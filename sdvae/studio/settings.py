@@ -1,4 +1,4 @@
-"""The settings of `sdvae explore`, and the options of `sdvae report`.
+"""The settings of `sdvae explore`, and the options of `sdvae demo` and `sdvae report`.
 
 Torch is not imported here, so that the command line lists options at once.
 """
@@ -31,6 +31,24 @@ class Settings:
     """For `denoise`: standard deviations of the noise to remove, in grey levels of 0 to 255."""
     seed: int = 0
     """Seed of the samples, the defects and the noise."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Options of `sdvae demo`."""
+
+    vae: str | None = None
+    """The VAE: whatever `sdvae export` takes as its source. By default the one inside this package."""
+    compare: str | None = None
+    """A second VAE, shown beside the first."""
+    host: str = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 lets other machines use the page."""
+    port: int = 7860
+    """Port to listen on."""
+    max_side: int = 1024
+    """Photographs with a longer side than this are shrunk to it, in pixels."""
+    max_megabytes: float = 20.0
+    """Largest size of an uploaded file, in megabytes."""
 
 
 @dataclass(frozen=True)
