@@ -22,7 +22,7 @@ from sdvae.model import AutoencoderKL
 from sdvae.pictures import AMPLIFICATION, draw_curve, draw_log_variances
 from sdvae.statistics import HISTOGRAM_RANGE
 from sdvae.studio.report import plots
-from sdvae.studio.report.gallery import Picture, webp
+from sdvae.studio.report.gallery import webp
 from sdvae.studio.report.measure import Measured
 from sdvae.studio.report.plots import SMALL, WIDE, svg
 from sdvae.studio.report.robustness import SHOWN_TRIPS, Delta, Drift, computes_natively
@@ -65,6 +65,7 @@ def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["data_uri"] = _uri
     environment.filters["signed"] = lambda number: f"{number:+.2f}".replace("-", "−")
     return environment.get_template("template.html.j2").render(
         subject=subject,
@@ -116,16 +117,7 @@ def _reconstructions(measured: Measured) -> dict[str, Any]:
         "ranked_by": "PSNR" if gallery.ranked_by == "psnr" else gallery.ranked_by,
         "worst": worst,
         "best": best,
-        "shown": {place: _shown(picture) for place, picture in gallery.shown().items()},
-    }
-
-
-def _shown(picture: Picture) -> dict[str, Any]:
-    return {
-        "name": picture.name,
-        "figures": picture.figures,
-        "original": _uri(picture.original, "webp"),
-        "reconstruction": _uri(picture.reconstruction, "webp"),
+        "shown": gallery.shown(),
     }
 
 
