@@ -139,9 +139,7 @@ def hub_card(
         except (ValueError, yaml.YAMLError) as error:
             raise InputError(f"{readme} has a head that is not YAML ({_short(error)}); correct it") from error
     else:
-        name = repo_id.split("/")[1]
-        head = card_head(vae, title(name, vae.spatial_compression_ratio, vae.config.latent_channels), base_model=base)
-        card = ModelCard(head)
+        card = ModelCard(card_head(vae, title(repo_id.split("/")[1], vae), base_model=base))
     card.data["library_name"] = "diffusers"
     card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *TAGS]))
     if license is not None:
