@@ -164,18 +164,10 @@ class LatentHealth:
         return self.sums[HISTOGRAM:].sum(dim=1).long()
 
     @property
-    def logvar_mean(self) -> float:
-        return self._mean_of(LOGVAR)
-
-    @property
     def logvar_min(self) -> float:
         """The minimum, rounded down to a nat: the lower edge of the lowest bin that is not empty."""
         filled = self.logvar_histogram.nonzero()
         return LOGVAR_RANGE[0] + int(filled[0]) if len(filled) else float("nan")
-
-    @property
-    def dead_fraction(self) -> float:
-        return self._mean_of(DEAD)
 
     @property
     def black_hole_fraction(self) -> float:
@@ -213,9 +205,9 @@ class LatentHealth:
         values = {
             "active_channels": self.moments.active_channels,
             "latent_std": self.moments.std,
-            "dead_fraction": self.dead_fraction,
+            "dead_fraction": self._mean_of(DEAD),
             "black_hole_fraction": self.black_hole_fraction,
-            "logvar_mean": self.logvar_mean,
+            "logvar_mean": self._mean_of(LOGVAR),
             "logvar_min": self.logvar_min,
             "kl_per_element": self._mean_of(KL),
         }
