@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -266,26 +266,37 @@ class _Reader:
         self._forget()
 
     def row(self, shard: int, group: int, offset: int) -> dict[str, Any]:
-        if self._process != os.getpid():  # a forked worker opens files of its own
-            self._forget()
         return {name: column[offset].as_py() for name, column in self._columns(shard, group).items()}
 
     def column(self, shard: int, name: str) -> np.ndarray:
         return np.array(self._file(shard).read([name]).column(name).to_pylist(), dtype=np.int32).reshape(-1, 2)
 
-    def _read_columns(self, shard: int, group: int) -> dict[str, Any]:
-        table = self._file(shard).read_row_group(group)
-        return {name: table.column(name).combine_chunks() for name in table.column_names}
+    def _columns(self, shard: int, group: int) -> dict[str, Any]:
+        key = (shard, group)
+        if key not in self._groups:
+            table = self._file(shard).read_row_group(group)
+            self._groups[key] = {name: table.column(name).combine_chunks() for name in table.column_names}
+            if len(self._groups) > WINDOW:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]
 
-    def _open(self, shard: int) -> Any:
+    def _file(self, shard: int) -> Any:
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(self._folder.shard_path(shard), memory_map=True)
+        if self._process != os.getpid():  # a forked worker opens files of its own
+            self._forget()
+        if shard not in self._files:
+            self._files[shard] = pq.ParquetFile(self._folder.shard_path(shard), memory_map=True)
+            if len(self._files) > WINDOW:
+                self._files.popitem(last=False)
+        self._files.move_to_end(shard)
+        return self._files[shard]
 
     def _forget(self) -> None:
         self._process = os.getpid()
-        self._columns = lru_cache(WINDOW)(self._read_columns)
-        self._file = lru_cache(WINDOW)(self._open)
+        self._groups: OrderedDict[tuple[int, int], dict[str, Any]] = OrderedDict()
+        self._files: OrderedDict[int, Any] = OrderedDict()
 
 
 def _scaling(kind: str, manifest: dict[str, Any]) -> LatentScaling:
