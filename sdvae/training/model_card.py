@@ -115,7 +115,7 @@ def model_card(
     )
     head = card_head(
         vae,
-        run_title(config),
+        title(Path(config.output_dir).resolve().name, vae),
         base_model=base_model(config.fine_tune.source),
         maker=f", trained with sdvae {version()}",
         origin_of_factor=f" is {origin}" + ("" if shift is None else f"; `shift_factor` {shift:.5f} is their mean"),
@@ -229,12 +229,6 @@ def describe_start(config: TrainConfig) -> str:
     return f", starting from `{config.fine_tune.source}`{frozen}"
 
 
-def run_title(config: TrainConfig) -> str:
-    """The run folder's name, with its latent shape."""
-    name = Path(config.output_dir).resolve().name
-    return title(name, config.model.compression_ratio, config.model.latent_channels)
-
-
-def title(name: str, ratio: int, channels: int) -> str:
+def title(name: str, vae: AutoencoderKL) -> str:
     """A title such as «quickstart: an f8, 4-channel image VAE»."""
-    return f"{name}: an f{ratio}, {channels}-channel image VAE"
+    return f"{name}: an f{vae.spatial_compression_ratio}, {vae.config.latent_channels}-channel image VAE"

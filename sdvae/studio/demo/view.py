@@ -10,9 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.image import image_metrics
 from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.model.tiling import map_bytes
-from sdvae.pictures import AMPLIFICATION
+from sdvae.pictures import AMPLIFICATION, tile_grid
 from sdvae.roundtrip import check_image_channels, decode_images, encode_images
 from sdvae.runtime import accelerator_type
 from sdvae.studio.explore.moves import lerp, slerp
@@ -257,7 +256,7 @@ def edit(z: Tensor, second: Tensor | None, edits: Edits, std: float) -> Tensor:
 def draw_channels(z: Tensor, channel: int | None) -> Image.Image:
     """A picture of one channel, or of all in a grid.
 
-    A channel's grey levels go from its 1st to its 99th percentile, which are written above it.
+    A channel's grey levels go from its 1st to its 99th percentile, which are written below it.
 
     Args:
         z: (c, h, w).
@@ -266,22 +265,14 @@ def draw_channels(z: Tensor, channel: int | None) -> Image.Image:
     shown = range(len(z)) if channel is None else [channel]
     columns = math.ceil(math.sqrt(len(shown)))
     zoom = max(1, round(SHEET_WIDTH / columns / z.shape[2]))  # an integer, so that latent elements are squares
-    width, height = zoom * z.shape[2], zoom * z.shape[1]
-    size = min(16, max(10, width // 14))
-    font = ImageFont.load_default(size)
-    gap, caption = 8, round(1.6 * size)
-    rows = math.ceil(len(shown) / columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + caption + gap) - gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for place, c in enumerate(shown):
-        left, top = place % columns * (width + gap), place // columns * (height + caption + gap)
+    tiles, captions = [], []
+    for c in shown:
         low, high = torch.quantile(z[c].flatten().double(), torch.tensor(CONTRAST).double()).tolist()
         grey = (z[c] - low) / (high - low) if high > low else torch.full_like(z[c], 0.5)
-        tile = Image.fromarray((grey.clamp(0, 1) * 255).round().numpy().astype(np.uint8))
-        sheet.paste(tile.resize((width, height), Image.Resampling.NEAREST), (left, top + caption))
-        text = f"{c}: {low:.3g} … {high:.3g}"
-        draw.text((left + width / 2, top + caption / 2), text, fill="black", font=font, anchor="mm")
-    return sheet
+        tiles.append(2 * grey.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)[None] - 1)
+        captions.append(f"{c}: {low:.3g} … {high:.3g}")
+    rows = [slice(first, first + columns) for first in range(0, len(shown), columns)]
+    return tile_grid([tiles[row] for row in rows], [""] * columns, captions=[captions[row] for row in rows])
 
 
 def save_latents(model: Model, encoded: Encoded, path: Path) -> None:

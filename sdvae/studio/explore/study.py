@@ -42,13 +42,6 @@ class Finding:
     lines: list[str] = field(default_factory=list)
 
 
-class Photographs(NamedTuple):
-    """N images, (N, C, R, R) float in [-1, 1], and the name of each."""
-
-    names: list[str]
-    images: Tensor
-
-
 class Statistics(NamedTuple):
     """Statistics of the posteriors of the measured images.
 
@@ -119,8 +112,8 @@ class Study:
             raise InputError("the VAE decodes to NaN or infinite values; need finite ones; see sdvae fp16 audit")
         return images.clamp(-1, 1)
 
-    def shown(self, count: int, needed: int = 1) -> Photographs:
-        """Up to `count` photographs to draw.
+    def shown(self, count: int, needed: int = 1) -> tuple[list[str], Tensor]:
+        """The names of up to N = `count` photographs to draw, and their pixels, (N, C, R, R) in [-1, 1].
 
         Raises:
             InputError: when there are fewer than `needed`, or one of `settings.images` cannot be read.
@@ -131,7 +124,7 @@ class Study:
             raise InputError(
                 f"got {len(found)} image{'s' * (len(found) != 1)} to draw; need {needed}; name more with --images"
             )
-        return Photographs([name for name, _ in found], torch.stack([image for _, image in found]))
+        return [name for name, _ in found], torch.stack([image for _, image in found])
 
     def check(self, needed: int) -> None:
         """Read the photographs to draw and the first abnormal image, to find faults before minutes of computation.
