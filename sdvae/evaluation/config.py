@@ -20,7 +20,8 @@ PRESETS: dict[str, tuple[int, Literal["resize", "adm"]]] = {
 }
 
 RANGES: Ranges = (
-    ("at least 1", lambda x: x >= 1, "count resolution min_side batch_size"),
+    ("at least 1", lambda x: x >= 1, "count min_side batch_size"),
+    (f"at least {SMALLEST_SIDE} for SSIM", lambda x: x >= SMALLEST_SIDE, "resolution"),
     ("0 or more", lambda x: x >= 0, "images num_workers seed"),
 )
 
@@ -85,8 +86,6 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
-        if self.resolution < SMALLEST_SIDE:
-            raise InputError(f"got resolution={self.resolution}; need at least {SMALLEST_SIDE} for SSIM")
         if self.lpips in ("alex", "squeeze") and self.resolution < SMALLEST_LPIPS_SIDE:
             raise InputError(
                 f"got resolution={self.resolution} with lpips={self.lpips}, whose trunk needs {SMALLEST_LPIPS_SIDE}; "
