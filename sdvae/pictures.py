@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from sdvae.data import to_image
 from sdvae.errors import InputError
 from sdvae.model.posterior import LOGVAR_RANGE
 from sdvae.statistics import BINS, DEAD_KL, LatentHealth
@@ -30,14 +30,21 @@ def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Image.Image:
     """A row for each image: original | reconstruction | amplified absolute difference.
 
     Args:
-        images: (N, C, H, W) in [-1, 1]; values outside are clamped. One channel is drawn in grey. If there are more
-            than three channels, only the first three are drawn.
+        images: (N, C, H, W) in [-1, 1], C 1 or 3; values outside are clamped.
         reconstructions: the same shape.
     """
-    x, y = (_as_drawn(batch) for batch in (images, reconstructions))
-    difference = 2 * AMPLIFICATION * (x - y).abs() - 1  # values above 1 are white
-    rows = list(zip(images, reconstructions, difference, strict=True))
+    rows = list(zip(images, reconstructions, amplified_difference(images, reconstructions), strict=True))
     return tile_grid(rows, ["original", "reconstruction", f"{AMPLIFICATION} x |difference|"])
+
+
+def amplified_difference(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """AMPLIFICATION times the absolute difference, as an image: -1, black, is no difference.
+
+    Args:
+        images: any shape, in [-1, 1]; values outside are clamped.
+        reconstructions: the same shape.
+    """
+    return (AMPLIFICATION * (images.clamp(-1, 1) - reconstructions.clamp(-1, 1)).abs() - 1).clamp(max=1)
 
 
 def tile_grid(
@@ -54,8 +61,7 @@ def tile_grid(
     matplotlib's subplots would resample them.
 
     Args:
-        tiles: for each row a list of (C, H, W) float in [-1, 1], drawn as by `reconstruction_grid`; None leaves a
-            place empty.
+        tiles: for each row a list of (C, H, W) float in [-1, 1], C 1 or 3; None leaves a place empty.
         columns: text above each column; may be empty strings.
         rows: text left of each row.
         captions: text below each tile, in the shape of `tiles`.
@@ -98,7 +104,7 @@ def tile_grid(
         for column, tile in enumerate(row):
             x = left + column * (width + GAP)
             if tile is not None:
-                grid.paste(Image.fromarray(_to_uint8(_as_drawn(tile[None]))[0]), (x, top))
+                grid.paste(to_image(tile), (x, top))
             if texts:
                 write(texts[column], x + width / 2, top + height + room / 2, "center", "mm")
         top += height + GAP + room
@@ -121,15 +127,6 @@ def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, room: f
                 lines.append("")
             lines[-1] += letter
     return "\n".join(lines)
-
-
-def _as_drawn(images: Tensor) -> Tensor:
-    images = (images.detach().float().cpu().clamp(-1, 1) + 1) / 2
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
-
-
-def _to_uint8(images: Tensor) -> np.ndarray:
-    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def training_curves(metrics_file: Path, png: Path) -> None:

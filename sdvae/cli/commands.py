@@ -6,7 +6,6 @@ A command imports its part of the package only when it runs, because nearly ever
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -177,15 +176,12 @@ class ExploreOptions(Settings):
     output: Path = Path("explorations")
     """Folder for EXPERIMENT.png and EXPERIMENT.json."""
 
-    def settings(self) -> Settings:
-        return Settings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)})
-
 
 def explore(options: ExploreOptions) -> None:
     """Draw the latent space: interpolate|traverse|pca|prior|arithmetic|anomaly|denoise|all [--images A B] …"""
     from sdvae.studio.explore.run import explore
 
-    explore(options.what, options.settings(), vae=options.vae, subfolder=options.subfolder, output=options.output)
+    explore(options.what, options, vae=options.vae, subfolder=options.subfolder, output=options.output)
 
 
 def demo(options: DemoOptions) -> None:

@@ -122,25 +122,12 @@ def model_card(
     )
     return head + "\n".join(
         [
-            section(LOADING, _loading_of(config, vae, "path/to/this/folder")),
+            section(LOADING, loading_text(vae, "path/to/this/folder")),
             section(FIGURES, figures),
             section("Data", f"Trained on `{config.data.source}`{describe_start(config)}.\n"),
             section(RECIPE, f"```yaml\n{to_yaml(config)}```\n"),
         ]
     )
-
-
-def _loading_of(config: TrainConfig, vae: AutoencoderKL, place: str) -> str:
-    """How to load the VAE of a recipe."""
-    classes = config.model.num_classes
-    if classes:
-        return CONDITIONAL_TEXT.format(last=classes - 1, place=place) + _logits_text(vae)
-    return loading_text(vae, place)
-
-
-def _logits_text(vae: AutoencoderKL) -> str:
-    """What the decoder's output means, where that is not an image."""
-    return LOGITS_TEXT if vae.likelihood == "bernoulli" else ""
 
 
 def card_head(
@@ -178,7 +165,13 @@ def loading_text(vae: AutoencoderKL, place: str, *, what: str = "this folder", p
         what: words that say what is loaded.
         programs: keys of LDM_PROGRAMS; only given if the file LDM_NAME lies beside the card.
     """
-    text = LOADING_TEXT.format(what=what, place=place) + _logits_text(vae)
+    classes = vae.config.get("num_classes")
+    if classes:
+        text = CONDITIONAL_TEXT.format(last=classes - 1, place=place)
+    else:
+        text = LOADING_TEXT.format(what=what, place=place)
+    if vae.likelihood == "bernoulli":
+        text += LOGITS_TEXT
     if programs:
         text += LDM_TEXT.format(name=LDM_NAME, ways="\n".join(f"- {LDM_PROGRAMS[program]}" for program in programs))
     return text

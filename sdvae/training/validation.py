@@ -89,7 +89,8 @@ def validate(
             seeds = [sample_seed(seed, 0, index, "validation") for index in batch["index"]]
             noise = posterior_generators(torch.tensor(seeds))
             with autocast():
-                bound = elbo(vae, images, generator=noise, posterior=posterior, **conditioning)
+                labels = conditioning.get("labels")
+                bound = elbo(vae, images, labels, noise, posterior=posterior)
             terms = zip(bound.distortion.tolist(), bound.rate.tolist(), strict=True)
             figures = [{"nelbo": d + r, "distortion": d, "rate": r} for d, r in terms]
         for i, metrics in enumerate(image_metrics(images, reconstruction, posterior, perceptual)):

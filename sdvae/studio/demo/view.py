@@ -22,7 +22,7 @@ from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.image import image_metrics
 from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.model.tiling import map_bytes
-from sdvae.pictures import AMPLIFICATION, tile_grid
+from sdvae.pictures import amplified_difference, tile_grid
 from sdvae.roundtrip import check_image_channels, decode_images, encode_images
 from sdvae.runtime import accelerator_type
 from sdvae.studio.explore.moves import lerp, slerp
@@ -199,11 +199,10 @@ def show(model: Model, encoded: Encoded, edits: Edits) -> View:
     seconds = time.perf_counter() - start
     (merits,) = image_metrics(x, y, encoded.posterior, None)
     nats = float(encoded.posterior.kl())
-    difference = (2 * AMPLIFICATION * ((x - y.clamp(-1, 1)) / 2).abs() - 1).clamp(-1, 1)  # 0 is black
     return View(
         original=to_image(x[0]),
         reconstruction=to_image(y[0]),
-        difference=to_image(difference[0]),
+        difference=to_image(amplified_difference(x, y)[0]),
         figures={
             "PSNR": f"{merits['psnr']:.2f} dB",
             "SSIM": f"{merits['ssim']:.4f}",

@@ -76,7 +76,9 @@ def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[
         **_reconstructions(measured),
         **_latents(subject.model, measured),
         **_drift(measured, drift),
-        **_deltas(subject.model, deltas),
+        deltas=deltas,
+        native=computes_natively(subject.model.device),
+        peak_psnr=PEAK_PSNR,
         spectra=_spectra(subject, measured),
         curves={
             name: _plot(partial(draw_curve, name=name, steps=steps, values=values), SMALL)
@@ -174,10 +176,6 @@ def _drift(measured: Measured, drift: Drift) -> dict[str, Any]:
             for i in range(min(STRIPS, len(measured.first)))
         ],
     }
-
-
-def _deltas(model: AutoencoderKL, deltas: Sequence[Delta]) -> dict[str, Any]:
-    return {"deltas": deltas, "native": computes_natively(model.device), "peak_psnr": PEAK_PSNR}
 
 
 def _spectra(subject: Subject, measured: Measured) -> dict[str, Any]:
