@@ -60,11 +60,11 @@ class ExportOptions:
     source: str
     """The VAE to read: a diffusers folder, an id on the Hugging Face hub, or a .safetensors or .ckpt file."""
     target: str
-    """FILE.safetensors for ComfyUI, A1111 and kohya, or a folder for diffusers."""
+    """FILE.safetensors (or .sft) for ComfyUI, A1111 and kohya, or a folder for diffusers."""
     subfolder: str | None = None
     """Folder inside the source that holds the VAE."""
     config: str | None = None
-    """A config.json for a source that is a single file."""
+    """A JSON file with keys of config.json, such as {"scaling_factor": 0.13025}, that a single file does not tell."""
     dtype: Literal["file", "fp32", "fp16", "bf16"] = "file"
     """Dtype of the written weights. `file` keeps that of the source."""
     latents: str | None = None
@@ -72,7 +72,7 @@ class ExportOptions:
     shift_factor as well if the VAE has one."""
 
     def __post_init__(self) -> None:
-        if self.target.endswith((".ckpt", ".pt", ".pth", ".bin")):
+        if self.target.lower().endswith((".ckpt", ".pt", ".pth", ".bin")):
             raise InputError(f"got target {self.target}; need FILE.safetensors or a folder: pickles are not written")
 
 
@@ -89,7 +89,7 @@ def export(options: ExportOptions) -> None:
         factors = LatentFolder(options.latents).factors(vae.config, encoder_sha256(source(dtype="file")))
         vae.register_to_config(**factors)
         print(", ".join(f"{key} {value}" for key, value in factors.items()))
-    save = save_ldm if options.target.endswith(".safetensors") else save_vae
+    save = save_ldm if options.target.lower().endswith((".safetensors", ".sft")) else save_vae
     save(vae, options.target)
     print(f"wrote {options.target}")
     for program, reason in export_targets(vae).items():
