@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdvae.data import EvaluationImages, open_source
+from sdvae.data import EvaluationImages, ReadOptions, open_source
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
 from sdvae.model.fp16 import FP16_MAX, audit, fix
@@ -84,7 +84,7 @@ def calibration_images(vae: AutoencoderKL, source: str, count: int, resolution: 
     if count < 1 or resolution < 1:
         raise InputError(f"got count={count}, resolution={resolution}; need at least one image of at least one pixel")
     opened = open_source(source)
-    samples = EvaluationImages(opened, resolution, vae.config.in_channels, min_side=1)
+    samples = EvaluationImages(opened, resolution, ReadOptions(channels=vae.config.in_channels, min_side=1))
     readable = (x[None] for i in range(len(samples)) if (x := samples[i]["image"]) is not None)
     images = [pad_to_multiple(x, vae.spatial_compression_ratio) for x in itertools.islice(readable, count)]
     if not images:

@@ -24,7 +24,7 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 from sdvae import load_vae, save_vae
 from sdvae.cli import main
 from sdvae.data import adm_center_crop, open_source, read_image
-from sdvae.data.images import RESAMPLING
+from sdvae.data.crops import RESAMPLING
 from sdvae.evaluation.config import EvaluateConfig
 from sdvae.evaluation.evaluate import evaluate
 from sdvae.metrics import fid

@@ -1,5 +1,16 @@
 """Images: opening them, turning them into tensors, and the order in which training uses them."""
 
+from sdvae.data.base import ImageSource
+from sdvae.data.crops import (
+    adm_center_crop,
+    center_crop,
+    color_jitter,
+    cover,
+    cover_box,
+    random_crop,
+    to_image,
+    to_tensor,
+)
 from sdvae.data.dataset import (
     BadImages,
     Batch,
@@ -13,28 +24,17 @@ from sdvae.data.dataset import (
     evaluation_loader,
     training_loader,
 )
-from sdvae.data.images import (
-    ImageError,
-    adm_center_crop,
-    center_crop,
-    color_jitter,
-    cover,
-    cover_box,
-    random_crop,
-    read_image,
-    to_image,
-    to_tensor,
-)
+from sdvae.data.images import ImageError, read_image
 from sdvae.data.order import SampleKey, SampleOrder, ShardedBatches
+from sdvae.data.reading import ReadOptions
 from sdvae.data.sources import (
     SKIMAGE_PHOTOGRAPHS,
-    ImageSource,
-    ImageStream,
     open_source,
     open_stream,
     split_off,
     subset,
 )
+from sdvae.data.streams import ImageStream
 
 __all__ = [
     "SKIMAGE_PHOTOGRAPHS",
@@ -46,6 +46,7 @@ __all__ = [
     "ImageError",
     "ImageSource",
     "ImageStream",
+    "ReadOptions",
     "Sample",
     "SampleKey",
     "SampleOrder",

@@ -19,7 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdvae.data.readers import IMAGE_EXTENSIONS, Files, ImageSource, ImageStream, Subset, TableImages, Tars
+from sdvae.data.base import IMAGE_EXTENSIONS, ImageSource, Subset
+from sdvae.data.files import Files
+from sdvae.data.streams import ImageStream
+from sdvae.data.tables import TableImages
+from sdvae.data.tars import Tars
 from sdvae.errors import InputError, one_line
 
 if TYPE_CHECKING:

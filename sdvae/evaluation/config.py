@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, Ranges, check_ranges
 from sdvae.metrics import SMALLEST_LPIPS_SIDE, SMALLEST_SIDE
 
 # (number of images, crop) of published tables. Their PSNR and rFID can be compared with those of `sdvae evaluate`. SSIM
@@ -18,6 +18,12 @@ PRESETS: dict[str, tuple[int, Literal["resize", "adm"]]] = {
     # ImageNet val, 256x256, 50,000 images, cropped as by ADM (Dhariwal & Nichol 2021): LlamaGen, DC-AE, SiT, …
     "imagenet_val_50k_256": (50_000, "adm"),
 }
+
+RANGES: Ranges = (
+    ("at least 1", lambda x: x >= 1, "count min_side batch_size"),
+    (f"at least {SMALLEST_SIDE} for SSIM", lambda x: x >= SMALLEST_SIDE, "resolution"),
+    ("0 or more", lambda x: x >= 0, "images num_workers seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,17 +85,7 @@ class EvaluateConfig:
     replaced."""
 
     def __post_init__(self) -> None:
-        for key in ("count", "resolution", "min_side", "batch_size"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise InputError(f"got {key}={value}; need at least 1")
-        for key in ("images", "num_workers"):
-            if getattr(self, key) < 0:
-                raise InputError(f"got {key}={getattr(self, key)}; need 0 or more")
-        if self.resolution < SMALLEST_SIDE:
-            raise InputError(f"got resolution={self.resolution}; need at least {SMALLEST_SIDE} for SSIM")
-        if self.seed < 0:
-            raise InputError(f"got seed={self.seed}; need 0 or more")
+        check_ranges(self, RANGES)
         if self.lpips in ("alex", "squeeze") and self.resolution < SMALLEST_LPIPS_SIDE:
             raise InputError(
                 f"got resolution={self.resolution} with lpips={self.lpips}, whose trunk needs {SMALLEST_LPIPS_SIDE}; "

@@ -29,6 +29,7 @@ from sdvae.data import (
     BadImages,
     EvaluationImages,
     ImageSource,
+    ReadOptions,
     adm_center_crop,
     center_crop,
     evaluation_loader,
@@ -91,7 +92,7 @@ class Bench:
     """The images and metrics, which are the same for all VAEs. The VAEs are measured one after the other.
 
     Attributes:
-        channels: the number of channels of the images.
+        reading: how image files are read.
         originals: (index, image (C, R, R)) of the images that are drawn; known after the first VAE.
         bad: images that could not be read.
     """
@@ -101,7 +102,7 @@ class Bench:
     source: ImageSource
     perceptual: Perceptual | None
     fid: ReconstructionFID | None
-    channels: int
+    reading: ReadOptions
     originals: list[tuple[int, Tensor]] = field(default_factory=list)
     bad: BadImages = field(default_factory=BadImages)
 
@@ -187,7 +188,7 @@ class Bench:
         """This process's batches in which at least one image could be read, with a progress bar."""
         config, state = self.config, self.state
         crop = adm_center_crop if config.crop == "adm" else center_crop
-        images = EvaluationImages(self.source, config.resolution, self.channels, min_side=config.min_side, crop=crop)
+        images = EvaluationImages(self.source, config.resolution, self.reading, crop=crop)
         size = config.batch_size
         whole = range(0, self.count, size)[state.process_index :: state.num_processes]
         mine = [i for start in whole for i in range(start, min(start + size, self.count))]
@@ -253,7 +254,8 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         perceptual = None
     if perceptual is not None:
         perceptual.to(state.device)
-    bench = Bench(config, state, source, perceptual, fid, channels.pop())
+    reading = ReadOptions(channels=channels.pop(), min_side=config.min_side)
+    bench = Bench(config, state, source, perceptual, fid, reading)
     make_folder(Path(config.output))  # before the first image, so that a fault of the folder shows at once
     results: list[dict[str, Any]] = []
     for name, vae in vaes.items():

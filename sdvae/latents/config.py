@@ -7,8 +7,16 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, Ranges, check_ranges
 from sdvae.storage import is_url
+
+RANGES: Ranges = (
+    ("at least 1", lambda x: x >= 1, "resolution bucket_step batch_size num_workers shard_rows min_side"),
+    ("at least 1, the longer side over the shorter", lambda x: x >= 1, "max_aspect"),
+    (f"a number from 0 to {2**32 - 1}", lambda x: 0 <= x < 2**32, "seed"),
+    ("0 or more", lambda x: x >= 0, "verify_rows"),
+    ("three numbers from 0 to 255", lambda x: 0 <= x <= 255, "background"),
+)
 
 
 @dataclass(frozen=True)
@@ -81,22 +89,8 @@ class EncodeConfig:
     """Rows that `verify` encodes again and compares."""
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "bucket_step", "batch_size", "num_workers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"got {name}={getattr(self, name)}; need at least 1")
+        check_ranges(self, RANGES)
         _ = self.part_numbers
-        for name in ("shard_rows", "min_side"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"got {name}={value}; need at least 1, or leave it out")
-        if self.max_aspect < 1:
-            raise InputError(f"got max_aspect={self.max_aspect}; need at least 1, the longer side over the shorter")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"got seed={self.seed}; need a number from 0 to {2**32 - 1}")
-        if self.verify_rows < 0:
-            raise InputError(f"got verify_rows={self.verify_rows}; need 0 or more")
-        if any(not 0 <= value <= 255 for value in self.background):
-            raise InputError(f"got background={self.background}; need three numbers from 0 to 255")
 
     @property
     def part_numbers(self) -> tuple[int, int] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import logging
@@ -263,18 +262,22 @@ def _check_kohya(source: _Source) -> None:
             "choose another format"
         )
     unsafe: list[str] = []
-    digests = []
+    same: list[str] = []
+    by_stem: dict[str, str] = {}  # sd-scripts too holds every name in memory
     for shard in source.shards:
-        names = source.column(shard, "name").to_pylist()
-        unsafe += [name for name in names if not _is_below(name)][: 4 - len(unsafe)]
-        digests.append(np.fromiter(map(_digest, names), dtype=np.uint64))
+        for name in source.column(shard, "name").to_pylist():
+            if not _is_below(name):
+                unsafe.append(name)
+            stem = _stem(name)
+            if stem in by_stem:
+                same += [by_stem[stem], name]
+            else:
+                by_stem[stem] = name
     if unsafe:
         raise InputError(
             f"got images named {first_few([repr(name) for name in unsafe])}; need relative paths without "
             f".. or backslashes, of at most {LONGEST_NAME} bytes a part, as names; choose another format"
         )
-    found, counts = np.unique(np.concatenate(digests), return_counts=True)
-    same = _same_stem(source, set(found[counts > 1].tolist()))
     if same:
         raise InputError(
             f"got images whose names differ only in the extension ({first_few([repr(name) for name in same], 4)}); "
@@ -356,26 +359,6 @@ def _is_below(name: str) -> bool:
         and not any(character in name for character in "\\\0")
         and not PureWindowsPath(name).drive
     )
-
-
-def _digest(name: str) -> int:
-    """A 64-bit hash of the name without extension, so that the hashes of a hundred million names fit in memory."""
-    return int.from_bytes(hashlib.blake2b(_stem(name).encode(), digest_size=8).digest(), "little")
-
-
-def _same_stem(source: _Source, suspects: set[int]) -> list[str]:
-    """Names that equal another name except for the extension.
-
-    Args:
-        source: holds the names.
-        suspects: the results of `_digest` that occur more than once.
-    """
-    names: dict[str, list[str]] = {}
-    for shard in source.shards if suspects else ():
-        for name in source.column(shard, "name").to_pylist():
-            if _digest(name) in suspects:
-                names.setdefault(_stem(name), []).append(name)
-    return [name for group in names.values() if len(group) > 1 for name in group]
 
 
 # ---- all ----

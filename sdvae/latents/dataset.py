@@ -105,42 +105,18 @@ class LatentDataset(Dataset[dict[str, Any]]):
         others = {name: value for name, value in row.items() if not is_value(name)}
         return {"latents": self.scaling.normalize(latents), "mirrored": mirrored, **others}
 
-    def loader(
-        self,
-        batch_size: int,
-        *,
-        epoch: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = True,
-        num_workers: int = 0,
-        rank: int | None = None,
-        world_size: int | None = None,
-        start: int = 0,
-    ) -> DataLoader:
+    def loader(self, batch_size: int, *, num_workers: int = 0, **order: Any) -> DataLoader:
         """A loader for the batches of one epoch of this process. All latents of a batch have the same size.
 
         Do not pass it to `Accelerator.prepare`, which would divide the batches among the processes a second time.
 
         Args:
             batch_size: rows in a batch of this process.
-            epoch: the number of the epoch, from 0. `LatentBatches` describes all these arguments in full.
-            shuffle: whether the order is random.
-            drop_last: whether only full batches are given.
             num_workers: the number of processes that read.
-            rank: the rank of this process; by default the launcher's.
-            world_size: the number of processes; by default the launcher's.
-            start: the number of batches to leave out at the beginning.
+            order: the other arguments of `LatentBatches`: `epoch`, `shuffle`, `drop_last`, `rank`, `world_size`,
+                `start`.
         """
-        batches = LatentBatches(
-            self,
-            batch_size,
-            epoch=epoch,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=rank,
-            world_size=world_size,
-            start=start,
-        )
+        batches = LatentBatches(self, batch_size, **order)
         return DataLoader(self, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_latents)
 
     @property

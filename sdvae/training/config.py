@@ -6,17 +6,14 @@ Only the standard library is imported here, so that a misspelt key is refused be
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Literal
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, Ranges, check_ranges
 from sdvae.metrics import SMALLEST_LPIPS_SIDE, SMALLEST_SIDE
 from sdvae.model.config import ModelShape
 
-# (what a value must be, the test of it, the keys of TrainConfig that must pass it). Null is always allowed.
-RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+RANGES: Ranges = (
     (
         "a number above 0",
         lambda x: x > 0,
@@ -328,7 +325,9 @@ class TrainConfig:
     """Checkpoints."""
 
     def __post_init__(self) -> None:
-        self._check_ranges()
+        check_ranges(self, RANGES)
+        if not self.loss.equivariance.scales:
+            raise InputError("got loss.equivariance.scales=[]; need one factor or more")
         self._check_likelihood()
         self._check_labels()
         self._check_resolutions()
@@ -341,16 +340,6 @@ class TrainConfig:
         low, high = self.data.crop_scale
         if not 0 < low <= high <= 1:
             raise InputError(f"got data.crop_scale=[{low}, {high}]; need 0 < low <= high <= 1")
-
-    def _check_ranges(self) -> None:
-        for need, in_range, keys in RANGES:
-            for key in keys.split():
-                value = attrgetter(key)(self)
-                several = isinstance(value, tuple | list)
-                if value is not None and not all(in_range(x) for x in (value if several else [value])):
-                    raise InputError(f"got {key}={list(value) if several else value}; need {need}")
-        if not self.loss.equivariance.scales:
-            raise InputError("got loss.equivariance.scales=[]; need one factor or more")
 
     def _check_resolutions(self) -> None:
         # the compression ratio of a VAE that is fine-tuned is known only when it has been loaded

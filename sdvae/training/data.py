@@ -16,6 +16,7 @@ from sdvae.data import (
     BadImages,
     EvaluationImages,
     ImageSource,
+    ReadOptions,
     SampleOrder,
     ShardedBatches,
     TrainingImages,
@@ -98,16 +99,20 @@ def training_images(source: ImageSource, config: TrainConfig) -> TrainingImages:
         source,
         resolution=data.resolution,
         seed=config.seed,
-        channels=config.model.in_channels,
+        reading=reading_of(config),
         crop_scale=data.crop_scale,
         flip=data.flip,
         color_jitter=data.color_jitter,
-        background=data.background,
-        min_side=data.min_side,
         cache_mib=data.cache_mib,
         labels=labels_of(source, config),
         label_dropout=data.label_dropout,
     )
+
+
+def reading_of(config: TrainConfig) -> ReadOptions:
+    """How the recipe reads image files."""
+    data = config.data
+    return ReadOptions(channels=config.model.in_channels, background=data.background, min_side=data.min_side)
 
 
 def first_batch(source: ImageSource, config: TrainConfig, count: int) -> Batch:
@@ -144,9 +149,7 @@ def evaluation_batches(source: ImageSource, config: TrainConfig, accelerator: Ac
     images = EvaluationImages(
         source,
         resolution=config.data.evaluation_resolution,
-        channels=config.model.in_channels,
-        background=config.data.background,
-        min_side=config.data.min_side,
+        reading=reading_of(config),
         labels=labels_of(source, config),
     )
     share = list(range(accelerator.process_index, len(source), accelerator.num_processes))

@@ -92,7 +92,10 @@ class RunFolder:
                 f"none of the {len(self.damaged)} checkpoints in {self.checkpoints} can be read "
                 f"({self.damaged[0][1]}); start anew with --overwrite=true, or put an undamaged checkpoint there"
             )
-        before = checkpoint.state if checkpoint is not None else {"config": self._recipe()}
+        if checkpoint is None:
+            before = {"config": yaml.safe_load(self.config.read_text(encoding="utf-8"))}
+        else:
+            before = checkpoint.state
         self._check_same(before, config, images_per_step)
         return found
 
@@ -159,9 +162,6 @@ class RunFolder:
             f"output_dir={self.root} holds the run of another recipe ({listed}); choose another folder, or continue "
             "with --checkpoint.accept_changed_config=true, or start anew with --overwrite=true"
         )
-
-    def _recipe(self) -> dict[str, Any]:
-        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
 
     def _forget_after(self, step: int) -> None:
         """Remove the lines of metrics.jsonl that the run will write again, and an incomplete last line."""
