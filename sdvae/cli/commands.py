@@ -34,6 +34,14 @@ def encode(options: EncodeConfig) -> None:
     encode(options)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ColorOption:
+    """The option of every command here that reads image files."""
+
+    color: Literal["srgb", "raw"] = "srgb"
+    """`srgb` converts colours to sRGB by the profile in the file; `raw` takes the numbers in the file as they are."""
+
+
 @dataclass(frozen=True)
 class ConvertOptions:
     """Options of `sdvae convert`."""
@@ -98,7 +106,7 @@ def export(options: ExportOptions) -> None:
 
 
 @dataclass(frozen=True)
-class Fp16Options:
+class Fp16Options(ColorOption):
     """Options of `sdvae fp16`."""
 
     action: Literal["audit", "fix"]
@@ -127,7 +135,7 @@ def fp16(options: Fp16Options) -> None:
     """Make a VAE safe in fp16: audit VAE, or fix VAE TARGET [--images DATA] …"""
     from sdvae.fp16 import audit_vae, fix_vae
 
-    images = (options.images, options.count, options.resolution)
+    images = (options.images, options.count, options.resolution, options.color)
     if options.target is None:
         audit_vae(options.vae, options.subfolder, *images, layers=options.layers)
     else:
@@ -135,7 +143,7 @@ def fp16(options: Fp16Options) -> None:
 
 
 @dataclass(frozen=True)
-class ReconstructOptions:
+class ReconstructOptions(ColorOption):
     """Options of `sdvae reconstruct`."""
 
     files: tuple[str, ...]
@@ -189,7 +197,7 @@ def explore(options: ExploreOptions) -> None:
 
 
 @dataclass(frozen=True)
-class DemoOptions:
+class DemoOptions(ColorOption):
     """Options of `sdvae demo`."""
 
     vae: str | None = None
@@ -231,6 +239,9 @@ class ReportOptions:
     resolution: int | None = None
     """Side in pixels of the square that is cropped from the centre of each image. By default that of the run's
     validation, or else 256."""
+    color: Literal["srgb", "raw"] | None = None
+    """`srgb` converts colours to sRGB by the profile in the file; `raw` takes the numbers in the file as they are. By
+    default as the run did, or else srgb."""
     output: Path = Path("report.html")
     """The file to write."""
     lpips: Literal["vgg", "alex", "squeeze", "none"] = "vgg"
@@ -250,7 +261,7 @@ def report(options: ReportOptions) -> None:
 
 
 @dataclass(frozen=True)
-class PushOptions:
+class PushOptions(ColorOption):
     """Options of `sdvae push`."""
 
     vae: str

@@ -45,6 +45,10 @@ class EvaluateConfig:
     it is at least twice too large, resized (bicubic) and cropped (ADM's center_crop_arr, as in tables on ImageNet)."""
     min_side: int | None = None
     """Skip images with a shorter side, in pixels; null: half the resolution."""
+    max_pixels: int | None = None
+    """Skip images with more pixels, without decoding them; null: 178,956,970."""
+    color: Literal["srgb", "raw"] = "srgb"
+    """«srgb» converts colours to sRGB by the profile in the file; «raw» takes the numbers in the file as they are."""
     latents: Literal["mode", "sample"] = "mode"
     """Decode the posterior's mode, or a sample, whose noise depends on the seed and the image's place in the data."""
     seed: int = 0
@@ -79,7 +83,7 @@ class EvaluateConfig:
     replaced."""
 
     def __post_init__(self) -> None:
-        for key in ("count", "resolution", "min_side", "batch_size"):
+        for key in ("count", "resolution", "min_side", "max_pixels", "batch_size"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise InputError(f"got {key}={value}; need at least 1")

@@ -254,7 +254,9 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         perceptual = None
     if perceptual is not None:
         perceptual.to(state.device)
-    reading = ReadOptions(channels=channels.pop(), min_side=config.min_side)
+    reading = ReadOptions(
+        channels=channels.pop(), min_side=config.min_side, max_pixels=config.max_pixels, color=config.color
+    )
     bench = Bench(config, state, source, perceptual, fid, reading)
     make_folder(Path(config.output))  # before the first image, so that a fault of the folder shows at once
     results: list[dict[str, Any]] = []

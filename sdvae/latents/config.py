@@ -59,8 +59,14 @@ class EncodeConfig:
     64 and 4096, and at most 128 MiB."""
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB, 0 to 255: the colour behind transparent images."""
+    color: Literal["srgb", "raw"] = "srgb"
+    """srgb: colours are converted to sRGB by the profile in the file. raw: the numbers in the file are taken as they
+    are, as latents were made before this option."""
     min_side: int | None = None
     """Pixels. Images with a shorter side are skipped; by default half of the resolution."""
+    max_pixels: int | None = None
+    """Images with more pixels are skipped without being decoded, which bounds the memory of each thread; by default
+    178,956,970."""
     seed: int = 0
     """Seed of the noise for `store: sample`."""
     device: str | None = None
@@ -77,7 +83,7 @@ class EncodeConfig:
         for name in ("resolution", "bucket_step", "batch_size", "num_workers"):
             if getattr(self, name) < 1:
                 raise InputError(f"got {name}={getattr(self, name)}; need at least 1")
-        for name in ("shard_rows", "min_side"):
+        for name in ("shard_rows", "min_side", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"got {name}={value}; need at least 1, or leave it out")

@@ -32,6 +32,8 @@ from sdvae.statistics import LatentMoments
 if TYPE_CHECKING:
     import pyarrow as pa
 
+# What a fingerprint means that lacks these settings, because it was written before they were.
+BEFORE = {"images": {"color": "raw", "max_pixels": None}}
 ROW_GROUP_BYTES = 2**20  # at least so much is read for one row, which matters if rows are read in random order
 
 
@@ -72,7 +74,7 @@ class LatentWriter(LatentFolder):
                 begun = {"format": FORMAT, "version": VERSION, "source": source, "vae_config": dict(vae_config)}
                 self._write_manifest({**begun, "fingerprint": dict(fingerprint), "complete": False})
             self._read()
-            changes = changed_fields(self.manifest["fingerprint"], json.loads(json.dumps(fingerprint)))
+            changes = changed_fields(self.manifest["fingerprint"], json.loads(json.dumps(fingerprint)), defaults=BEFORE)
             if changes:
                 raise InputError(
                     f"{self.root} holds latents made in another way ({'; '.join(changes)}); choose another folder, "

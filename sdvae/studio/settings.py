@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Settings:
     """Largest number of images to measure."""
     resolution: int = 256
     """Side in pixels of the square that is cropped from the centre of each image."""
+    color: Literal["srgb", "raw"] = "srgb"
+    """`srgb` converts colours to sRGB by the profile in the file; `raw` takes the numbers in the file as they are."""
     steps: int = 7
     """For `interpolate` and `traverse`: number of columns."""
     sigmas: tuple[float, ...] = (5.0, 15.0, 25.0, 50.0)

@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 
+from sdvae.data.reading import Color
 from sdvae.errors import InputError
 from sdvae.pictures import AMPLIFICATION
 from sdvae.studio.demo.view import Edits, Encoded, Model, encode, open_photograph, save_latents, show, show_latents
@@ -50,12 +51,14 @@ class Handlers:
     Args:
         models: one or two.
         max_side: a number of pixels; photographs with a longer side are shrunk to it.
+        color: as in `ReadOptions`.
         folder: where the files of latents are written that can be downloaded.
     """
 
-    def __init__(self, models: Sequence[Model], max_side: int, folder: Path):
+    def __init__(self, models: Sequence[Model], max_side: int, color: Color, folder: Path):
         self.models = models
         self.max_side = max_side
+        self.color = color
         self.folder = folder
 
     def photograph(self, first: str | None, second: str | None, *settings: Any) -> list[Any]:
@@ -66,7 +69,7 @@ class Handlers:
             image = None
             if path is not None:
                 try:
-                    image, word = open_photograph(path, self.max_side)
+                    image, word = open_photograph(path, self.max_side, self.color)
                     words.append(word)
                 except InputError as error:
                     errors.append(str(error))
@@ -244,7 +247,7 @@ def _table(figures: dict[str, str]) -> str:
 
 @contextmanager
 def running(
-    models: Sequence[Model], *, host: str, port: int, max_side: int, max_megabytes: float
+    models: Sequence[Model], *, host: str, port: int, max_side: int, max_megabytes: float, color: Color = "srgb"
 ) -> Iterator[gr.Blocks]:
     """Serve the page from a thread. When the block ends, all uploaded files are deleted.
 
@@ -254,12 +257,13 @@ def running(
         port: the port to listen on.
         max_side: a number of pixels; photographs with a longer side are shrunk to it.
         max_megabytes: the greatest size of an uploaded file.
+        color: as in `ReadOptions`.
 
     Raises:
         InputError: when the server cannot listen at that host and port.
     """
     with _gradio_folder() as folder:
-        blocks = page(Handlers(models, max_side, folder))
+        blocks = page(Handlers(models, max_side, color, folder))
         try:
             blocks.launch(
                 server_name=host,
@@ -307,7 +311,9 @@ def _gradio_folder() -> Iterator[Path]:
                 os.environ[GRADIO_FOLDER] = before
 
 
-def serve(vae: str | None, compare: str | None, *, host: str, port: int, max_side: int, max_megabytes: float) -> None:
+def serve(
+    vae: str | None, compare: str | None, *, host: str, port: int, max_side: int, max_megabytes: float, color: Color
+) -> None:
     """Serve the page until Ctrl-C.
 
     Args:
@@ -317,6 +323,7 @@ def serve(vae: str | None, compare: str | None, *, host: str, port: int, max_sid
         port: the port to listen on.
         max_side: a number of pixels; photographs with a longer side are shrunk to it.
         max_megabytes: the greatest size of an uploaded file.
+        color: as in `ReadOptions`.
 
     Raises:
         InputError: for a VAE that cannot be read, or an option out of range.
@@ -327,7 +334,7 @@ def serve(vae: str | None, compare: str | None, *, host: str, port: int, max_sid
             "at least 64 pixels and up to 1024 megabytes"
         )
     models = [Model.load(vae), *([] if compare is None else [Model.load(compare)])]
-    with running(models, host=host, port=port, max_side=max_side, max_megabytes=max_megabytes) as blocks:
+    with running(models, host=host, port=port, max_side=max_side, max_megabytes=max_megabytes, color=color) as blocks:
         if not _is_loopback(host):
             print(f"listening on {host}: anybody who can reach this machine can use the page; there is no password")
         print(f"open {blocks.local_url} in a browser; Ctrl-C ends it", flush=True)

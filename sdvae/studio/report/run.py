@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from sdvae.data import BadImages, EvaluationImages, ImageSource, ReadOptions, evaluation_loader, open_source
+from sdvae.data.reading import Color
 from sdvae.errors import InputError
 from sdvae.io import make_folder, replacing, utf8
 from sdvae.metrics import SMALLEST_SIDE
@@ -23,7 +24,7 @@ from sdvae.runtime import accelerator_type
 from sdvae.studio.report.measure import BATCH_SIZE, Measured, measure
 from sdvae.studio.report.page import Subject, render
 from sdvae.studio.report.robustness import deltas, drift
-from sdvae.training.data import open_sources
+from sdvae.training.data import open_sources, reading_of
 from sdvae.training.recipe import read_recipe
 from sdvae.training.run_folder import RunFolder
 from sdvae.weights import load_vae
@@ -59,6 +60,7 @@ def write_report(
     count: int = 24,
     resolution: int | None = None,
     subfolder: str | None = None,
+    color: Color | None = None,
     lpips: str = "vgg",
     lpips_weights: str | None = None,
     lpips_heads: str = "lpips",
@@ -75,6 +77,7 @@ def write_report(
         resolution: side of the centre crops in pixels; by default that of the run's validation, or 256 if there is no
             run.
         subfolder: folder inside the source that holds the VAE.
+        color: as in `ReadOptions`; by default that of the run, or "srgb" if there is no run.
         lpips: "vgg", "alex", "squeeze" or "none". If the trunk cannot be downloaded, LPIPS is left out.
         lpips_weights: local file of the trunk, as for `load_perceptual`.
         lpips_heads: the `heads` of `load_perceptual`.
@@ -92,7 +95,7 @@ def write_report(
     run = _run_folder(vae)
     if run is not None and subfolder is not None:
         raise InputError(f"got subfolder={subfolder} with a run folder, whose model/ is used; leave subfolder out")
-    photographs = _photographs(run, data, resolution)
+    photographs = _photographs(run, data, resolution, color)
     curves = {} if run is None else read_curves(run.metrics)
     model = load_vae(vae if run is None else run.model, subfolder=subfolder, dtype=torch.float32)
     check_image_channels(model, vae)
@@ -136,21 +139,24 @@ def _run_folder(vae: str | None) -> RunFolder | None:
     return run
 
 
-def _photographs(run: RunFolder | None, data: str | None, resolution: int | None) -> Photographs:
+def _photographs(run: RunFolder | None, data: str | None, resolution: int | None, color: Color | None) -> Photographs:
     """The images in `data`; by default those that the run held out, or scikit-image's if there is no run."""
     if run is None:
         data = "skimage" if data is None else data
+        reading = ReadOptions(color=color or "srgb")
         resolution = RESOLUTION if resolution is None else resolution
     else:
         recipe = read_recipe(run.config)
+        reading = reading_of(recipe) if data is None else ReadOptions(color=recipe.data.color)
+        reading = reading if color is None else dataclasses.replace(reading, color=color)
         resolution = recipe.data.evaluation_resolution if resolution is None else resolution
     if resolution < SMALLEST_SIDE:
         raise InputError(f"got resolution={resolution}; need at least {SMALLEST_SIDE} for SSIM")
     if data is not None:
-        return Photographs(open_source(data), data, resolution, ReadOptions())
+        return Photographs(open_source(data), data, resolution, reading)
     _, held_out = open_sources(recipe.data, recipe.seed)
     name = recipe.data.validation_source or f"{recipe.data.source} (held out of training)"
-    return Photographs(held_out, name, resolution, ReadOptions(min_side=recipe.data.min_side))
+    return Photographs(held_out, name, resolution, reading)
 
 
 def _measured(
