@@ -67,6 +67,8 @@ class EncodeConfig:
     max_pixels: int | None = None
     """Images with more pixels are skipped without being decoded, which bounds the memory of each thread; by default
     178,956,970."""
+    max_bad_fraction: float = 0.01
+    """End with an error if more than this fraction of the images was skipped. The others are encoded and kept."""
     seed: int = 0
     """Seed of the noise for `store: sample`."""
     device: str | None = None
@@ -87,6 +89,8 @@ class EncodeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"got {name}={value}; need at least 1, or leave it out")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise InputError(f"got max_bad_fraction={self.max_bad_fraction}; need a number from 0 to 1")
         if self.max_aspect < 1:
             raise InputError(f"got max_aspect={self.max_aspect}; need at least 1, the longer side over the shorter")
         if not 0 <= self.seed < 2**32:

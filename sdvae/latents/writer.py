@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -275,15 +274,6 @@ class LatentWriter(LatentFolder):
             else:
                 skipped += before.get(shard, [])
         return skipped
-
-    def skipped_lines(self) -> dict[int, list[dict[str, Any]]]:
-        """The lines of skipped.jsonl by shard."""
-        lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        if self.skipped.is_file():
-            for text in self.skipped.read_text(encoding="utf-8").splitlines():
-                line = json.loads(text)
-                lines[line["shard"]].append(line)
-        return lines
 
     def _record_path(self, shard: int) -> Path:
         return self._progress / f"{shard:05d}.json"
