@@ -55,6 +55,7 @@ def options(source: Path, output: Path, vae: Path, **changes) -> EncodeConfig:
         "device": "cpu",
         "num_workers": 2,
         "precision": "fp32",
+        "max_bad_fraction": 1.0,
     }
     return EncodeConfig(source=str(source), output=str(output), vae=str(vae), **{**settings, **changes})
 

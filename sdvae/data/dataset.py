@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
@@ -274,6 +275,17 @@ class BadImages:
                 f"{len(self)} of {total} images are bad, {len(self) / max(total, 1):.2%} ({some}); need at most"
                 f" {max_fraction:.2%}; clean the data set or raise data.max_bad_fraction"
             )
+
+
+def kinds_of(reasons: Iterable[str]) -> str:
+    """How many images are bad for which reason, the most frequent first: «12 too large, 3 damaged PNG file».
+
+    Args:
+        reasons: of bad images; the kind of a reason is the text before its first colon.
+    """
+    counts = Counter(reason.partition(":")[0] for reason in reasons).most_common()
+    others = [f"{sum(count for _, count in counts[3:])} for other reasons"] if len(counts) > 3 else []
+    return ", ".join([f"{count} {kind}" for kind, count in counts[:3]] + others)
 
 
 def collate_training(samples: Sequence[Sample]) -> Batch:

@@ -9,12 +9,15 @@ README.md                               a card for people and for the hub
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sdvae.data import kinds_of
 from sdvae.errors import InputError
 from sdvae.io import read_json
 from sdvae.runtime import DTYPES
@@ -81,6 +84,23 @@ class LatentFolder:
 
     def shard_path(self, shard: int) -> Path:
         return self.data / f"train-{shard:05d}-of-{self.num_shards:05d}.parquet"
+
+    def skipped_lines(self) -> dict[int, list[dict[str, Any]]]:
+        """The lines of skipped.jsonl by shard."""
+        lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        if self.skipped.is_file():
+            for text in self.skipped.read_text(encoding="utf-8").splitlines():
+                line = json.loads(text)
+                lines[line["shard"]].append(line)
+        return lines
+
+    def counts(self) -> str:
+        """How many of the images of a finished data set have a row, and why the others have none."""
+        rows, skipped = self.manifest["rows"], self.manifest["skipped"]
+        if not skipped:
+            return f"{rows} rows"
+        why = kinds_of(line["reason"] for lines in self.skipped_lines().values() for line in lines)
+        return f"{rows} of {rows + skipped} images have a row; {skipped} were skipped ({why}; see skipped.jsonl)"
 
     def factors(self, vae_config: Mapping[str, Any], encoder_sha256: str) -> dict[str, Any]:
         """The scaling that was measured on these latents, under the keys of a VAE's config.

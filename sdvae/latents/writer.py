@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,6 +31,8 @@ from sdvae.statistics import LatentMoments
 if TYPE_CHECKING:
     import pyarrow as pa
 
+# What a fingerprint means that lacks these settings, because it was written before they were.
+BEFORE = {"images": {"color": "raw", "max_pixels": None}}
 ROW_GROUP_BYTES = 2**20  # at least so much is read for one row, which matters if rows are read in random order
 
 
@@ -72,7 +73,7 @@ class LatentWriter(LatentFolder):
                 begun = {"format": FORMAT, "version": VERSION, "source": source, "vae_config": dict(vae_config)}
                 self._write_manifest({**begun, "fingerprint": dict(fingerprint), "complete": False})
             self._read()
-            changes = changed_fields(self.manifest["fingerprint"], json.loads(json.dumps(fingerprint)))
+            changes = changed_fields(self.manifest["fingerprint"], json.loads(json.dumps(fingerprint)), defaults=BEFORE)
             if changes:
                 raise InputError(
                     f"{self.root} holds latents made in another way ({'; '.join(changes)}); choose another folder, "
@@ -273,15 +274,6 @@ class LatentWriter(LatentFolder):
             else:
                 skipped += before.get(shard, [])
         return skipped
-
-    def skipped_lines(self) -> dict[int, list[dict[str, Any]]]:
-        """The lines of skipped.jsonl by shard."""
-        lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        if self.skipped.is_file():
-            for text in self.skipped.read_text(encoding="utf-8").splitlines():
-                line = json.loads(text)
-                lines[line["shard"]].append(line)
-        return lines
 
     def _record_path(self, shard: int) -> Path:
         return self._progress / f"{shard:05d}.json"

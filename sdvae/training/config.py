@@ -19,8 +19,8 @@ RANGES: Ranges = (
         lambda x: x > 0,
         "steps batch_size gradient_accumulation_steps log_every validate_every max_skipped_steps scale_images "
         "grid_images data.validation_count data.resolution data.validation_resolution optimizer.learning_rate "
-        "optimizer.grad_clip_norm checkpoint.every_steps checkpoint.keep_last loss.discriminator.layers "
-        "loss.discriminator.width loss.discriminator.learning_rate",
+        "optimizer.grad_clip_norm data.max_pixels checkpoint.every_steps checkpoint.keep_last "
+        "loss.discriminator.layers loss.discriminator.width loss.discriminator.learning_rate",
     ),
     (
         "0 or more",
@@ -89,8 +89,13 @@ class DataConfig:
     """Strength of brightness, contrast, saturation and channel-order changes in training; 0 is off."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour in 0..255 that transparent images are composited on."""
+    color: Literal["srgb", "raw"] = "srgb"
+    """«srgb» converts colours to sRGB by the profile in the file; «raw» takes the numbers in the file as they are, as
+    runs did that were begun before this option."""
     min_side: int | None = None
     """Images whose shorter side has fewer pixels count as bad; null: half of the resolution they are cropped to."""
+    max_pixels: int | None = None
+    """Images with more pixels count as bad, without being decoded, which bounds the memory; null: 178,956,970."""
     max_bad_fraction: float = 0.01
     """Stop the run when more than this fraction of the images is bad."""
     num_workers: int = 4

@@ -112,7 +112,13 @@ def training_images(source: ImageSource, config: TrainConfig) -> TrainingImages:
 def reading_of(config: TrainConfig) -> ReadOptions:
     """How the recipe reads image files."""
     data = config.data
-    return ReadOptions(channels=config.model.in_channels, background=data.background, min_side=data.min_side)
+    return ReadOptions(
+        channels=config.model.in_channels,
+        background=data.background,
+        min_side=data.min_side,
+        max_pixels=data.max_pixels,
+        color=data.color,
+    )
 
 
 def first_batch(source: ImageSource, config: TrainConfig, count: int) -> Batch:

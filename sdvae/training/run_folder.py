@@ -19,6 +19,7 @@ from sdvae.errors import InputError
 from sdvae.io import changed_fields, left_beside, replacing
 from sdvae.training.checkpoint import newest_whole
 from sdvae.training.config import TrainConfig
+from sdvae.training.recipe import BEFORE
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class RunFolder:
         gan = config.loss.discriminator
         if before.get("images_per_step") == images_per_step and not (gan.weight > 0 and gan.adaptive):
             free = FREE_FIELDS | BATCH_FIELDS
-        changes = changed_fields(before["config"], plain(config), free, defaults=plain(TrainConfig()))
+        changes = changed_fields(before["config"], plain(config), free, defaults=plain(BEFORE))
         if not changes:
             if before.get("images_per_step", images_per_step) != images_per_step:
                 logger.warning(

@@ -182,7 +182,7 @@ class Study:
 
     @property
     def _reading(self) -> ReadOptions:
-        return ReadOptions(channels=self.vae.config.in_channels, min_side=1)
+        return ReadOptions(channels=self.vae.config.in_channels, min_side=1, color=self.settings.color)
 
     def _images(self, source: str) -> EvaluationImages:
         if source not in self._opened:
