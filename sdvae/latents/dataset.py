@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from sdvae.data import SampleKey
 from sdvae.errors import InputError
 from sdvae.latents.folder import LatentFolder
-from sdvae.latents.rows import from_bytes, is_value
+from sdvae.latents.reader import WINDOW, Reader, RowGroup
 from sdvae.latents.scaling import LatentScaling, channel_scaling, identity_scaling, scaling_of
-from sdvae.model import DiagonalGaussian
-from sdvae.noise import sample_seed
+from sdvae.model.posterior import LOGVAR_RANGE
+from sdvae.noise import sample_seeds
 
-WINDOW = 64  # row groups (of 1 MiB, or of one row if that is larger) that are shuffled together and kept in memory
 NUMBERS = ("index", "mirrored", "original_size", "crop_top_left", "target_size")
 
 
@@ -73,7 +73,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self._has_moments = stored["what"] == "moments"
         self._groups = _row_groups(manifest["shards"])
         self._starts = np.array([group[2] for group in self._groups], dtype=np.int64)
-        self._reader = _Reader(self._folder)
+        self._reader = Reader(self._folder)
 
     def __len__(self) -> int:
         return self._folder.manifest["rows"]
@@ -85,25 +85,69 @@ class LatentDataset(Dataset[dict[str, Any]]):
             key: the row's place in the data set, or a `SampleKey`. With a place, noise and mirroring come from torch's
                 default generator; with a `SampleKey`, they follow from the key and the seed.
         """
-        place = key.index if isinstance(key, SampleKey) else key
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"row {place} of {len(self)}")
-        row = self._row(place % len(self))
-        if isinstance(key, SampleKey):
-            generator = torch.Generator().manual_seed(sample_seed(self.seed, key.epoch, place, "latents"))
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | SampleKey]) -> list[dict[str, Any]]:
+        """Several rows, which a DataLoader asks for as a batch: the same, to the bit, as one by one, in less time.
+
+        The latents of rows of one size are views of one tensor.
+
+        Args:
+            keys: as for `__getitem__`.
+        """
+        places = [key.index if isinstance(key, SampleKey) else key for key in keys]
+        for place in places:
+            if not -len(self) <= place < len(self):
+                raise IndexError(f"row {place} of {len(self)}")
+        found = list(self._find(np.array(places, np.int64) % len(self)))
+        of_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for number, (group, offset) in enumerate(found):
+            of_shape[group.shapes[offset]].append(number)
+        # one tensor for each shape: in the end that of the latents, and until then that of their noise
+        drawn = {shape: torch.empty(len(numbers), *shape) for shape, numbers in of_shape.items()}
+        latents: list[Any] = [None] * len(keys)
+        for shape, numbers in of_shape.items():
+            for number, own in zip(numbers, drawn[shape].unbind(), strict=True):
+                latents[number] = own
+
+        keyed = [key for key in keys if isinstance(key, SampleKey)]
+        seeds = iter(sample_seeds(self.seed, [key.epoch for key in keyed], [key.index for key in keyed], "latents"))
+        generator = torch.Generator()
+        suffixes = []
+        for key, own in zip(keys, latents, strict=True):
+            random = generator.manual_seed(next(seeds)) if isinstance(key, SampleKey) else None
+            mirrored = self.mirror > 0 and float(torch.rand((), generator=random)) < self.mirror
+            suffixes.append("_mirrored" if mirrored else "")
+            if self._has_moments and self.sample:
+                own.normal_(generator=random)
+
+        for shape, numbers in of_shape.items():
+            self._finish(drawn[shape], [(*found[number], suffixes[number]) for number in numbers])
+        return [
+            {"latents": own, "mirrored": suffix != "", **group.row(offset)}
+            for own, suffix, (group, offset) in zip(latents, suffixes, found, strict=True)
+        ]
+
+    def _finish(self, z: Tensor, rows: Sequence[tuple[RowGroup, int, str]]) -> None:
+        """Turn noise into scaled latents, in place. The arithmetic is that of `DiagonalGaussian.sample`.
+
+        Args:
+            z: (N, C, h, w) fp32, noise for as many rows of one shape. It is used only to sample a posterior.
+            rows: for each, its row group, its place in it, and the end of its columns' names.
+        """
+
+        def stored(column: str) -> Tensor:
+            data = np.concatenate([group.value(column + suffix, offset) for group, offset, suffix in rows])
+            return torch.from_numpy(data).view(self._folder.dtype).float().reshape(z.shape)
+
+        if not self._has_moments:
+            z.copy_(stored("sample"))
+        elif self.sample:
+            std = stored("logvar").clamp_(*LOGVAR_RANGE).mul_(0.5).exp_()
+            z.mul_(std).add_(stored("mean"))
         else:
-            generator = None
-        mirrored = self.mirror > 0 and float(torch.rand((), generator=generator)) < self.mirror
-        shape, dtype = row.pop("shape"), self._folder.dtype
-        suffix = "_mirrored" if mirrored else ""
-        if self._has_moments:
-            parts = [from_bytes(row[name + suffix], dtype, shape) for name in ("mean", "logvar")]
-            posterior = DiagonalGaussian(torch.cat(parts)[None])
-            latents = (posterior.sample(generator) if self.sample else posterior.mode())[0]
-        else:
-            latents = from_bytes(row[f"sample{suffix}"], dtype, shape)
-        others = {name: value for name, value in row.items() if not is_value(name)}
-        return {"latents": self.scaling.normalize(latents), "mirrored": mirrored, **others}
+            z.copy_(stored("mean"))
+        z.sub_(self.scaling.shift).mul_(self.scaling.scale)
 
     def loader(
         self,
@@ -152,14 +196,16 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """(N,) int: rows with the same number have images, and latents, of the same size."""
         if len(self._folder.manifest["fingerprint"]["images"]["sizes"]) == 1:
             return np.zeros(len(self), dtype=np.int64)
-        parts = [self._reader.column(shard, "target_size") for shard in sorted({group[0] for group in self._groups})]
-        _, numbers = np.unique(np.concatenate(parts), axis=0, return_inverse=True)
-        return numbers.reshape(-1)
+        shards = sorted({group[0] for group in self._groups})
+        height, width = self._reader.pairs(shards, "target_size").astype(np.int64).T
+        return np.unique(height << 32 | width, return_inverse=True)[1]
 
-    def _row(self, place: int) -> dict[str, Any]:
-        number = int(np.searchsorted(self._starts, place, side="right")) - 1
-        shard, group, first, _ = self._groups[number]
-        return self._reader.row(shard, group, place - first)
+    def _find(self, places: np.ndarray) -> Iterator[tuple[RowGroup, int]]:
+        """The row group of each row, and the row's place in it."""
+        numbers = np.searchsorted(self._starts, places, side="right") - 1
+        for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
+            shard, group, first, _ = self._groups[number]
+            yield self._reader.group(shard, group), place - first
 
 
 class LatentBatches(Sampler[list[SampleKey]]):
@@ -273,54 +319,6 @@ def collate_latents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             is_number = all(isinstance(value, (int, float)) for value in values)
             batch[name] = default_collate(values) if is_number else values
     return batch
-
-
-class _Reader:
-    """Reads rows of Parquet files by row group. The last `WINDOW` groups stay in memory."""
-
-    def __init__(self, folder: LatentFolder):
-        self._folder = folder
-        self._forget()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_folder": self._folder}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._folder = state["_folder"]
-        self._forget()
-
-    def row(self, shard: int, group: int, offset: int) -> dict[str, Any]:
-        return {name: column[offset].as_py() for name, column in self._columns(shard, group).items()}
-
-    def column(self, shard: int, name: str) -> np.ndarray:
-        return np.array(self._file(shard).read([name]).column(name).to_pylist(), dtype=np.int32).reshape(-1, 2)
-
-    def _columns(self, shard: int, group: int) -> dict[str, Any]:
-        key = (shard, group)
-        if key not in self._groups:
-            table = self._file(shard).read_row_group(group)
-            self._groups[key] = {name: table.column(name).combine_chunks() for name in table.column_names}
-            if len(self._groups) > WINDOW:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        return self._groups[key]
-
-    def _file(self, shard: int) -> Any:
-        import pyarrow.parquet as pq
-
-        if self._process != os.getpid():  # a forked worker opens files of its own
-            self._forget()
-        if shard not in self._files:
-            self._files[shard] = pq.ParquetFile(self._folder.shard_path(shard), memory_map=True)
-            if len(self._files) > WINDOW:
-                self._files.popitem(last=False)
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-    def _forget(self) -> None:
-        self._process = os.getpid()
-        self._groups: OrderedDict[tuple[int, int], dict[str, Any]] = OrderedDict()
-        self._files: OrderedDict[int, Any] = OrderedDict()
 
 
 def _scaling(kind: str, manifest: dict[str, Any]) -> LatentScaling:
