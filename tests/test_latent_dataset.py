@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -140,7 +142,7 @@ def test_a_batch_has_one_size_and_the_order_depends_on_seed_and_epoch_only(folde
     assert together == one[: len(together)]
     assert list(LatentBatches(latents, 3)) == one
     assert [[k.index for k in b] for b in LatentBatches(latents, 3, epoch=1)] != [[k.index for k in b] for b in one]
-    assert list(LatentBatches(latents, 3, rank=0, world_size=1, start=2)) == one[2:]
+    assert list(LatentBatches(latents, 3, rank=0, world_size=1, done=2)) == one[2:]
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +241,78 @@ def test_a_loader_gives_the_same_batches_with_any_number_of_workers(folder, num_
         assert batch["label"].tolist() == [row["label"] for row in rows]
         assert batch["name"] == [row["name"] for row in rows]
         assert batch["original_size"].tolist() == [row["original_size"] for row in rows]
+
+
+def equal_batches(a: dict, b: dict) -> bool:
+    same = {name: value for name, value in a.items() if not torch.is_tensor(value)}
+    tensors = [name for name in a if name not in same]
+    assert same == {name: b[name] for name in same}
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_an_interrupted_epoch_goes_on_with_the_same_batches(folder, drop_last, num_workers):
+    def loader():
+        return LatentDataset(folder, seed=3).loader(4, epoch=2, drop_last=drop_last, num_workers=num_workers)
+
+    whole = list(loader())
+    interrupted = loader()
+    for number, _ in enumerate(interrupted, 1):
+        if number == 2:  # workers have read further
+            break
+    state = json.loads(json.dumps(interrupted.state_dict()))
+    resumed = LatentDataset(folder, seed=3).loader(4, drop_last=drop_last, num_workers=num_workers)
+    resumed.load_state_dict(state)
+    assert len(resumed) == len(whole) - 2
+    rest = list(resumed)
+    assert len(rest) == len(whole) - 2
+    assert all(equal_batches(a, b) for a, b in zip(rest, whole[2:], strict=True))
+    at_the_end = resumed.state_dict()
+    assert [batch["index"].tolist() for batch in resumed] == [batch["index"].tolist() for batch in whole]
+    resumed.load_state_dict(at_the_end)
+    assert list(resumed) == [], "the state after the last batch has no batches left"
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_an_epoch_goes_on_with_two_and_then_three_processes(folder, drop_last):
+    latents = LatentDataset(folder)
+    whole = list(latents.loader(2, drop_last=drop_last))
+    state, seen = None, []
+    for processes, batches in ((1, 3), (2, 2), (3, None)):
+        shares, states = [], []
+        for rank in range(processes):
+            loader = latents.loader(2, drop_last=drop_last, rank=rank, world_size=processes)
+            if state is not None:
+                loader.load_state_dict(state)
+            shares.append(list(islice(loader, batches)))
+            states.append(loader.state_dict())
+        if batches is not None:
+            assert all(other == states[0] for other in states)
+        state = states[0]
+        seen += [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
+    # of the last rows, three processes get only as many batches as each can have
+    left_out = len(whole) - len(seen)
+    assert left_out == ((len(whole) - 7) % 3 if drop_last else 0)
+    assert all(equal_batches(a, b) for a, b in zip(seen, whole[: len(seen)], strict=True))
+
+
+def test_the_state_of_another_epoch_is_refused_in_one_line(folder, other_folders):
+    state = LatentDataset(folder).loader(2).state_dict()
+    changed = {
+        "batch_size: 2 -> 3": LatentDataset(folder).loader(3),
+        "seed: 0 -> 1": LatentDataset(folder, seed=1).loader(2),
+        "mirror: 0.5 -> 0": LatentDataset(folder, mirror=0).loader(2),
+        "rows: 29 -> 9": LatentDataset(other_folders["square"]).loader(2),
+        "data: ": LatentDataset(other_folders["square"]).loader(2),
+        "drop_last: True -> False": LatentDataset(folder).loader(2, drop_last=False),
+    }
+    for reason, loader in changed.items():
+        with pytest.raises(InputError, match=reason) as refused:
+            loader.load_state_dict(state)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(InputError, match="version: 0 -> 1"):
+        LatentDataset(folder).loader(2).load_state_dict({**state, "version": 0})
 
 
 def test_rank_and_world_size_come_from_the_launcher(folder, monkeypatch):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from sdvae.data import SampleKey
 from sdvae.errors import InputError
+from sdvae.io import changed_fields
 from sdvae.latents.folder import LatentFolder
 from sdvae.latents.reader import WINDOW, Reader, RowGroup
 from sdvae.latents.scaling import LatentScaling, channel_scaling, identity_scaling, scaling_of
@@ -159,9 +163,10 @@ class LatentDataset(Dataset[dict[str, Any]]):
         num_workers: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
-        start: int = 0,
-    ) -> DataLoader:
+    ) -> LatentLoader:
         """A loader for the batches of one epoch of this process. All latents of a batch have the same size.
+
+        Its `state_dict` and `load_state_dict` continue an interrupted epoch.
 
         Do not pass it to `Accelerator.prepare`, which would divide the batches among the processes a second time.
 
@@ -173,7 +178,6 @@ class LatentDataset(Dataset[dict[str, Any]]):
             num_workers: the number of processes that read.
             rank: the rank of this process; by default the launcher's.
             world_size: the number of processes; by default the launcher's.
-            start: the number of batches to leave out at the beginning.
         """
         batches = LatentBatches(
             self,
@@ -183,9 +187,22 @@ class LatentDataset(Dataset[dict[str, Any]]):
             drop_last=drop_last,
             rank=rank,
             world_size=world_size,
-            start=start,
         )
-        return DataLoader(self, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_latents)
+        return LatentLoader(self, batches, num_workers)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the order of the rows and the values drawn from them, as JSON can hold it."""
+        files = [(shard["rows"], shard["sha256"]) for shard in self._folder.manifest["shards"]]
+        return {
+            "data": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+            "rows": len(self),
+            "seed": self.seed,
+            "sample": self.sample,
+            "mirror": self.mirror,
+            "shift": self.scaling.shift.flatten().tolist(),
+            "scale": self.scaling.scale.flatten().tolist(),
+        }
 
     @property
     def row_groups(self) -> list[tuple[int, int]]:
@@ -213,7 +230,8 @@ class LatentBatches(Sampler[list[SampleKey]]):
 
     All latents of a batch have the same size. The order follows from (seed, epoch): row groups come in a random order,
     and the rows of `WINDOW` successive groups are shuffled, so that the disk is read nearly in sequence. Rows that do
-    not fill a batch within a window are left to the next one. Batch m goes to process m mod world_size.
+    not fill a batch within a window are left to the next one. Batch m goes to process
+    (m - done) mod world_size.
 
     Args:
         dataset: the same in all processes.
@@ -225,7 +243,7 @@ class LatentBatches(Sampler[list[SampleKey]]):
             may get one batch more than others.
         rank: the rank of this process; by default the environment variable RANK, which launchers set.
         world_size: the number of processes; by default the environment variable WORLD_SIZE.
-        start: batches of this process to leave out at the beginning, to continue an epoch.
+        done: batches of all processes together to leave out at the beginning, to continue an epoch.
 
     Raises:
         InputError: for numbers that are out of range, or when the rows do not fill a batch for each process.
@@ -241,13 +259,13 @@ class LatentBatches(Sampler[list[SampleKey]]):
         drop_last: bool = True,
         rank: int | None = None,
         world_size: int | None = None,
-        start: int = 0,
+        done: int = 0,
     ):
         self.rank = int(os.environ.get("RANK", "0")) if rank is None else rank
         self.world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-        if batch_size < 1 or not 0 <= self.rank < self.world_size or start < 0 or epoch < 0:
+        if batch_size < 1 or not 0 <= self.rank < self.world_size or done < 0 or epoch < 0:
             raise InputError(
-                f"batches of {batch_size}, rank {self.rank} of {self.world_size}, epoch {epoch}, start {start};"
+                f"batches of {batch_size}, rank {self.rank} of {self.world_size}, epoch {epoch}, done {done};"
                 " need batch_size >= 1, 0 <= rank < world_size, and no negative counts"
             )
         self._groups = dataset.row_groups
@@ -257,8 +275,8 @@ class LatentBatches(Sampler[list[SampleKey]]):
         self.epoch = epoch
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self.start = start
-        if drop_last and len(self) == 0 and start == 0:
+        self.done = done
+        if drop_last and len(self) == 0 and done == 0:
             raise InputError(
                 f"{len(dataset)} rows make less than {self.world_size} batches of {batch_size}; need more rows, a"
                 " smaller batch_size, or drop_last=False"
@@ -267,20 +285,14 @@ class LatentBatches(Sampler[list[SampleKey]]):
     def __len__(self) -> int:
         counts = np.bincount(self._size_of)
         if self.drop_last:
-            mine = int((counts // self.batch_size).sum()) // self.world_size
-        else:
-            total = int((-(-counts // self.batch_size)).sum())
-            mine = len(range(self.rank, total, self.world_size))
-        return max(0, mine - self.start)
+            return max(0, int((counts // self.batch_size).sum()) - self.done) // self.world_size
+        total = int((-(-counts // self.batch_size)).sum())
+        return len(range(self.done + self.rank, total, self.world_size))
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        last = self.start + len(self)
-        for number, rows in enumerate(self._all()):
-            turn, rank = divmod(number, self.world_size)
-            if turn >= last:
-                return
-            if rank == self.rank and turn >= self.start:
-                yield [SampleKey(self.epoch, int(row)) for row in rows]
+        mine = islice(self._all(), self.done + self.rank, None, self.world_size)
+        for rows in islice(mine, len(self)):
+            yield [SampleKey(self.epoch, int(row)) for row in rows]
 
     def _all(self) -> Iterator[np.ndarray]:
         """The batches of all processes, in order."""
@@ -306,6 +318,67 @@ class LatentBatches(Sampler[list[SampleKey]]):
         order = generator.permutation(len(batches)) if self.shuffle else range(len(batches))
         for number in order:
             yield batches[number]
+
+
+class LatentLoader(DataLoader[dict[str, Any]]):
+    """The batches of one epoch of one process, which can be continued in its middle.
+
+    `state_dict` and `load_state_dict` follow the convention of torchdata's StatefulDataLoader: the state is that after
+    the last batch that the loop received, whatever the workers have read ahead, and after loading it the next iteration
+    gives the remaining batches. They are the same to the bit, also on another number of processes. For that, all
+    processes must have received the same number of batches; the state of any of them then serves for all.
+
+    Args:
+        dataset: the data set.
+        batches: the batches of this process.
+        num_workers: the number of processes that read.
+    """
+
+    VERSION = 1  # of the order of rows and of their noise: a state of another version does not give the same batches
+
+    def __init__(self, dataset: LatentDataset, batches: LatentBatches, num_workers: int):
+        super().__init__(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_latents)
+        self._batches = batches
+        self._identity = dataset.identity
+        self._received = 0
+        self._loaded = False  # whether the next iteration continues from a state
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        if not self._loaded:  # a second iteration begins the epoch anew
+            self._batches.done = 0
+        self._received, self._loaded = 0, False
+        for batch in super().__iter__():
+            self._received += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last batch received, which JSON can hold."""
+        batches = self._batches
+        return {
+            "version": self.VERSION,
+            **self._identity,
+            "batch_size": batches.batch_size,
+            "shuffle": batches.shuffle,
+            "drop_last": batches.drop_last,
+            "epoch": batches.epoch,
+            "done": batches.done + self._received * batches.world_size,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the batches that a state counts: the next iteration gives the others of its epoch.
+
+        Raises:
+            InputError: when the data set or an option has changed, so that the batches would be others.
+        """
+        place = frozenset({"epoch", "done"})
+        changes = changed_fields(state, self.state_dict(), place)
+        if changes or not place <= state.keys():
+            raise InputError(
+                f"got the state of an epoch with other batches ({'; '.join(changes) or 'no epoch or place'}); need the "
+                "same data set and options; begin the epoch anew"
+            )
+        self._batches.epoch, self._batches.done = state["epoch"], state["done"]
+        self._received, self._loaded = 0, True
 
 
 def collate_latents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
