@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sdvae.errors import InputError, first_few
-from sdvae.io import read_json, replacing
+from sdvae.io import read_json, refuse_url, replacing
 from sdvae.model import AutoencoderKL
 from sdvae.weights.load import STEM
 from sdvae.weights.names import to_ldm
@@ -63,9 +63,10 @@ def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
             other files in its folder (such as a model card) are kept.
 
     Raises:
-        InputError: when `folder` holds something other than a VAE, or when a weight is not finite.
+        InputError: when `folder` holds something other than a VAE or is a URL, or when a weight is not finite.
         OSError: when the folder cannot be written.
     """
+    refuse_url(folder, "folder")
     folder = Path(folder).expanduser().resolve()
     kept = _other_files(folder)
     check_tensors(vae.state_dict(), "the VAE")
