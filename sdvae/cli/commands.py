@@ -241,8 +241,9 @@ class Command(NamedTuple):
     """A function of one dataclass, whose fields are the command's options. Its docstring is its line in the help."""
 
     run: Callable[[Any], None]
-    positional: tuple[str, ...] = ()  # `parse_options` explains this and `lists`
+    positional: tuple[str, ...] = ()  # `parse_options` explains this, `lists` and `urls`
     lists: tuple[str, ...] = ()
+    urls: tuple[str, ...] = ()  # the options that may hold a URL; the others refuse it
 
 
 COMMANDS = {
@@ -256,5 +257,5 @@ COMMANDS = {
     "explore": Command(explore, positional=("what",), lists=("images", "sigmas")),
     "demo": Command(demo, positional=("vae",)),
     "report": Command(report, positional=("vae",)),
-    "push": Command(push, positional=("vae", "repo_id")),
+    "push": Command(push, positional=("vae", "repo_id"), urls=("message",)),
 }
