@@ -150,7 +150,7 @@ def _samples(root: str, number: int, tar: str, unused: Unused) -> dict[str, dict
         found = _KEY_AND_FIELD.fullmatch(name)
         if not member.isreg() or member.issparse():
             unused.add("members that are not regular files", [f"{tar}/{name}"], warn=True)
-        elif base.startswith(".") or any(part.startswith((".", "__")) for part in name.split("/")[:-1] if part != "."):
+        elif base.startswith(".") or any(_is_hidden(part) for part in name.split("/")[:-1]):
             unused.add("hidden members", [f"{tar}/{name}"], warn=False)
         elif found is None:
             unused.add_files([f"{tar}/{name}"])
@@ -162,6 +162,10 @@ def _samples(root: str, number: int, tar: str, unused: Unused) -> dict[str, dict
                 unused.add("members that later ones of the same name replace", [f"{tar}/{name}"], warn=True)
             samples[key][field] = (name, (number, member.offset_data, member.size))
     return samples
+
+
+def _is_hidden(folder: str) -> bool:
+    return folder.startswith((".", "__")) and folder not in (".", "..")
 
 
 def _is_image(field: str) -> bool:
