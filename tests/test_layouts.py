@@ -175,6 +175,9 @@ def test_source_without_splits_is_train_and_or_all_takes_it_under_any_name(tmp_p
     divided = make(tmp_path / "e", "train/a.png", "test/b.png")
     with pytest.raises(InputError, match=r"no split 'validation'; need one of \['test', 'train'\]"):
         open_source(str(divided), split="validation", or_all=True)
+    only = make(tmp_path / "f", "train/a.png")
+    with pytest.raises(InputError, match=r"no split 'validation'; need one of \['train'\]"):
+        open_source(str(only), split="validation", or_all=True)  # all of it would be the training images
 
 
 def test_archives_and_tables_have_the_splits_of_their_names(tmp_path):
@@ -407,6 +410,15 @@ def test_member_that_is_there_twice_is_the_last_one_as_when_unpacked(tmp_path, c
     source = open_source(str(path))
     assert [source.read(index) for index in range(len(source))] == [png(2)]
     assert "members that later ones of the same name replace: 1" in caplog.text
+
+
+def test_caption_in_json_is_the_caption_where_no_text_has_it(tmp_path):
+    members = {"0.png": PNG, "0.json": '{"caption": "words", "n": 1}', "1.png": PNG, "1.json": "[]", "2.png": PNG}
+    source = open_source(str(write_tar(tmp_path / "x.tar", members)))
+    assert column(source, "caption") == ["words", None, None]
+    assert column(source, "json") == [members["0.json"], "[]", None]
+    source = open_source(str(write_tar(tmp_path / "y.tar", {**members, "0.txt": "other"})))
+    assert column(source, "caption") == ["other", None, None]
 
 
 def test_label_that_is_no_number_is_said(tmp_path, caplog):

@@ -239,7 +239,7 @@ def without_masks(images: list[str], unused: Unused) -> list[str]:
     return [image for image in images if image not in masks]
 
 
-def by_split(files: Sequence[str], *, partly: bool) -> dict[str | None, list[str]]:
+def by_split(files: Sequence[str], *, partly: bool) -> dict[str | None, list[str]] | None:
     """Divide files into the splits that their names tell, as `datasets` does.
 
     In this order: files `data/SPLIT-00000-of-00001…`; folders whose names have one of `SPLIT_WORDS`; file names that
@@ -251,7 +251,7 @@ def by_split(files: Sequence[str], *, partly: bool) -> dict[str | None, list[str
         partly: whether file names are splits even if some files have no such name.
 
     Returns:
-        Split -> files. None -> the files that are in no split. If there are no splits, all files are "train".
+        Split -> files, and None -> the files that are in no split; or None if no name tells a split.
     """
     shards = {file: found[1] for file in files if (found := _SPLIT_SHARD.fullmatch(file))}
     if shards:
@@ -263,10 +263,8 @@ def by_split(files: Sequence[str], *, partly: bool) -> dict[str | None, list[str
     for file in files:
         of_file.append(_named(_SPLIT_FILE, file.rpartition("/")[2]))
         if of_file[-1] is None and not partly:
-            return {"train": list(files)}
-    if any(of_file):
-        return grouped(files, of_file)
-    return {"train": list(files)}
+            return None
+    return grouped(files, of_file) if any(of_file) else None
 
 
 def grouped(files: Sequence[str], splits: Sequence[str | None]) -> dict[str | None, list[str]]:
@@ -294,12 +292,18 @@ def _split_folder(folder: str) -> tuple[str | None, int]:
 
 
 def chosen_split(
-    splits: Mapping[str | None, list[str]], split: str, spec: str, unused: Unused, or_all: bool
+    files: Sequence[str],
+    splits: Mapping[str | None, list[str]] | None,
+    split: str,
+    spec: str,
+    unused: Unused,
+    or_all: bool,
 ) -> list[str]:
     """The files of one split.
 
     Args:
-        splits: what `by_split` returned.
+        files: all files.
+        splits: what `by_split` returned for them.
         split: the split's name.
         spec: how the user named the folder.
         unused: gets the files of other splits, and those in no split.
@@ -308,24 +312,25 @@ def chosen_split(
     Raises:
         InputError: when there is no such split.
     """
-    if or_all and set(splits) == {"train"}:
-        split = "train"
+    if splits is None:
+        if split != "train" and not or_all:
+            raise InputError(no_split(spec, split, []))
+        return list(files)
     if split not in splits:
         raise InputError(no_split(spec, split, [name for name in splits if name]))
-    for other, files in splits.items():
+    for other, of_other in splits.items():
         if other is None:
-            unused.add("files in no split; a pattern reads them", files, warn=True)
+            unused.add("files in no split; a pattern reads them", of_other, warn=True)
         elif other != split:
-            unused.add(f"files of the split {other!r}", files, warn=False)
+            unused.add(f"files of the split {other!r}", of_other, warn=False)
     return splits[split]
 
 
 def no_split(spec: str, split: str, there: Iterable[str]) -> str:
-    """The message for a split that is not there."""
+    """The message for a split that is not there, among those that are."""
     names = sorted(there)
-    if names == ["train"]:
-        return f"{spec!r} has no split {split!r}; need 'train', which is all of a source without splits"
-    return f"{spec!r} has no split {split!r}; need one of {names}"
+    needed = f"one of {names}" if names else "'train', which is all of a source without splits"
+    return f"{spec!r} has no split {split!r}; need {needed}"
 
 
 def classes_of(images: Sequence[str], others: Iterable[str], spec: str) -> dict[str, str]:

@@ -201,7 +201,7 @@ def open_stream(spec: str, *, split: str = "train", image_column: str | None = N
         if path.is_dir():
             tables = _tables_of_split(path, tables, split, False, unused)
         elif split != "train":
-            raise InputError(no_split(spec, split, ["train"]))
+            raise InputError(no_split(spec, split, []))
         arguments = _table_arguments(spec, root, tables)
         folder = _folder_of(root, tables)
         unused.say(spec)
@@ -267,10 +267,12 @@ def _open_folder(folder: Path, split: str, image_column: str | None, or_all: boo
         return _open_tables(spec, folder, tables, image_column)
     if kind == "tars":
         splits = by_split(kinds["tars"], partly=True)
-        return _open_tars(spec, folder, chosen_split(splits, split, spec, unused, or_all), image_column, unused)
+        tars = chosen_split(kinds["tars"], splits, split, spec, unused, or_all)
+        return _open_tars(spec, folder, tars, image_column, unused)
     if not kinds["metadata"]:
         kinds["images"] = without_masks(kinds["images"], unused)
-    chosen = chosen_split(by_split(kinds["images"], partly=False), split, spec, unused, or_all)
+    splits = by_split(kinds["images"], partly=False)
+    chosen = chosen_split(kinds["images"], splits, split, spec, unused, or_all)
     return _open_images(spec, folder, chosen, kinds, split, image_column, unused)
 
 
@@ -280,7 +282,7 @@ def _open_named_files(
     """Open a file, or the files that a pattern matches. All of them are used."""
     root, files = _named_files(spec, path)
     if split != "train" and not or_all:
-        raise InputError(no_split(spec, split, ["train"]))
+        raise InputError(no_split(spec, split, []))
     kind, kinds = _only_kind(spec, root, files, unused)
     if kind == "tables":
         return _open_tables(spec, root, kinds["tables"], image_column)
@@ -433,7 +435,7 @@ def _tables_of_split(folder: Path, tables: Sequence[str], split: str, or_all: bo
             found = datasets.load_dataset_builder(str(folder)).config.data_files or {}
         of_card = {os.path.relpath(file, folder): str(name) for name, files in found.items() for file in files}
         splits = grouped(tables, [of_card.get(table) for table in tables])
-    return chosen_split(splits, split, str(folder), unused, or_all)
+    return chosen_split(tables, splits, split, str(folder), unused, or_all)
 
 
 def _table_arguments(spec: str, root: Path, tables: Sequence[str]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,6 +69,8 @@ class Tars:
             for number, field in enumerate(_TEXT_FIELDS)
             if ((places := _array([texts[number] for _, _, texts in rows]))[:, 2] >= 0).any()
         }
+        # as tools write it that keep all words in the .json
+        self._caption_is_in_json = "txt" not in self._texts and isinstance(self._first_json().get("caption"), str)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -82,19 +85,32 @@ class Tars:
     def features(self) -> Features:
         import datasets
 
-        names = {"txt": "caption", "cls": "label", "json": "json"}
-        kinds = {"txt": datasets.Value("string"), "cls": datasets.Value("int64"), "json": datasets.Value("string")}
-        return datasets.Features({names[field]: kinds[field] for field in self._texts})
+        kinds: dict[str, Any] = {}
+        if "txt" in self._texts or self._caption_is_in_json:
+            kinds["caption"] = datasets.Value("string")
+        if "cls" in self._texts:
+            kinds["label"] = datasets.Value("int64")
+        if "json" in self._texts:
+            kinds["json"] = datasets.Value("string")
+        return datasets.Features(kinds)
 
     def columns(self, indices: Sequence[int]) -> pa.Table:
-        values: dict[str, list] = {}
-        for column, field in zip(self.features, self._texts, strict=True):
-            values[column] = [
-                self._label(index, text) if field == "cls" and text is not None else text
-                for index in indices
-                for text in [self._text(field, index)]
-            ]
-        return arrow_table(values, self.features)
+        values = {field: [self._text(field, index) for index in indices] for field in self._texts}
+        columns: dict[str, list] = {}
+        if "txt" in values:
+            columns["caption"] = values["txt"]
+        elif self._caption_is_in_json:
+            columns["caption"] = [_caption_in(text) for text in values["json"]]
+        if "cls" in values:
+            columns["label"] = [self._label(index, text) for index, text in zip(indices, values["cls"], strict=True)]
+        if "json" in values:
+            columns["json"] = values["json"]
+        return arrow_table(columns, self.features)
+
+    def _first_json(self) -> dict[str, Any]:
+        if "json" not in self._texts:
+            return {}
+        return _object_in(self._text("json", int((self._texts["json"][:, 2] >= 0).argmax())))
 
     def _text(self, field: str, index: int) -> str | None:
         place = self._texts[field][index]
@@ -106,7 +122,9 @@ class Tars:
             warn_once(self._root, "text", f"the {field} of {printable(self.name(index))}: {error}")
             return None
 
-    def _label(self, index: int, text: str) -> int | None:
+    def _label(self, index: int, text: str | None) -> int | None:
+        if text is None:
+            return None
         try:
             return int(text)
         except ValueError:
@@ -170,6 +188,20 @@ def _is_hidden(folder: str) -> bool:
 
 def _is_image(field: str) -> bool:
     return f".{field.rpartition('.')[2]}" in IMAGE_EXTENSIONS
+
+
+def _object_in(text: str | None) -> dict[str, Any]:
+    """The JSON object in a text, or an empty one if there is none."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _caption_in(text: str | None) -> str | None:
+    caption = _object_in(text).get("caption")
+    return caption if isinstance(caption, str) else None
 
 
 def _array(rows: Sequence[_Place]) -> np.ndarray:
