@@ -480,7 +480,8 @@ def _refusing(spec: str, split: str) -> Iterator[None]:
         yield
     # `datasets` raises many classes when a data set is not found or not readable, lacks a split, or is offline
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"data set {spec!r}, split {split!r} cannot be opened; {one_line(error)}") from error
+        here = "" if os.path.exists(spec) or glob.has_magic(spec) else ", and there is no such folder or file here"
+        raise InputError(f"data set {spec!r}, split {split!r} cannot be opened{here}; {one_line(error)}") from error
 
 
 def _open_saved(folder: Path, split: str, image_column: str | None, or_all: bool) -> ImageSource:
