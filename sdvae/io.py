@@ -152,6 +152,11 @@ def utf8(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def printable(name: str) -> str:
+    """A file's name for a message on one line: as `utf8`, and line breaks and control characters become escapes too."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in utf8(name))
+
+
 def changed_fields(
     before: Mapping[str, Any],
     after: Mapping[str, Any],

@@ -36,7 +36,7 @@ class EvaluateConfig:
     data: str = "skimage"
     """The images; whatever data.source takes in training."""
     split: str = "train"
-    """Split of a data set."""
+    """Split of the images. All of a source without splits is «train»."""
     image_column: str | None = None
     """Column of a data set that holds the images; null finds it by its type."""
     preset: Literal["none", "coco_val_5k_256", "imagenet_val_50k_256"] = "none"

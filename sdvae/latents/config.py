@@ -33,7 +33,7 @@ class EncodeConfig:
     vae_config: str | None = None
     """A config.json whose keys replace those of `vae`. A single file does not hold its scaling factor."""
     split: str = "train"
-    """The split to encode, of a data set that has several."""
+    """The split to encode, of a source that has several. All of a source without splits is «train»."""
     image_column: str | None = None
     """The column to encode, of a data set with several columns of images."""
     columns: tuple[str, ...] | None = None

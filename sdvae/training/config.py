@@ -56,16 +56,17 @@ class DataConfig:
     """Where images come from, and how they are cropped and augmented."""
 
     source: str = ""
-    """Must be given: a folder (nested), a data set (hub id, saved folder, .parquet, .arrow, webdataset .tar), or
-    «skimage»: the photographs inside scikit-image's wheel."""
+    """Must be given: a folder (nested), a data set (owner/name on the hub, saved folder, .parquet, .arrow, webdataset
+    .tar), or «skimage»: the photographs inside scikit-image's wheel. docs/data.md says what each layout means."""
     split: str = "train"
-    """Split of the data set."""
+    """Split of the source. All of a source without splits is «train»."""
     image_column: str | None = None
-    """Image column of a data set; null finds it by its type."""
+    """Image column of a data set, which may hold paths, or the extension of a webdataset's image; null finds it by its
+    type."""
     validation_source: str | None = None
     """Images for validation, given as for source; null holds some images of `source` out of training."""
     validation_split: str = "validation"
-    """Split of validation_source."""
+    """Split of validation_source, all of which is used if it has no splits."""
     validation_names: tuple[str, ...] = ()
     """Names of the images of `source` to use for validation; if empty, validation_count are chosen by a hash."""
     validation_count: int = 16
