@@ -95,13 +95,13 @@ def load_digits(source: str, split: str, limit: int | None = None) -> tuple[Tens
 
     Args:
         source: a data set, as `data.source` takes it.
-        split: of the data set.
+        split: of the data set, all of which is used if it has no splits.
         limit: read at most this many; None reads all.
 
     Returns:
         (N, 1, 28, 28) images in [-1, 1], and (N,) labels.
     """
-    opened = open_source(source, split=split)
+    opened = open_source(source, split=split, or_all=True)
     count = min(limit or len(opened), len(opened))
     labels = torch.from_numpy(read_labels(opened, "label", CLASSES))[:count]
     dataset = EvaluationImages(opened, SIDE, ReadOptions(channels=1, min_side=1))

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from sdvae.data import ImageError, ReadOptions, read_image, to_image, to_tensor
+from sdvae.data.reading import Color
 from sdvae.errors import InputError
 from sdvae.io import replacing
 from sdvae.metrics import SMALLEST_SIDE
@@ -18,7 +19,13 @@ from sdvae.weights import load_vae
 
 
 def reconstruct_files(
-    files: Sequence[str | Path], *, vae: str | None, subfolder: str | None, output: Path, max_side: int
+    files: Sequence[str | Path],
+    *,
+    vae: str | None,
+    subfolder: str | None,
+    output: Path,
+    max_side: int,
+    color: Color = "srgb",
 ) -> list[Path]:
     """Write the reconstruction of each file to `output`/NAME.png, and print its PSNR and SSIM.
 
@@ -31,6 +38,7 @@ def reconstruct_files(
         subfolder: folder inside the source that holds the VAE.
         output: folder for the reconstructions.
         max_side: a number of pixels; images with a longer side are shrunk to it.
+        color: as in `ReadOptions`.
 
     Returns:
         The written files, in the order of `files`.
@@ -48,7 +56,7 @@ def reconstruct_files(
             raise InputError(f"{path} would be overwritten; choose another folder with --output")
     model = load_vae(vae, subfolder=subfolder, dtype=torch.float32)
     check_image_channels(model, vae)
-    reading = ReadOptions(channels=model.config.in_channels, min_side=SMALLEST_SIDE)
+    reading = ReadOptions(channels=model.config.in_channels, min_side=SMALLEST_SIDE, color=color)
     images = [read_file(path, reading, max_side) for path in paths]
     output.mkdir(parents=True, exist_ok=True)
     for path, target, image in zip(paths, targets, images, strict=True):

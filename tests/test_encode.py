@@ -428,6 +428,19 @@ def test_on_a_full_disk_what_is_done_stays_and_the_exit_code_is_one(vae, photos,
     assert content(tmp_path / "full") == content(tmp_path / "clean")
 
 
+def test_too_many_skipped_images_are_an_error_after_all_others_are_encoded(vae, tmp_path, capsys):
+    photos = draw(tmp_path / "photos", 6)
+    (photos / "0004.png").write_bytes(b"")
+    Image.new("RGB", (12, 12)).save(photos / "0005.png")
+    arguments = [f"--source={photos}", f"--output={tmp_path / 'out'}", f"--vae={vae}", "--resolution=32"]
+    said = "4 of 6 images have a row; 2 were skipped (1 the file is empty, 1 too small; see skipped.jsonl)"
+    for again in ([], [], ["--verify=true"], ["--repair=true"]):  # every later run says it too
+        assert main(["encode", *arguments, *again]) == 2
+        assert f"{said}; need at most 1.00% skipped; raise max_bad_fraction" in capsys.readouterr().err
+        assert len(rows_of(tmp_path / "out")) == 4
+    assert main(["encode", *arguments, "--max_bad_fraction=0.34", "--verify=true"]) == 0
+
+
 def test_bad_images_are_listed_with_their_reason_and_the_others_are_not_touched(vae, tmp_path):
     photos = draw(tmp_path / "photos", 6)
     encode(options(photos, tmp_path / "clean", vae))
@@ -494,7 +507,7 @@ def test_a_latent_that_overflows_is_computed_again_in_fp32_and_else_reported(vae
 
 def test_names_from_the_data_write_nothing_outside_the_folder(vae, tmp_path):
     picture = (draw(tmp_path / "photos", 1) / "0000.png").read_bytes()
-    names = ["../../evil.png", "/tmp/evil.png", "same.png", "same.png", "bad-\udcff.png"]
+    names = ["../../evil.png", "/tmp/evil.png", "a/same.png", "b/same.png", "bad-\udcff.png"]
     (tmp_path / "tars").mkdir()
     with tarfile.open(tmp_path / "tars" / "images.tar", "w") as tar:
         for name in names:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from sdvae.errors import InputError, require
 from sdvae.evaluation.config import EvaluateConfig
 from sdvae.latents.config import EncodeConfig
-from sdvae.studio.settings import DemoOptions, ReportOptions, Settings
+from sdvae.studio.settings import ColorOption, DemoOptions, ReportOptions, Settings
 from sdvae.training.config import TrainConfig
 
 
@@ -97,7 +97,7 @@ def export(options: ExportOptions) -> None:
 
 
 @dataclass(frozen=True)
-class Fp16Options:
+class Fp16Options(ColorOption):
     """Options of `sdvae fp16`."""
 
     action: Literal["audit", "fix"]
@@ -126,7 +126,7 @@ def fp16(options: Fp16Options) -> None:
     """Make a VAE safe in fp16: audit VAE, or fix VAE TARGET [--images DATA] …"""
     from sdvae.fp16 import audit_vae, fix_vae
 
-    images = (options.images, options.count, options.resolution)
+    images = (options.images, options.count, options.resolution, options.color)
     if options.target is None:
         audit_vae(options.vae, options.subfolder, *images, layers=options.layers)
     else:
@@ -134,7 +134,7 @@ def fp16(options: Fp16Options) -> None:
 
 
 @dataclass(frozen=True)
-class ReconstructOptions:
+class ReconstructOptions(ColorOption):
     """Options of `sdvae reconstruct`."""
 
     files: tuple[str, ...]
@@ -201,7 +201,7 @@ def report(options: ReportOptions) -> None:
 
 
 @dataclass(frozen=True)
-class PushOptions:
+class PushOptions(ColorOption):
     """Options of `sdvae push`."""
 
     vae: str
@@ -241,8 +241,9 @@ class Command(NamedTuple):
     """A function of one dataclass, whose fields are the command's options. Its docstring is its line in the help."""
 
     run: Callable[[Any], None]
-    positional: tuple[str, ...] = ()  # `parse_options` explains this and `lists`
+    positional: tuple[str, ...] = ()  # `parse_options` explains this, `lists` and `urls`
     lists: tuple[str, ...] = ()
+    urls: tuple[str, ...] = ()  # the options that may hold a URL; the others refuse it
 
 
 COMMANDS = {
@@ -256,5 +257,5 @@ COMMANDS = {
     "explore": Command(explore, positional=("what",), lists=("images", "sigmas")),
     "demo": Command(demo, positional=("vae",)),
     "report": Command(report, positional=("vae",)),
-    "push": Command(push, positional=("vae", "repo_id")),
+    "push": Command(push, positional=("vae", "repo_id"), urls=("message",)),
 }

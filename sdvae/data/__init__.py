@@ -22,6 +22,7 @@ from sdvae.data.dataset import (
     collate_evaluation,
     collate_training,
     evaluation_loader,
+    kinds_of,
     training_loader,
 )
 from sdvae.data.images import ImageError, read_image
@@ -60,6 +61,7 @@ __all__ = [
     "cover",
     "cover_box",
     "evaluation_loader",
+    "kinds_of",
     "open_source",
     "open_stream",
     "random_crop",

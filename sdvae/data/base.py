@@ -104,5 +104,6 @@ def arrow_table(values: dict[str, list], features: Features) -> pa.Table:
     return pa.table(values, schema=features.arrow_schema)
 
 
-def is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not os.path.basename(name).startswith(".")
+def is_lfs_pointer(data: bytes) -> bool:
+    """Whether a file's first bytes are those of a Git LFS pointer, which stands for a file that was not downloaded."""
+    return data.startswith(b"version https://git-lfs.github.com/spec/")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
@@ -23,7 +24,7 @@ from sdvae.data.images import ImageError, read_image
 from sdvae.data.order import SampleKey, ShardedBatches
 from sdvae.data.reading import ReadOptions
 from sdvae.errors import InputError
-from sdvae.io import utf8
+from sdvae.io import printable
 from sdvae.noise import sample_seed
 from sdvae.runtime import keep_freed_memory
 
@@ -171,7 +172,7 @@ class TrainingImages(Dataset[Sample]):
             except ImageError as error:
                 bad[self.source.name(candidate)] = str(error)
             candidate = sample_seed(self.seed, epoch, index, f"substitute-{attempt}") % len(self.source)
-        last = "; ".join(f"{name}: {reason}" for name, reason in list(bad.items())[-3:])
+        last = "; ".join(f"{printable(name)}: {reason}" for name, reason in list(bad.items())[-3:])
         raise InputError(
             f"an image and its {MAX_SUBSTITUTES} substitutes are all bad ({last});"
             " need a data set of mostly good images; clean it"
@@ -252,7 +253,7 @@ class BadImages:
         for name, reason in bad:
             if name not in self.reasons:
                 self.reasons[name] = reason
-                logger.warning("bad image %s: %s", utf8(name), reason)
+                logger.warning("bad image %s: %s", printable(name), reason)
 
     def items(self) -> list[tuple[str, str]]:
         """(name, reason) of each bad image, in the order in which they were found."""
@@ -269,11 +270,22 @@ class BadImages:
             InputError: when more are bad.
         """
         if len(self) > max_fraction * total:
-            some = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:3])
+            some = "; ".join(f"{printable(name)}: {reason}" for name, reason in list(self.reasons.items())[:3])
             raise InputError(
                 f"{len(self)} of {total} images are bad, {len(self) / max(total, 1):.2%} ({some}); need at most"
                 f" {max_fraction:.2%}; clean the data set or raise data.max_bad_fraction"
             )
+
+
+def kinds_of(reasons: Iterable[str]) -> str:
+    """How many images are bad for which reason, the most frequent first: «12 too large, 3 damaged PNG file».
+
+    Args:
+        reasons: of bad images; the kind of a reason is the text before its first colon.
+    """
+    counts = Counter(reason.partition(":")[0] for reason in reasons).most_common()
+    others = [f"{sum(count for _, count in counts[3:])} for other reasons"] if len(counts) > 3 else []
+    return ", ".join([f"{count} {kind}" for kind, count in counts[:3]] + others)
 
 
 def collate_training(samples: Sequence[Sample]) -> Batch:

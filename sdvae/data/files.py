@@ -1,22 +1,20 @@
-"""Image files below a folder, with their captions and labels."""
+"""Image files below a folder, with their captions, classes and metadata."""
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdvae.data.base import Names, arrow_table
+from sdvae.data.base import Names, arrow_table, is_lfs_pointer
 from sdvae.data.images import ImageError, read_file
-from sdvae.io import utf8
+from sdvae.data.text import decode_text, warn_once
+from sdvae.io import printable, utf8
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Features
-
-logger = logging.getLogger(__name__)
 
 
 class Files:
@@ -24,24 +22,31 @@ class Files:
 
     Args:
         root: the folder.
-        files: paths below it.
+        files: paths below it; "" for an image that is not there.
         names: the names of the images; by default these paths.
-        others: other files below the folder, which may be captions.
+        captions: for each image the path of its caption, or "".
+        classes: folder -> name of its class, for the folder of each image and for others.
+        metadata: a row of other columns for each image.
     """
 
     def __init__(
-        self, root: Path, files: Sequence[str], names: Sequence[str] | None = None, others: Iterable[str] = ()
+        self,
+        root: Path,
+        files: Sequence[str],
+        *,
+        names: Sequence[str] | None = None,
+        captions: Sequence[str] = (),
+        classes: Mapping[str, str] | None = None,
+        metadata: pa.Table | None = None,
     ):
         self._root = str(root)
         self._files = Names(files)
         self._names = Names(names) if names is not None else self._files
-        texts = {file for file in others if file.endswith(".txt")}
-        captions = [text if (text := os.path.splitext(file)[0] + ".txt") in texts else "" for file in files]
         self._captions = Names(captions) if any(captions) else None
-        folders = sorted({os.path.dirname(file) for file in files})
-        # as `datasets` does for its "imagefolder": labels need at least two folders, and no image beside them
-        is_labelled = len(folders) > 1 and all(folder.count("/") == 0 and folder for folder in folders)
-        self._labels = folders if is_labelled and names is None else []
+        self._class_names = sorted(set((classes or {}).values()))
+        numbers = {name: number for number, name in enumerate(self._class_names)}
+        self._classes = {folder: numbers[name] for folder, name in (classes or {}).items()}
+        self._metadata = metadata
 
     def __len__(self) -> int:
         return len(self._files)
@@ -50,33 +55,42 @@ class Files:
         return self._names[index]
 
     def read(self, index: int) -> bytes:
-        return read_file(os.path.join(self._root, self._files[index]))
+        if not (file := self._files[index]):
+            raise ImageError("cannot be read: it is named in the metadata and is not there")
+        data = read_file(os.path.join(self._root, file))
+        if is_lfs_pointer(data):
+            raise ImageError("is a Git LFS pointer; run «git lfs pull» to get the image")
+        return data
 
     @property
     def features(self) -> Features:
         import datasets
 
         found: dict[str, Any] = {}
+        if self._metadata is not None:
+            found |= datasets.Features.from_arrow_schema(self._metadata.schema)
         if self._captions is not None:
             found["caption"] = datasets.Value("string")
-        if self._labels:
-            found["label"] = datasets.ClassLabel(names=[utf8(name) for name in self._labels])
+        if self._classes:
+            found["label"] = datasets.ClassLabel(names=[utf8(name) for name in self._class_names])
         return datasets.Features(found)
 
     def columns(self, indices: Sequence[int]) -> pa.Table:
-        values: dict[str, list] = {}
+        values: dict[str, Any] = {}
+        if self._metadata is not None:
+            rows = self._metadata.take(list(indices))
+            values |= {name: rows.column(name) for name in rows.column_names}
         if self._captions is not None:
             values["caption"] = [self._caption(self._captions[index]) for index in indices]
-        if self._labels:
-            numbers = {folder: number for number, folder in enumerate(self._labels)}
-            values["label"] = [numbers[os.path.dirname(self._files[index])] for index in indices]
+        if self._classes:
+            values["label"] = [self._classes[self._files[index].rpartition("/")[0]] for index in indices]
         return arrow_table(values, self.features)
 
     def _caption(self, file: str) -> str | None:
         if not file:
             return None
         try:
-            return read_file(os.path.join(self._root, file)).decode("utf-8", "replace").strip()
+            return decode_text(read_file(os.path.join(self._root, file)), file, self._root)
         except ImageError as error:
-            logger.warning("caption %s: %s", file, error)
+            warn_once(self._root, "caption", f"caption {printable(file)}: {error}")
             return None

@@ -10,7 +10,7 @@ What `read_image` does with each kind of file:
 - 16-bit grey is scaled, 0 -> 0 and 65535 -> 255, and rounded. For 16-bit colour, Pillow takes the high byte, which
   differs from that by at most one level. 32-bit integers count as 16-bit if all values fit, and floats as fractions if
   all lie in [0, 1]; otherwise the range from minimum to maximum is stretched to 0..255. No value is clipped.
-- CMYK, YCbCr, LAB and HSV are converted. ICC profiles are not applied.
+- CMYK, YCbCr, LAB and HSV are converted. `sdvae.data.color` says how colours become those of sRGB.
 - 1-bit and grey become three equal channels, or stay grey where `channels` is 1; colour becomes ITU-R 601-2 luma.
 - An animation gives its first frame, a file of several pages its first page, and an icon file its largest image.
 - A damaged file raises `ImageError` if the damage can be detected. JPEG and WebP have no checksum, so a file with a
@@ -28,8 +28,9 @@ import numpy as np
 from PIL import Image
 from PIL.Image import Transpose
 
-from sdvae.data.reading import ReadOptions
-from sdvae.errors import InputError, one_line
+from sdvae.data.color import profile_of, to_srgb
+from sdvae.data.reading import MAX_PIXELS, ImageError, ReadOptions
+from sdvae.errors import one_line
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM"),
@@ -49,10 +50,6 @@ _UNDO_ORIENTATION = {
     8: Transpose.ROTATE_90,
 }
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
-class ImageError(InputError):
-    """A file cannot be used. The message is only the reason; the caller adds the name of the file."""
 
 
 def read_image(data: bytes | str | PathLike[str], options: ReadOptions = ReadOptions()) -> Image.Image:
@@ -76,7 +73,7 @@ def read_image(data: bytes | str | PathLike[str], options: ReadOptions = ReadOpt
     image = _open(data)
     kind = image.format
     try:
-        _check_size(image, options.min_side or 1, options.max_pixels)
+        _check_size(image, options.min_side or 1, options.max_pixels or MAX_PIXELS)
         if kind == "PNG":
             _check_png(data)
         image.load()
@@ -85,7 +82,8 @@ def read_image(data: bytes | str | PathLike[str], options: ReadOptions = ReadOpt
         # Read after `load`: PNG and WebP files may hold EXIF data after the pixels, and Pillow's TIFF reader turns the
         # image itself and removes the tag.
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-        image = _to_rgb_or_grey(image, options.channels, options.background)
+        profile = profile_of(image, data) if options.color == "srgb" else None
+        image = _to_rgb_or_grey(image, profile, options.channels, options.background)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # for a damaged file, Pillow's plugins raise exceptions of any class
@@ -169,11 +167,15 @@ def _rescale_transparency(image: Image.Image, bit_depth: int) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in color)
 
 
-def _to_rgb_or_grey(image: Image.Image, channels: int, background: tuple[int, int, int]) -> Image.Image:
+def _to_rgb_or_grey(
+    image: Image.Image, profile: bytes | None, channels: int, background: tuple[int, int, int]
+) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _deep_grey_to_bytes(image)
     if image.mode == "La":  # Pillow has no direct way from here to RGBA
         image = image.convert("LA")
+    if profile is not None:
+        image = to_srgb(image, profile)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.new("RGB", image.size, background)

@@ -1,13 +1,20 @@
-"""How image files are read: one set of options for every command. This does not import torch."""
+"""How image files are read: one set of options for every command."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from sdvae.errors import InputError
 
+Color = Literal["srgb", "raw"]
+
 MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte of RGB
+
+
+class ImageError(InputError):
+    """A file cannot be used. The message is only the reason; the caller adds the name of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +26,17 @@ class ReadOptions:
         background: RGB in 0..255, the colour behind transparent parts.
         min_side: the smallest permitted length of the shorter side, in pixels; None is 1, and half of the resolution
             for images that are cropped to one. Images that are enlarged more than twice teach the decoder to blur.
-        max_pixels: the largest permitted number of pixels; the header is checked before anything is decoded.
+        max_pixels: the largest permitted number of pixels; None is MAX_PIXELS. The header is checked before anything is
+            decoded.
+        color: "srgb" converts colours to sRGB (see `sdvae.data.color`); "raw" takes the numbers in the file as they
+            are, which is what versions without this option did.
     """
 
     channels: int = 3
     background: tuple[int, int, int] = (255, 255, 255)
     min_side: int | None = None
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int | None = None
+    color: Color = "srgb"
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):

@@ -18,9 +18,11 @@ class ImageStream:
     Args:
         dataset: a data set of the `datasets` library.
         column: the column of the images.
+        folder: the folder that relative paths begin in; None if there is none, as for a data set of the hub.
     """
 
-    def __init__(self, dataset: IterableDataset, column: str):
+    def __init__(self, dataset: IterableDataset, column: str, folder: str | None = None):
+        self._folder = folder
         self._dataset = dataset
         self._column = column
         names = {name: name for name in dataset.features if name != column}
@@ -45,6 +47,6 @@ class ImageStream:
         rows = self._dataset.shard(num_shards=self.num_parts, index=number)
         for position, row in enumerate(rows):
             value = row[self._column]
-            path = value.get("path") if isinstance(value, dict) else None
+            path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
             others = {new: row[old] for old, new in self._names.items()}
-            yield path or f"part-{number:05d}/row-{position:08d}", partial(image_bytes, value), others
+            yield path or f"part-{number:05d}/row-{position:08d}", partial(image_bytes, value, self._folder), others

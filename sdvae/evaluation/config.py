@@ -20,7 +20,7 @@ PRESETS: dict[str, tuple[int, Literal["resize", "adm"]]] = {
 }
 
 RANGES: Ranges = (
-    ("at least 1", lambda x: x >= 1, "count min_side batch_size"),
+    ("at least 1", lambda x: x >= 1, "count min_side max_pixels batch_size"),
     (f"at least {SMALLEST_SIDE} for SSIM", lambda x: x >= SMALLEST_SIDE, "resolution"),
     ("0 or more", lambda x: x >= 0, "images num_workers seed"),
 )
@@ -36,7 +36,7 @@ class EvaluateConfig:
     data: str = "skimage"
     """The images; whatever data.source takes in training."""
     split: str = "train"
-    """Split of a data set."""
+    """Split of the images. All of a source without splits is «train»."""
     image_column: str | None = None
     """Column of a data set that holds the images; null finds it by its type."""
     preset: Literal["none", "coco_val_5k_256", "imagenet_val_50k_256"] = "none"
@@ -51,6 +51,10 @@ class EvaluateConfig:
     it is at least twice too large, resized (bicubic) and cropped (ADM's center_crop_arr, as in tables on ImageNet)."""
     min_side: int | None = None
     """Skip images with a shorter side, in pixels; null: half the resolution."""
+    max_pixels: int | None = None
+    """Skip images with more pixels, without decoding them; null: 178,956,970."""
+    color: Literal["srgb", "raw"] = "srgb"
+    """«srgb» converts colours to sRGB by the profile in the file; «raw» takes the numbers in the file as they are."""
     latents: Literal["mode", "sample"] = "mode"
     """Decode the posterior's mode, or a sample, whose noise depends on the seed and the image's place in the data."""
     seed: int = 0

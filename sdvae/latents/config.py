@@ -11,10 +11,11 @@ from sdvae.errors import InputError, Ranges, check_ranges
 from sdvae.storage import is_url
 
 RANGES: Ranges = (
-    ("at least 1", lambda x: x >= 1, "resolution bucket_step batch_size num_workers shard_rows min_side"),
+    ("at least 1", lambda x: x >= 1, "resolution bucket_step batch_size num_workers shard_rows min_side max_pixels"),
     ("at least 1, the longer side over the shorter", lambda x: x >= 1, "max_aspect"),
     (f"a number from 0 to {2**32 - 1}", lambda x: 0 <= x < 2**32, "seed"),
     ("0 or more", lambda x: x >= 0, "verify_rows"),
+    ("a number from 0 to 1", lambda x: 0 <= x <= 1, "max_bad_fraction"),
     ("three numbers from 0 to 255", lambda x: 0 <= x <= 255, "background"),
 )
 
@@ -35,7 +36,7 @@ class EncodeConfig:
     vae_config: str | None = None
     """A config.json whose keys replace those of `vae`. A single file does not hold its scaling factor."""
     split: str = "train"
-    """The split to encode, of a data set that has several."""
+    """The split to encode, of a source that has several. All of a source without splits is «train»."""
     image_column: str | None = None
     """The column to encode, of a data set with several columns of images."""
     columns: tuple[str, ...] | None = None
@@ -74,8 +75,16 @@ class EncodeConfig:
     64 and 4096, and at most 128 MiB."""
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB, 0 to 255: the colour behind transparent images."""
+    color: Literal["srgb", "raw"] = "srgb"
+    """srgb: colours are converted to sRGB by the profile in the file. raw: the numbers in the file are taken as they
+    are, as latents were made before this option."""
     min_side: int | None = None
     """Pixels. Images with a shorter side are skipped; by default half of the resolution."""
+    max_pixels: int | None = None
+    """Images with more pixels are skipped without being decoded, which bounds the memory of each thread; by default
+    178,956,970."""
+    max_bad_fraction: float = 0.01
+    """End with an error if more than this fraction of the images was skipped. The others are encoded and kept."""
     seed: int = 0
     """Seed of the noise for `store: sample`."""
     device: str | None = None

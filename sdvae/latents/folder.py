@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdvae.data import kinds_of
 from sdvae.errors import InputError, one_line
 from sdvae.runtime import DTYPES
 from sdvae.storage import StorageError, open_storage
@@ -197,6 +199,23 @@ class LatentFolder:
                 digest.update(block)
                 data_bytes -= len(block)
         return digest.hexdigest()
+
+    def skipped_lines(self) -> dict[int, list[dict[str, Any]]]:
+        """The lines of skipped.jsonl by shard; none if there is no such file."""
+        lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        if self.storage.exists(SKIPPED):
+            for text in self.storage.read(SKIPPED).splitlines():
+                line = json.loads(text)
+                lines[line["shard"]].append(line)
+        return lines
+
+    def counts(self) -> str:
+        """How many of the images of a finished data set have a row, and why the others have none."""
+        rows, skipped = self.manifest["rows"], self.manifest["skipped"]
+        if not skipped:
+            return f"{rows} rows"
+        why = kinds_of(line["reason"] for lines in self.skipped_lines().values() for line in lines)
+        return f"{rows} of {rows + skipped} images have a row; {skipped} were skipped ({why}; see skipped.jsonl)"
 
     def factors(self, vae_config: Mapping[str, Any], encoder_sha256: str) -> dict[str, Any]:
         """The scaling that was measured on these latents, under the keys of a VAE's config.

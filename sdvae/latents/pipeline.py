@@ -246,10 +246,8 @@ class Pipeline:
         if not self._is_main:
             return
         if is_finished:
-            manifest = folder.manifest
-            skipped = f", {manifest['skipped']} skipped (see skipped.jsonl)" if manifest["skipped"] else ""
-            factors = manifest["statistics"]
-            logger.info("%s: %d rows%s", output, manifest["rows"], skipped)
+            factors = folder.manifest["statistics"]
+            logger.info("%s: %s", output, folder.counts())
             logger.info("scaling_factor %s, shift_factor %s", factors["scaling_factor"], factors["shift_factor"])
         else:
             folder.refresh()

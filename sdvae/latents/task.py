@@ -60,7 +60,13 @@ class EncodeTask:
         self.sizes = bucket_sizes(config, vae.spatial_compression_ratio)
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
-        reading = ReadOptions(channels=vae.config.in_channels, background=config.background, min_side=config.min_side)
+        reading = ReadOptions(
+            channels=vae.config.in_channels,
+            background=config.background,
+            min_side=config.min_side,
+            max_pixels=config.max_pixels,
+            color=config.color,
+        )
         self.reading = reading.for_crops(config.resolution)
         self.latent_channels = vae.config.latent_channels
         self.row_bytes = row_bytes(self.sizes, vae.spatial_compression_ratio, self.latent_channels, config)
@@ -166,6 +172,8 @@ class EncodeTask:
                 "sizes": [list(size) for size in self.sizes],
                 "background": list(config.background),
                 "min_side": self.reading.min_side,
+                "max_pixels": self.reading.max_pixels,
+                "color": self.reading.color,
             },
             "source": {"split": config.split, "image_column": config.image_column, **self.shards.identity()},
             "shards": len(self.shards),

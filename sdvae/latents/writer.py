@@ -20,7 +20,6 @@ import io
 import json
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +37,8 @@ from sdvae.storage import LocalStorage
 if TYPE_CHECKING:
     import pyarrow as pa
 
+# What a fingerprint means that lacks these settings, because it was written before they were.
+BEFORE = {"images": {"color": "raw", "max_pixels": None}}
 ROW_GROUP_BYTES = 2**20  # at least so much is read for one row, which matters if rows are read in random order
 READERS = 32  # threads that read the shards' records; in a bucket each waits for its answer
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
@@ -82,7 +83,7 @@ class LatentWriter(LatentFolder):
             begun = {"format": FORMAT, "version": VERSION, "source": source, "vae_config": dict(vae_config)}
             self.storage.create(MANIFEST, _json({**begun, "fingerprint": dict(fingerprint), "complete": False}))
         self._read()
-        changes = changed_fields(self.manifest["fingerprint"], json.loads(json.dumps(fingerprint)))
+        changes = changed_fields(self.manifest["fingerprint"], json.loads(json.dumps(fingerprint)), defaults=BEFORE)
         if changes:
             raise InputError(
                 f"{self.storage} holds latents made in another way ({'; '.join(changes)}); choose another folder, "
@@ -229,15 +230,6 @@ class LatentWriter(LatentFolder):
     def _begun(self) -> dict[str, Any]:
         """The part of the manifest that is there from the beginning."""
         return {key: self.manifest[key] for key in ("format", "version", "source", "vae_config", "fingerprint")}
-
-    def skipped_lines(self) -> dict[int, list[dict[str, Any]]]:
-        """The lines of skipped.jsonl by shard; none if there is no such file."""
-        lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        if self.storage.exists(SKIPPED):
-            for text in self.storage.read(SKIPPED).splitlines():
-                line = json.loads(text)
-                lines[line["shard"]].append(line)
-        return lines
 
     @property
     def _progress(self) -> Path:

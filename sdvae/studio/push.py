@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from torch import nn
 
 from sdvae.data import BadImages, EvaluationImages, ReadOptions, evaluation_loader, open_source
+from sdvae.data.reading import Color
 from sdvae.errors import InputError, one_line
 from sdvae.io import HUB_ID, replacing, version
 from sdvae.metrics import SMALLEST_SIDE
@@ -61,6 +62,7 @@ def push_to_hub(
     data: str | None = None,
     count: int = 50,
     resolution: int = 256,
+    color: Color = "srgb",
     token: str | None = None,
     dry_run: str | Path | None = None,
 ) -> str:
@@ -83,6 +85,7 @@ def push_to_hub(
             VAE's folder are used, if it has any.
         count: number of those images, at most.
         resolution: side of their centre crops in pixels.
+        color: as in `ReadOptions`.
         token: access token of the hub; by default that of `hf auth login`, or HF_TOKEN.
         dry_run: a new or empty folder; everything is written there, and nothing is uploaded.
 
@@ -102,7 +105,7 @@ def push_to_hub(
         raise InputError(f"got no token for the hub; {WANT_TOKEN}, or set HF_TOKEN")
 
     model, folder, origin = _open(vae, subfolder)
-    measured = None if data is None else measure_on(model, data, count, resolution)
+    measured = None if data is None else measure_on(model, data, count, resolution, color)
     figures = None
     if data is not None and measured is not None:
         figures = figures_text(measured, "Means over", data, resolution)
@@ -192,7 +195,7 @@ def last_part(value: str) -> str:
 
 
 @torch.no_grad()
-def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int) -> ValidationResult:
+def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int, color: Color) -> ValidationResult:
     """Reconstruct images from the posterior's mode, in fp32.
 
     Args:
@@ -200,6 +203,7 @@ def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int) -> Va
         data: a source for `open_source`.
         count: number of images, at most.
         resolution: side of the centre crops in pixels.
+        color: as in `ReadOptions`.
 
     Raises:
         InputError: when no image can be read, or for a count or resolution that is too small.
@@ -209,7 +213,7 @@ def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int) -> Va
             f"got count={count}, resolution={resolution}; need at least 1 image, and {SMALLEST_SIDE} pixels for SSIM"
         )
     source = open_source(data)
-    images = EvaluationImages(source, resolution, ReadOptions(channels=vae.config.in_channels, min_side=1))
+    images = EvaluationImages(source, resolution, ReadOptions(channels=vae.config.in_channels, min_side=1, color=color))
     loader = evaluation_loader(images, range(min(count, len(source))), batch_size=1, num_workers=0)
     accelerator = Accelerator(cpu=accelerator_type() is None)
     copied = copy.deepcopy(vae)

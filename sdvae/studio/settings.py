@@ -10,8 +10,16 @@ from pathlib import Path
 from typing import Literal
 
 
+@dataclass(frozen=True, kw_only=True)
+class ColorOption:
+    """The option of every command that reads image files."""
+
+    color: Literal["srgb", "raw"] = "srgb"
+    """`srgb` converts colours to sRGB by the profile in the file; `raw` takes the numbers in the file as they are."""
+
+
 @dataclass(frozen=True)
-class Settings:
+class Settings(ColorOption):
     """The images that are measured and drawn, and the settings of single experiments."""
 
     data: str = "skimage"
@@ -34,7 +42,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class DemoOptions:
+class DemoOptions(ColorOption):
     """Options of `sdvae demo`."""
 
     vae: str | None = None
@@ -68,6 +76,9 @@ class ReportOptions:
     resolution: int | None = None
     """Side in pixels of the square that is cropped from the centre of each image. By default that of the run's
     validation, or else 256."""
+    color: Literal["srgb", "raw"] | None = None
+    """`srgb` converts colours to sRGB by the profile in the file; `raw` takes the numbers in the file as they are. By
+    default as the run did, or else srgb."""
     output: Path = Path("report.html")
     """The file to write."""
     lpips: Literal["vgg", "alex", "squeeze", "none"] = "vgg"

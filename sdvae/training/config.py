@@ -19,8 +19,8 @@ RANGES: Ranges = (
         lambda x: x > 0,
         "steps batch_size gradient_accumulation_steps log_every validate_every max_skipped_steps scale_images "
         "grid_images data.validation_count data.resolution data.validation_resolution optimizer.learning_rate "
-        "optimizer.grad_clip_norm checkpoint.every_steps checkpoint.keep_last loss.discriminator.layers "
-        "loss.discriminator.width loss.discriminator.learning_rate",
+        "optimizer.grad_clip_norm data.max_pixels checkpoint.every_steps checkpoint.keep_last "
+        "loss.discriminator.layers loss.discriminator.width loss.discriminator.learning_rate",
     ),
     (
         "0 or more",
@@ -56,16 +56,17 @@ class DataConfig:
     """Where images come from, and how they are cropped and augmented."""
 
     source: str = ""
-    """Must be given: a folder (nested), a data set (hub id, saved folder, .parquet, .arrow, webdataset .tar), or
-    «skimage»: the photographs inside scikit-image's wheel."""
+    """Must be given: a folder (nested), a data set (owner/name on the hub, saved folder, .parquet, .arrow, webdataset
+    .tar), or «skimage»: the photographs inside scikit-image's wheel. docs/data.md says what each layout means."""
     split: str = "train"
-    """Split of the data set."""
+    """Split of the source. All of a source without splits is «train»."""
     image_column: str | None = None
-    """Image column of a data set; null finds it by its type."""
+    """Image column of a data set, which may hold paths, or the extension of a webdataset's image; null finds it by its
+    type."""
     validation_source: str | None = None
     """Images for validation, given as for source; null holds some images of `source` out of training."""
     validation_split: str = "validation"
-    """Split of validation_source."""
+    """Split of validation_source, all of which is used if it has no splits."""
     validation_names: tuple[str, ...] = ()
     """Names of the images of `source` to use for validation; if empty, validation_count are chosen by a hash."""
     validation_count: int = 16
@@ -89,8 +90,13 @@ class DataConfig:
     """Strength of brightness, contrast, saturation and channel-order changes in training; 0 is off."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour in 0..255 that transparent images are composited on."""
+    color: Literal["srgb", "raw"] = "srgb"
+    """«srgb» converts colours to sRGB by the profile in the file; «raw» takes the numbers in the file as they are, as
+    runs did that were begun before this option."""
     min_side: int | None = None
     """Images whose shorter side has fewer pixels count as bad; null: half of the resolution they are cropped to."""
+    max_pixels: int | None = None
+    """Images with more pixels count as bad, without being decoded, which bounds the memory; null: 178,956,970."""
     max_bad_fraction: float = 0.01
     """Stop the run when more than this fraction of the images is bad."""
     num_workers: int = 4

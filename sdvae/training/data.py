@@ -48,7 +48,9 @@ def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSourc
     if config.validation_source is None:
         names = list(config.validation_names) or None
         return split_off(source, names=names, count=config.validation_count, seed=seed)
-    validation = open_source(config.validation_source, split=config.validation_split, image_column=config.image_column)
+    validation = open_source(
+        config.validation_source, split=config.validation_split, image_column=config.image_column, or_all=True
+    )
     if len(validation) > config.validation_count:
         _, validation = split_off(validation, names=None, count=config.validation_count, seed=seed)
     return source, validation
@@ -112,7 +114,13 @@ def training_images(source: ImageSource, config: TrainConfig) -> TrainingImages:
 def reading_of(config: TrainConfig) -> ReadOptions:
     """How the recipe reads image files."""
     data = config.data
-    return ReadOptions(channels=config.model.in_channels, background=data.background, min_side=data.min_side)
+    return ReadOptions(
+        channels=config.model.in_channels,
+        background=data.background,
+        min_side=data.min_side,
+        max_pixels=data.max_pixels,
+        color=data.color,
+    )
 
 
 def first_batch(source: ImageSource, config: TrainConfig, count: int) -> Batch:

@@ -16,9 +16,10 @@ import yaml
 from filelock import FileLock, Timeout
 
 from sdvae.errors import InputError
-from sdvae.io import changed_fields, left_beside, replacing
+from sdvae.io import changed_fields, left_beside, refuse_url, replacing
 from sdvae.training.checkpoint import newest_whole
 from sdvae.training.config import TrainConfig
+from sdvae.training.recipe import BEFORE
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +126,9 @@ class RunFolder:
         A run that was killed in its first moments may have left only an empty log, which is accepted.
 
         Raises:
-            InputError: when the folder holds other files, or is a file.
+            InputError: when the folder holds other files, is a file, or is a URL.
         """
+        refuse_url(self.root, "output_dir")
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"output_dir={self.root} is a file; need the path of a folder")
         if not self.root.exists() or (self.config.is_file() and self.metrics.is_file()):
@@ -144,7 +146,7 @@ class RunFolder:
         gan = config.loss.discriminator
         if before.get("images_per_step") == images_per_step and not (gan.weight > 0 and gan.adaptive):
             free = FREE_FIELDS | BATCH_FIELDS
-        changes = changed_fields(before["config"], plain(config), free, defaults=plain(TrainConfig()))
+        changes = changed_fields(before["config"], plain(config), free, defaults=plain(BEFORE))
         if not changes:
             if before.get("images_per_step", images_per_step) != images_per_step:
                 logger.warning(

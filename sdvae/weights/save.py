@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdvae.errors import InputError, first_few
-from sdvae.io import read_json, replacing
+from sdvae.io import read_json, refuse_url, replacing
 from sdvae.model import AutoencoderKL
 from sdvae.model.config import CLASS_NAMES
 from sdvae.model.state import plain_weights, rebuilt
@@ -61,10 +61,11 @@ def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
             other files in its folder (such as a model card) are kept.
 
     Raises:
-        InputError: when `folder` holds something other than a VAE, when the VAE has no plain weights (see
+        InputError: when `folder` is a URL or holds something other than a VAE, when the VAE has no plain weights (see
             `sdvae.model.state`), or when one is not finite.
         OSError: when the folder cannot be written.
     """
+    refuse_url(folder, "folder")
     folder = Path(folder).expanduser().resolve()
     kept = _other_files(folder)
     model = _unwrapped(vae)

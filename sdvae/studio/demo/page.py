@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 
+from sdvae.data.reading import Color
 from sdvae.errors import InputError
 from sdvae.pictures import AMPLIFICATION
 from sdvae.studio.demo.view import Edits, Encoded, Model, encode, open_photograph, save_latents, show, show_latents
@@ -34,12 +35,14 @@ class Handlers:
     Args:
         models: one or two.
         max_side: a number of pixels; photographs with a longer side are shrunk to it.
+        color: as in `ReadOptions`.
         folder: where the files of latents are written that can be downloaded.
     """
 
-    def __init__(self, models: Sequence[Model], max_side: int, folder: Path):
+    def __init__(self, models: Sequence[Model], max_side: int, color: Color, folder: Path):
         self.models = models
         self.max_side = max_side
+        self.color = color
         self.folder = folder
 
     def photograph(self, first: str | None, second: str | None, *settings: Any) -> list[Any]:
@@ -50,7 +53,7 @@ class Handlers:
             image = None
             if path is not None:
                 try:
-                    image, word = open_photograph(path, self.max_side)
+                    image, word = open_photograph(path, self.max_side, self.color)
                     words.append(word)
                 except InputError as error:
                     errors.append(str(error))
@@ -238,7 +241,7 @@ def running(models: Sequence[Model], options: DemoOptions) -> Iterator[gr.Blocks
         InputError: when the server cannot listen at that host and port.
     """
     with _gradio_folder() as folder:
-        blocks = page(Handlers(models, options.max_side, folder))
+        blocks = page(Handlers(models, options.max_side, options.color, folder))
         try:
             blocks.launch(
                 server_name=options.host,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sdvae.data import ImageError, ReadOptions, read_image, to_image, to_tensor
 from sdvae.data.crops import RESAMPLING, cover
+from sdvae.data.reading import Color
 from sdvae.errors import InputError
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.image import image_metrics
@@ -143,7 +144,7 @@ class View:
     figures: dict[str, str]
 
 
-def open_photograph(path: str | Path, max_side: int) -> tuple[Image.Image, str]:
+def open_photograph(path: str | Path, max_side: int, color: Color = "srgb") -> tuple[Image.Image, str]:
     """An RGB image whose longer side has at most `max_side` pixels, and a sentence about it.
 
     Raises:
@@ -152,7 +153,7 @@ def open_photograph(path: str | Path, max_side: int) -> tuple[Image.Image, str]:
     """
     path = Path(path)
     try:
-        image = read_image(path, ReadOptions(min_side=SMALLEST_SIDE))
+        image = read_image(path, ReadOptions(min_side=SMALLEST_SIDE, color=color))
     except ImageError as error:
         raise InputError(f"{path.name}: {error}; need a photograph (JPEG, PNG, WebP, TIFF, …)") from error
     width, height = image.size

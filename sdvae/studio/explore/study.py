@@ -182,7 +182,7 @@ class Study:
 
     @property
     def _reading(self) -> ReadOptions:
-        return ReadOptions(channels=self.vae.config.in_channels, min_side=1)
+        return ReadOptions(channels=self.vae.config.in_channels, min_side=1, color=self.settings.color)
 
     def _images(self, source: str) -> EvaluationImages:
         if source not in self._opened:
@@ -204,14 +204,14 @@ class Study:
             return to_tensor(center_crop(image, self.settings.resolution))
         images = self._images(self.settings.data)
         for index in range(len(images)):
-            if images.source.name(index) == name:
+            if name in (images.source.name(index), utf8(images.source.name(index))):
                 sample = images[index]
                 if sample["image"] is None:
                     raise InputError(f"{name}: {sample['bad']}; need an image that can be read")
                 return sample["image"]
         raise InputError(
             f"got {name!r} in --images; need an image file, or the name of an image in {self.settings.data!r}, "
-            f"such as {images.source.name(0)!r}"
+            f"such as {utf8(images.source.name(0))!r}"
         )
 
 

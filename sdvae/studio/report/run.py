@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from sdvae.studio.report.measure import BATCH_SIZE, Measured, measure
 from sdvae.studio.report.page import Subject, render
 from sdvae.studio.report.robustness import deltas, drift
 from sdvae.studio.settings import ReportOptions
-from sdvae.training.data import open_sources
+from sdvae.training.data import open_sources, reading_of
 from sdvae.training.recipe import read_recipe
 from sdvae.training.run_folder import RunFolder
 from sdvae.weights import load_vae
@@ -56,7 +57,7 @@ def write_report(options: ReportOptions) -> Path:
     curves = {} if run is None else read_curves(run.metrics)
     model = load_vae(vae if run is None else run.model, subfolder=subfolder, dtype=torch.float32)
     check_image_channels(model, vae)
-    images, data = _photographs(run, options.data, options.resolution, model.config.in_channels)
+    images, data = _photographs(run, options, model.config.in_channels)
     perceptual = perceptual_if_any(options.lpips, options.lpips_weights, options.lpips_heads)
     make_folder(output.parent)
 
@@ -97,28 +98,29 @@ def _run_folder(vae: str | None) -> RunFolder | None:
     return run
 
 
-def _photographs(
-    run: RunFolder | None, data: str | None, resolution: int | None, channels: int
-) -> tuple[EvaluationImages, str]:
+def _photographs(run: RunFolder | None, options: ReportOptions, channels: int) -> tuple[EvaluationImages, str]:
     """The images to reconstruct, and the name of their source for the page.
 
-    They come from `data`, by default from those that the run held out, or from scikit-image if there is no run.
+    They come from `options.data`, by default from those that the run held out, or from scikit-image if there is no run.
     """
+    data = "skimage" if options.data is None and run is None else options.data
+    color, resolution = options.color, options.resolution
     if run is None:
-        data = "skimage" if data is None else data
+        reading = ReadOptions(color=color or "srgb")
         resolution = RESOLUTION if resolution is None else resolution
     else:
         recipe = read_recipe(run.config)
+        reading = reading_of(recipe) if data is None else ReadOptions(color=recipe.data.color)
+        reading = reading if color is None else dataclasses.replace(reading, color=color)
         resolution = recipe.data.evaluation_resolution if resolution is None else resolution
     if resolution < SMALLEST_SIDE:
         raise InputError(f"got resolution={resolution}; need at least {SMALLEST_SIDE} for SSIM")
     if data is not None:
-        source, name, reading = open_source(data), data, ReadOptions(channels=channels)
+        source, name = open_source(data), data
     else:
         _, source = open_sources(recipe.data, recipe.seed)
         name = recipe.data.validation_source or f"{recipe.data.source} (held out of training)"
-        reading = ReadOptions(channels=channels, min_side=recipe.data.min_side)
-    return EvaluationImages(source, resolution, reading), name
+    return EvaluationImages(source, resolution, dataclasses.replace(reading, channels=channels)), name
 
 
 def _measured(
