@@ -6,6 +6,7 @@ The fast ways: writing over outputs in inference, strips (`enable_tiling`), and 
 from __future__ import annotations
 
 import copy
+import warnings
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -326,3 +327,29 @@ def test_adapters_are_added_weighed_fused_saved_and_removed_as_in_diffusers(way,
     torch.testing.assert_close(seen["load"], seen["add"], rtol=1e-4, atol=1e-5)
     assert float((seen["add"] - before).norm() / before.norm()) > 1e-2
     torch.testing.assert_close(seen["unload again"], before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradients_are_on", [True, False])
+def test_tiling_that_cannot_be_used_is_said(gradients_are_on):
+    vae = tiny_vae().eval()
+    vae.enable_tiling()
+    z = torch.randn(1, 4, 8, 8)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vae.decode(z)
+    if not gradients_are_on:
+        block(vae).conv1.register_forward_hook(twice)
+    reason = "gradients are on" if gradients_are_on else "a layer was replaced, adapted or hooked"
+    with torch.set_grad_enabled(gradients_are_on), pytest.warns(UserWarning, match=f"tiling is not used.*{reason}"):
+        vae.decode(z)
+
+
+@pytest.mark.parametrize("way", [plain, strips, cpu_kernels, cpu_kernels_and_strips])
+@torch.no_grad()
+def test_an_empty_batch_gives_the_empty_result_of_diffusers(way, every_way_is_taken):
+    vae = tiny_vae(block_out_channels=(96, 96), mid_block_add_attention=False).eval()
+    stock = vae.to_diffusers()
+    way(vae)
+    x, z = torch.zeros(0, 3, 16, 16), torch.zeros(0, 4, 8, 8)
+    assert vae.encode(x).latent_dist.mean.shape == stock.encode(x).latent_dist.mean.shape == (0, 4, 8, 8)
+    assert vae.decode(z).sample.shape == stock.decode(z).sample.shape == (0, 3, 16, 16)

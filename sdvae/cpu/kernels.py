@@ -303,7 +303,7 @@ def _computes_here(x: Tensor, conv: nn.Conv2d) -> bool:
     plain = type(x) in (Tensor, nn.Parameter) and type(conv.weight) is nn.Parameter  # not quantised, not traced
     on_cpu = x.device.type == conv.weight.device.type == "cpu"
     unchanged = has_geometry(conv, 3, padding=1) and not is_replaced(conv)
-    return plain and on_cpu and unchanged
+    return plain and on_cpu and unchanged and x.shape[0] > 0
 
 
 def _layout(x: Tensor) -> torch.memory_format:
