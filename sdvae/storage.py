@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import re
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -22,12 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from sdvae.errors import InputError, one_line
-from sdvae.io import replacing, sync
+from sdvae.io import SCHEME, replacing, sync
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # two letters at least: C:\ is a drive
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
 # The schemes whose drivers have a conditional put.
 WRITABLE = frozenset(EXTRAS)
@@ -108,12 +106,14 @@ def open_storage(path: str | os.PathLike[str], *, writable: bool = False) -> Sto
         InputError: for a scheme that is not known, that has no driver installed or, if `writable`, no conditional put.
     """
     text = os.fspath(path)
-    scheme = SCHEME.match(text)
-    if scheme is None:
+    if not is_url(text):
         return LocalStorage(Path(text).expanduser())
-    if scheme[1] in ("file", "local"):
-        return LocalStorage(Path(text[scheme.end() :]))
-    if writable and scheme[1] not in WRITABLE:
+    scheme, slashes, rest = text.partition("://")
+    if not slashes:
+        raise InputError(f"got {text}; need two slashes after the colon, as a str: a Path keeps only one of them")
+    if scheme in ("file", "local"):
+        return LocalStorage(Path(rest))
+    if writable and scheme not in WRITABLE:
         raise InputError(f"got {text}; need a path on this machine, or one of {', '.join(sorted(WRITABLE))}://")
     return BucketStorage(text)
 

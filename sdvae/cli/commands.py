@@ -248,9 +248,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(train),
-    "encode": Command(encode),
-    "convert": Command(convert, positional=("folder", "target")),
-    "export": Command(export, positional=("source", "target")),
+    "encode": Command(encode, urls=("output",)),
+    "convert": Command(convert, positional=("folder", "target"), urls=("folder",)),
+    "export": Command(export, positional=("source", "target"), urls=("latents",)),
     "fp16": Command(fp16, positional=("action", "vae", "target")),
     "reconstruct": Command(reconstruct, positional=("files",)),
     "evaluate": Command(evaluate, positional=("vaes",)),

@@ -12,6 +12,7 @@ the forward pass are here and in `sdvae.model.blocks`.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -167,8 +168,9 @@ class AutoencoderKL(StockAutoencoderKL):
         """Encode and decode images of any size in bounded memory. diffusers' pipelines call this method.
 
         Unlike with diffusers' tiles, the result equals that of the whole image (see `sdvae.model.tiling`). Tiling is
-        used when gradients are off and every layer is as this class made it. If a layer was replaced or has hooks, as
-        with layer-by-layer offloading, the whole image is computed at once.
+        used when gradients are off and every layer is as this class made it. With gradients, or if a layer was replaced
+        or has hooks, as with adapters and layer-by-layer offloading, a warning says that the whole image is computed at
+        once.
 
         Args:
             use_tiling: false turns it off, as `disable_tiling` does.
@@ -292,13 +294,13 @@ class AutoencoderKL(StockAutoencoderKL):
         return self._sliced(self._image, z, temb)
 
     def _moments(self, x: Tensor, temb: Tensor | None) -> Tensor:
-        if self._streams(self.encoder, self.quant_conv):
+        if self._streams(x, self.encoder, self.quant_conv):
             return self._streamed(x.shape, x).encode(self, x, temb)
         h = self.encoder(x, *only(temb))
         return h if self.quant_conv is None else self.quant_conv(h)
 
     def _image(self, z: Tensor, temb: Tensor | None) -> Tensor:
-        if self._streams(self.decoder, self.post_quant_conv):
+        if self._streams(z, self.decoder, self.post_quant_conv):
             if not z.isfinite().all():  # one such value would reach the whole image, after a long time
                 raise InputError("got latents with NaN or infinite values; need finite ones; find what overflowed")
             f = self.spatial_compression_ratio
@@ -306,9 +308,19 @@ class AutoencoderKL(StockAutoencoderKL):
             return self._streamed(shape, z).decode(self, z, temb)
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), *only(temb))
 
-    def _streams(self, *parts: nn.Module | None) -> bool:
-        groups = self.config.norm_num_groups
-        return self.use_tiling and not torch.is_grad_enabled() and all(can_stream(part, groups) for part in parts)
+    def _streams(self, x: Tensor, *parts: nn.Module | None) -> bool:
+        """Whether to compute in strips. If tiling is on and cannot be used, a warning gives the reason."""
+        if not self.use_tiling or x.shape[0] == 0:
+            return False
+        if torch.is_grad_enabled():
+            reason = "gradients are on; turn them off with torch.no_grad()"
+        elif not all(can_stream(part, self.config.norm_num_groups) for part in parts):
+            reason = "a layer was replaced, adapted or hooked"
+        else:
+            return True
+        if not torch.compiler.is_compiling():
+            warnings.warn(f"tiling is not used, and the whole image is computed at once: {reason}", stacklevel=2)
+        return False
 
     def _streamed(self, shape: torch.Size, x: Tensor) -> Streamed:
         """The strip-wise computation for images of a shape, on the device and in the dtype of `x`."""
@@ -425,5 +437,5 @@ class AutoencoderKL(StockAutoencoderKL):
             )
         if not z.is_floating_point():
             raise InputError(f"got latents of {z.dtype}; need unscaled floats; convert them: z.float()")
-        if z.numel() == 0:
+        if 0 in z.shape[2:]:
             raise InputError(f"got latents of shape {tuple(z.shape)}, with a side of zero; need at least 1")
