@@ -60,7 +60,8 @@ def read_image(data: bytes | str | PathLike[str], options: ReadOptions = ReadOpt
         options: what it becomes, and which files are refused.
 
     Returns:
-        An image of mode "RGB" or "L", without metadata.
+        An image of mode "RGB" or "L", without metadata except `info["orientation"]`: how the pixels were turned, as one
+        of EXIF's eight numbers.
 
     Raises:
         ImageError: when the file is not an image, is damaged, or exceeds a limit; the message is the reason.
@@ -90,7 +91,8 @@ def read_image(data: bytes | str | PathLike[str], options: ReadOptions = ReadOpt
         raise ImageError(f"damaged {kind} file: {one_line(error)}") from error
     if orientation in _UNDO_ORIENTATION:
         image = image.transpose(_UNDO_ORIENTATION[orientation])
-    image.info = {}  # it may hold the EXIF orientation, by which a later reader would turn the image again
+    # EXIF data must not stay here, since a later reader would turn the image again.
+    image.info = {"orientation": int(orientation) if orientation in _UNDO_ORIENTATION else 1}
     return image
 
 
