@@ -29,7 +29,8 @@ def prepare(data: bytes, kind: str) -> bytes:
     Raises:
         ImageError: when the layout is not supported or the damage can be seen here.
     """
-    check = {"PNG": _png, "JPEG": _jpeg, "TIFF": _tiff, "AVIF": _avif, "BMP": _bmp}.get(kind)
+    checks = {"PNG": _png, "JPEG": _jpeg, "TIFF": _tiff, "AVIF": _avif, "JPEG2000": _jpeg2000, "BMP": _bmp}
+    check = checks.get(kind)
     return data if check is None else check(data)
 
 
@@ -167,6 +168,7 @@ _TIFF_DEPTHS = {  # (colour, sample format) -> the numbers of bits that are read
     (8, 1): (8,),
 }
 _TIFF_EXTRA = {(1, 8): 1, (2, 8): 3, (2, 16): 1, (3, 8): 1, (5, 8): 2}  # (colour, bits) -> further channels, at most
+_TIFF_LITTLE_ENDIAN_ONLY = {(0, 1, 16), (1, 1, 12), (1, 1, 32)}  # (colour, sample format, bits)
 _TIFF_COMPRESSIONS = {1, 2, 3, 4, 5, 6, 7, 8, 32771, 32773, 32946, 34925, 50000}  # none, fax, LZW, JPEG, zlib, …
 _TIFF_COMPRESSIONS_UNREAD = {34712: "JPEG 2000", 33003: "JPEG 2000", 33005: "JPEG 2000", 34887: "LERC", 34661: "JBIG"}
 _TIFF_COMPRESSIONS_UNREAD |= {22610: "JPEG XR", 34934: "JPEG XR", 50002: "JPEG XL", 52546: "JPEG XL", 32809: "Thunder"}
@@ -196,7 +198,7 @@ class _Tiff:
             first = self.start + self.head
             if count == 0 or first + count * size > len(data):
                 raise ImageError("damaged TIFF file: cut off before the directory that says where the pixels are")
-        except struct.error as error:
+        except (struct.error, OverflowError) as error:
             raise ImageError("damaged TIFF file: cut off before the directory of its contents") from error
         self.pointer = 8 if big else 4  # the length of an offset
         self.entries: dict[int, tuple[int, int, int]] = {}  # tag -> type, count, position of the value
@@ -259,6 +261,10 @@ def _tiff(data: bytes) -> bytes:
         unsupported += f" with {extra} further channel{'s' if extra > 1 else ''}"
     elif color == 5 and tiff.integers(332, (1,))[0] != 1:
         unsupported = "TIFF of inks other than CMYK"
+    elif color == 1 and extra == 1 and tiff.integers(338, (0,))[0] != 2:
+        unsupported += " with a further channel that is not alpha"
+    elif tiff.big_endian and (color, sample_format, depth) in _TIFF_LITTLE_ENDIAN_ONLY:
+        unsupported = f"big-endian {unsupported}"
     elif sample_format != 1 and tiff.big_endian and not raw:
         unsupported = f"compressed big-endian {unsupported}"
     elif raw and planar and (depth == 16 or extra > 0):
@@ -272,39 +278,50 @@ def _tiff(data: bytes) -> bytes:
     raise ImageError(f"not supported: {unsupported}; {CONVERT}")
 
 
-# ---- AVIF ----
+# ---- AVIF and JPEG 2000, which consist of boxes ----
 
 
 def _avif(data: bytes) -> bytes:
     """Refuse crop boxes, which Pillow ignores, and hide EXIF: in AVIF the properties `irot` and `imir` turn the image.
 
-    Pillow parses the EXIF data on opening, and a broken one would cost the picture.
+    Pillow parses the EXIF data on opening, and broken ones would cost the picture.
     """
-    meta = next(_boxes(data, 0, len(data), b"meta"), None)
-    if meta is None:
-        return data
-    start, end = meta[0] + 4, meta[1]  # version and flags precede the boxes inside
-    for properties in _boxes(data, start, end, b"iprp"):
-        for container in _boxes(data, *properties, b"ipco"):
-            if next(_boxes(data, *container, b"clap"), None):
-                raise ImageError("not supported: AVIF with a crop box; convert to PNG or JPEG")
-    for items in _boxes(data, start, end, b"iinf"):
-        data = data[: items[0]] + data[slice(*items)].replace(b"Exif", b"none") + data[items[1] :]
+    for start, end in _boxes(data, (0, len(data)), b"meta"):
+        meta = (start + 4, end)  # version and flags precede the boxes inside
+        if any(_boxes(data, meta, b"iprp", b"ipco", b"clap")):
+            raise ImageError("not supported: AVIF with a crop box; convert to PNG or JPEG")
+        for first, last in _boxes(data, meta, b"iinf"):
+            data = data[:first] + data[first:last].replace(b"Exif", b"none") + data[last:]
     return data
 
 
-def _boxes(data: bytes, start: int, end: int, kind: bytes) -> Iterator[tuple[int, int]]:
-    """(start, end) of the contents of the boxes of this kind between two positions (ISO/IEC 14496-12, 4.2)."""
-    while start + 8 <= end:
+def _jpeg2000(data: bytes) -> bytes:
+    """Refuse palettes: Pillow merges entries of the same colour, so that the others move."""
+    if any(_boxes(data, (0, len(data)), b"jp2h", b"pclr")):
+        raise ImageError(f"not supported: JPEG 2000 with a palette; {CONVERT}")
+    return data
+
+
+def _boxes(data: bytes, within: tuple[int, int], kind: bytes, *inner: bytes) -> Iterator[tuple[int, int]]:
+    """(start, end) of the contents of the boxes of a kind, and of the boxes inside them of the kinds that follow.
+
+    ISO/IEC 14496-12, 4.2, and ISO/IEC 15444-1, I.4.
+    """
+    start, limit = within
+    while start + 8 <= limit:
         length, head = int.from_bytes(data[start : start + 4], "big"), 8
         if length == 1:
             length, head = int.from_bytes(data[start + 8 : start + 16], "big"), 16
         elif length == 0:
-            length = end - start
-        if length < head or start + length > end:
+            length = limit - start
+        if length < head or start + length > limit:
             return
         if data[start + 4 : start + 8] == kind:
-            yield start + head, start + length
+            content = (start + head, start + length)
+            if inner:
+                yield from _boxes(data, content, *inner)
+            else:
+                yield content
         start += length
 
 

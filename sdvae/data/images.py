@@ -36,6 +36,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, COLORMAP, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 
 from sdvae.data.containers import prepare
+from sdvae.data.libtiff import libtiff_errors
 from sdvae.data.signatures import ImageError, format_of
 from sdvae.errors import InputError, one_line
 
@@ -84,11 +85,15 @@ def read_image(
     if not isinstance(data, bytes):
         data = read_file(data)
     kind = format_of(data)
-    data = prepare(data, kind)
+    errors: list[str] = []
     try:
-        image = _open(data, kind)
-        _check_size(image, min_side, max_pixels)
-        image.load()
+        data = prepare(data, kind)
+        with libtiff_errors() as errors:
+            image = _open(data, kind)
+            _check_size(image, min_side, max_pixels)
+            image.load()
+        if errors:
+            raise ImageError(_libtiff_says(errors))
         if kind == "PNG" and "transparency" in image.info:
             _rescale_transparency(image, bit_depth=data[24])
         if kind == "TIFF" and image.mode == "P":
@@ -101,7 +106,7 @@ def read_image(
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # for a damaged file, Pillow's plugins raise exceptions of any class
-        raise ImageError(_reason(kind, error)) from error
+        raise ImageError(_libtiff_says(errors) if errors else _reason(kind, error)) from error
     if orientation in _UNDO_ORIENTATION:
         image = image.transpose(_UNDO_ORIENTATION[orientation])
     image.info = {}  # it may hold the EXIF orientation, by which a later reader would turn the image again
@@ -143,6 +148,10 @@ def _exif_orientation(image: Image.Image) -> int:
         return image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # broken EXIF data raise exceptions of any class, and are no reason to refuse the pixels
         return 1
+
+
+def _libtiff_says(errors: list[str]) -> str:
+    return f"damaged TIFF file: libtiff says «{one_line(Exception(errors[0]))}»"
 
 
 # What Pillow says when it lacks a feature, in the words of its plugins.

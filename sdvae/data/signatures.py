@@ -75,7 +75,7 @@ _REFUSED: tuple[tuple[str, bytes], ...] = (
     (_OTHER.format("Sun raster"), rb"\x59\xa6\x6a\x95"),
     (_OTHER.format("KTX"), rb"\xabKTX"),
     (_OTHER.format("BPG"), rb"BPG\xfb"),
-    (_OTHER.format("a cursor"), rb"\0\0\x02\0"),
+    (_OTHER.format("a cursor"), rb"\0\0\x02\0[^\0]\0"),
     ("an archive, not an image; unpack it", rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd"),
 )
 _READ_PATTERNS = tuple((name, re.compile(pattern, re.DOTALL)) for name, pattern in _READ)
