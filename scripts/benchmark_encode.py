@@ -1,8 +1,9 @@
-"""Time `sdvae encode` against the encoder alone and against a plain loop, or watch its memory.
+"""Time `sdvae encode` against the encoder alone and a plain loop, watch its memory, or time the reader of its result.
 
     python scripts/benchmark_encode.py --images FOLDER                          # the packaged VAE, 256x256
     python scripts/benchmark_encode.py --images FOLDER --config configs/sd_f8c4.yaml --count 12 --batch 4
     python scripts/benchmark_encode.py --memory_rows 1000000
+    python scripts/benchmark_encode.py --reader_rows 8192
 
 - bare encoder: the same weights, precision and batches, with images already decoded in memory; nothing is written.
 - plain loop: diffusers' class as loaded, torchvision's transforms, a DataLoader, and torch.save of one file per image.
@@ -10,6 +11,10 @@
 Each repetition runs all three, one after the other, and the ratios are taken within a repetition.
 
 --memory_rows N encodes N synthetic images of 16x16 pixels with a tiny VAE and prints the resident memory ten times.
+
+--reader_rows N times one epoch of `LatentDataset.loader` over N latents of 4x32x32, one thread and no workers, against
+a loop that does only what cannot be left out: it takes rows out of a memory-mapped array of moments and draws a sample
+of each. The loop has one generator for a batch, so its noise depends on the batch, and it reads no names or sizes.
 """
 
 from __future__ import annotations
@@ -27,17 +32,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import diffusers
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Features
 from jsonargparse.typing import PositiveInt
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from sdvae import AutoencoderKL, keep_freed_memory, load_vae, save_vae
+from sdvae import AutoencoderKL, LatentDataset, keep_freed_memory, load_vae, save_vae
 from sdvae.cli import parse_train_config
 from sdvae.data import open_source, subset
 from sdvae.errors import exit_code
@@ -146,10 +151,11 @@ def prepared(arguments: argparse.Namespace, output: Path, vae: str) -> EncodeTas
 
 
 class Synthetic:
-    """Any number of images of one colour each."""
+    """Any number of square images of one colour each."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, side: int):
         self.count = count
+        self.side = side
 
     def __len__(self) -> int:
         return self.count
@@ -159,12 +165,12 @@ class Synthetic:
 
     def read(self, index: int) -> bytes:
         data = io.BytesIO()
-        Image.fromarray(np.full((16, 16, 3), index % 256, dtype=np.uint8)).save(data, "BMP")
+        Image.fromarray(np.full((self.side, self.side, 3), index % 256, dtype=np.uint8)).save(data, "BMP")
         return data.getvalue()
 
     @property
-    def features(self) -> Features:
-        return Features({})
+    def features(self) -> datasets.Features:
+        return datasets.Features({})
 
     def columns(self, indices: Sequence[int]) -> pa.Table:
         return pa.table({}, schema=self.features.arrow_schema)
@@ -172,18 +178,7 @@ class Synthetic:
 
 def watch_memory(rows: int, scratch: Path) -> None:
     """Print the resident memory of this process after every tenth of the rows."""
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4),
-        norm_num_groups=2,
-    )
-    save_vae(vae, scratch / "vae")
-    config: dict[str, Any] = {"resolution": 16, "batch_size": 256, "num_workers": 2, "device": "cpu"}
-    task = EncodeTask(EncodeConfig(source="skimage", output=str(scratch / "out"), vae=str(scratch / "vae"), **config))
-    task.shards = RangeShards(Synthetic(rows), None, 4096)
-    task.fingerprint["shards"] = len(task.shards)
-    task.begin()
+    task = synthetic_task(rows, 16, scratch)
     write, done, start = task.folder.write_shard, 0, time.perf_counter()
     print("| rows | resident MiB | rows/s |\n|---|---|---|")
 
@@ -196,6 +191,63 @@ def watch_memory(rows: int, scratch: Path) -> None:
 
     task.folder.write_shard = watched  # type: ignore[method-assign]
     Pipeline(task).run()
+
+
+def synthetic_task(rows: int, side: int, scratch: Path) -> EncodeTask:
+    """`sdvae encode` on synthetic images with a tiny VAE, whose latents are 4 x side/2 x side/2, ready to run."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        norm_num_groups=2,
+    )
+    save_vae(vae, scratch / "vae")
+    config: dict[str, Any] = {"resolution": side, "batch_size": 256, "num_workers": 2, "device": "cpu"}
+    task = EncodeTask(EncodeConfig(source="skimage", output=str(scratch / "out"), vae=str(scratch / "vae"), **config))
+    task.shards = RangeShards(Synthetic(rows, side), None, 4096)
+    task.fingerprint["shards"] = len(task.shards)
+    task.begin()
+    return task
+
+
+def compare_readers(rows: int, batch: int, repeats: int, scratch: Path) -> None:
+    """Print the rows a second of `LatentDataset.loader` and of a plain loop over a memory-mapped array."""
+    Pipeline(synthetic_task(rows, 64, scratch)).run()
+    latents = LatentDataset(scratch / "out")
+    shape, moments = (4, 32, 32), scratch / "moments.npy"
+    table = datasets.load_dataset(str(scratch / "out"), split="train", cache_dir=str(scratch / "cache"))
+    array = np.lib.format.open_memmap(moments, "w+", np.float16, (rows, 2, *shape))
+    for place, row in enumerate(table):
+        array[place] = [np.frombuffer(row[name], np.float16).reshape(shape) for name in ("mean", "logvar")]
+    array.flush()
+    torch.set_num_threads(1)
+
+    def ours() -> float:
+        start, seen = time.perf_counter(), 0
+        for drawn in latents.loader(batch, epoch=0):
+            seen += len(drawn["latents"])
+        return seen / (time.perf_counter() - start)
+
+    def memmap() -> float:
+        start, seen = time.perf_counter(), 0
+        mapped = np.load(moments, mmap_mode="r")
+        order = np.random.default_rng(0).permutation(rows)
+        for places in order[: rows // batch * batch].reshape(-1, batch):
+            mean, logvar = torch.from_numpy(mapped[places]).float().unbind(1)
+            z = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn(mean.shape)
+            seen += len(latents.scaling.normalize(z))
+        return seen / (time.perf_counter() - start)
+
+    ours(), memmap()  # warm-up: the files come into memory
+    pairs = [(ours(), memmap()) for _ in range(repeats)]
+    ratios = [a / b for a, b in pairs]
+    print(f"\n{rows} latents of 4x32x32 in fp16, batches of {batch}, one thread, torch {torch.__version__}\n")
+    print("| | rows/s, median | loader against it, median | range |\n|---|---|---|---|")
+    print(f"| LatentDataset.loader | {statistics.median(a for a, _ in pairs):.0f} | 1.00 | |")
+    spread = f"{min(ratios):.2f} – {max(ratios):.2f}"
+    print(
+        f"| memmap loop | {statistics.median(b for _, b in pairs):.0f} | {statistics.median(ratios):.2f} | {spread} |"
+    )
 
 
 def resident_mib() -> float:
@@ -218,13 +270,18 @@ def main() -> None:
         default=None,
         help="instead, encode this many synthetic images and print the memory",
     )
+    parser.add_argument(
+        "--reader_rows", type=PositiveInt, default=None, help="instead, time reading this many synthetic latents"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.memory_rows is not None:
             watch_memory(arguments.memory_rows, Path(scratch))
+        elif arguments.reader_rows is not None:
+            compare_readers(arguments.reader_rows, arguments.batch, arguments.repeats, Path(scratch))
         elif arguments.images is None:
-            parser.error("give --images FOLDER or --memory_rows N")
+            parser.error("give --images FOLDER, --memory_rows N or --reader_rows N")
         else:
             compare(arguments, Path(scratch))
 

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from sdvae.data import ImageError, read_image
+from sdvae.data import ImageError, ReadOptions, read_image
 
 Reader = Callable[[bytes], np.ndarray]  # a file's bytes -> (H, W, 3) uint8, or any exception
 
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         count["files"] += 1
         ours: np.ndarray | str
         try:
-            ours = np.asarray(read_image(data))
+            ours = np.asarray(read_image(data, ReadOptions(color="raw")))
             count["read"] += 1
         except ImageError as error:
             ours = str(error)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
-from sdvae.data import EvaluationImages, evaluation_loader, open_source
+from sdvae.data import EvaluationImages, ReadOptions, evaluation_loader, open_source
 from sdvae.data.dataset import read_labels
 from sdvae.errors import exit_code
 from sdvae.model import DiagonalGaussian
@@ -95,16 +95,16 @@ def load_digits(source: str, split: str, limit: int | None = None) -> tuple[Tens
 
     Args:
         source: a data set, as `data.source` takes it.
-        split: of the data set.
+        split: of the data set, all of which is used if it has no splits.
         limit: read at most this many; None reads all.
 
     Returns:
         (N, 1, 28, 28) images in [-1, 1], and (N,) labels.
     """
-    opened = open_source(source, split=split)
+    opened = open_source(source, split=split, or_all=True)
     count = min(limit or len(opened), len(opened))
     labels = torch.from_numpy(read_labels(opened, "label", CLASSES))[:count]
-    dataset = EvaluationImages(opened, SIDE, 1, min_side=1)
+    dataset = EvaluationImages(opened, SIDE, ReadOptions(channels=1, min_side=1))
     batches = evaluation_loader(dataset, range(count), batch_size=1000, num_workers=0)
     return torch.cat([batch["image"] for batch in batches]), labels
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from operator import attrgetter
 
 
 class InputError(ValueError):
@@ -44,6 +45,28 @@ def require(module: str, purpose: str, extra: str) -> None:
     """
     if find_spec(module) is None:
         raise InputError(f'got no package {module}; need it for {purpose}; pip install "sdvae[{extra}]"')
+
+
+# (what a value must be, the test of it, the names of the options that must pass it)
+Ranges = tuple[tuple[str, Callable[[float], bool], str], ...]
+
+
+def check_ranges(options: object, ranges: Ranges) -> None:
+    """Check the options of a dataclass. None is always allowed, and of several numbers each one is tested.
+
+    Args:
+        options: the dataclass; names may be dotted, for a section's options.
+        ranges: the ranges of its options.
+
+    Raises:
+        InputError: for the first option out of its range.
+    """
+    for need, in_range, keys in ranges:
+        for key in keys.split():
+            value = attrgetter(key)(options)
+            several = isinstance(value, tuple | list)
+            if value is not None and not all(in_range(x) for x in (value if several else [value])):
+                raise InputError(f"got {key}={list(value) if several else value}; need {need}")
 
 
 def exit_code(program: str, run: Callable[[], object]) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdvae.data import EvaluationImages, open_source
+from sdvae.data import EvaluationImages, ReadOptions, open_source
+from sdvae.data.reading import Color
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
 from sdvae.model.fp16 import FP16_MAX, audit, fix
@@ -18,7 +19,9 @@ from sdvae.weights import load_vae, save_vae
 LAYERS_AFTER_FIX = 5  # number of layers with the largest values that are printed before and after a fix
 
 
-def audit_vae(vae: str, subfolder: str | None, source: str, count: int, resolution: int, *, layers: int) -> None:
+def audit_vae(
+    vae: str, subfolder: str | None, source: str, count: int, resolution: int, color: Color, *, layers: int
+) -> None:
     """Print the layers with the largest values on some images.
 
     Args:
@@ -27,16 +30,19 @@ def audit_vae(vae: str, subfolder: str | None, source: str, count: int, resoluti
         source: images, as `open_source` takes them.
         count: how many images, at most.
         resolution: side of the centre crops in pixels.
+        color: as in `ReadOptions`.
         layers: how many layers to print.
 
     Raises:
         InputError: for a VAE or images that cannot be read.
     """
     model = load_vae(vae, subfolder=subfolder, dtype=torch.float32)
-    _print_largest(audit(model, calibration_images(model, source, count, resolution)), layers)
+    _print_largest(audit(model, calibration_images(model, source, count, resolution, color)), layers)
 
 
-def fix_vae(vae: str, subfolder: str | None, target: Path, source: str, count: int, resolution: int) -> None:
+def fix_vae(
+    vae: str, subfolder: str | None, target: Path, source: str, count: int, resolution: int, color: Color
+) -> None:
     """Rescale a VAE for fp16, write it as a diffusers folder, and print the rescalings and their effect.
 
     Args:
@@ -46,12 +52,13 @@ def fix_vae(vae: str, subfolder: str | None, target: Path, source: str, count: i
         source: images, as `open_source` takes them.
         count: how many images, at most.
         resolution: side of the centre crops in pixels.
+        color: as in `ReadOptions`.
 
     Raises:
         InputError: for a VAE or images that cannot be read, or when no rescaling can help.
     """
     model = load_vae(vae, subfolder=subfolder, dtype=torch.float32)
-    images = calibration_images(model, source, count, resolution)
+    images = calibration_images(model, source, count, resolution, color)
     _print_largest(audit(model, images), LAYERS_AFTER_FIX)
     before = [round_trip(model, x).reconstruction for x in images]
     done = fix(model, images)
@@ -72,7 +79,9 @@ def fix_vae(vae: str, subfolder: str | None, target: Path, source: str, count: i
     _print_largest(audit(loaded, images), LAYERS_AFTER_FIX)
 
 
-def calibration_images(vae: AutoencoderKL, source: str, count: int, resolution: int) -> list[Tensor]:
+def calibration_images(
+    vae: AutoencoderKL, source: str, count: int, resolution: int, color: Color = "srgb"
+) -> list[Tensor]:
     """The first readable images, padded to a multiple of the VAE's compression ratio.
 
     Returns:
@@ -84,7 +93,9 @@ def calibration_images(vae: AutoencoderKL, source: str, count: int, resolution: 
     if count < 1 or resolution < 1:
         raise InputError(f"got count={count}, resolution={resolution}; need at least one image of at least one pixel")
     opened = open_source(source)
-    samples = EvaluationImages(opened, resolution, vae.config.in_channels, min_side=1)
+    samples = EvaluationImages(
+        opened, resolution, ReadOptions(channels=vae.config.in_channels, min_side=1, color=color)
+    )
     readable = (x[None] for i in range(len(samples)) if (x := samples[i]["image"]) is not None)
     images = [pad_to_multiple(x, vae.spatial_compression_ratio) for x in itertools.islice(readable, count)]
     if not images:

@@ -19,7 +19,25 @@ from safetensors import SafetensorError
 
 from sdvae.errors import InputError, one_line
 
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of a URL; two letters or more, since C:/ is a drive of Windows
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # «owner/name» on the Hugging Face hub
+
+
+def refuse_url(text: str | Path, what: str) -> None:
+    """Refuse a URL where only a path or a name is understood, so that it does not become a folder such as «s3:».
+
+    Args:
+        text: what was given. A `Path` has already made one slash of the two in «://».
+        what: the option's name, for the message.
+
+    Raises:
+        InputError: when it begins with a scheme, such as s3:// or file://.
+    """
+    if SCHEME.match(str(text)):
+        raise InputError(
+            f"got {what}={text}; need a local path or a name, since URLs are not supported here; mount or copy the "
+            "data, and give the local path"
+        )
 
 
 def left_beside(target: Path) -> list[Path]:
@@ -33,6 +51,7 @@ def make_folder(folder: Path) -> None:
     Raises:
         InputError: when a file is in the way, or the folder may not be written to.
     """
+    refuse_url(folder, "folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -54,7 +73,9 @@ def replacing(target: Path) -> Iterator[Path]:
 
     Raises:
         OSError: when writing fails, even if safetensors or torch raised another exception for that.
+        InputError: when the target is a URL.
     """
+    refuse_url(target, "target")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
     try:
@@ -71,7 +92,7 @@ def replacing(target: Path) -> Iterator[Path]:
             shutil.rmtree(retired)
         else:
             os.replace(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     except (SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
@@ -85,11 +106,11 @@ def replacing(target: Path) -> Iterator[Path]:
 
 def _flush(path: Path) -> None:
     for inner in path.rglob("*") if path.is_dir() else ():
-        _sync(inner)
-    _sync(path)
+        sync(inner)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until the content is on disk. Otherwise a power cut might keep the new name and lose the content."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
@@ -129,6 +150,11 @@ def sha256_of(path: Path) -> str:
 def utf8(name: str) -> str:
     """A file's name as text for JSON, Parquet and labels. Bytes that are not UTF-8 become escapes such as \\xff."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def printable(name: str) -> str:
+    """A file's name for a message on one line: as `utf8`, and line breaks and control characters become escapes too."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in utf8(name))
 
 
 def changed_fields(

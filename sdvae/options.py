@@ -14,6 +14,7 @@ from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from sdvae.errors import InputError, one_line
+from sdvae.io import refuse_url
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # each field's docstring is its help text
 
@@ -30,6 +31,7 @@ def parse_options(
     summary: str | None = None,
     positional: Collection[str] = (),
     lists: Collection[str] = (),
+    urls: Collection[str] = (),
 ) -> Options:
     """Parse arguments into a dataclass: an option for each field, and `--config FILE` for a YAML file of options.
 
@@ -42,9 +44,10 @@ def parse_options(
         summary: what the program does, for its help.
         positional: fields that are given without a name, in this order. Those with a default are options as well.
         lists: fields of type `tuple[T, ...]` that are written as `--key A B` and not as `--key=[A,B]`.
+        urls: dotted names of the fields that may hold a URL. In any other one it is refused.
 
     Raises:
-        InputError: for an unknown key, with the known key nearest to it, or for a value of the wrong type.
+        InputError: for an unknown key, with the known key nearest to it, for a value of the wrong type, or for a URL.
     """
     fields = {field.name: field for field in dataclasses.fields(options)}
     known = set(_keys(options))
@@ -54,6 +57,8 @@ def parse_options(
             hint = suggest(key, known) or f"see {program} --help"
             raise InputError(f"unknown key {key!r} in {origin}; {hint}")
 
+    for file in files:
+        refuse_url(file, "config")
     parser = ArgumentParser(prog=program, description=summary, exit_on_error=False)
     if "config" not in fields:
         parser.add_argument("--config", action="config", help="options in YAML; may be given more than once")
@@ -77,11 +82,26 @@ def parse_options(
     except ArgumentError as error:
         reason = one_line(error).replace("Expected a typing.Literal", "need one of ")
         raise InputError(f"{reason} (see {program} --help)") from error
+    for key, text in _texts(arguments.as_dict()):
+        if key not in urls:
+            refuse_url(text, key)
     # `instantiate` makes nested dataclasses. Commands with positional arguments have none, and jsonargparse cannot
     # instantiate an argument that is both positional and an option.
     instances = arguments if positional else parser.instantiate(arguments)
     values = {name: getattr(instances, name) for name in fields}
     return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str | Path]]:
+    """(dotted key, text) of every string and path in the values of options."""
+    if isinstance(value, str | Path):
+        yield key, value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item, key)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _texts(item, f"{key}.{name}" if key else name)
 
 
 def _item_type(hint: Any) -> tuple[Any, bool]:

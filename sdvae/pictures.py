@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from sdvae.data import to_image
 from sdvae.errors import InputError
 from sdvae.model.posterior import LOGVAR_RANGE
 from sdvae.statistics import BINS, DEAD_KL, LatentHealth
@@ -30,14 +30,21 @@ def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Image.Image:
     """A row for each image: original | reconstruction | amplified absolute difference.
 
     Args:
-        images: (N, C, H, W) in [-1, 1]; values outside are clamped. One channel is drawn in grey. If there are more
-            than three channels, only the first three are drawn.
+        images: (N, C, H, W) in [-1, 1], C 1 or 3; values outside are clamped.
         reconstructions: the same shape.
     """
-    x, y = (_as_drawn(batch) for batch in (images, reconstructions))
-    difference = 2 * AMPLIFICATION * (x - y).abs() - 1  # values above 1 are white
-    rows = list(zip(images, reconstructions, difference, strict=True))
+    rows = list(zip(images, reconstructions, amplified_difference(images, reconstructions), strict=True))
     return tile_grid(rows, ["original", "reconstruction", f"{AMPLIFICATION} x |difference|"])
+
+
+def amplified_difference(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """AMPLIFICATION times the absolute difference, as an image: -1, black, is no difference.
+
+    Args:
+        images: any shape, in [-1, 1]; values outside are clamped.
+        reconstructions: the same shape.
+    """
+    return (AMPLIFICATION * (images.clamp(-1, 1) - reconstructions.clamp(-1, 1)).abs() - 1).clamp(max=1)
 
 
 def tile_grid(
@@ -54,9 +61,8 @@ def tile_grid(
     matplotlib's subplots would resample them.
 
     Args:
-        tiles: for each row a list of (C, H, W) float in [-1, 1], drawn as by `reconstruction_grid`; None leaves a
-            place empty.
-        columns: text above each column.
+        tiles: for each row a list of (C, H, W) float in [-1, 1], C 1 or 3; None leaves a place empty.
+        columns: text above each column; may be empty strings.
         rows: text left of each row.
         captions: text below each tile, in the shape of `tiles`.
         note: text below the grid.
@@ -77,7 +83,7 @@ def tile_grid(
         labels, _ = wrapped(rows, LABEL_WIDTH)
         left = 2 * GAP + math.ceil(max(font.getlength(part) for label in labels for part in label.split("\n")))
     headings, above = wrapped(columns, width + GAP)
-    above = max(CAPTION_HEIGHT, above + 2 * GAP)
+    above = max(CAPTION_HEIGHT, above + 2 * GAP) if any(columns) else 0
     below = [wrapped(row, width + GAP) for row in captions] or [([], 0)] * len(tiles)
     inside = len(columns) * (width + GAP) - GAP
     remark, last = wrapped([note], left + inside - 2 * GAP)
@@ -98,7 +104,7 @@ def tile_grid(
         for column, tile in enumerate(row):
             x = left + column * (width + GAP)
             if tile is not None:
-                grid.paste(Image.fromarray(_to_uint8(_as_drawn(tile[None]))[0]), (x, top))
+                grid.paste(to_image(tile), (x, top))
             if texts:
                 write(texts[column], x + width / 2, top + height + room / 2, "center", "mm")
         top += height + GAP + room
@@ -123,15 +129,6 @@ def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, room: f
     return "\n".join(lines)
 
 
-def _as_drawn(images: Tensor) -> Tensor:
-    images = (images.detach().float().cpu().clamp(-1, 1) + 1) / 2
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
-
-
-def _to_uint8(images: Tensor) -> np.ndarray:
-    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
 def training_curves(metrics_file: Path, png: Path) -> None:
     """Draw the metrics of training and validation, except those of single channels.
 
@@ -139,14 +136,12 @@ def training_curves(metrics_file: Path, png: Path) -> None:
         metrics_file: the trainer's metrics.jsonl.
         png: the file of the picture.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     curves = read_curves(metrics_file)
     columns = 4
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     for i, (name, (steps, values)) in enumerate(curves.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
         draw_curve(axes, name, steps, values)
@@ -219,17 +214,14 @@ def latent_plot(health: LatentHealth) -> Image.Image:
     figure.suptitle(title, fontsize=9, color="firebrick" if complaints else "black", x=0.01, ha="left", wrap=True)
 
     left, middle, right = figure.subplots(1, 3)
-    edges = np.linspace(*LOGVAR_RANGE, BINS + 1)
-    counts = health.logvar_histogram.numpy()
-    left.set(yscale="log", ylim=(0.5, 2 * max(1, counts.max())))  # 0.5: a bar of one is visible
-    left.bar(edges[:-1], counts, width=1.0, align="edge", color=["firebrick"] + ["C0"] * (BINS - 1))  # red: the clamp
-    left.set(xlim=(edges[0] - 1, edges[-1] + 1), xlabel="log-variance of the posterior, nats", ylabel="elements")
+    draw_log_variances(left, health, "C0", "firebrick")
     middle.bar(channels, health.channel_kl.numpy())
     middle.axhline(
         DEAD_KL, color="firebrick", linewidth=1.0, linestyle="--"
     )  # a channel below it carries no information
     middle.set(xlabel="channel", ylabel="KL, nats per element")
-    right.errorbar(channels, health.channel_mean.numpy(), yerr=health.channel_std.numpy(), fmt="o", capsize=4)
+    mean, std = health.moments.channel_mean, health.moments.channel_std
+    right.errorbar(channels, mean.numpy(), yerr=std.numpy(), fmt="o", capsize=4)
     right.set(xlabel="channel", ylabel="latents, mean ± std")
     for axes in (middle, right):
         axes.set_xlim(-0.6, len(channels) - 0.4)
@@ -240,3 +232,19 @@ def latent_plot(health: LatentHealth) -> Image.Image:
         axes.tick_params(labelsize=8)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def draw_log_variances(axes: Axes, health: LatentHealth, colour: str, clamped: str) -> None:
+    """Draw a histogram of the posterior's log-variance.
+
+    Args:
+        axes: the axes of matplotlib to draw on.
+        health: the statistics with the histogram.
+        colour: the colour of all bars but the lowest.
+        clamped: the colour of the lowest bar, which is at the clamp.
+    """
+    edges = np.linspace(*LOGVAR_RANGE, BINS + 1)
+    counts = health.logvar_histogram.numpy()
+    axes.set(yscale="log", ylim=(0.5, 2 * max(1, counts.max())))  # 0.5: a bar of one element is visible
+    axes.bar(edges[:-1], counts, width=1.0, align="edge", color=[clamped] + [colour] * (BINS - 1))
+    axes.set(xlim=(edges[0] - 1, edges[-1] + 1), xlabel="log-variance of the posterior, nats", ylabel="elements")

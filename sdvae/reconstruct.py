@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sdvae.data.crops import to_image, to_tensor
-from sdvae.data.images import ImageError, read_image
+from sdvae.data import ImageError, ReadOptions, read_image, to_image, to_tensor
+from sdvae.data.reading import Color
 from sdvae.errors import InputError
 from sdvae.io import replacing
 from sdvae.metrics import SMALLEST_SIDE
@@ -19,7 +19,13 @@ from sdvae.weights import load_vae
 
 
 def reconstruct_files(
-    files: Sequence[str | Path], *, vae: str | None, subfolder: str | None, output: Path, max_side: int
+    files: Sequence[str | Path],
+    *,
+    vae: str | None,
+    subfolder: str | None,
+    output: Path,
+    max_side: int,
+    color: Color = "srgb",
 ) -> list[Path]:
     """Write the reconstruction of each file to `output`/NAME.png, and print its PSNR and SSIM.
 
@@ -32,6 +38,7 @@ def reconstruct_files(
         subfolder: folder inside the source that holds the VAE.
         output: folder for the reconstructions.
         max_side: a number of pixels; images with a longer side are shrunk to it.
+        color: as in `ReadOptions`.
 
     Returns:
         The written files, in the order of `files`.
@@ -49,7 +56,8 @@ def reconstruct_files(
             raise InputError(f"{path} would be overwritten; choose another folder with --output")
     model = load_vae(vae, subfolder=subfolder, dtype=torch.float32)
     check_image_channels(model, vae)
-    images = [read_file(path, model.config.in_channels, max_side) for path in paths]
+    reading = ReadOptions(channels=model.config.in_channels, min_side=SMALLEST_SIDE, color=color)
+    images = [read_file(path, reading, max_side) for path in paths]
     output.mkdir(parents=True, exist_ok=True)
     for path, target, image in zip(paths, targets, images, strict=True):
         x = to_tensor(image)[None]
@@ -61,15 +69,15 @@ def reconstruct_files(
     return targets
 
 
-def read_file(path: Path, channels: int, max_side: int) -> Image.Image:
+def read_file(path: Path, reading: ReadOptions, max_side: int) -> Image.Image:
     """An image of at most `max_side` pixels a side, grey or RGB.
 
     Raises:
         InputError: with the file's name, when it cannot be read or is too small.
     """
     try:
-        image = read_image(path.read_bytes(), channels=channels, min_side=SMALLEST_SIDE)
-    except (ImageError, OSError) as error:
+        image = read_image(path, reading)
+    except ImageError as error:
         raise InputError(f"{path}: {error}; need an image file") from error
     if max(image.size) > max_side:
         scale = max_side / max(image.size)

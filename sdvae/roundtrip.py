@@ -67,15 +67,27 @@ def round_trip(
         InputError: for images of integers, or whose number of channels is not the VAE's.
     """
     check_floating(images)  # before the conversion to the VAE's dtype, which would hide integers
-    start = _now(vae.device)
-    posterior = encode_images(vae, images.to(vae.device, vae.dtype), labels)
+    device = compute_device(vae)
+    start = _now(device)
+    posterior = encode_images(vae, images.to(device, vae.dtype), labels)
     posterior = DiagonalGaussian(posterior.parameters.float())
     z = posterior.mode() if latents == "mode" else posterior.sample(generator)
-    middle = _now(vae.device)
+    middle = _now(device)
     output = decode_output(vae, z.to(vae.dtype), images.shape[2:], labels)
     reconstruction = link(vae, output.float())
-    end = _now(vae.device)
+    end = _now(device)
     return RoundTrip(posterior, z, reconstruction, middle - start, end - middle)
+
+
+def compute_device(vae: AutoencoderKL) -> torch.device:
+    """The device that the VAE computes on, which takes its inputs.
+
+    accelerate's offloading keeps the weights elsewhere, so that the VAE's own `device` is «meta» or the host.
+    """
+    hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    found = next((device for device in devices if device is not None), vae.device)
+    return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor, labels: Tensor | None = None) -> DiagonalGaussian:

@@ -23,6 +23,12 @@ KEEP = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
 RETURN = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 64 * 2**20}
 
 
+def dtype_named(word: str) -> torch.dtype | None:
+    """The dtype for «fp16», «float16» or «torch.float16», and so for each of `DTYPES`; None for another word."""
+    names = {str(dtype): dtype for dtype in DTYPES.values()}
+    return DTYPES.get(word) or names.get(word) or names.get(f"torch.{word}")
+
+
 def accelerator_type() -> str | None:
     """The kind of accelerator: «cuda», «mps», … None if there is none, or if ACCELERATE_USE_CPU is set."""
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():

@@ -5,7 +5,7 @@
 `LatentCovariance`  covariance between channels, and principal components
 `LatentMaps`        statistics by position in the image
 
-`update` adds a batch of posteriors. `merge` adds the sums of other images, such as those of another process.
+`update` adds a batch of posteriors. `merged` adds up the moments or the health of several processes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -36,21 +36,10 @@ HISTOGRAM_RANGE = (-5.0, 5.0)  # of scaled latents, in standard deviations of N(
 HISTOGRAM_BINS = 100
 
 
-class Sums:
-    """Base class: the attributes named in `ADDS` are sums over images."""
-
-    ADDS: tuple[str, ...] = ("sums",)
-
-    def merge(self, other: Any) -> None:
-        """Add the sums of `other`, which has the same class and shape."""
-        for name in self.ADDS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+Sums = TypeVar("Sums", "LatentMoments", "LatentHealth")
 
 
-SumsT = TypeVar("SumsT", bound=Sums)
-
-
-def merged(parts: Sequence[SumsT]) -> SumsT:
+def merged(parts: Sequence[Sums]) -> Sums:
     """Statistics of the images of all parts together, such as those of all processes.
 
     Args:
@@ -58,11 +47,11 @@ def merged(parts: Sequence[SumsT]) -> SumsT:
     """
     whole, *others = parts
     for other in others:
-        whole.merge(other)
+        whole.sums += other.sums
     return whole
 
 
-class LatentMoments(Sums):
+class LatentMoments:
     """Mean and variance of the latents over images and positions, channel by channel, in float64.
 
     Each latent element is N(mean, var) with its own mean and var. By the law of total variance, over all elements
@@ -123,7 +112,7 @@ class LatentMoments(Sums):
         return int((variance > ACTIVE_VARIANCE).sum())
 
 
-class LatentHealth(Sums):
+class LatentHealth:
     """Statistics over the elements of posteriors, one for each (image, channel, position), in float64.
 
     An element is «dead» when its KL is below DEAD_KL: it equals the prior, whatever the image. It is a «black hole»
@@ -165,16 +154,6 @@ class LatentHealth(Sums):
         return moments
 
     @property
-    def channel_mean(self) -> Tensor:
-        """(C,) float64."""
-        return self.moments.channel_mean
-
-    @property
-    def channel_std(self) -> Tensor:
-        """(C,) float64: standard deviation of sampled latents."""
-        return self.moments.channel_std
-
-    @property
     def channel_kl(self) -> Tensor:
         """(C,) float64: nats per element."""
         return self.sums[KL] / self.sums[0]
@@ -185,18 +164,10 @@ class LatentHealth(Sums):
         return self.sums[HISTOGRAM:].sum(dim=1).long()
 
     @property
-    def logvar_mean(self) -> float:
-        return self._mean_of(LOGVAR)
-
-    @property
     def logvar_min(self) -> float:
         """The minimum, rounded down to a nat: the lower edge of the lowest bin that is not empty."""
         filled = self.logvar_histogram.nonzero()
         return LOGVAR_RANGE[0] + int(filled[0]) if len(filled) else float("nan")
-
-    @property
-    def dead_fraction(self) -> float:
-        return self._mean_of(DEAD)
 
     @property
     def black_hole_fraction(self) -> float:
@@ -222,7 +193,7 @@ class LatentHealth(Sums):
     @property
     def exploded(self) -> Tensor:
         """(C,) bool: channels with a std many times larger than in any published VAE."""
-        return self.channel_std > EXPLODED_STD
+        return self.moments.channel_std > EXPLODED_STD
 
     def metrics(self) -> dict[str, float]:
         """Scalars for logs; the KL is in nats per latent element.
@@ -234,9 +205,9 @@ class LatentHealth(Sums):
         values = {
             "active_channels": self.moments.active_channels,
             "latent_std": self.moments.std,
-            "dead_fraction": self.dead_fraction,
+            "dead_fraction": self._mean_of(DEAD),
             "black_hole_fraction": self.black_hole_fraction,
-            "logvar_mean": self.logvar_mean,
+            "logvar_mean": self._mean_of(LOGVAR),
             "logvar_min": self.logvar_min,
             "kl_per_element": self._mean_of(KL),
         }
@@ -253,7 +224,7 @@ class LatentHealth(Sums):
         if broken.any():
             return [f"latents not finite: {_named(broken)}; lower optimizer.learning_rate, or train in fp32"]
         found = []
-        std, collapsed, vanished, exploded = self.channel_std, self.collapsed, self.vanished, self.exploded
+        std, collapsed, vanished, exploded = self.moments.channel_std, self.collapsed, self.vanished, self.exploded
         if collapsed.any():
             name = "posterior collapse" if collapsed.all() else "partial collapse"
             kl = float(self.channel_kl[collapsed].min())
@@ -323,15 +294,13 @@ class PrincipalComponents:
         return torch.einsum("kc,nkhw->nchw", self.axes[:count].to(z), kept) + self.mean.to(z)[:, None, None]
 
 
-class LatentCovariance(Sums):
+class LatentCovariance:
     """Mean of each channel and covariance between channels, of the posterior's mean over images and positions.
 
     Attributes:
         sums: (C + 1, C) float64 on the CPU: Σ z zᵀ, and in the last row Σ z.
         count: number of positions, over all images.
     """
-
-    ADDS = ("sums", "count")
 
     def __init__(self, channels: int):
         self.sums = torch.zeros(channels + 1, channels, dtype=torch.float64)
@@ -367,7 +336,7 @@ class LatentCovariance(Sums):
         return PrincipalComponents(self.mean, axes * largest.sign(), variance)
 
 
-class LatentMaps(Sums):
+class LatentMaps:
     """Statistics of posteriors of one size by position, in float64.
 
     A diffusion model gets scaled latents, (z - shift_factor) · scaling_factor.
@@ -383,8 +352,6 @@ class LatentMaps(Sums):
         outside: (C,) int64, number of scaled samples outside HISTOGRAM_RANGE.
     """
 
-    ADDS = ("images", "histogram", "outside", "_kl", "_sums")
-
     def __init__(self, shape: tuple[int, int, int], scaling_factor: float, shift_factor: float | None):
         channels, height, width = shape
         self.scaling_factor = scaling_factor
@@ -395,10 +362,6 @@ class LatentMaps(Sums):
         self._kl = torch.zeros(height, width, dtype=torch.float64)
         self._sums = torch.zeros(3, channels, height, width, dtype=torch.float64)  # Σ mean, Σ mean², Σ var
         self._covariance = LatentCovariance(channels)
-
-    def merge(self, other: LatentMaps) -> None:
-        super().merge(other)
-        self._covariance.merge(other._covariance)
 
     def update(self, posterior: DiagonalGaussian, generator: torch.Generator) -> None:
         """Add a batch.

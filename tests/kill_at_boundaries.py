@@ -17,7 +17,7 @@ import torch
 
 from sdvae.training.checkpoint import Checkpoint, checkpoints, newest_whole, prune, write_checkpoint
 
-OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
+OPERATIONS = ("open", "os.link", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
 
 
 def checkpoint(step: int) -> Checkpoint:

@@ -17,7 +17,7 @@ from sdvae import AutoencoderKL
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.encode import encode
 from sdvae.latents.folder import LatentFolder
-from sdvae.latents.rows import from_bytes
+from sdvae.latents.rows import from_bytes, is_value
 from tests.kill_at_boundaries import die_before
 
 FORK = multiprocessing.get_context("fork")  # forked, so that a process need not import torch again
@@ -55,6 +55,7 @@ def options(source: Path, output: Path, vae: Path, **changes) -> EncodeConfig:
         "device": "cpu",
         "num_workers": 2,
         "precision": "fp32",
+        "max_bad_fraction": 1.0,
     }
     return EncodeConfig(source=str(source), output=str(output), vae=str(vae), **{**settings, **changes})
 
@@ -67,18 +68,14 @@ def rows_of(folder: Path) -> dict[str, dict]:
     for path in sorted((folder / "data").glob("*.parquet")):
         for row in pq.read_table(path).to_pylist():
             assert row["name"] not in rows, f"{row['name']} is there twice"
-            values = {k: from_bytes(v, dtype.dtype, row["shape"]) for k, v in row.items() if isinstance(v, bytes)}
+            values = {k: from_bytes(v, dtype.dtype, row["shape"]) for k, v in row.items() if is_value(k)}
             rows[row["name"]] = {**row, **values}
     return rows
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Name -> content of every file in a folder except the lock."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != ".lock"
-    }
+    """Name -> content of every file in a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def in_process(function: Callable[[], None]) -> multiprocessing.Process:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -18,8 +20,9 @@ from sdvae import AutoencoderKL, load_vae, save_vae
 from sdvae.cli import main, parse_train_config
 from sdvae.cli.commands import COMMANDS
 from sdvae.errors import InputError
+from sdvae.options import parse_options
 from sdvae.training.config import TrainConfig
-from sdvae.training.run_folder import to_yaml
+from sdvae.training.run_folder import RunFolder, to_yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -199,3 +202,70 @@ def test_export_writes_both_formats(tmp_path, capsys):
     back = load_vae(tmp_path / "back", dtype="file").state_dict()
     for name, weight in vae.state_dict().items():
         assert torch.equal(back[name], weight.half()), name
+
+
+def text_options(options: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every field that takes any string or path, in nested sections too."""
+    for name, hint in get_type_hints(options).items():
+        kinds = {hint, *get_args(hint)}
+        if dataclasses.is_dataclass(hint):
+            yield from text_options(hint, f"{prefix}{name}.")
+        elif kinds & {str, Path}:
+            yield f"{prefix}{name}", hint
+
+
+def arguments_with(name: str, key: str, hint: Any, text: str) -> list[str]:
+    """A command's arguments with `text` for one option, and something for those that must be given."""
+    _, positional, lists, _ = COMMANDS[name]
+    options = get_type_hints(COMMANDS[name].run)["options"]
+    hints = get_type_hints(options)
+    missing = [
+        f.name
+        for f in dataclasses.fields(options)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    given = {other: str(get_args(hints[other])[0]) if get_origin(hints[other]) is Literal else "x" for other in missing}
+    plain = get_origin(hint) is not tuple or key in lists or (key in positional and key in missing)
+    given[key] = text if plain else json.dumps([text])
+    unnamed = [given.pop(other) for other in positional if other in missing]
+    named = [part for other, value in given.items() for part in (f"--{other}", value)]
+    return [*unnamed, *named] if key not in lists else [*unnamed, f"--{key}", text]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "train" else []) for name in COMMANDS]
+)
+def test_every_option_refuses_a_url_in_one_line_and_makes_no_folder(name, tmp_path, monkeypatch, capsys):
+    """Options are found by introspection, so that a new one is covered."""
+    monkeypatch.chdir(tmp_path)
+    options = get_type_hints(COMMANDS[name].run)["options"]
+    found = list(text_options(options))
+    assert found
+    for number, (key, hint) in enumerate(found):
+        if key in COMMANDS[name].urls:
+            continue
+        scheme = ("s3", "gs", "az", "hf", "https", "memory", "file", "abfss+x")[number % 8]
+        assert main([name, *arguments_with(name, key, hint, f"{scheme}://bucket/folder")]) == 2
+        error = capsys.readouterr().err
+        assert re.search(rf"error: got {re.escape(key)}={re.escape(scheme)}:/+bucket/folder; need a local path", error)
+        assert len(error.splitlines()) == 1
+    for folder in ("data", "output"):
+        assert main([name, f"--config=s3://bucket/{folder}.yaml"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_message_may_hold_a_url_and_a_drive_is_no_scheme(tmp_path):
+    options = get_type_hints(COMMANDS["push"].run)["options"]
+    arguments = ["x", "a/b", "--message", "https://example.org has the data"]
+    parsed = parse_options(options, arguments, "sdvae push", positional=("vae", "repo_id"), urls=COMMANDS["push"].urls)
+    assert parsed.message == "https://example.org has the data"
+    assert parse_train_config(["--output_dir", "C:/runs"]).output_dir == "C:/runs"
+
+
+def test_a_url_given_in_python_makes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"folder=s3:/+bucket/vae; need a local path"):
+        save_vae(load_vae(), "s3://bucket/vae")
+    with pytest.raises(InputError, match=r"output_dir=s3:/+bucket/run; need a local path"):
+        RunFolder("s3://bucket/run").check_ours()
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -25,6 +26,7 @@ from PIL import Image
 from sdvae import InputError, load_vae, save_vae
 from sdvae.cli import main
 from sdvae.data import ImageError, ImageStream, center_crop, read_image, to_tensor
+from sdvae.latents.config import EncodeConfig
 from sdvae.latents.dataset import LatentDataset
 from sdvae.latents.encode import encode
 from sdvae.latents.encoder import MomentEncoder
@@ -87,7 +89,8 @@ def test_rows_are_the_posteriors_that_diffusers_computes_of_the_centre_crops(vae
 
 
 def test_the_statistics_are_those_of_all_rows_and_no_mirror_image(vae, photos, tmp_path):
-    manifest = encode(options(photos, tmp_path / "out", vae, mirror=True)).manifest
+    folder = encode(options(photos, tmp_path / "out", vae, mirror=True))
+    manifest = folder.manifest
     moments = LatentMoments(4)
     for row in rows_of(tmp_path / "out").values():
         moments.update(DiagonalGaussian(torch.cat([row["mean"], row["logvar"]])[None]))
@@ -97,7 +100,7 @@ def test_the_statistics_are_those_of_all_rows_and_no_mirror_image(vae, photos, t
     assert statistics["latents_mean"] == pytest.approx(moments.channel_mean.tolist(), abs=1e-3)
     assert statistics["latents_std"] == pytest.approx(moments.channel_std.tolist(), rel=1e-3)
     assert manifest["rows"] == 23
-    assert sum(entry["rows"] for entry in manifest["shards"]) == 23
+    assert sum(entry["rows"] for entry in folder.shards) == 23
 
 
 def test_buckets_keep_the_aspect_ratio_and_say_what_was_cut(vae, tmp_path):
@@ -350,7 +353,7 @@ def test_killed_ten_times_and_continued_by_other_numbers_of_processes_it_equals_
                 process.join()
                 kills += process.exitcode == -signal.SIGKILL
         assert any(process.exitcode for process in processes), "finished before it was killed ten times"
-    done = len(list((tmp_path / "killed").rglob(".progress/*.json")))
+    done = len(list((tmp_path / "killed" / "data").glob("*.parquet")))
     assert 0 < done < 30, "some shards are done and some are not"
     encode(config)
     assert content(tmp_path / "killed") == content(tmp_path / "clean")
@@ -402,7 +405,7 @@ def test_a_folder_with_other_files_is_refused(vae, photos, tmp_path):
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match=r"thesis\.txt"):
         encode(options(photos, tmp_path / "out", vae))
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.name != ".lock"] == ["thesis.txt"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
 def test_on_a_full_disk_what_is_done_stays_and_the_exit_code_is_one(vae, photos, tmp_path):
@@ -423,6 +426,19 @@ def test_on_a_full_disk_what_is_done_stays_and_the_exit_code_is_one(vae, photos,
     assert not [path for path in (tmp_path / "full").rglob("*") if ".tmp-" in path.name]
     encode(config)
     assert content(tmp_path / "full") == content(tmp_path / "clean")
+
+
+def test_too_many_skipped_images_are_an_error_after_all_others_are_encoded(vae, tmp_path, capsys):
+    photos = draw(tmp_path / "photos", 6)
+    (photos / "0004.png").write_bytes(b"")
+    Image.new("RGB", (12, 12)).save(photos / "0005.png")
+    arguments = [f"--source={photos}", f"--output={tmp_path / 'out'}", f"--vae={vae}", "--resolution=32"]
+    said = "4 of 6 images have a row; 2 were skipped (1 the file is empty, 1 too small; see skipped.jsonl)"
+    for again in ([], [], ["--verify=true"], ["--repair=true"]):  # every later run says it too
+        assert main(["encode", *arguments, *again]) == 2
+        assert f"{said}; need at most 1.00% skipped; raise max_bad_fraction" in capsys.readouterr().err
+        assert len(rows_of(tmp_path / "out")) == 4
+    assert main(["encode", *arguments, "--max_bad_fraction=0.34", "--verify=true"]) == 0
 
 
 def test_bad_images_are_listed_with_their_reason_and_the_others_are_not_touched(vae, tmp_path):
@@ -491,7 +507,7 @@ def test_a_latent_that_overflows_is_computed_again_in_fp32_and_else_reported(vae
 
 def test_names_from_the_data_write_nothing_outside_the_folder(vae, tmp_path):
     picture = (draw(tmp_path / "photos", 1) / "0000.png").read_bytes()
-    names = ["../../evil.png", "/tmp/evil.png", "same.png", "same.png", "bad-\udcff.png"]
+    names = ["../../evil.png", "/tmp/evil.png", "a/same.png", "b/same.png", "bad-\udcff.png"]
     (tmp_path / "tars").mkdir()
     with tarfile.open(tmp_path / "tars" / "images.tar", "w") as tar:
         for name in names:
@@ -503,7 +519,7 @@ def test_names_from_the_data_write_nothing_outside_the_folder(vae, tmp_path):
     new = set(tmp_path.rglob("*")) - before
     assert all(path == tmp_path / "out" or tmp_path / "out" in path.parents for path in new)
     assert all(
-        path.name.startswith(("train-", "manifest", "skipped", "README", ".lock", "data", "out")) for path in new
+        path.name.startswith(("train-", "manifest", "skipped", "README", "shards", "data", "out")) for path in new
     )
     table = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert table["index"][:] == [0, 1, 2, 3, 4]
@@ -556,9 +572,8 @@ def test_verify_sees_latents_that_another_vae_made_although_all_checksums_fit(va
     encode(dataclasses.replace(config, vae=str(tmp_path / "other"), output=str(tmp_path / "theirs")))
     name = broken_shard(tmp_path / "out").name
     (tmp_path / "theirs" / "data" / name).replace(tmp_path / "out" / "data" / name)
-    ours, theirs = (json.loads((tmp_path / f / "manifest.json").read_text()) for f in ("out", "theirs"))
-    ours["shards"][1] = theirs["shards"][1]
-    (tmp_path / "out" / "manifest.json").write_text(json.dumps(ours))
+    ours, theirs = ((tmp_path / f / "shards.jsonl").read_text().splitlines() for f in ("out", "theirs"))
+    (tmp_path / "out" / "shards.jsonl").write_text("\n".join([ours[0], theirs[1], *ours[2:]]))
     with pytest.raises(InputError, match=rf"1 of 5 shards.*{name} row 5 .*differs by .* std"):
         encode(dataclasses.replace(config, verify=True))
 
@@ -706,12 +721,72 @@ def test_an_output_inside_the_source_is_refused(vae, tmp_path):
     assert not (photos / "latents").exists()
 
 
-def test_a_shard_that_is_removed_before_the_end_is_missed(vae, photos, tmp_path, monkeypatch):
+def test_a_shard_that_is_removed_before_the_end_is_encoded_again(vae, photos, tmp_path, monkeypatch):
+    encode(options(photos, tmp_path / "clean", vae))
     config = options(photos, tmp_path / "out", vae)
     with monkeypatch.context() as patch:
         patch.setattr(LatentWriter, "finish", lambda self: False)
         encode(config)
     broken_shard(tmp_path / "out").unlink()
-    with pytest.raises(InputError, match=r"1 finished shards are missing \(train-00001.*--repair"):
+    encode(config)
+    assert content(tmp_path / "out") == content(tmp_path / "clean")
+
+
+def test_parts_write_the_bytes_of_one_process_and_the_last_one_finishes(vae, photos, tmp_path):
+    encode(options(photos, tmp_path / "clean", vae))
+    config = options(photos, tmp_path / "out", vae)
+    for number in (2, 0):
+        assert not encode(dataclasses.replace(config, part=f"{number}/3")).is_complete
+    assert sorted(path.name[6:11] for path in (tmp_path / "out" / "data").iterdir()) == ["00000", "00002", "00003"]
+    assert encode(dataclasses.replace(config, part="1/3")).is_complete
+    assert content(tmp_path / "out") == content(tmp_path / "clean")
+
+
+def test_two_writers_of_one_shard_leave_the_file_of_the_first(vae, photos, tmp_path, monkeypatch, caplog):
+    """Locks that do not reach the other machine: both processes get every lock."""
+    config = options(photos, tmp_path / "out", vae)
+    write = LatentWriter.write_shard
+
+    def second(self, shard, *arguments):
+        other = LatentWriter(config.output)
+        other.open()
+        assert write(other, shard, *arguments)
+        monkeypatch.setattr(LatentWriter, "write_shard", write)
+        return write(self, shard, *arguments)
+
+    monkeypatch.setattr(LatentWriter, "write_shard", second)
+    assert encode(config).is_complete
+    assert "the locks of this disk do not reach all machines" in caplog.text
+    encode(options(photos, tmp_path / "clean", vae))
+    assert content(tmp_path / "out") == content(tmp_path / "clean")
+
+
+def test_a_disk_without_locks_is_refused_with_the_way_out(vae, photos, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    config = options(photos, tmp_path / "out", vae)
+    with pytest.raises(InputError, match=r"no file locks.*--part 0/1"):
         encode(config)
-    assert encode(dataclasses.replace(config, repair=True)).is_complete
+    assert encode(dataclasses.replace(config, part="0/1")).is_complete
+
+
+@pytest.mark.parametrize("part", ["3/3", "1", "-1/2", "a/b", "0/0"])
+def test_a_part_that_is_none_is_refused(part):
+    with pytest.raises(InputError, match=r"need i/n, with i from 0 to n - 1"):
+        EncodeConfig(source="x", output="y", part=part)
+
+
+def test_the_record_in_a_shards_file_covers_all_its_rows(vae, photos, tmp_path):
+    folder = encode(options(photos, tmp_path / "out", vae))
+    for shard, entry in enumerate(folder.shards):
+        with folder.parquet(shard) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        ends = [
+            group.column(i).data_page_offset + group.column(i).total_compressed_size
+            for group in groups
+            for i in range(group.num_columns)
+            if not group.column(i).has_dictionary_page
+        ]
+        assert 4 < max(ends) <= entry["data_bytes"] < entry["bytes"]

@@ -191,6 +191,9 @@ def test_bad_images_are_named_and_the_others_measured(photographs, tmp_path):
     assert [row["index"] for row in result["per_image"]] == [0, 1, 2, 3, 4, 6, 7, 8, 9]
     skipped = json.loads((tmp_path / "out" / "results.json").read_text())["skipped"]
     assert list(skipped) == ["05.png"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["images"] == 10
+    said = "Means over 9 of 10 images (1 not an image of a known format) ± 95 %"
+    assert said in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_name_that_is_no_text_and_a_picture_of_before_are_no_trouble(photographs, tmp_path):

@@ -24,29 +24,14 @@ from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.noise import sample_seed
 from sdvae.pictures import CAPTION_HEIGHT, GAP, tile_grid
-from sdvae.statistics import LatentMoments
-from sdvae.studio.explore import (
-    LatentCovariance,
-    LatentSpectrum,
-    Settings,
-    add_defect,
-    add_noise,
-    analogy,
-    anomaly_scores,
-    auroc,
-    blur,
-    gaussian_kl,
-    lerp,
-    mean_analogy,
-    neighbour_correlation,
-    sample_moments,
-    slerp,
-    traverse,
-)
-from sdvae.studio.explore.anomaly import DEFECTS, auroc_of_counts, count_errors
-from sdvae.studio.explore.denoise import BLURS
+from sdvae.statistics import LatentCovariance, LatentMoments
+from sdvae.studio.explore.anomaly import DEFECTS, add_defect, anomaly_scores, auroc, auroc_of_counts, count_errors
+from sdvae.studio.explore.denoise import BLURS, add_noise, blur
 from sdvae.studio.explore.experiments import EXPERIMENTS, explore_interpolation
+from sdvae.studio.explore.moves import analogy, lerp, mean_analogy, slerp, traverse
+from sdvae.studio.explore.prior import LatentSpectrum, gaussian_kl, neighbour_correlation, sample_moments
 from sdvae.studio.explore.study import Study
+from sdvae.studio.settings import Settings
 
 DOCS = Path(__file__).parents[1] / "docs"
 SIZE = 64  # pixels

@@ -7,10 +7,13 @@ import copy
 import pytest
 import torch
 from diffusers import AutoencoderKL as StockAutoencoderKL
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
+from torch.nn.utils import spectral_norm
 
 from sdvae import AutoencoderKL, InputError, load_vae, save_vae
 from sdvae.cli import main
+from sdvae.cpu.kernels import speed_up
 from sdvae.model.fp16 import FP16_MAX, audit, fix
 
 IMAGES = [torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in range(2)]
@@ -129,6 +132,36 @@ def test_what_no_rescaling_reaches_is_said():
         fix(vae, IMAGES)
     with pytest.raises(InputError, match="need fp32"):
         audit(sound_vae().half(), IMAGES)
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_the_audit_and_the_fix_of_a_vae_with_cpu_kernels_are_those_of_the_plain_one(tiling):
+    plain, fast = overflowing_vae(), overflowing_vae()
+    speed_up(fast)
+    fast.enable_tiling(tiling)
+    largest, found = audit(plain, IMAGES), audit(fast, IMAGES)
+    assert found.keys() == largest.keys()
+    assert all(found[name] == pytest.approx(largest[name], rel=1e-3) for name in largest)
+    assert fix(fast, IMAGES).scales == fix(plain, IMAGES).scales
+    torch.testing.assert_close(reconstruct(fast, IMAGES[0]), reconstruct(plain, IMAGES[0]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "change"),
+    [
+        ("conv2", lambda block: spectral_norm(block.conv2)),
+        ("conv2", lambda block: block.conv2.register_forward_hook(lambda module, inputs, output: output + 1)),
+        ("conv1", lambda block: inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv1"]), block)),
+        ("norm1", lambda block: setattr(block, "norm1", torch.nn.Identity())),
+    ],
+)
+def test_a_layer_that_is_not_scaled_by_its_weights_is_refused(layer, change):
+    vae = overflowing_vae()
+    change(vae.decoder.mid_block.resnets[0])
+    before = copy.deepcopy(vae.state_dict())
+    with pytest.raises(InputError, match=rf"decoder\.mid_block\.resnets\.0\.{layer} .*merge adapters"):
+        fix(vae, IMAGES)
+    assert all(torch.equal(weight, before[name]) for name, weight in vae.state_dict().items())
 
 
 def test_the_commands_audit_and_fix(tmp_path, capsys):

@@ -78,8 +78,8 @@ def test_moments_are_those_of_latent_moments():
     for _ in range(2):
         health.update(posterior)
         moments.update(posterior)
-    torch.testing.assert_close(health.channel_mean, moments.channel_mean)
-    torch.testing.assert_close(health.channel_std, moments.channel_std)
+    torch.testing.assert_close(health.moments.channel_mean, moments.channel_mean)
+    torch.testing.assert_close(health.moments.channel_std, moments.channel_std)
     assert health.metrics()["latent_std"] == pytest.approx(moments.std)
     assert health.metrics()["active_channels"] == moments.active_channels == 4
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from sdvae.data import ImageError, read_image
+from sdvae.data import ImageError, ReadOptions, read_image
 from tests.test_images import encode, photo, png, replace_at
 
 tifffile = pytest.importorskip("tifffile", reason="needs the extra `test`")
@@ -130,20 +130,22 @@ def test_every_tiff_layout_is_right_or_refused_by_name(dtype, photometric):
 
 def test_16_bit_grey_where_zero_is_white_is_not_a_negative():
     values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8, 1)
-    got = np.asarray(read_image(tiff(values, "miniswhite", "contig", None), channels=1))
+    got = np.asarray(read_image(tiff(values, "miniswhite", "contig", None), ReadOptions(channels=1)))
     np.testing.assert_array_equal(got, np.rint((65535 - values[..., 0]) / 257.0))
 
 
 def test_unsigned_32_bit_grey_does_not_wrap():
     values = np.array([[0, 2**31 - 1, 2**31, 2**32 - 1]], np.uint32)[..., None]
-    got = np.asarray(read_image(tiff(values, "minisblack", "contig", None, byteorder="<"), channels=1))
+    got = np.asarray(read_image(tiff(values, "minisblack", "contig", None, byteorder="<"), ReadOptions(channels=1)))
     np.testing.assert_array_equal(got, [[0, 127, 128, 255]])
 
 
 def test_12_bit_grey_reaches_white():
     values = np.repeat(np.arange(0, 4096, 16, dtype=np.uint16), 2).reshape(16, 32, 1)
     data = tiff(values, "minisblack", "contig", None, bitspersample=12)
-    np.testing.assert_array_equal(np.asarray(read_image(data, channels=1)), np.rint(values[..., 0] / 4095 * 255))
+    np.testing.assert_array_equal(
+        np.asarray(read_image(data, ReadOptions(channels=1))), np.rint(values[..., 0] / 4095 * 255)
+    )
 
 
 def test_a_palette_of_8_bit_numbers_in_a_tiff_is_not_black():
@@ -259,7 +261,7 @@ def test_a_jpeg_2000_with_a_palette_is_refused():
 def test_jpeg_2000_of_any_depth_reaches_white(bits):
     values = (np.arange(4096).reshape(64, 64) * (2**bits - 1) // 4095).astype(np.uint8 if bits == 8 else np.uint16)
     data = imagecodecs.jpeg2k_encode(values, level=0, bitspersample=bits, reversible=True)
-    got = np.asarray(read_image(data, channels=1)).astype(int)
+    got = np.asarray(read_image(data, ReadOptions(channels=1))).astype(int)
     assert np.abs(got - values / (2**bits - 1) * 255).max() <= 1
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, features
 
-from sdvae.data import ImageError, center_crop, color_jitter, random_crop, read_image, to_image, to_tensor
+from sdvae.data import ImageError, ReadOptions, center_crop, color_jitter, random_crop, read_image, to_image, to_tensor
 from sdvae.errors import InputError
 
 LOSSLESS = ["PNG", "GIF", "TIFF", "BMP", "PPM", "QOI", "DDS", "PCX", "SGI", "ICO"]
@@ -48,7 +48,7 @@ def replace_at(data: bytes, position: int, new: bytes) -> bytes:
 
 
 def pixels(data: bytes, **options) -> np.ndarray:
-    return np.asarray(read_image(data, **options)).astype(int)
+    return np.asarray(read_image(data, ReadOptions(**options))).astype(int)
 
 
 # ---- what each kind becomes ----
@@ -282,7 +282,7 @@ def test_black_and_white_and_grey_become_three_channels():
 def test_colour_becomes_luma_where_grey_is_wanted():
     rgb = np.asarray(photo()).astype(float)
     luma = rgb @ [0.299, 0.587, 0.114]
-    image = read_image(encode(photo(), "PNG"), channels=1)
+    image = read_image(encode(photo(), "PNG"), ReadOptions(channels=1))
     assert image.mode == "L"
     assert np.abs(np.asarray(image) - luma).max() <= 1
 
@@ -384,12 +384,12 @@ def test_palette_index_beyond_the_palette_is_refused_or_some_colour():
 
 def test_small_image_is_refused_by_either_side():
     data = encode(photo(40, 28), "PNG")
-    assert read_image(data, min_side=28).size == (40, 28)
+    assert read_image(data, ReadOptions(min_side=28)).size == (40, 28)
     for size in [(40, 28), (28, 40)]:
         with pytest.raises(ImageError, match=r"too small: \d+ x \d+ pixels, the shorter side needs 29"):
-            read_image(encode(photo(*size), "PNG"), min_side=29)
+            read_image(encode(photo(*size), "PNG"), ReadOptions(min_side=29))
     with pytest.raises(ImageError, match="too small: 1 x 1"):
-        read_image(encode(photo(1, 1), "PNG"), min_side=2)
+        read_image(encode(photo(1, 1), "PNG"), ReadOptions(min_side=2))
 
 
 @pytest.mark.parametrize("name", ["folder.png", "missing.png"])
@@ -406,7 +406,7 @@ def test_pixel_limit_is_ours_and_not_pillows(monkeypatch):
         warnings.simplefilter("error")
         assert read_image(encode(photo(), "PNG")).size == (40, 28)
     with pytest.raises(ImageError, match="too large: 40 x 28 pixels, at most 1119"):
-        read_image(encode(photo(), "PNG"), max_pixels=40 * 28 - 1)
+        read_image(encode(photo(), "PNG"), ReadOptions(max_pixels=40 * 28 - 1))
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
@@ -430,9 +430,9 @@ def icns_of(picture: bytes) -> bytes:
 @pytest.mark.filterwarnings("ignore:Image was not the expected size")
 @pytest.mark.parametrize("icon_of", [ico_of, icns_of])
 def test_icon_cannot_hide_a_larger_picture(icon_of):
-    assert read_image(icon_of(encode(photo(16, 16), "PNG")), max_pixels=10_000).size == (16, 16)
+    assert read_image(icon_of(encode(photo(16, 16), "PNG")), ReadOptions(max_pixels=10_000)).size == (16, 16)
     with pytest.raises(ImageError, match=r"too large: 256 x 256|not one of the allowed sizes"):
-        read_image(icon_of(encode(photo(256, 256), "PNG")), max_pixels=10_000)
+        read_image(icon_of(encode(photo(256, 256), "PNG")), ReadOptions(max_pixels=10_000))
 
 
 def test_running_out_of_memory_is_not_the_files_fault(monkeypatch):
@@ -446,7 +446,7 @@ def test_running_out_of_memory_is_not_the_files_fault(monkeypatch):
 
 def test_wrong_number_of_channels_is_the_callers_fault():
     with pytest.raises(InputError, match="channels is 4") as error:
-        read_image(PNG, channels=4)
+        read_image(PNG, ReadOptions(channels=4))
     assert not isinstance(error.value, ImageError)
 
 
@@ -455,7 +455,7 @@ def outcome(data: bytes) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = read_image(data, max_pixels=1_000_000)
+            image = read_image(data, ReadOptions(max_pixels=1_000_000))
         except ImageError:
             return "ImageError"
     assert image.mode == "RGB"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -16,9 +18,13 @@ from diffusers import StableDiffusionXLPipeline
 from sdvae import InputError, LatentDataset, save_vae
 from sdvae.data import SampleKey
 from sdvae.latents import dataset as dataset_module
+from sdvae.latents import reader as reader_module
 from sdvae.latents.dataset import LatentBatches
 from sdvae.latents.encode import encode
+from sdvae.latents.rows import is_value
 from sdvae.latents.scaling import LatentScaling, scaling_of
+from sdvae.model import DiagonalGaussian
+from sdvae.noise import sample_seed, sample_seeds
 from tests.latents_tools import draw, options, rows_of, tiny_vae
 
 SIZES = ((40, 40), (60, 36), (36, 60))
@@ -136,7 +142,92 @@ def test_a_batch_has_one_size_and_the_order_depends_on_seed_and_epoch_only(folde
     assert together == one[: len(together)]
     assert list(LatentBatches(latents, 3)) == one
     assert [[k.index for k in b] for b in LatentBatches(latents, 3, epoch=1)] != [[k.index for k in b] for b in one]
-    assert list(LatentBatches(latents, 3, rank=0, world_size=1, start=2)) == one[2:]
+    assert list(LatentBatches(latents, 3, rank=0, world_size=1, done=2)) == one[2:]
+
+
+@pytest.fixture(scope="module")
+def other_folders(tmp_path_factory) -> dict[str, Path]:
+    """Rows stored in the other ways, with columns of many types beside the latents."""
+    root = tmp_path_factory.mktemp("others")
+    save_vae(tiny_vae(), root / "vae")
+    pictures = sorted(draw(root / "photos", 9, sizes=SIZES).iterdir())
+    columns = {
+        "image": (datasets.Image(), [str(path) for path in pictures]),
+        "caption": (datasets.Value("string"), [None if i == 4 else f"picture {i} é" for i in range(9)]),
+        "score": (datasets.Value("float64"), [i / 7 for i in range(9)]),
+        "good": (datasets.Value("bool"), [i % 2 == 0 for i in range(9)]),
+        "embedding": (datasets.Sequence(datasets.Value("float32")), [[i / 2] * i for i in range(9)]),
+        "pair": (datasets.Sequence(datasets.Value("int32"), length=2), [None if i == 3 else [i, -i] for i in range(9)]),
+        "about": ({"author": datasets.Value("string")}, [{"author": f"a{i}"} for i in range(9)]),
+        "blob": (datasets.Value("binary"), [bytes(range(i)) for i in range(9)]),
+    }
+    data = {name: values for name, (_, values) in columns.items()}
+    features = datasets.Features({name: kind for name, (kind, _) in columns.items()})
+    datasets.Dataset.from_dict(data, features=features).save_to_disk(root / "data")
+    ways = {
+        "samples": {"store": "sample", "mirror": True},
+        "bf16": {"dtype": "bf16", "buckets": "area", "bucket_step": 8, "max_aspect": 1.7},
+        "square": {"dtype": "fp16", "mirror": True},
+    }
+    for name, way in ways.items():
+        encode(options(root / "data", root / name, root / "vae", shard_rows=4, **way))
+    return {name: root / name for name in ways}
+
+
+@pytest.mark.parametrize("kind", ["buckets", "samples", "bf16", "square"])
+@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize("mirror", [None, 0.0])
+def test_a_batch_is_to_the_bit_what_torchs_generators_give_row_by_row(folder, other_folders, kind, sample, mirror):
+    """A plain loop over the file's rows is the reference: one generator for each row, in fp32."""
+    where = folder if kind == "buckets" else other_folders[kind]
+    stored = list(rows_of(where).values())
+    latents = LatentDataset(where, sample=sample, mirror=mirror, seed=5)
+    has_mirrors = any(name.endswith("_mirrored") for name in stored[0])
+    keys = [SampleKey(epoch, index) for epoch in (0, 3) for index in (7, 0, 8, 3, 3, 5)]  # sizes mixed, one row twice
+    together = latents.__getitems__(keys)
+    mirrors = 0
+    for key, row in zip(keys, together, strict=True):
+        wanted = stored[key.index]
+        generator = torch.Generator().manual_seed(sample_seed(5, key.epoch, key.index, "latents"))
+        mirrored = has_mirrors and mirror is None and float(torch.rand((), generator=generator)) < 0.5
+        suffix = "_mirrored" if mirrored else ""
+        if kind == "samples":
+            z = wanted[f"sample{suffix}"]
+        else:
+            posterior = DiagonalGaussian(torch.cat([wanted[f"mean{suffix}"], wanted[f"logvar{suffix}"]])[None])
+            z = (posterior.sample(generator) if sample else posterior.mode())[0]
+        assert torch.equal(row["latents"], latents.scaling.normalize(z))
+        others = {name: value for name, value in wanted.items() if name != "shape" and not is_value(name)}
+        assert {name: value for name, value in row.items() if name != "latents"} == {"mirrored": mirrored, **others}
+        mirrors += mirrored
+        alone = latents[key]
+        assert torch.equal(alone.pop("latents"), row.pop("latents"))
+        assert alone == row
+    assert (0 < mirrors < len(keys)) is (has_mirrors and mirror is None)
+
+
+def test_a_batch_of_plain_places_draws_from_torchs_default_generator_in_order(folder):
+    latents = LatentDataset(folder)
+    places = [3, 0, 11, -1, 4]
+    torch.manual_seed(1)
+    one_by_one = [latents[place] for place in places]
+    torch.manual_seed(1)
+    together = latents.__getitems__(places)
+    for a, b in zip(one_by_one, together, strict=True):
+        assert torch.equal(a["latents"], b["latents"])
+        assert a["mirrored"] == b["mirrored"]
+    with pytest.raises(IndexError, match="row 29 of 29"):
+        latents.__getitems__([0, 29])
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32, 2**40])
+def test_seeds_of_many_samples_are_those_of_one_by_one(seed):
+    epochs = [0, 1, 2**31, 2**32 - 1, 5, 0]
+    indices = [0, 2**32 - 1, 12345, 7, 7, 1]
+    wanted = [sample_seed(seed, epoch, index, "latents") for epoch, index in zip(epochs, indices, strict=True)]
+    assert sample_seeds(seed, epochs, indices, "latents") == wanted
+    assert sample_seeds(seed, [0], [2**35], "latents") == [sample_seed(seed, 0, 2**35, "latents")]
+    assert sample_seeds(seed, epochs, indices, "augment") != wanted
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -150,6 +241,78 @@ def test_a_loader_gives_the_same_batches_with_any_number_of_workers(folder, num_
         assert batch["label"].tolist() == [row["label"] for row in rows]
         assert batch["name"] == [row["name"] for row in rows]
         assert batch["original_size"].tolist() == [row["original_size"] for row in rows]
+
+
+def equal_batches(a: dict, b: dict) -> bool:
+    same = {name: value for name, value in a.items() if not torch.is_tensor(value)}
+    tensors = [name for name in a if name not in same]
+    assert same == {name: b[name] for name in same}
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_an_interrupted_epoch_goes_on_with_the_same_batches(folder, drop_last, num_workers):
+    def loader():
+        return LatentDataset(folder, seed=3).loader(4, epoch=2, drop_last=drop_last, num_workers=num_workers)
+
+    whole = list(loader())
+    interrupted = loader()
+    for number, _ in enumerate(interrupted, 1):
+        if number == 2:  # workers have read further
+            break
+    state = json.loads(json.dumps(interrupted.state_dict()))
+    resumed = LatentDataset(folder, seed=3).loader(4, drop_last=drop_last, num_workers=num_workers)
+    resumed.load_state_dict(state)
+    assert len(resumed) == len(whole) - 2
+    rest = list(resumed)
+    assert len(rest) == len(whole) - 2
+    assert all(equal_batches(a, b) for a, b in zip(rest, whole[2:], strict=True))
+    at_the_end = resumed.state_dict()
+    assert [batch["index"].tolist() for batch in resumed] == [batch["index"].tolist() for batch in whole]
+    resumed.load_state_dict(at_the_end)
+    assert list(resumed) == [], "the state after the last batch has no batches left"
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_an_epoch_goes_on_with_two_and_then_three_processes(folder, drop_last):
+    latents = LatentDataset(folder)
+    whole = list(latents.loader(2, drop_last=drop_last))
+    state, seen = None, []
+    for processes, batches in ((1, 3), (2, 2), (3, None)):
+        shares, states = [], []
+        for rank in range(processes):
+            loader = latents.loader(2, drop_last=drop_last, rank=rank, world_size=processes)
+            if state is not None:
+                loader.load_state_dict(state)
+            shares.append(list(islice(loader, batches)))
+            states.append(loader.state_dict())
+        if batches is not None:
+            assert all(other == states[0] for other in states)
+        state = states[0]
+        seen += [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
+    # of the last rows, three processes get only as many batches as each can have
+    left_out = len(whole) - len(seen)
+    assert left_out == ((len(whole) - 7) % 3 if drop_last else 0)
+    assert all(equal_batches(a, b) for a, b in zip(seen, whole[: len(seen)], strict=True))
+
+
+def test_the_state_of_another_epoch_is_refused_in_one_line(folder, other_folders):
+    state = LatentDataset(folder).loader(2).state_dict()
+    changed = {
+        "batch_size: 2 -> 3": LatentDataset(folder).loader(3),
+        "seed: 0 -> 1": LatentDataset(folder, seed=1).loader(2),
+        "mirror: 0.5 -> 0": LatentDataset(folder, mirror=0).loader(2),
+        "rows: 29 -> 9": LatentDataset(other_folders["square"]).loader(2),
+        "data: ": LatentDataset(other_folders["square"]).loader(2),
+        "drop_last: True -> False": LatentDataset(folder).loader(2, drop_last=False),
+    }
+    for reason, loader in changed.items():
+        with pytest.raises(InputError, match=reason) as refused:
+            loader.load_state_dict(state)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(InputError, match="version: 0 -> 1"):
+        LatentDataset(folder).loader(2).load_state_dict({**state, "version": 0})
 
 
 def test_rank_and_world_size_come_from_the_launcher(folder, monkeypatch):
@@ -167,7 +330,7 @@ def test_a_pickled_dataset_reads_the_same(folder):
 
 
 def test_memory_holds_no_more_row_groups_than_a_window(folder, monkeypatch):
-    monkeypatch.setattr(dataset_module, "WINDOW", 2)
+    monkeypatch.setattr(reader_module, "WINDOW", 2)
     latents = LatentDataset(folder)
     for place in range(len(latents)):
         latents[place]
@@ -197,6 +360,6 @@ def test_what_cannot_be_read_is_refused(folder, tmp_path):
     (tmp_path / "begun" / "manifest.json").write_text(manifest.replace('"complete": true', '"complete": false'))
     with pytest.raises(InputError, match="is not complete; run `sdvae encode`"):
         LatentDataset(tmp_path / "begun")
-    (tmp_path / "begun" / "manifest.json").write_text(manifest.replace('"version": 1', '"version": 2'))
-    with pytest.raises(InputError, match="version 2; need"):
+    (tmp_path / "begun" / "manifest.json").write_text(manifest.replace('"version": 2', '"version": 3'))
+    with pytest.raises(InputError, match="version 3; need"):
         LatentDataset(tmp_path / "begun")

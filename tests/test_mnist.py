@@ -24,7 +24,15 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from sdvae import AutoencoderKL, DiagonalGaussian, InputError, load_vae
 from sdvae.cli import main, parse_train_config
-from sdvae.data import EvaluationImages, SampleKey, SampleOrder, ShardedBatches, TrainingImages, open_source
+from sdvae.data import (
+    EvaluationImages,
+    ReadOptions,
+    SampleKey,
+    SampleOrder,
+    ShardedBatches,
+    TrainingImages,
+    open_source,
+)
 from sdvae.data.dataset import NO_LABEL, read_labels, training_loader
 from sdvae.model import tiling
 from sdvae.model.blocks import NORM_EPS, ResnetBlock
@@ -368,7 +376,7 @@ def test_labels_are_read_in_the_order_of_the_images(digits):
     source = open_source(str(digits))
     labels = read_labels(source, "label", 10)
     assert labels.tolist() == load_digits().target.tolist()
-    images = EvaluationImages(source, SIDE, 1, labels=labels)
+    images = EvaluationImages(source, SIDE, ReadOptions(channels=1), labels=labels)
     assert [images[i]["label"] for i in (3, 14, 1000)] == labels[[3, 14, 1000]].tolist()
 
 
@@ -387,7 +395,9 @@ def test_a_label_is_dropped_by_its_sample_alone_and_as_often_as_asked(digits):
     labels = read_labels(source, "label", 10)
 
     def images(dropout: float) -> TrainingImages:
-        return TrainingImages(source, resolution=SIDE, seed=7, channels=1, labels=labels, label_dropout=dropout)
+        return TrainingImages(
+            source, resolution=SIDE, seed=7, reading=ReadOptions(channels=1), labels=labels, label_dropout=dropout
+        )
 
     keys = [SampleKey(epoch, index) for epoch in (0, 1) for index in range(400)]
     dropped = images(0.25)
@@ -413,7 +423,9 @@ def test_a_substitute_brings_its_own_label(digits):
             return b"" if index == 5 else source.read(index)
 
     labels = read_labels(source, "label", 10)
-    images = TrainingImages(Spoilt(), resolution=SIDE, seed=7, channels=1, flip=0, crop_scale=(1, 1), labels=labels)
+    images = TrainingImages(
+        Spoilt(), resolution=SIDE, seed=7, reading=ReadOptions(channels=1), flip=0, crop_scale=(1, 1), labels=labels
+    )
     differed = False
     for epoch in range(6):
         sample = images[SampleKey(epoch, 5)]
@@ -429,7 +441,9 @@ def test_the_gradient_does_not_depend_on_how_labels_and_free_bits_are_divided(di
     labels = read_labels(source, "label", 10)
     loss = LossConfig(reconstruction="bce", lpips_weight=0.0, kl_weight=1.0, free_bits=30.0)
     config = TrainConfig(model=CONDITIONAL, loss=loss, channels_last=False)
-    images = TrainingImages(source, resolution=SIDE, seed=3, channels=1, labels=labels, label_dropout=0.5)
+    images = TrainingImages(
+        source, resolution=SIDE, seed=3, reading=ReadOptions(channels=1), labels=labels, label_dropout=0.5
+    )
     found = []
     for world, size in ((1, 4), (2, 2)):
         accelerator = Accelerator(cpu=True)
@@ -604,7 +618,7 @@ def test_a_run_of_each_recipe_reports_the_elbo_of_what_it_saves(recipe, digits, 
     from sdvae.training.data import open_sources
 
     _, held_out = open_sources(config.data, config.seed)
-    images = EvaluationImages(held_out, SIDE, 1, labels=read_labels(held_out, "label", 10))
+    images = EvaluationImages(held_out, SIDE, ReadOptions(channels=1), labels=read_labels(held_out, "label", 10))
     x = torch.stack([images[i]["image"] for i in range(len(images))])
     labels = torch.tensor([images[i]["label"] for i in range(len(images))]) if recipe == "mnist_cvae" else None
     seeds = torch.tensor([sample_seed(config.seed, 0, i, "validation") for i in range(len(images))])

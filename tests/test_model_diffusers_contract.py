@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sdvae.model import AutoencoderKL
 from sdvae.model.tiling import can_stream
+from sdvae.roundtrip import compute_device, round_trip
 
 CONFIG: dict[str, Any] = {
     "block_out_channels": (32, 64),
@@ -315,6 +316,13 @@ def test_hooks_that_were_removed_leave_the_shortcuts_open(vae, images, expected,
     assert all(can_stream(part, 32) for part in parts)
     assert all(can_stream(part, 32) for part in copy.deepcopy(vae).children())
     assert torch.equal(vae(images).sample, expected)
+
+
+def test_a_round_trip_through_an_offloaded_vae_uses_the_device_that_computes(vae, images, expected):
+    cpu_offload(vae, execution_device=torch.device("cpu"))
+    assert vae.device.type == "meta"
+    assert compute_device(vae) == torch.device("cpu")
+    torch.testing.assert_close(round_trip(vae, images).reconstruction, expected, rtol=0, atol=1e-6)
 
 
 def test_names_that_offloading_goes_by_exist_in_the_model(vae):

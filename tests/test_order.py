@@ -18,6 +18,7 @@ from sdvae.data import (
     BadImages,
     EvaluationImages,
     ImageError,
+    ReadOptions,
     SampleKey,
     SampleOrder,
     ShardedBatches,
@@ -190,7 +191,7 @@ def test_sample_has_its_shape_range_and_key():
     assert sample["image"].std() > 0.05
     assert (sample["index"], sample["epoch"], sample["bad"]) == (1, 2, [])
     assert sample["noise_seed"] == sample_seed(5, 2, 1, "posterior")
-    assert images_of(good(1), channels=1)[SampleKey(0, 0)]["image"].shape == (1, 16, 16)
+    assert images_of(good(1), reading=ReadOptions(channels=1))[SampleKey(0, 0)]["image"].shape == (1, 16, 16)
 
 
 def test_epochs_crop_the_same_image_differently():
@@ -302,7 +303,7 @@ def test_images_below_half_the_resolution_are_bad_unless_allowed():
     assert images_of(source, resolution=32)[SampleKey(0, 0)]["bad"] == [
         ("image-0", "too small: 40 x 15 pixels, the shorter side needs 16")
     ]
-    assert images_of(source, resolution=32, min_side=1)[SampleKey(0, 0)]["bad"] == []
+    assert images_of(source, resolution=32, reading=ReadOptions(min_side=1))[SampleKey(0, 0)]["bad"] == []
 
 
 def test_cache_keeps_what_fits_and_changes_no_bit():

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sdvae import load_vae, save_vae
 from sdvae.cli import main
-from sdvae.data import center_crop, read_image, to_tensor
+from sdvae.data import ReadOptions, center_crop, read_image, to_tensor
 from sdvae.errors import InputError
 from sdvae.roundtrip import round_trip
 from sdvae.studio.demo.view import Edits, Model, encode, open_photograph, show
@@ -49,7 +49,7 @@ class Case:
 
     def crops(self) -> Tensor:
         """(COUNT, C, side, side) in [-1, 1], as the commands cut them."""
-        images = [read_image(file, channels=self.channels) for file in self.files()]
+        images = [read_image(file, ReadOptions(channels=self.channels)) for file in self.files()]
         return torch.stack([to_tensor(center_crop(image, self.side)) for image in images])
 
     @torch.no_grad()
@@ -143,7 +143,7 @@ def test_reconstruct(case, tmp_path, capsys):
     assert main(["reconstruct", *map(str, files), f"--vae={case.vae}", f"--output={tmp_path}"]) == 0
     said = capsys.readouterr().out.splitlines()
     for file, line in zip(files, said, strict=True):
-        x = to_tensor(read_image(file, channels=case.channels))[None]
+        x = to_tensor(read_image(file, ReadOptions(channels=case.channels)))[None]
         with Image.open(tmp_path / file.name) as picture:
             assert picture.size == (case.side + 9, case.side)
             assert picture.mode == ("L" if case.channels == 1 else "RGB")
@@ -170,7 +170,7 @@ def test_the_demos_view(case):
     image, _ = open_photograph(file, max_side=256)
     model = Model.load(str(case.vae))
     view = show(model, encode(model, image), Edits())
-    x = to_tensor(read_image(file, channels=case.channels))[None]
+    x = to_tensor(read_image(file, ReadOptions(channels=case.channels)))[None]
     wanted = (case.reconstructed(x)[0].transpose(1, 2, 0) + 1) * 127.5
     assert np.abs(np.asarray(view.reconstruction, dtype=float).reshape(wanted.shape) - wanted).max() <= 0.51
     assert float(view.figures["PSNR"].removesuffix(" dB")) == pytest.approx(case.psnr(x)[0], abs=0.006)

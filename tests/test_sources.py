@@ -106,15 +106,6 @@ def test_link_to_a_parent_does_not_loop_and_link_elsewhere_is_followed(tmp_path)
     assert names(open_source(str(root))) == ["a/x.png", "more/y.png"]
 
 
-def test_folder_named_like_an_image_and_dangling_link_are_no_accident(tmp_path):
-    write(tmp_path, {"odd.png/inside.png": png(0)})
-    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere")
-    source = open_source(str(tmp_path))
-    assert names(source) == ["dangling.png", "odd.png/inside.png"]
-    with pytest.raises(ImageError, match="cannot be read"):
-        source.read(0)
-
-
 def test_file_that_vanishes_is_one_bad_image(tmp_path):
     source = open_source(str(write(tmp_path, {"a.png": png(0), "b.png": png(1)})))
     (tmp_path / "a.png").unlink()
@@ -154,7 +145,7 @@ def test_pattern_without_files_is_refused(tmp_path):
 
 @pytest.mark.parametrize("files", [{}, {"notes.txt": b"x"}, {".hidden.png": b"x"}])
 def test_folder_without_images_is_refused(tmp_path, files):
-    with pytest.raises(InputError, match="holds no images; need a folder with"):
+    with pytest.raises(InputError, match=r"holds no images; need \.png, .*"):
         open_source(str(write(tmp_path, files)))
 
 
@@ -166,7 +157,7 @@ def test_folder_of_two_kinds_is_refused(tmp_path):
 
 
 def test_file_that_is_no_source_is_refused(tmp_path):
-    with pytest.raises(InputError, match="unknown kinds"):
+    with pytest.raises(InputError, match=r"holds no images; need .*it holds .txt: 1, such as notes.txt"):
         open_source(str(write(tmp_path, {"notes.txt": b"x"}) / "notes.txt"))
 
 
@@ -279,7 +270,7 @@ def test_image_column_is_chosen_and_checked(tmp_path):
         open_source(spec)
     with pytest.raises(InputError, match=r"no column 'rigth'; need one of .* perhaps 'right'"):
         open_source(spec, image_column="rigth")
-    with pytest.raises(InputError, match=r"column 'label' .* need images or raw bytes"):
+    with pytest.raises(InputError, match=r"column 'label' .* need images, raw bytes or paths"):
         open_source(spec, image_column="label")
 
 

@@ -110,8 +110,8 @@ def plainly(config: TrainConfig, players: Players, perceptual, adaptive: bool) -
     loss = nll / values + config.loss.discriminator.weight * weight * g + config.loss.kl_weight * terms.kl
     loss.backward()
     found = gradients(players.generator.network)
-    players.generator.forget_gradients()
-    players.discriminator.forget_gradients()
+    players.generator.optimizer.zero_grad()
+    players.discriminator.optimizer.zero_grad()
     return found, float(loss)
 
 
@@ -143,7 +143,7 @@ def test_discriminator_step_leaves_vae_gradients_empty(accelerator, perceptual, 
     config = recipe(discriminator=extras)
     players = players_of(config, accelerator)
     _, _, reconstruction = TrainStep(config, players, perceptual, accelerator).generator_pass(0, images(), SEEDS)
-    players.generator.forget_gradients()
+    players.generator.optimizer.zero_grad()
     TrainStep(config, players, None, accelerator).discriminator_pass(images(), reconstruction)
     assert gradients(players.discriminator.network)
     assert not gradients(players.generator.network)
@@ -277,7 +277,7 @@ def test_gradients_are_found_in_fp16s_range(accelerator, perceptual):
     players = players_of(config, accelerator)
     TrainStep(config, players, perceptual, accelerator).generator_pass(0, images(), SEEDS)
     wanted = gradients(players.generator.network)
-    players.generator.forget_gradients()
+    players.generator.optimizer.zero_grad()
     scale = 1024.0
     scaled = SimpleNamespace(
         scaler=SimpleNamespace(get_scale=lambda: scale),

@@ -486,8 +486,8 @@ def test_an_unknown_best_metric_is_refused_with_the_known_ones(photographs, tmp_
 
 
 def test_eight_bit_moments_without_bitsandbytes_are_refused(photographs, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(InputError, match="pip install bitsandbytes"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match=r'adamw_8bit; pip install "sdvae\[bitsandbytes\]"'):
         run(photographs, tmp_path / "run", optimizer__kind="adamw_8bit")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import fnmatch
 import json
 import logging
@@ -493,17 +492,18 @@ def test_config_wins_over_the_folder(vae, tmp_path):
     assert_same_weights(back, vae)
 
 
-def test_assumed_factors_are_logged(vaes, tmp_path, caplog):
-    caplog.set_level(logging.INFO, logger="sdvae")
+def test_assumed_factors_are_warned_of(vaes, tmp_path, caplog):
     for name, said in (
-        ("sd_f8c4", "0.13025"),
-        ("flux_f8c16", "1.5305"),
+        ("sd_f8c4", "for SDXL's give {'scaling_factor': 0.13025} as config="),
+        ("flux_f8c16", "for SD3's give {'scaling_factor': 1.5305, 'shift_factor': 0.0609} as config="),
         ("f4", "the scaling_factor for 3 latent channels is not known"),
     ):
         caplog.clear()
-        save_ldm(vaes[name], tmp_path / f"{name}.safetensors")
+        save_file(contiguous(to_ldm(vaes[name].state_dict())), tmp_path / f"{name}.safetensors")
         load_vae(tmp_path / f"{name}.safetensors")
-        assert said in caplog.text
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        assert said in record.getMessage()
     caplog.clear()
     load_vae(tmp_path / "sd_f8c4.safetensors", config={"scaling_factor": 0.13025})
     assert caplog.text == ""
@@ -511,7 +511,7 @@ def test_assumed_factors_are_logged(vaes, tmp_path, caplog):
 
 def test_odd_width_asks_for_the_number_of_groups(tmp_path):
     vae = random_vae(settings((24, 48), norm_num_groups=8))
-    save_ldm(vae, tmp_path / "vae.safetensors")
+    save_file(contiguous(to_ldm(vae.state_dict())), tmp_path / "vae.safetensors")
     assert 'config={"norm_num_groups"' in refusal(tmp_path / "vae.safetensors")
     back = load_vae(tmp_path / "vae.safetensors", config={"norm_num_groups": 8})
     assert_same_weights(back, vae)
@@ -538,6 +538,8 @@ def test_fp16_weights_load_in_fp32_and_encode_on_a_cpu(vae, fp16_file):
         (torch.float16, torch.float16),
         (torch.bfloat16, torch.bfloat16),
         ("fp32", torch.float32),
+        ("float16", torch.float16),
+        ("torch.bfloat16", torch.bfloat16),
         ("fp16", torch.float16),
         ("bf16", torch.bfloat16),
         ("file", torch.float16),
@@ -577,7 +579,7 @@ def test_converted_weights_are_not_held_twice(tmp_path):
     assert 0.7 < used / in_fp32 < 1.2, "beside a whole copy in fp16 it is 1.3 to 1.5"
 
 
-@pytest.mark.parametrize("dtype", ["half", "float16", torch.int8, None, 16])
+@pytest.mark.parametrize("dtype", ["half", "float15", torch.int8, None, 16])
 def test_another_dtype_is_refused(fp16_file, dtype):
     assert "need one of fp32, fp16, bf16, file" in refusal(fp16_file, dtype=dtype)
 
@@ -760,7 +762,7 @@ def test_weights_that_overflow_the_requested_dtype_are_refused(vae, tmp_path):
     assert "float16" in refusal(tmp_path / "vae.safetensors", dtype=torch.float16)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
 def test_tensor_that_is_no_weight_is_named(ldm, dtype, tmp_path):
     ldm["encoder.conv_in.bias"] = torch.ones(32).to(dtype)
     save_file(ldm, tmp_path / "vae.safetensors")
@@ -876,7 +878,7 @@ def test_code_in_a_folders_bin_is_never_executed(vae, tmp_path):
 def test_ldm_file_has_the_metadata_that_loaders_ask_for(vae, tmp_path):
     save_ldm(vae, tmp_path / "new" / "vae.safetensors")
     with safe_open(tmp_path / "new" / "vae.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata()["format"] == "pt"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["vae.safetensors"]
 
 
@@ -906,12 +908,12 @@ def test_interrupted_folder_save_keeps_the_old_folder(vae, tmp_path, monkeypatch
     save_vae(vae, tmp_path / "vae")
     other = random_vae(settings((32, 64)), seed=1)
 
-    def half_written(folder: Path) -> None:
+    def half_written(self: AutoencoderKL, folder: Path) -> None:
         folder.mkdir()
         (folder / "config.json").write_text("{")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(other, "save_pretrained", half_written)
+    monkeypatch.setattr(AutoencoderKL, "save_pretrained", half_written)
     with pytest.raises(OSError, match="No space left"):
         save_vae(other, tmp_path / "vae")
     assert_same_weights(load_vae(tmp_path / "vae"), vae)
@@ -1034,17 +1036,11 @@ def test_every_departure_from_sd_is_a_reason(changes, reason):
         assert reason in (found[program] or "")
 
 
-def test_uis_that_take_logits_for_images_are_no_target_and_the_file_is_warned_of(tmp_path, caplog):
+def test_uis_that_take_logits_for_images_are_no_target():
     vae = AutoencoderKL(**settings((32, 64)))
-    save_ldm(vae, tmp_path / "vae.safetensors")
-    assert not caplog.records
     vae.set_likelihood("bernoulli")
     found = export_targets(vae)
     assert all("gives logits" in (found[program] or "") for program in ("comfyui", "a1111", "kohya"))
-    save_ldm(vae, tmp_path / "vae.safetensors")
-    (record,) = caplog.records
-    given = re.search(r"config=({.*})", record.getMessage())
-    assert load_vae(tmp_path / "vae.safetensors", config=ast.literal_eval(given[1])).likelihood == "bernoulli"
 
 
 def test_a_run_folder_stands_for_its_model(tmp_path):

@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}; {suggest(name, COMMANDS) or 'see sdvae --help'}")
-    run, positional, lists = COMMANDS[name]
+    run, positional, lists, urls = COMMANDS[name]
     options = get_type_hints(run)["options"]
-    run(parse_options(options, arguments, f"sdvae {name}", run.__doc__, positional, lists))
+    run(parse_options(options, arguments, f"sdvae {name}", run.__doc__, positional, lists, urls))
 
 
 def _usage() -> str:

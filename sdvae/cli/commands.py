@@ -1,12 +1,11 @@
 """The commands and their options: each field of an options class is an option, and the string below it is its help.
 
 A command imports its part of the package only when it runs, because nearly every part imports torch. The options of
-`train`, `encode` and `evaluate` are defined beside the code that uses them.
+`train`, `encode`, `evaluate`, `demo` and `report` are defined beside the code that uses them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from sdvae.errors import InputError, require
 from sdvae.evaluation.config import EvaluateConfig
 from sdvae.latents.config import EncodeConfig
-from sdvae.studio.settings import Settings
+from sdvae.studio.settings import ColorOption, DemoOptions, ReportOptions, Settings
 from sdvae.training.config import TrainConfig
 
 
@@ -61,11 +60,11 @@ class ExportOptions:
     source: str
     """The VAE to read: a diffusers folder, an id on the Hugging Face hub, or a .safetensors or .ckpt file."""
     target: str
-    """FILE.safetensors for ComfyUI, A1111 and kohya, or a folder for diffusers."""
+    """FILE.safetensors (or .sft) for ComfyUI, A1111 and kohya, or a folder for diffusers."""
     subfolder: str | None = None
     """Folder inside the source that holds the VAE."""
     config: str | None = None
-    """A config.json for a source that is a single file."""
+    """A JSON file with keys of config.json, such as {"scaling_factor": 0.13025}, that a single file does not tell."""
     dtype: Literal["file", "fp32", "fp16", "bf16"] = "file"
     """Dtype of the written weights. `file` keeps that of the source."""
     latents: str | None = None
@@ -73,7 +72,7 @@ class ExportOptions:
     shift_factor as well if the VAE has one."""
 
     def __post_init__(self) -> None:
-        if self.target.endswith((".ckpt", ".pt", ".pth", ".bin")):
+        if self.target.lower().endswith((".ckpt", ".pt", ".pth", ".bin")):
             raise InputError(f"got target {self.target}; need FILE.safetensors or a folder: pickles are not written")
 
 
@@ -90,7 +89,7 @@ def export(options: ExportOptions) -> None:
         factors = LatentFolder(options.latents).factors(vae.config, encoder_sha256(source(dtype="file")))
         vae.register_to_config(**factors)
         print(", ".join(f"{key} {value}" for key, value in factors.items()))
-    save = save_ldm if options.target.endswith(".safetensors") else save_vae
+    save = save_ldm if options.target.lower().endswith((".safetensors", ".sft")) else save_vae
     save(vae, options.target)
     print(f"wrote {options.target}")
     for program, reason in export_targets(vae).items():
@@ -98,7 +97,7 @@ def export(options: ExportOptions) -> None:
 
 
 @dataclass(frozen=True)
-class Fp16Options:
+class Fp16Options(ColorOption):
     """Options of `sdvae fp16`."""
 
     action: Literal["audit", "fix"]
@@ -127,7 +126,7 @@ def fp16(options: Fp16Options) -> None:
     """Make a VAE safe in fp16: audit VAE, or fix VAE TARGET [--images DATA] …"""
     from sdvae.fp16 import audit_vae, fix_vae
 
-    images = (options.images, options.count, options.resolution)
+    images = (options.images, options.count, options.resolution, options.color)
     if options.target is None:
         audit_vae(options.vae, options.subfolder, *images, layers=options.layers)
     else:
@@ -135,7 +134,7 @@ def fp16(options: Fp16Options) -> None:
 
 
 @dataclass(frozen=True)
-class ReconstructOptions:
+class ReconstructOptions(ColorOption):
     """Options of `sdvae reconstruct`."""
 
     files: tuple[str, ...]
@@ -177,33 +176,12 @@ class ExploreOptions(Settings):
     output: Path = Path("explorations")
     """Folder for EXPERIMENT.png and EXPERIMENT.json."""
 
-    def settings(self) -> Settings:
-        return Settings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)})
-
 
 def explore(options: ExploreOptions) -> None:
     """Draw the latent space: interpolate|traverse|pca|prior|arithmetic|anomaly|denoise|all [--images A B] …"""
-    from sdvae.studio.explore import explore
+    from sdvae.studio.explore.run import explore
 
-    explore(options.what, options.settings(), vae=options.vae, subfolder=options.subfolder, output=options.output)
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """Options of `sdvae demo`."""
-
-    vae: str | None = None
-    """The VAE: whatever `sdvae export` takes as its source. By default the one inside this package."""
-    compare: str | None = None
-    """A second VAE, shown beside the first."""
-    host: str = "127.0.0.1"
-    """Address to listen on. 0.0.0.0 lets other machines use the page."""
-    port: int = 7860
-    """Port to listen on."""
-    max_side: int = 1024
-    """Photographs with a longer side than this are shrunk to it, in pixels."""
-    max_megabytes: float = 20.0
-    """Largest size of an uploaded file, in megabytes."""
+    explore(options.what, options, vae=options.vae, subfolder=options.subfolder, output=options.output)
 
 
 def demo(options: DemoOptions) -> None:
@@ -211,46 +189,19 @@ def demo(options: DemoOptions) -> None:
     require("gradio", "sdvae demo", "studio")
     from sdvae.studio.demo.page import serve
 
-    serve(**vars(options))
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """Options of `sdvae report`."""
-
-    vae: str | None = None
-    """The VAE: whatever `sdvae export` takes as its source, or a run folder of `sdvae train`. By default the one inside
-    this package."""
-    subfolder: str | None = None
-    """Folder inside `vae` that holds the VAE."""
-    data: str | None = None
-    """Images to measure: whatever `data.source` takes in training. By default those that the run held out, or else the
-    photographs of scikit-image."""
-    count: int = 24
-    """Measure this many images, the first ones."""
-    resolution: int | None = None
-    """Side in pixels of the square that is cropped from the centre of each image. By default that of the run's
-    validation, or else 256."""
-    output: Path = Path("report.html")
-    """The file to write."""
-    lpips: Literal["vgg", "alex", "squeeze", "none"] = "vgg"
-    """Network of LPIPS. If its weights can be neither read nor downloaded, LPIPS is left out."""
-    lpips_weights: str | None = None
-    """Local file of that network's weights, with torchvision's names."""
-    lpips_heads: Literal["lpips", "uniform"] = "lpips"
-    """`uniform` gives all features the same weight."""
+    serve(options)
 
 
 def report(options: ReportOptions) -> None:
     """Write one HTML file about a VAE or a run: [VAE or RUN FOLDER] [--data DATA] [--output report.html]"""
     require("jinja2", "sdvae report", "studio")
-    from sdvae.studio.report import write_report
+    from sdvae.studio.report.run import write_report
 
-    write_report(**vars(options))
+    write_report(options)
 
 
 @dataclass(frozen=True)
-class PushOptions:
+class PushOptions(ColorOption):
     """Options of `sdvae push`."""
 
     vae: str
@@ -290,20 +241,21 @@ class Command(NamedTuple):
     """A function of one dataclass, whose fields are the command's options. Its docstring is its line in the help."""
 
     run: Callable[[Any], None]
-    positional: tuple[str, ...] = ()  # `parse_options` explains this and `lists`
+    positional: tuple[str, ...] = ()  # `parse_options` explains this, `lists` and `urls`
     lists: tuple[str, ...] = ()
+    urls: tuple[str, ...] = ()  # the options that may hold a URL; the others refuse it
 
 
 COMMANDS = {
     "train": Command(train),
-    "encode": Command(encode),
-    "convert": Command(convert, positional=("folder", "target")),
-    "export": Command(export, positional=("source", "target")),
+    "encode": Command(encode, urls=("output",)),
+    "convert": Command(convert, positional=("folder", "target"), urls=("folder",)),
+    "export": Command(export, positional=("source", "target"), urls=("latents",)),
     "fp16": Command(fp16, positional=("action", "vae", "target")),
     "reconstruct": Command(reconstruct, positional=("files",)),
     "evaluate": Command(evaluate, positional=("vaes",)),
     "explore": Command(explore, positional=("what",), lists=("images", "sigmas")),
     "demo": Command(demo, positional=("vae",)),
     "report": Command(report, positional=("vae",)),
-    "push": Command(push, positional=("vae", "repo_id")),
+    "push": Command(push, positional=("vae", "repo_id"), urls=("message",)),
 }

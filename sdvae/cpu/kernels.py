@@ -22,7 +22,7 @@ in for (`sdvae.model.plain`). At each call it checks that its geometry and metho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,14 +80,26 @@ def speed_up(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> None:
     """
     winograd = takes_winograd(vae, dtype)
     layout = torch.contiguous_format if winograd else torch.channels_last
-    nn.Module.to(vae, memory_format=layout)  # diffusers' own is untyped
     vae.use_slicing = vae.use_slicing or winograd
-    for module in list(vae.modules()):
+    for module in _own_modules(vae):
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=layout)
         if type(module) is Upsample:
             _change_class(module, FastUpsample)
         elif winograd and type(module) is nn.Conv2d and has_geometry(module, 3, padding=1):
             _change_class(module, FastConv3x3)
     keep_freed_memory()
+
+
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all below it, without the layers of peft's adapters, which peft keeps in `nn.ModuleDict`s.
+
+    They must keep their layout: DoRA's can only be computed in the contiguous one.
+    """
+    yield module
+    for child in module.children():
+        if not isinstance(child, nn.ModuleDict):
+            yield from _own_modules(child)
 
 
 def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -291,7 +303,7 @@ def _computes_here(x: Tensor, conv: nn.Conv2d) -> bool:
     plain = type(x) in (Tensor, nn.Parameter) and type(conv.weight) is nn.Parameter  # not quantised, not traced
     on_cpu = x.device.type == conv.weight.device.type == "cpu"
     unchanged = has_geometry(conv, 3, padding=1) and not is_replaced(conv)
-    return plain and on_cpu and unchanged
+    return plain and on_cpu and unchanged and x.shape[0] > 0
 
 
 def _layout(x: Tensor) -> torch.memory_format:

@@ -1,5 +1,6 @@
 """Images: opening them, turning them into tensors, and the order in which training uses them."""
 
+from sdvae.data.base import ImageSource
 from sdvae.data.crops import (
     adm_center_crop,
     center_crop,
@@ -21,19 +22,20 @@ from sdvae.data.dataset import (
     collate_evaluation,
     collate_training,
     evaluation_loader,
+    kinds_of,
     training_loader,
 )
 from sdvae.data.images import ImageError, read_image
 from sdvae.data.order import SampleKey, SampleOrder, ShardedBatches
+from sdvae.data.reading import ReadOptions
 from sdvae.data.sources import (
     SKIMAGE_PHOTOGRAPHS,
-    ImageSource,
-    ImageStream,
     open_source,
     open_stream,
     split_off,
     subset,
 )
+from sdvae.data.streams import ImageStream
 
 __all__ = [
     "SKIMAGE_PHOTOGRAPHS",
@@ -45,6 +47,7 @@ __all__ = [
     "ImageError",
     "ImageSource",
     "ImageStream",
+    "ReadOptions",
     "Sample",
     "SampleKey",
     "SampleOrder",
@@ -58,6 +61,7 @@ __all__ = [
     "cover",
     "cover_box",
     "evaluation_loader",
+    "kinds_of",
     "open_source",
     "open_stream",
     "random_crop",

@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-from sdvae.data.signatures import ImageError
+from sdvae.data.reading import ImageError
 
 CONVERT = "convert to 8-bit PNG"
 
@@ -63,7 +63,11 @@ def _png(data: bytes) -> bytes:
             if kind != b"tRNS" or (b"IDAT" not in seen and _transparency_fits(content, seen[b"IHDR"], seen[b"PLTE"])):
                 kept.append(view[start:end])  # the last chunk even if it is cut off: the decoder says so
             seen[kind] = content
-        elif good and (kind == b"eXIf" or (kind == b"iCCP" and _profile_opens(view[start + 8 : end - 4]))):
+        elif good and (
+            kind == b"eXIf"
+            or (kind == b"cICP" and length == 4)
+            or (kind == b"iCCP" and _profile_opens(view[start + 8 : end - 4]))
+        ):
             kept.append(view[start:end])
         elif not kind.isalpha():
             if b"IDAT" not in seen:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
@@ -17,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sdvae.data.base import ImageSource
 from sdvae.data.crops import center_crop, color_jitter, random_crop, to_tensor
 from sdvae.data.images import ImageError, read_image
 from sdvae.data.order import SampleKey, ShardedBatches
-from sdvae.data.sources import ImageSource
+from sdvae.data.reading import ReadOptions
 from sdvae.errors import InputError
-from sdvae.io import utf8
+from sdvae.io import printable
 from sdvae.noise import sample_seed
 from sdvae.runtime import keep_freed_memory
 
@@ -85,13 +87,10 @@ class TrainingImages(Dataset[Sample]):
         source: the images.
         resolution: R, the side of the crops, in pixels.
         seed: the seed of crops, jitter, noise and substitutes, 0 .. 2^32 - 1.
-        channels: 3 for RGB, 1 for grey.
+        reading: how files are read; images that are too small are bad.
         crop_scale: the crop's side as a fraction of the short side; see `random_crop`.
         flip: probability of a mirror image.
         color_jitter: the `strength` of the function `color_jitter`; 0 turns it off.
-        background: RGB in 0..255 behind transparent images.
-        min_side: images whose shorter side has fewer pixels are bad. By default resolution // 2: images that are
-            enlarged more than twice teach the decoder to blur.
         cache_mib: how many MiB of decoded images each worker keeps in memory, for small data sets. An image is never
             removed again, since in a shuffled order each one is equally likely to come next.
         labels: (N,) int64, the class of each image, NO_LABEL for none; see `read_labels`.
@@ -107,12 +106,10 @@ class TrainingImages(Dataset[Sample]):
         *,
         resolution: int,
         seed: int,
-        channels: int = 3,
+        reading: ReadOptions = ReadOptions(),
         crop_scale: tuple[float, float] = (0.5, 1.0),
         flip: float = 0.5,
         color_jitter: float = 0.0,
-        background: tuple[int, int, int] = (255, 255, 255),
-        min_side: int | None = None,
         cache_mib: float = 0,
         labels: np.ndarray | None = None,
         label_dropout: float = 0.0,
@@ -126,12 +123,10 @@ class TrainingImages(Dataset[Sample]):
         self.source = source
         self.resolution = resolution
         self.seed = seed
-        self.channels = channels
+        self.reading = reading.for_crops(resolution)
         self.crop_scale = crop_scale
         self.flip = flip
         self.color_jitter = color_jitter
-        self.background = background
-        self.min_side = _min_side(min_side, resolution)
         self.labels = labels
         self.label_dropout = label_dropout
         self._bad: dict[int, str] = {}  # index -> reason, so that no bad image is decoded twice
@@ -177,7 +172,7 @@ class TrainingImages(Dataset[Sample]):
             except ImageError as error:
                 bad[self.source.name(candidate)] = str(error)
             candidate = sample_seed(self.seed, epoch, index, f"substitute-{attempt}") % len(self.source)
-        last = "; ".join(f"{name}: {reason}" for name, reason in list(bad.items())[-3:])
+        last = "; ".join(f"{printable(name)}: {reason}" for name, reason in list(bad.items())[-3:])
         raise InputError(
             f"an image and its {MAX_SUBSTITUTES} substitutes are all bad ({last});"
             " need a data set of mostly good images; clean it"
@@ -189,8 +184,7 @@ class TrainingImages(Dataset[Sample]):
         if index in self._cache:
             return self._cache[index]
         try:
-            data = self.source.read(index)
-            image = read_image(data, channels=self.channels, background=self.background, min_side=self.min_side)
+            image = read_image(self.source.read(index), self.reading)
         except ImageError as error:
             self._bad[index] = str(error)
             raise
@@ -207,9 +201,7 @@ class EvaluationImages(Dataset[EvaluationSample]):
     Args:
         source: the images.
         resolution: R, the side of the crops, in pixels.
-        channels: 3 for RGB, 1 for grey.
-        background: RGB in 0..255 behind transparent images.
-        min_side: images whose shorter side has fewer pixels are bad; by default resolution // 2, as in training.
+        reading: how files are read; images that are too small are bad.
         crop: the function that crops an image to R x R.
         labels: (N,) int64, the class of each image, NO_LABEL for none; see `read_labels`.
     """
@@ -218,18 +210,14 @@ class EvaluationImages(Dataset[EvaluationSample]):
         self,
         source: ImageSource,
         resolution: int,
-        channels: int = 3,
+        reading: ReadOptions = ReadOptions(),
         *,
-        background: tuple[int, int, int] = (255, 255, 255),
-        min_side: int | None = None,
         crop: Callable[[Image.Image, int], Image.Image] = center_crop,
         labels: np.ndarray | None = None,
     ):
         self.source = source
         self.resolution = resolution
-        self.channels = channels
-        self.background = background
-        self.min_side = _min_side(min_side, resolution)
+        self.reading = reading.for_crops(resolution)
         self.crop = crop
         self.labels = labels
 
@@ -241,8 +229,7 @@ class EvaluationImages(Dataset[EvaluationSample]):
             raise IndexError(f"image {index} of {len(self.source)}")  # without it a loop over the data set never ends
         name = self.source.name(index)
         try:
-            data = self.source.read(index)
-            image = read_image(data, channels=self.channels, background=self.background, min_side=self.min_side)
+            image = read_image(self.source.read(index), self.reading)
         except ImageError as error:
             return EvaluationSample(image=None, index=index, name=name, bad=str(error))
         pixels = to_tensor(self.crop(image, self.resolution))
@@ -266,7 +253,7 @@ class BadImages:
         for name, reason in bad:
             if name not in self.reasons:
                 self.reasons[name] = reason
-                logger.warning("bad image %s: %s", utf8(name), reason)
+                logger.warning("bad image %s: %s", printable(name), reason)
 
     def items(self) -> list[tuple[str, str]]:
         """(name, reason) of each bad image, in the order in which they were found."""
@@ -283,11 +270,22 @@ class BadImages:
             InputError: when more are bad.
         """
         if len(self) > max_fraction * total:
-            some = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:3])
+            some = "; ".join(f"{printable(name)}: {reason}" for name, reason in list(self.reasons.items())[:3])
             raise InputError(
                 f"{len(self)} of {total} images are bad, {len(self) / max(total, 1):.2%} ({some}); need at most"
                 f" {max_fraction:.2%}; clean the data set or raise data.max_bad_fraction"
             )
+
+
+def kinds_of(reasons: Iterable[str]) -> str:
+    """How many images are bad for which reason, the most frequent first: «12 too large, 3 damaged PNG file».
+
+    Args:
+        reasons: of bad images; the kind of a reason is the text before its first colon.
+    """
+    counts = Counter(reason.partition(":")[0] for reason in reasons).most_common()
+    others = [f"{sum(count for _, count in counts[3:])} for other reasons"] if len(counts) > 3 else []
+    return ", ".join([f"{count} {kind}" for kind, count in counts[:3]] + others)
 
 
 def collate_training(samples: Sequence[Sample]) -> Batch:
@@ -392,9 +390,3 @@ def _start_worker(worker_id: int) -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     keep_freed_memory(False)  # many workers with images of many sizes would keep too much
-
-
-def _min_side(min_side: int | None, resolution: int) -> int:
-    if resolution < 1:
-        raise InputError(f"resolution is {resolution}; need at least 1")
-    return max(resolution // 2, 1) if min_side is None else min_side

@@ -10,7 +10,7 @@ What `read_image` does with each kind of file; docs/images.md has more, and how 
 - 16-bit grey is scaled, 0 -> 0 and 65535 -> 255, and rounded. For 16-bit colour, Pillow takes the high byte, which
   differs from that by at most one level. 32-bit integers count as 16-bit if all values fit, and floats as fractions if
   all lie in [0, 1]; otherwise the range from minimum to maximum is stretched to 0..255. No value is clipped.
-- CMYK, YCbCr, LAB and HSV are converted. ICC profiles are not applied.
+- CMYK, YCbCr, LAB and HSV are converted. `sdvae.data.color` says how colours become those of sRGB.
 - 1-bit and grey become three equal channels, or stay grey where `channels` is 1; colour becomes ITU-R 601-2 luma.
 - An animation gives its first frame, a file of several pages its first page, and an icon file its largest image.
 - Broken metadata do not cost the picture.
@@ -35,12 +35,13 @@ from PIL.Image import Transpose
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, COLORMAP, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 
+from sdvae.data.color import profile_of, to_srgb
 from sdvae.data.containers import prepare
 from sdvae.data.libtiff import libtiff_errors
-from sdvae.data.signatures import ImageError, format_of
-from sdvae.errors import InputError, one_line
+from sdvae.data.reading import MAX_PIXELS, ImageError, ReadOptions
+from sdvae.data.signatures import format_of
+from sdvae.errors import one_line
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte of RGB
 _BAND_PIXELS = 2**18
 
 # PIL.ImageOps.exif_transpose does the same, but it also rewrites the rest of the EXIF data, and raises an exception if
@@ -57,22 +58,12 @@ _UNDO_ORIENTATION = {
 }
 
 
-def read_image(
-    data: bytes | str | PathLike[str],
-    *,
-    channels: int = 3,
-    background: tuple[int, int, int] = (255, 255, 255),
-    min_side: int = 1,
-    max_pixels: int = MAX_PIXELS,
-) -> Image.Image:
+def read_image(data: bytes | str | PathLike[str], options: ReadOptions = ReadOptions()) -> Image.Image:
     """Decode the image in a file and turn it upright. The module's docstring says how each kind of file is treated.
 
     Args:
         data: the bytes of the file, or its path.
-        channels: 3 for mode "RGB", 1 for "L".
-        background: RGB in 0..255, the colour behind transparent parts.
-        min_side: the smallest permitted length of the shorter side, in pixels.
-        max_pixels: the largest permitted number of pixels; the header is checked before anything is decoded.
+        options: what it becomes, and which files are refused.
 
     Returns:
         An image of mode "RGB" or "L", without metadata.
@@ -80,8 +71,6 @@ def read_image(
     Raises:
         ImageError: when the file is not an image, is damaged, or exceeds a limit; the message is the reason.
     """
-    if channels not in (1, 3):
-        raise InputError(f"channels is {channels}; need 1 (grey) or 3 (RGB)")
     if not isinstance(data, bytes):
         data = read_file(data)
     kind = format_of(data)
@@ -90,7 +79,7 @@ def read_image(
         data = prepare(data, kind)
         with libtiff_errors() as errors:
             image = _open(data, kind)
-            _check_size(image, min_side, max_pixels)
+            _check_size(image, options.min_side or 1, options.max_pixels or MAX_PIXELS)
             image.load()
         if errors:
             raise ImageError(_libtiff_says(errors))
@@ -101,8 +90,8 @@ def read_image(
         # Read after `load`: PNG and WebP files may hold EXIF data after the pixels, and Pillow's TIFF reader turns the
         # image itself and removes the tag.
         orientation = _exif_orientation(image)
-        # Here the image still has its own mode, and its ICC profile in `image.info`.
-        image = _to_rgb_or_grey(image, channels, background)
+        profile = profile_of(image, data) if options.color == "srgb" else None
+        image = _to_rgb_or_grey(image, profile, options.channels, options.background)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # for a damaged file, Pillow's plugins raise exceptions of any class
@@ -201,13 +190,19 @@ def _rescale_palette(image: Image.Image) -> None:
         image.putpalette(bytes(palette), "RGB;L")
 
 
-def _to_rgb_or_grey(image: Image.Image, channels: int, background: tuple[int, int, int]) -> Image.Image:
+def _to_rgb_or_grey(
+    image: Image.Image, profile: bytes | None, channels: int, background: tuple[int, int, int]
+) -> Image.Image:
     """Convert piece by piece: of a large image, little more than itself and the result is in memory."""
     mode = "L" if channels == 1 else "RGB"
-    if image.mode == mode and not image.has_transparency_data:
+    deep = _deep_scale(image)
+    if profile is not None:
+        pixel = _to_8_bits(image.crop((0, 0, 1, 1)), deep)
+        if to_srgb(pixel, profile) is pixel:  # sRGB's own, or one that cannot be used, which is said once an image
+            profile = None
+    if image.mode == mode and profile is None and not image.has_transparency_data:
         return image
-    scale = _deep_scale(image)
-    pieces = (_convert(band, mode, background, scale) for band in _bands(image))
+    pieces = (_convert(_to_8_bits(band, deep), profile, mode, background) for band in _bands(image))
     first = next(pieces)
     if first.size == image.size:
         return first
@@ -219,11 +214,14 @@ def _to_rgb_or_grey(image: Image.Image, channels: int, background: tuple[int, in
     return result
 
 
-def _convert(image: Image.Image, mode: str, background: tuple[int, int, int], deep: _DeepScale | None) -> Image.Image:
-    if deep is not None:
-        image = deep.to_bytes(image)
-    if image.mode == "La":  # Pillow has no direct way from here to RGBA
-        image = image.convert("LA")
+def _to_8_bits(image: Image.Image, deep: _DeepScale | None) -> Image.Image:
+    image = image if deep is None else deep.to_bytes(image)
+    return image.convert("LA") if image.mode == "La" else image  # Pillow has no direct way from there to RGBA
+
+
+def _convert(image: Image.Image, profile: bytes | None, mode: str, background: tuple[int, int, int]) -> Image.Image:
+    if profile is not None:
+        image = to_srgb(image, profile)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.new("RGB", image.size, background)

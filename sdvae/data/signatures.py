@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sdvae.errors import InputError
+from sdvae.data.reading import ImageError
 
 # Formats that `read_image` reads, by the names of Pillow's plugins. `....` stands for any four bytes.
 _READ: tuple[tuple[str, bytes], ...] = (
@@ -82,10 +82,6 @@ _READ_PATTERNS = tuple((name, re.compile(pattern, re.DOTALL)) for name, pattern 
 _REFUSED_PATTERNS = tuple((message, re.compile(pattern, re.DOTALL)) for message, pattern in _REFUSED)
 _REACH = 1024  # bytes that the patterns may look at: comments and declarations precede `<svg`
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-class ImageError(InputError):
-    """A file cannot be used. The message is only the reason; the caller adds the name of the file."""
 
 
 def format_of(data: bytes) -> str:

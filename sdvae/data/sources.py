@@ -10,8 +10,9 @@ import difflib
 import glob
 import hashlib
 import importlib.util
+import logging
 import os
-import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +20,37 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdvae.data.readers import IMAGE_EXTENSIONS, Files, ImageSource, ImageStream, Subset, TableImages, Tars
+from sdvae.data.base import IMAGE_EXTENSIONS, ImageSource, Subset, is_lfs_pointer
+from sdvae.data.files import Files
+from sdvae.data.folders import (
+    ARCHIVE_EXTENSIONS,
+    CAPTION_EXTENSIONS,
+    TABLE_EXTENSIONS,
+    TAR_EXTENSIONS,
+    Unused,
+    by_kind,
+    by_split,
+    chosen_split,
+    classes_of,
+    grouped,
+    matching,
+    no_split,
+    split_extension,
+    split_of_folder,
+    walk,
+    without_masks,
+)
+from sdvae.data.metadata import read_metadata
+from sdvae.data.streams import ImageStream
+from sdvae.data.tables import TableImages
+from sdvae.data.tars import Tars
 from sdvae.errors import InputError, one_line
+from sdvae.io import HUB_ID
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-TABLE_EXTENSIONS = frozenset((".parquet", ".arrow"))
-TAR_EXTENSIONS = frozenset((".tar",))
+logger = logging.getLogger(__name__)
 
 # The photographs in scikit-image's wheel: file, width, height. Its drawings, masks, texts and crops of 100 pixels are
 # left out. The two motorcycles are a stereo pair, so both or neither should be held out.
@@ -49,44 +73,47 @@ SKIMAGE_PHOTOGRAPHS = {
 }
 
 
-def open_source(spec: str, *, split: str = "train", image_column: str | None = None) -> ImageSource:
-    """Open the images that a string names.
+def open_source(
+    spec: str, *, split: str = "train", image_column: str | None = None, or_all: bool = False
+) -> ImageSource:
+    """Open the images that a string names. What is there and is not used is logged.
 
     Args:
         spec: one of
             - "skimage": the photographs inside scikit-image's wheel;
-            - a folder of images, nested or not, in the order of their paths; hidden files are ignored;
-            - a folder or file of `datasets`: from `save_to_disk`, or .parquet or .arrow files;
-            - a folder, file or glob of .tar (webdataset);
-            - a glob of images or tables;
-            - the id of a data set on the Hugging Face hub.
-        split: the split to open, of a data set that has several.
-        image_column: the column of images or of raw bytes; by default the only one of type `Image`.
+            - a folder of images, nested or not, in the order of their paths;
+            - a folder of .parquet or .arrow files or of .tar archives (webdataset), or one such file;
+            - a folder that `datasets` wrote with `save_to_disk`;
+            - a glob of any of these files;
+            - the id of a data set on the Hugging Face hub, with its owner.
+        split: the split to open, of a source that has several. All of a source without splits is "train".
+        image_column: the column of images, of raw bytes or of paths; by default the only one of images or of bytes. For
+            archives with several images in a sample, the extension of one, such as "input.jpg".
+        or_all: take all of a source that has no splits, whatever `split` is.
 
     Returns:
         The source.
 
     Raises:
-        InputError: when there is no such source, or it is empty.
+        InputError: when there is no such source or split, or it is empty.
     """
     if spec == "skimage":
         return _open_skimage()
     path = Path(spec).expanduser()
+    unused = Unused()
     if path.is_dir():
-        return _open_folder(path, split, image_column)
-    if path.is_file():
-        return _open_files(spec, path.parent, [path.name], split, image_column)
-    if glob.has_magic(spec):
-        files = sorted(file for file in glob.glob(str(path), recursive=True) if os.path.isfile(file))
-        if not files:
-            raise InputError(f"no file matches {spec!r}; need at least one; check the pattern")
-        root = Path(os.path.commonpath([os.path.dirname(file) for file in files]) or ".")
-        names = [Path(file).relative_to(root).as_posix() for file in files]
-        captions = [text for file in names if os.path.isfile(root / (text := f"{os.path.splitext(file)[0]}.txt"))]
-        return _open_files(spec, root, names, split, image_column, others=captions)
-    if _looks_like_path(spec):
-        raise InputError(f"no such folder or file: {spec!r}; need an existing one; check the path")
-    return _open_tables(spec, {"path": spec}, split, image_column)
+        source = _open_folder(path, split, image_column, or_all, unused)
+    elif path.exists() or glob.has_magic(spec):
+        source = _open_named_files(spec, path, split, image_column, or_all, unused)
+    elif is_hub_id(spec):
+        import datasets
+
+        with _refusing(spec, split):
+            return _open_rows(spec, datasets.load_dataset(spec, split=split), image_column, None)
+    else:
+        raise InputError(_not_there(spec))
+    unused.say(spec)
+    return source
 
 
 def subset(source: ImageSource, indices: Iterable[int]) -> ImageSource:
@@ -156,29 +183,39 @@ def open_stream(spec: str, *, split: str = "train", image_column: str | None = N
     """
     import datasets
 
-    arguments: dict[str, Any] = {"path": spec}
-    if _looks_like_path(spec):
-        path = Path(spec).expanduser()
-        files = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(spec) else [str(path)]
-        kinds = {kind for kind, found in _by_kind(_walk(path) if path.is_dir() else files).items() if found}
-        if kinds != {"tables"} or not (path.is_dir() or all(os.path.isfile(file) for file in files)):
+    path = Path(spec).expanduser()
+    arguments: dict[str, Any] = {"path": spec, "split": split}
+    folder = None
+    if not is_hub_id(spec):
+        if not (path.exists() or glob.has_magic(spec)):
+            raise InputError(_not_there(spec))
+        unused = Unused()
+        root, files = (path, walk(path, unused)) if path.is_dir() else _named_files(spec, path)
+        kind, kinds = _only_kind(spec, root, files, unused)
+        if kind != "tables":
             raise InputError(
                 f"{spec!r} cannot be streamed; need .parquet or .arrow files, or a hub id; "
                 "images and .tar on this disk are read in place without streaming"
             )
-        builder = os.path.splitext(files[0])[1][1:]
-        arguments = _table_files(str(path), split) if path.is_dir() else {"path": builder, "data_files": {split: files}}
+        tables = kinds["tables"]
+        if path.is_dir():
+            tables = _tables_of_split(path, tables, split, False, unused)
+        elif split != "train":
+            raise InputError(no_split(spec, split, []))
+        arguments = _table_arguments(spec, root, tables)
+        folder = _folder_of(root, tables)
+        unused.say(spec)
     with _refusing(spec, split):
-        dataset = datasets.load_dataset(**arguments, split=split, streaming=True)
+        dataset = datasets.load_dataset(**arguments, streaming=True)
         if dataset.features is None:
             dataset = (
                 dataset._resolve_features()
             )  # reads the first rows of a webdataset, whose columns are not known otherwise
-    column = _image_column(spec, dataset.features, image_column)
+    column = _image_column(spec, dataset.features, image_column, paths=folder is not None)
     for name, feature in dataset.features.items():  # `datasets` decodes nothing; only the images are decoded, later
         if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
             dataset = dataset.cast_column(name, type(feature)(decode=False))
-    return ImageStream(dataset, column)
+    return ImageStream(dataset, column, folder)
 
 
 def _open_skimage() -> ImageSource:
@@ -191,91 +228,247 @@ def _open_skimage() -> ImageSource:
     return Files(root, files, names=list(SKIMAGE_PHOTOGRAPHS))
 
 
-def _open_folder(folder: Path, split: str, image_column: str | None) -> ImageSource:
+def is_hub_id(spec: str) -> bool:
+    """Whether it is the id of a data set on the hub, `owner/name`, and not a path.
+
+    It is a path if its first part is on this disk, or if it has the extension of a file.
+    """
+    extensions = IMAGE_EXTENSIONS | TABLE_EXTENSIONS | TAR_EXTENSIONS | ARCHIVE_EXTENSIONS
+    return (
+        HUB_ID.fullmatch(spec) is not None
+        and not spec.startswith(".")
+        and not os.path.exists(spec.split("/")[0])
+        and os.path.splitext(spec)[1].lower() not in extensions
+    )
+
+
+def _not_there(spec: str) -> str:
+    """The message for a path that does not exist, with the nearest names in its folder."""
+    path = Path(spec).expanduser()
+    try:
+        beside = [entry.name for entry in os.scandir(path.parent)]
+    except OSError:
+        beside = []
+    near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, beside, n=3)]
+    hub = "" if "/" in spec or path.suffix else ", or a data set on the hub as owner/name, such as 'ylecun/mnist'"
+    perhaps = f"perhaps {' or '.join(map(repr, near))}" if near else "check the path"
+    return f"no such folder or file: {spec!r}; need an existing one{hub}; {perhaps}"
+
+
+def _open_folder(folder: Path, split: str, image_column: str | None, or_all: bool, unused: Unused) -> ImageSource:
     if (folder / "dataset_dict.json").is_file() or all(
         (folder / file).is_file() for file in ("dataset_info.json", "state.json")
     ):
-        return _open_saved(folder, split, image_column)
-    files = _walk(folder)
-    kinds = _by_kind(files)
-    found = {kind: files for kind, files in kinds.items() if files}
+        return _open_saved(folder, split, image_column, or_all)
+    spec = str(folder)
+    kind, kinds = _only_kind(spec, folder, walk(folder, unused), unused)
+    if kind == "tables":
+        tables = _tables_of_split(folder, kinds["tables"], split, or_all, unused)
+        return _open_tables(spec, folder, tables, image_column)
+    if kind == "tars":
+        splits = by_split(kinds["tars"], partly=True)
+        tars = chosen_split(kinds["tars"], splits, split, spec, unused, or_all)
+        return _open_tars(spec, folder, tars, image_column, unused)
+    if not kinds["metadata"]:
+        kinds["images"] = without_masks(kinds["images"], unused)
+    splits = by_split(kinds["images"], partly=False)
+    chosen = chosen_split(kinds["images"], splits, split, spec, unused, or_all)
+    return _open_images(spec, folder, chosen, kinds, split, image_column, unused)
+
+
+def _open_named_files(
+    spec: str, path: Path, split: str, image_column: str | None, or_all: bool, unused: Unused
+) -> ImageSource:
+    """Open a file, or the files that a pattern matches. All of them are used."""
+    root, files = _named_files(spec, path)
+    if split != "train" and not or_all:
+        raise InputError(no_split(spec, split, []))
+    kind, kinds = _only_kind(spec, root, files, unused)
+    if kind == "tables":
+        return _open_tables(spec, root, kinds["tables"], image_column)
+    if kind == "tars":
+        return _open_tars(spec, root, kinds["tars"], image_column, unused)
+    kinds["captions"] = [
+        caption
+        for folder in sorted({os.path.dirname(file) for file in kinds["images"]})
+        for caption in by_kind(os.path.join(folder, name) for name in os.listdir(root / folder))["captions"]
+    ]
+    return _open_images(spec, root, kinds["images"], kinds, "train", image_column, Unused())
+
+
+def _named_files(spec: str, path: Path) -> tuple[Path, list[str]]:
+    """A folder and paths below it, of a file or of those that a pattern matches."""
+    if not path.exists():
+        root, files = matching(str(path))
+        if not files:
+            raise InputError(f"no file matches {spec!r}; need at least one; check the pattern")
+        return root, files
+    if not path.is_file():
+        raise InputError(f"{spec!r} is not a regular file; need an image, a table or an archive")
+    return path.parent, [path.name]
+
+
+def _only_kind(spec: str, root: Path, files: Sequence[str], unused: Unused) -> tuple[str, dict[str, list[str]]]:
+    """The one kind of data among files: `images`, `tables` or `tars`; and all files by kind.
+
+    Args:
+        spec: how the user named them.
+        root: the folder above them.
+        files: paths below it.
+        unused: gets the files of no kind that is used.
+
+    Raises:
+        InputError: when there is no such kind, or more than one.
+    """
+    kinds = by_kind(files)
+    # img2dataset writes 00000.parquet with facts about the images in 00000.tar or in the folder 00000
+    if kinds["tables"] and (kinds["tars"] or kinds["images"]):
+        described = {split_extension(tar)[0] for tar in kinds["tars"]} | set(map(os.path.dirname, kinds["images"]))
+        if all(split_extension(table)[0] in described for table in kinds["tables"]):
+            unused.add("tables about the images beside them", kinds["tables"], warn=False)
+            kinds["tables"] = []
+    if not kinds["images"]:  # captions and metadata are those of image files
+        kinds["tables"] += [file for file in kinds["metadata"] if file.endswith(".parquet")]
+        kinds["others"] += [file for file in kinds["metadata"] if not file.endswith(".parquet")] + kinds["captions"]
+    unused.add_files(kinds["others"])
+    found = [kind for kind in ("images", "tables", "tars") if kinds[kind]]
     if not found:
-        raise InputError(f"{str(folder)!r} holds no images; need a folder with .png, .jpg, … .parquet or .tar files")
-    if len(found) > 1:
-        counts = " and ".join(f"{len(files)} {kind}" for kind, files in found.items())
+        there = f"; it holds {text}" if (text := unused.text()) else ""
+        packed = any(os.path.splitext(file)[1].lower() in ARCHIVE_EXTENSIONS for file in files)
         raise InputError(
-            f"{str(folder)!r} holds {counts}; need one kind; choose it by a pattern such as '{folder}/**/*.png'"
+            f"{spec!r} holds no images; need .png, .jpg, …, .parquet, .arrow or uncompressed .tar files{there}"
+            + ("; unpack the archives" if packed else "")
         )
-    if "tables" in found:
-        return _open_tables(str(folder), _table_files(str(folder), split), split, image_column)
-    if "tars" in found:
-        return _open_tars(str(folder), folder, found["tars"])
-    return Files(folder, found["images"], others=files)
+    if len(found) > 1:
+        counts = " and ".join(f"{len(kinds[kind])} {kind}" for kind in found)
+        patterns = " or ".join(repr(_pattern_of(root, kinds[kind])) for kind in found)
+        raise InputError(f"{spec!r} holds {counts}; need one kind; choose it by a pattern such as {patterns}")
+    return found[0], kinds
 
 
-def _open_files(
+def _pattern_of(root: Path, files: Sequence[str]) -> str:
+    """A pattern that matches files, or those of their most common extension."""
+    folder = os.path.commonpath([os.path.dirname(file) for file in files])
+    extension = Counter(os.path.splitext(file)[1] for file in files).most_common(1)[0][0]
+    nested = "" if all(os.path.dirname(file) == folder for file in files) else "**/"
+    return f"{glob.escape(str(root / folder))}/{nested}*{extension}"
+
+
+def _open_images(
     spec: str,
     root: Path,
-    files: Sequence[str],
+    images: Sequence[str],
+    kinds: dict[str, list[str]],
     split: str,
     image_column: str | None,
-    others: Sequence[str] = (),
+    unused: Unused,
 ) -> ImageSource:
-    """Open files that are given as a list.
+    """Open image files.
 
     Args:
         spec: how the user named them.
         root: a folder above all of them.
-        files: paths below `root`.
-        split: the name that the split of tables gets.
-        image_column: the column of images in tables.
-        others: files that may hold captions.
+        images: those to open, as paths below `root`.
+        kinds: all files below `root` by kind.
+        split: the split that `images` are of.
+        image_column: for metadata with several images in a row.
+        unused: gets what is not used.
     """
-    kinds = _by_kind(files)
-    kind = next((kind for kind, of_kind in kinds.items() if len(of_kind) == len(files)), None)
-    if kind is None:
-        raise InputError(f"{spec!r} names files of several or unknown kinds; need images, .tar, .parquet or .arrow")
-    if kind == "images":
-        return Files(root, files, others=others)
-    if kind == "tars":
-        return _open_tars(spec, root, files)
-    builders = {os.path.splitext(file)[1].lower()[1:] for file in files}
-    if len(builders) > 1:
-        raise InputError(f"{spec!r} names .arrow and .parquet files; need one kind; narrow the pattern")
-    data_files = {split: [str(root / file) for file in files]}
-    return _open_tables(spec, {"path": builders.pop(), "data_files": data_files}, split, image_column)
+    classes = classes_of(images, kinds["images"], spec)
+    if not kinds["metadata"]:
+        if image_column not in (None, "image"):
+            raise InputError(f"got image_column {image_column!r}; {spec!r} holds image files without columns; omit it")
+        captions = _captions(images, kinds, unused)
+        return Files(root, images, captions=captions, classes=classes)
+    unused.add("folders as labels, since the metadata has the columns", sorted(classes), warn=False)
+    paths, table = read_metadata(root, kinds["metadata"], image_column)
+    here, everywhere = set(images), set(kinds["images"])
+    # an image that is not there is kept, to be a bad image; its folder tells the split
+    rows = [
+        row
+        for row, path in enumerate(paths)
+        if path in here or (path not in everywhere and split_of_folder(os.path.dirname(path)) in (None, split))
+    ]
+    if not rows:
+        raise InputError(f"the metadata in {spec!r} has no row of an image in split {split!r}; check its file_name")
+    names = [paths[row] for row in rows]
+    unused.add("images that the metadata does not list", sorted(here - set(names)), warn=True)
+    captions = [] if "caption" in table.column_names else _captions(names, kinds, unused)
+    files = [name if name in here else "" for name in names]
+    return Files(root, files, names=names, captions=captions, metadata=table.take(rows))
 
 
-def _open_tars(spec: str, root: Path, files: Sequence[str]) -> ImageSource:
-    tars = Tars(root, files)
+def _captions(images: Sequence[str], kinds: dict[str, list[str]], unused: Unused) -> list[str]:
+    """The caption file of each image, or "": NAME.txt, or else NAME.caption."""
+    texts = set(kinds["captions"])
+    if not texts:
+        return []
+    stems = [split_extension(image)[0] for image in images]
+    captions = [
+        next((file for extension in CAPTION_EXTENSIONS if (file := stem + extension) in texts), "") for stem in stems
+    ]
+    left = texts.difference(captions)
+    if left:
+        second = left.intersection(stem + ".caption" for stem in stems)
+        unused.add(".caption beside a .txt of the same image", sorted(second), warn=True)
+        of_images = {split_extension(image)[0] for image in kinds["images"]}
+        alone = sorted(file for file in left if split_extension(file)[0] not in of_images)
+        unused.add("texts without an image of that name", alone, warn=any(captions))
+    return captions
+
+
+def _open_tars(spec: str, root: Path, files: Sequence[str], image_column: str | None, unused: Unused) -> ImageSource:
+    tars = Tars(root, files, image_column, unused)
     if len(tars) == 0:
-        raise InputError(f"{spec!r} holds no images; need .png, .jpg, … members in its archives")
+        there = f"; they hold {text}" if (text := unused.text()) else ""
+        raise InputError(f"{spec!r} holds no images; need .png, .jpg, … members in its archives{there}")
     return tars
 
 
-def _table_files(folder: str, split: str) -> dict[str, Any]:
-    """Arguments of `load_dataset` for one split of a folder of tables. The folder's card or file names give the splits.
-
-    If `load_dataset` got only the folder, it would name its cached copy after the last part of the path, and might
-    return the copy of another folder with the same name.
-    """
+def _tables_of_split(folder: Path, tables: Sequence[str], split: str, or_all: bool, unused: Unused) -> list[str]:
+    """The tables of one split. The folder's card (README.md) or their names tell the splits."""
     import datasets
 
-    with _refusing(folder, split):
-        splits = datasets.load_dataset_builder(folder).config.data_files
-    if not splits or split not in splits:
-        raise InputError(f"data set {folder!r} has no split {split!r}; need one of {sorted(map(str, splits or {}))}")
-    files = [str(file) for file in splits[split]]
-    return {"path": os.path.splitext(files[0])[1].lower()[1:], "data_files": {split: files}}
+    splits = by_split(tables, partly=True)
+    if (folder / "README.md").is_file():
+        with _refusing(str(folder), split):
+            found = datasets.load_dataset_builder(str(folder)).config.data_files or {}
+        of_card = {os.path.relpath(file, folder): str(name) for name, files in found.items() for file in files}
+        splits = grouped(tables, [of_card.get(table) for table in tables])
+    return chosen_split(tables, splits, split, str(folder), unused, or_all)
 
 
-def _open_tables(spec: str, arguments: dict[str, Any], split: str, image_column: str | None) -> ImageSource:
+def _table_arguments(spec: str, root: Path, tables: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `load_dataset` for tables, which are then its split "train".
+
+    If it got a folder, it would name its cached copy after the last part of the path, and might return the copy of
+    another folder of that name.
+    """
+    builders = {os.path.splitext(table)[1].lower()[1:] for table in tables}
+    if len(builders) > 1:
+        raise InputError(f"{spec!r} holds .arrow and .parquet files; need one kind; choose it by a pattern")
+    files = [os.path.abspath(root / table) for table in tables]
+    for file in files:
+        with open(file, "rb") as opened:
+            if is_lfs_pointer(opened.read(64)):
+                raise InputError(f"{file!r} is a Git LFS pointer; need the table itself; run «git lfs pull»")
+    escaped = [glob.escape(file) for file in files]  # `datasets` takes them for patterns
+    return {"path": builders.pop(), "data_files": {"train": escaped}, "split": "train"}
+
+
+def _open_tables(spec: str, root: Path, tables: Sequence[str], image_column: str | None) -> ImageSource:
     """Open tables with `datasets.load_dataset`, which keeps a memory-mapped Arrow copy in its cache."""
     import datasets
 
-    with _refusing(spec, split):
-        dataset = datasets.load_dataset(**arguments, split=split)
-    return _open_rows(spec, dataset, image_column)
+    arguments = _table_arguments(spec, root, tables)
+    with _refusing(spec, "train"):
+        dataset = datasets.load_dataset(**arguments)
+    return _open_rows(spec, dataset, image_column, _folder_of(root, tables))
+
+
+def _folder_of(root: Path, files: Sequence[str]) -> str:
+    """The folder in which relative paths in tables begin: that of the tables, or the one above all of them."""
+    return os.path.abspath(root / os.path.commonpath([os.path.dirname(file) for file in files]))
 
 
 @contextmanager
@@ -287,10 +480,11 @@ def _refusing(spec: str, split: str) -> Iterator[None]:
         yield
     # `datasets` raises many classes when a data set is not found or not readable, lacks a split, or is offline
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"data set {spec!r}, split {split!r} cannot be opened; {one_line(error)}") from error
+        here = "" if os.path.exists(spec) or glob.has_magic(spec) else ", and there is no such folder or file here"
+        raise InputError(f"data set {spec!r}, split {split!r} cannot be opened{here}; {one_line(error)}") from error
 
 
-def _open_saved(folder: Path, split: str, image_column: str | None) -> ImageSource:
+def _open_saved(folder: Path, split: str, image_column: str | None, or_all: bool) -> ImageSource:
     import datasets
 
     try:
@@ -301,26 +495,33 @@ def _open_saved(folder: Path, split: str, image_column: str | None) -> ImageSour
         ) from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise InputError(f"data set {str(folder)!r} has no split {split!r}; need one of {sorted(map(str, saved))}")
+            raise InputError(no_split(str(folder), split, map(str, saved)))
         saved = saved[split]
-    elif split not in ("train", str(saved.split)):
+    elif split not in ("train", str(saved.split)) and not or_all:
         raise InputError(f"data set {str(folder)!r} was saved as one split, {saved.split}; got split {split!r}")
-    return _open_rows(str(folder), saved, image_column)
+    return _open_rows(str(folder), saved, image_column, str(folder))
 
 
-def _open_rows(spec: str, dataset: Dataset, image_column: str | None) -> ImageSource:
+def _open_rows(spec: str, dataset: Dataset, image_column: str | None, folder: str | None) -> ImageSource:
     import datasets
 
     if len(dataset) == 0:
         raise InputError(f"data set {spec!r} has no rows; need at least one image")
-    image_column = _image_column(spec, dataset.features, image_column)
+    image_column = _image_column(spec, dataset.features, image_column, paths=folder is not None)
     if isinstance(dataset.features[image_column], datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    return TableImages(dataset, image_column)
+    return TableImages(dataset, image_column, folder)
 
 
-def _image_column(spec: str, features: Features, image_column: str | None) -> str:
-    """The column `image_column`; if that is None, the only column of images, or else the only column of bytes."""
+def _image_column(spec: str, features: Features, image_column: str | None, *, paths: bool) -> str:
+    """The column `image_column`; if that is None, the only column of images, or else the only column of bytes.
+
+    Args:
+        spec: how the user named the data set.
+        features: its columns.
+        image_column: the name of one of them.
+        paths: whether it may be a column of text, with the paths of images.
+    """
     import datasets
 
     if image_column is None:
@@ -328,7 +529,8 @@ def _image_column(spec: str, features: Features, image_column: str | None) -> st
         columns = columns or [name for name, feature in features.items() if _is_binary(feature)]
         if len(columns) != 1:
             found = f"image columns {columns}" if columns else f"no image column among {list(features)}"
-            raise InputError(f"data set {spec!r} has {found}; need exactly one; name it with image_column")
+            or_paths = " (it may hold paths of images)" if paths and not columns else ""
+            raise InputError(f"data set {spec!r} has {found}; need exactly one; name it with image_column{or_paths}")
         return columns[0]
     if image_column not in features:
         near = difflib.get_close_matches(image_column, features, n=1, cutoff=0.0)
@@ -336,8 +538,9 @@ def _image_column(spec: str, features: Features, image_column: str | None) -> st
             f"data set {spec!r} has no column {image_column!r}; need one of {list(features)}, perhaps {near[0]!r}"
         )
     feature = features[image_column]
-    if not isinstance(feature, datasets.Image) and not _is_binary(feature):
-        raise InputError(f"column {image_column!r} of {spec!r} is {feature}; need images or raw bytes")
+    is_path = paths and getattr(feature, "dtype", None) in ("string", "large_string")
+    if not isinstance(feature, datasets.Image) and not _is_binary(feature) and not is_path:
+        raise InputError(f"column {image_column!r} of {spec!r} is {feature}; need images, raw bytes or paths")
     return image_column
 
 
@@ -346,46 +549,3 @@ def _is_binary(feature: Any) -> bool:
     if isinstance(feature, dict):
         return _is_binary(feature.get("bytes"))
     return getattr(feature, "dtype", None) in ("binary", "large_binary")
-
-
-def _walk(root: Path) -> list[str]:
-    """All files below `root` except hidden ones, as sorted posix paths. Links to folders are followed once each."""
-    files: list[str] = []
-    seen = {os.path.realpath(root)}
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        kept = []
-        for name in sorted(subfolders):
-            real = os.path.realpath(os.path.join(folder, name))
-            if not name.startswith(".") and real not in seen:
-                seen.add(real)
-                kept.append(name)
-        subfolders[:] = kept
-        relative = Path(os.path.relpath(folder, root))
-        files += [(relative / name).as_posix() for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
-def _by_kind(files: Iterable[str]) -> dict[str, list[str]]:
-    kinds: dict[str, list[str]] = {"images": [], "tables": [], "tars": []}
-    for file in files:
-        extension = os.path.splitext(file)[1].lower()
-        if extension in IMAGE_EXTENSIONS:
-            kinds["images"].append(file)
-        elif extension in TABLE_EXTENSIONS:
-            kinds["tables"].append(file)
-        elif extension in TAR_EXTENSIONS:
-            kinds["tars"].append(file)
-    return kinds
-
-
-def _looks_like_path(spec: str) -> bool:
-    """Whether it is a path and not a hub id (`name` or `owner/name`).
-
-    It is if it does not have the form of an id, if its first part exists on this disk, or if it has a file's extension.
-    """
-    extensions = IMAGE_EXTENSIONS | TABLE_EXTENSIONS | TAR_EXTENSIONS
-    return (
-        re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec) is None
-        or os.path.exists(spec.split("/")[0])
-        or os.path.splitext(spec)[1].lower() in extensions
-    )

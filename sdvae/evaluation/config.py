@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, Ranges, check_ranges
 from sdvae.metrics import SMALLEST_LPIPS_SIDE, SMALLEST_SIDE
 
 # (number of images, crop) of published tables. Their PSNR and rFID can be compared with those of `sdvae evaluate`. SSIM
@@ -19,6 +19,12 @@ PRESETS: dict[str, tuple[int, Literal["resize", "adm"]]] = {
     "imagenet_val_50k_256": (50_000, "adm"),
 }
 
+RANGES: Ranges = (
+    ("at least 1", lambda x: x >= 1, "count min_side max_pixels batch_size"),
+    (f"at least {SMALLEST_SIDE} for SSIM", lambda x: x >= SMALLEST_SIDE, "resolution"),
+    ("0 or more", lambda x: x >= 0, "images num_workers seed"),
+)
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -30,7 +36,7 @@ class EvaluateConfig:
     data: str = "skimage"
     """The images; whatever data.source takes in training."""
     split: str = "train"
-    """Split of a data set."""
+    """Split of the images. All of a source without splits is «train»."""
     image_column: str | None = None
     """Column of a data set that holds the images; null finds it by its type."""
     preset: Literal["none", "coco_val_5k_256", "imagenet_val_50k_256"] = "none"
@@ -45,6 +51,10 @@ class EvaluateConfig:
     it is at least twice too large, resized (bicubic) and cropped (ADM's center_crop_arr, as in tables on ImageNet)."""
     min_side: int | None = None
     """Skip images with a shorter side, in pixels; null: half the resolution."""
+    max_pixels: int | None = None
+    """Skip images with more pixels, without decoding them; null: 178,956,970."""
+    color: Literal["srgb", "raw"] = "srgb"
+    """«srgb» converts colours to sRGB by the profile in the file; «raw» takes the numbers in the file as they are."""
     latents: Literal["mode", "sample"] = "mode"
     """Decode the posterior's mode, or a sample, whose noise depends on the seed and the image's place in the data."""
     seed: int = 0
@@ -79,17 +89,7 @@ class EvaluateConfig:
     replaced."""
 
     def __post_init__(self) -> None:
-        for key in ("count", "resolution", "min_side", "batch_size"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise InputError(f"got {key}={value}; need at least 1")
-        for key in ("images", "num_workers"):
-            if getattr(self, key) < 0:
-                raise InputError(f"got {key}={getattr(self, key)}; need 0 or more")
-        if self.resolution < SMALLEST_SIDE:
-            raise InputError(f"got resolution={self.resolution}; need at least {SMALLEST_SIDE} for SSIM")
-        if self.seed < 0:
-            raise InputError(f"got seed={self.seed}; need 0 or more")
+        check_ranges(self, RANGES)
         if self.lpips in ("alex", "squeeze") and self.resolution < SMALLEST_LPIPS_SIDE:
             raise InputError(
                 f"got resolution={self.resolution} with lpips={self.lpips}, whose trunk needs {SMALLEST_LPIPS_SIDE}; "

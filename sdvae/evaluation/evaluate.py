@@ -29,9 +29,11 @@ from sdvae.data import (
     BadImages,
     EvaluationImages,
     ImageSource,
+    ReadOptions,
     adm_center_crop,
     center_crop,
     evaluation_loader,
+    kinds_of,
     open_source,
 )
 from sdvae.errors import InputError
@@ -91,7 +93,7 @@ class Bench:
     """The images and metrics, which are the same for all VAEs. The VAEs are measured one after the other.
 
     Attributes:
-        channels: the number of channels of the images.
+        reading: how image files are read.
         originals: (index, image (C, R, R)) of the images that are drawn; known after the first VAE.
         bad: images that could not be read.
     """
@@ -101,7 +103,7 @@ class Bench:
     source: ImageSource
     perceptual: Perceptual | None
     fid: ReconstructionFID | None
-    channels: int
+    reading: ReadOptions
     originals: list[tuple[int, Tensor]] = field(default_factory=list)
     bad: BadImages = field(default_factory=BadImages)
 
@@ -187,7 +189,7 @@ class Bench:
         """This process's batches in which at least one image could be read, with a progress bar."""
         config, state = self.config, self.state
         crop = adm_center_crop if config.crop == "adm" else center_crop
-        images = EvaluationImages(self.source, config.resolution, self.channels, min_side=config.min_side, crop=crop)
+        images = EvaluationImages(self.source, config.resolution, self.reading, crop=crop)
         size = config.batch_size
         whole = range(0, self.count, size)[state.process_index :: state.num_processes]
         mine = [i for start in whole for i in range(start, min(start + size, self.count))]
@@ -253,7 +255,10 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         perceptual = None
     if perceptual is not None:
         perceptual.to(state.device)
-    bench = Bench(config, state, source, perceptual, fid, channels.pop())
+    reading = ReadOptions(
+        channels=channels.pop(), min_side=config.min_side, max_pixels=config.max_pixels, color=config.color
+    )
+    bench = Bench(config, state, source, perceptual, fid, reading)
     make_folder(Path(config.output))  # before the first image, so that a fault of the folder shows at once
     results: list[dict[str, Any]] = []
     for name, vae in vaes.items():
@@ -294,7 +299,7 @@ def write(results: list[dict[str, Any]], bench: Bench) -> None:
     """
     config = bench.config
     lpips_name = None if bench.perceptual is None else bench.perceptual.name
-    table = markdown_table(results, lpips_name) + f"\n{_conditions(results[0], config)}\n"
+    table = markdown_table(results, lpips_name) + f"\n{_conditions(results[0], bench)}\n"
     folder = Path(config.output)
     drawn = [result.pop("drawn") for result in results]
     about = {
@@ -303,6 +308,7 @@ def write(results: list[dict[str, Any]], bench: Bench) -> None:
         "device": str(bench.state.device),
         "processes": bench.state.num_processes,
         "threads": torch.get_num_threads(),
+        "images": bench.count,  # of which `skipped` could not be used
         "skipped": {utf8(name): reason for name, reason in bench.bad.items()},
         "vaes": [{key: value for key, value in result.items() if key != "per_image"} for result in results],
         "differences": {
@@ -319,11 +325,13 @@ def write(results: list[dict[str, Any]], bench: Bench) -> None:
     print(f"{table}wrote {folder}")
 
 
-def _conditions(result: dict[str, Any], config: EvaluateConfig) -> str:
-    """A line that says how the figures in the table were measured."""
+def _conditions(result: dict[str, Any], bench: Bench) -> str:
+    """A line that says how the figures in the table were measured, and on how many of the images."""
+    config, bad = bench.config, [reason for _, reason in bench.bad.items()]
+    images = f"{result['images']} of {bench.count} images ({kinds_of(bad)})" if bad else f"{bench.count} images"
     how = f"{config.resolution} x {config.resolution} pixels, crop «{config.crop}», the posterior's {config.latents}"
     rounded = ", rounded to 8 bits" if config.quantize else ""
-    return f"Means over {result['images']} images ± 95 % confidence; {how}, {config.precision}{rounded}."
+    return f"Means over {images} ± 95 % confidence; {how}, {config.precision}{rounded}."
 
 
 def _in_order(images: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:

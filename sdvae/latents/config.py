@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, Ranges, check_ranges
+from sdvae.storage import is_url
+
+RANGES: Ranges = (
+    ("at least 1", lambda x: x >= 1, "resolution bucket_step batch_size num_workers shard_rows min_side max_pixels"),
+    ("at least 1, the longer side over the shorter", lambda x: x >= 1, "max_aspect"),
+    (f"a number from 0 to {2**32 - 1}", lambda x: 0 <= x < 2**32, "seed"),
+    ("0 or more", lambda x: x >= 0, "verify_rows"),
+    ("a number from 0 to 1", lambda x: 0 <= x <= 1, "max_bad_fraction"),
+    ("three numbers from 0 to 255", lambda x: 0 <= x <= 255, "background"),
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +36,7 @@ class EncodeConfig:
     vae_config: str | None = None
     """A config.json whose keys replace those of `vae`. A single file does not hold its scaling factor."""
     split: str = "train"
-    """The split to encode, of a data set that has several."""
+    """The split to encode, of a source that has several. All of a source without splits is «train»."""
     image_column: str | None = None
     """The column to encode, of a data set with several columns of images."""
     columns: tuple[str, ...] | None = None
@@ -54,13 +66,25 @@ class EncodeConfig:
     """Images in a forward pass. The last pass of a shard and bucket may have fewer."""
     num_workers: int = 2
     """Threads that read, decode and resize images, in each process."""
+    part: str | None = None
+    """i/n, with i from 0 to n - 1: encode only every n-th shard, beginning with shard i. For n processes that are
+    started separately, such as the tasks of a job array. By default processes on one disk divide the shards by file
+    locks, and those that a launcher started take RANK/WORLD_SIZE if the output is a URL."""
     shard_rows: int | None = None
     """Images in a file. An interruption loses at most one file for each process. By default 1/64 of all images, within
     64 and 4096, and at most 128 MiB."""
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB, 0 to 255: the colour behind transparent images."""
+    color: Literal["srgb", "raw"] = "srgb"
+    """srgb: colours are converted to sRGB by the profile in the file. raw: the numbers in the file are taken as they
+    are, as latents were made before this option."""
     min_side: int | None = None
     """Pixels. Images with a shorter side are skipped; by default half of the resolution."""
+    max_pixels: int | None = None
+    """Images with more pixels are skipped without being decoded, which bounds the memory of each thread; by default
+    178,956,970."""
+    max_bad_fraction: float = 0.01
+    """End with an error if more than this fraction of the images was skipped. The others are encoded and kept."""
     seed: int = 0
     """Seed of the noise for `store: sample`."""
     device: str | None = None
@@ -74,18 +98,20 @@ class EncodeConfig:
     """Rows that `verify` encodes again and compares."""
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "bucket_step", "batch_size", "num_workers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"got {name}={getattr(self, name)}; need at least 1")
-        for name in ("shard_rows", "min_side"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"got {name}={value}; need at least 1, or leave it out")
-        if self.max_aspect < 1:
-            raise InputError(f"got max_aspect={self.max_aspect}; need at least 1, the longer side over the shorter")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"got seed={self.seed}; need a number from 0 to {2**32 - 1}")
-        if self.verify_rows < 0:
-            raise InputError(f"got verify_rows={self.verify_rows}; need 0 or more")
-        if any(not 0 <= value <= 255 for value in self.background):
-            raise InputError(f"got background={self.background}; need three numbers from 0 to 255")
+        check_ranges(self, RANGES)
+        _ = self.part_numbers
+
+    @property
+    def part_numbers(self) -> tuple[int, int] | None:
+        """(i, n): encode shards i, i + n, i + 2 n, …; None if processes divide the shards by locks.
+
+        Raises:
+            InputError: when `part` is no part.
+        """
+        if self.part is None:
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            return (int(os.environ["RANK"]), world_size) if is_url(self.output) and world_size > 1 else None
+        found = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        if found is None or int(found[1]) >= int(found[2]):
+            raise InputError(f"got part={self.part}; need i/n, with i from 0 to n - 1, such as 0/8")
+        return int(found[1]), int(found[2])

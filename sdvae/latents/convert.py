@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import logging
@@ -24,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdvae.errors import InputError, first_few
-from sdvae.io import replacing, sha256_of
-from sdvae.latents.folder import LatentFolder
+from sdvae.io import replacing
+from sdvae.latents.folder import LatentFolder, ShardFault
 from sdvae.latents.rows import OUR_COLUMNS, is_value
 from sdvae.model import DiagonalGaussian
 from sdvae.noise import sample_seed
@@ -103,14 +102,13 @@ class _Source:
     def __init__(self, root: str | Path):
         folder = LatentFolder(root)
         folder.open(finished=True)
-        self.root = folder.root
+        self._folder = folder
         self.dtype = folder.dtype
         self.statistics: dict[str, Any] = folder.manifest["statistics"]
         self.vae: dict[str, Any] = folder.manifest["vae_config"]
         self.has_buckets = len(folder.manifest["fingerprint"]["images"]["sizes"]) > 1
         self.num_rows: int = folder.manifest["rows"]
-        entries = [(folder.shard_path(i), entry) for i, entry in enumerate(folder.manifest["shards"]) if entry["rows"]]
-        self._sha256 = {path: entry["sha256"] for path, entry in entries}
+        self.shards = [shard for shard, entry in enumerate(folder.shards) if entry["rows"]]
 
     def check(self) -> None:
         """Compare the checksums of all files.
@@ -118,21 +116,27 @@ class _Source:
         Raises:
             InputError: when a file is missing or damaged.
         """
-        for path, sha256 in self._sha256.items():
-            if not path.is_file() or sha256_of(path) != sha256:
-                raise InputError(f"{path} is missing or damaged; run `sdvae encode` as before, with --repair true")
+        sizes = self._folder.sizes()
+        for shard in self.shards:
+            try:
+                self._folder.check(shard, sizes[shard])
+            except ShardFault as error:
+                where = self._folder.storage.where(self._folder.shard_name(shard))
+                raise InputError(f"{where} {error}; run `sdvae encode` as before, with --repair true") from error
 
     @property
-    def shards(self) -> dict[str, Path]:
-        """Name without extension -> file. The numbers have no gaps, as patterns such as {00000..00018} require."""
-        count = len(self._sha256)
-        return {f"train-{number:05d}-of-{count:05d}": path for number, path in enumerate(self._sha256)}
+    def names(self) -> dict[str, int]:
+        """Name of a file in the target, without extension -> shard.
+
+        The numbers have no gaps, as patterns such as {00000..00018} require.
+        """
+        count = len(self.shards)
+        return {f"train-{number:05d}-of-{count:05d}": shard for number, shard in enumerate(self.shards)}
 
     @cached_property
     def schema(self) -> pa.Schema:
-        import pyarrow.parquet as pq
-
-        return pq.read_schema(next(iter(self._sha256)))
+        with self._folder.parquet(self.shards[0]) as file:
+            return file.schema_arrow
 
     @cached_property
     def values(self) -> list[str]:
@@ -149,22 +153,18 @@ class _Source:
 
         types = {name: self.schema.field(name).type for name in self.carried}
         names = [name for name, kind in types.items() if pa.types.is_integer(kind) and kind != pa.uint64()]
-        for path in self.shards.values() if names else ():
-            names = [name for name in names if self.column(path, name).null_count == 0]
+        for shard in self.shards if names else ():
+            names = [name for name in names if self.column(shard, name).null_count == 0]
         return names
 
-    def column(self, path: Path, name: str) -> pa.ChunkedArray:
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(path) as file:
+    def column(self, shard: int, name: str) -> pa.ChunkedArray:
+        with self._folder.parquet(shard) as file:
             return file.read([name]).column(name)
 
-    def rows(self, path: Path) -> Iterator[dict[str, Any]]:
+    def rows(self, shard: int) -> Iterator[dict[str, Any]]:
         """The rows of a shard, with latents as tensors (C, h, w) in the stored dtype. Reads one row group at a time."""
-        import pyarrow.parquet as pq
-
         values = self.values
-        with pq.ParquetFile(path) as file:
+        with self._folder.parquet(shard) as file:
             for group in range(file.num_row_groups):
                 for row in file.read_row_group(group).to_pylist():
                     shape = tuple(row.pop("shape"))
@@ -193,8 +193,8 @@ class _Stack:
 
 def _write_safetensors(source: _Source, target: Path, bar: tqdm) -> None:
     integers = ["index", *source.whole_integers()]
-    for stem, path in source.shards.items():
-        counts: Counter[Shape] = Counter(tuple(shape) for shape in source.column(path, "shape").to_pylist())
+    for stem, shard in source.names.items():
+        counts: Counter[Shape] = Counter(tuple(shape) for shape in source.column(shard, "shape").to_pylist())
         stacks = {
             shape: _Stack(
                 {name: torch.empty(count, *shape, dtype=source.dtype) for name in source.values}
@@ -203,7 +203,7 @@ def _write_safetensors(source: _Source, target: Path, bar: tqdm) -> None:
             )
             for shape, count in counts.items()
         }
-        for row in source.rows(path):
+        for row in source.rows(shard):
             stacks[tuple(row[source.values[0]].shape)].append(row)
             bar.update()
         for shape, stack in stacks.items():
@@ -225,9 +225,9 @@ def _write_webdataset(source: _Source, target: Path, bar: tqdm) -> None:
     caption = next((name for name in CAPTION_COLUMNS if name in texts), None)
     integers = source.whole_integers()
     label = next((name for name in LABEL_COLUMNS if name in integers), None)
-    for stem, path in source.shards.items():
+    for stem, shard in source.names.items():
         with tarfile.open(target / f"{stem}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for row in source.rows(path):
+            for row in source.rows(shard):
                 key = f"{row['index']:0{KEY_DIGITS}d}"  # not the name, which may have dots and slashes
                 for name in source.values:
                     _add(tar, f"{key}.{name}.npy", _npy(row.pop(name)))
@@ -262,18 +262,22 @@ def _check_kohya(source: _Source) -> None:
             "choose another format"
         )
     unsafe: list[str] = []
-    digests = []
-    for path in source.shards.values():
-        names = source.column(path, "name").to_pylist()
-        unsafe += [name for name in names if not _is_below(name)][: 4 - len(unsafe)]
-        digests.append(np.fromiter(map(_digest, names), dtype=np.uint64))
+    same: list[str] = []
+    by_stem: dict[str, str] = {}  # sd-scripts too holds every name in memory
+    for shard in source.shards:
+        for name in source.column(shard, "name").to_pylist():
+            if not _is_below(name):
+                unsafe.append(name)
+            stem = _stem(name)
+            if stem in by_stem:
+                same += [by_stem[stem], name]
+            else:
+                by_stem[stem] = name
     if unsafe:
         raise InputError(
             f"got images named {first_few([repr(name) for name in unsafe])}; need relative paths without "
             f".. or backslashes, of at most {LONGEST_NAME} bytes a part, as names; choose another format"
         )
-    found, counts = np.unique(np.concatenate(digests), return_counts=True)
-    same = _same_stem(source, set(found[counts > 1].tolist()))
     if same:
         raise InputError(
             f"got images whose names differ only in the extension ({first_few([repr(name) for name in same], 4)}); "
@@ -297,8 +301,8 @@ def _write_kohya(source: _Source, target: Path, bar: tqdm) -> None:
     ending = f"_{model or 'sd'}.npz"
     suffixes = [name.removeprefix("mean") for name in source.values if name.startswith("mean")]
     suffixes = suffixes or [name.removeprefix("sample") for name in source.values]
-    for path in source.shards.values():
-        for row in source.rows(path):
+    for shard in source.shards:
+        for row in source.rows(shard):
             height, width = row["original_size"]
             file = target / f"{_stem(row['name'])}_{width:04d}x{height:04d}{ending}"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -355,26 +359,6 @@ def _is_below(name: str) -> bool:
         and not any(character in name for character in "\\\0")
         and not PureWindowsPath(name).drive
     )
-
-
-def _digest(name: str) -> int:
-    """A 64-bit hash of the name without extension, so that the hashes of a hundred million names fit in memory."""
-    return int.from_bytes(hashlib.blake2b(_stem(name).encode(), digest_size=8).digest(), "little")
-
-
-def _same_stem(source: _Source, suspects: set[int]) -> list[str]:
-    """Names that equal another name except for the extension.
-
-    Args:
-        source: holds the names.
-        suspects: the results of `_digest` that occur more than once.
-    """
-    names: dict[str, list[str]] = {}
-    for path in source.shards.values() if suspects else ():
-        for name in source.column(path, "name").to_pylist():
-            if _digest(name) in suspects:
-                names.setdefault(_stem(name), []).append(name)
-    return [name for group in names.values() if len(group) > 1 for name in group]
 
 
 # ---- all ----

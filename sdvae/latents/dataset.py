@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from sdvae.data import SampleKey
 from sdvae.errors import InputError
+from sdvae.io import changed_fields
 from sdvae.latents.folder import LatentFolder
-from sdvae.latents.rows import from_bytes, is_value
+from sdvae.latents.reader import WINDOW, Reader, RowGroup
 from sdvae.latents.scaling import LatentScaling, channel_scaling, identity_scaling, scaling_of
-from sdvae.model import DiagonalGaussian
-from sdvae.noise import sample_seed
+from sdvae.model.posterior import LOGVAR_RANGE
+from sdvae.noise import sample_seeds
 
-WINDOW = 64  # row groups (of 1 MiB, or of one row if that is larger) that are shuffled together and kept in memory
 NUMBERS = ("index", "mirrored", "original_size", "crop_top_left", "target_size")
 
 
@@ -71,9 +75,9 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self.sample = sample
         self.seed = seed
         self._has_moments = stored["what"] == "moments"
-        self._groups = _row_groups(manifest["shards"])
+        self._groups = _row_groups(self._folder.shards)
         self._starts = np.array([group[2] for group in self._groups], dtype=np.int64)
-        self._reader = _Reader(self._folder)
+        self._reader = Reader(self._folder)
 
     def __len__(self) -> int:
         return self._folder.manifest["rows"]
@@ -85,25 +89,69 @@ class LatentDataset(Dataset[dict[str, Any]]):
             key: the row's place in the data set, or a `SampleKey`. With a place, noise and mirroring come from torch's
                 default generator; with a `SampleKey`, they follow from the key and the seed.
         """
-        place = key.index if isinstance(key, SampleKey) else key
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"row {place} of {len(self)}")
-        row = self._row(place % len(self))
-        if isinstance(key, SampleKey):
-            generator = torch.Generator().manual_seed(sample_seed(self.seed, key.epoch, place, "latents"))
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | SampleKey]) -> list[dict[str, Any]]:
+        """Several rows, which a DataLoader asks for as a batch: the same, to the bit, as one by one, in less time.
+
+        The latents of rows of one size are views of one tensor.
+
+        Args:
+            keys: as for `__getitem__`.
+        """
+        places = [key.index if isinstance(key, SampleKey) else key for key in keys]
+        for place in places:
+            if not -len(self) <= place < len(self):
+                raise IndexError(f"row {place} of {len(self)}")
+        found = list(self._find(np.array(places, np.int64) % len(self)))
+        of_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for number, (group, offset) in enumerate(found):
+            of_shape[group.shapes[offset]].append(number)
+        # one tensor for each shape: in the end that of the latents, and until then that of their noise
+        drawn = {shape: torch.empty(len(numbers), *shape) for shape, numbers in of_shape.items()}
+        latents: list[Any] = [None] * len(keys)
+        for shape, numbers in of_shape.items():
+            for number, own in zip(numbers, drawn[shape].unbind(), strict=True):
+                latents[number] = own
+
+        keyed = [key for key in keys if isinstance(key, SampleKey)]
+        seeds = iter(sample_seeds(self.seed, [key.epoch for key in keyed], [key.index for key in keyed], "latents"))
+        generator = torch.Generator()
+        suffixes = []
+        for key, own in zip(keys, latents, strict=True):
+            random = generator.manual_seed(next(seeds)) if isinstance(key, SampleKey) else None
+            mirrored = self.mirror > 0 and float(torch.rand((), generator=random)) < self.mirror
+            suffixes.append("_mirrored" if mirrored else "")
+            if self._has_moments and self.sample:
+                own.normal_(generator=random)
+
+        for shape, numbers in of_shape.items():
+            self._finish(drawn[shape], [(*found[number], suffixes[number]) for number in numbers])
+        return [
+            {"latents": own, "mirrored": suffix != "", **group.row(offset)}
+            for own, suffix, (group, offset) in zip(latents, suffixes, found, strict=True)
+        ]
+
+    def _finish(self, z: Tensor, rows: Sequence[tuple[RowGroup, int, str]]) -> None:
+        """Turn noise into scaled latents, in place. The arithmetic is that of `DiagonalGaussian.sample`.
+
+        Args:
+            z: (N, C, h, w) fp32, noise for as many rows of one shape. It is used only to sample a posterior.
+            rows: for each, its row group, its place in it, and the end of its columns' names.
+        """
+
+        def stored(column: str) -> Tensor:
+            data = np.concatenate([group.value(column + suffix, offset) for group, offset, suffix in rows])
+            return torch.from_numpy(data).view(self._folder.dtype).float().reshape(z.shape)
+
+        if not self._has_moments:
+            z.copy_(stored("sample"))
+        elif self.sample:
+            std = stored("logvar").clamp_(*LOGVAR_RANGE).mul_(0.5).exp_()
+            z.mul_(std).add_(stored("mean"))
         else:
-            generator = None
-        mirrored = self.mirror > 0 and float(torch.rand((), generator=generator)) < self.mirror
-        shape, dtype = row.pop("shape"), self._folder.dtype
-        suffix = "_mirrored" if mirrored else ""
-        if self._has_moments:
-            parts = [from_bytes(row[name + suffix], dtype, shape) for name in ("mean", "logvar")]
-            posterior = DiagonalGaussian(torch.cat(parts)[None])
-            latents = (posterior.sample(generator) if self.sample else posterior.mode())[0]
-        else:
-            latents = from_bytes(row[f"sample{suffix}"], dtype, shape)
-        others = {name: value for name, value in row.items() if not is_value(name)}
-        return {"latents": self.scaling.normalize(latents), "mirrored": mirrored, **others}
+            z.copy_(stored("mean"))
+        z.sub_(self.scaling.shift).mul_(self.scaling.scale)
 
     def loader(
         self,
@@ -115,9 +163,10 @@ class LatentDataset(Dataset[dict[str, Any]]):
         num_workers: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
-        start: int = 0,
-    ) -> DataLoader:
+    ) -> LatentLoader:
         """A loader for the batches of one epoch of this process. All latents of a batch have the same size.
+
+        Its `state_dict` and `load_state_dict` continue an interrupted epoch.
 
         Do not pass it to `Accelerator.prepare`, which would divide the batches among the processes a second time.
 
@@ -129,7 +178,6 @@ class LatentDataset(Dataset[dict[str, Any]]):
             num_workers: the number of processes that read.
             rank: the rank of this process; by default the launcher's.
             world_size: the number of processes; by default the launcher's.
-            start: the number of batches to leave out at the beginning.
         """
         batches = LatentBatches(
             self,
@@ -139,9 +187,22 @@ class LatentDataset(Dataset[dict[str, Any]]):
             drop_last=drop_last,
             rank=rank,
             world_size=world_size,
-            start=start,
         )
-        return DataLoader(self, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_latents)
+        return LatentLoader(self, batches, num_workers)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the order of the rows and the values drawn from them, as JSON can hold it."""
+        files = [(shard["rows"], shard["sha256"]) for shard in self._folder.shards]
+        return {
+            "data": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+            "rows": len(self),
+            "seed": self.seed,
+            "sample": self.sample,
+            "mirror": self.mirror,
+            "shift": self.scaling.shift.flatten().tolist(),
+            "scale": self.scaling.scale.flatten().tolist(),
+        }
 
     @property
     def row_groups(self) -> list[tuple[int, int]]:
@@ -152,14 +213,16 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """(N,) int: rows with the same number have images, and latents, of the same size."""
         if len(self._folder.manifest["fingerprint"]["images"]["sizes"]) == 1:
             return np.zeros(len(self), dtype=np.int64)
-        parts = [self._reader.column(shard, "target_size") for shard in sorted({group[0] for group in self._groups})]
-        _, numbers = np.unique(np.concatenate(parts), axis=0, return_inverse=True)
-        return numbers.reshape(-1)
+        shards = sorted({group[0] for group in self._groups})
+        height, width = self._reader.pairs(shards, "target_size").astype(np.int64).T
+        return np.unique(height << 32 | width, return_inverse=True)[1]
 
-    def _row(self, place: int) -> dict[str, Any]:
-        number = int(np.searchsorted(self._starts, place, side="right")) - 1
-        shard, group, first, _ = self._groups[number]
-        return self._reader.row(shard, group, place - first)
+    def _find(self, places: np.ndarray) -> Iterator[tuple[RowGroup, int]]:
+        """The row group of each row, and the row's place in it."""
+        numbers = np.searchsorted(self._starts, places, side="right") - 1
+        for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
+            shard, group, first, _ = self._groups[number]
+            yield self._reader.group(shard, group), place - first
 
 
 class LatentBatches(Sampler[list[SampleKey]]):
@@ -167,7 +230,8 @@ class LatentBatches(Sampler[list[SampleKey]]):
 
     All latents of a batch have the same size. The order follows from (seed, epoch): row groups come in a random order,
     and the rows of `WINDOW` successive groups are shuffled, so that the disk is read nearly in sequence. Rows that do
-    not fill a batch within a window are left to the next one. Batch m goes to process m mod world_size.
+    not fill a batch within a window are left to the next one. Batch m goes to process
+    (m - done) mod world_size.
 
     Args:
         dataset: the same in all processes.
@@ -179,7 +243,7 @@ class LatentBatches(Sampler[list[SampleKey]]):
             may get one batch more than others.
         rank: the rank of this process; by default the environment variable RANK, which launchers set.
         world_size: the number of processes; by default the environment variable WORLD_SIZE.
-        start: batches of this process to leave out at the beginning, to continue an epoch.
+        done: batches of all processes together to leave out at the beginning, to continue an epoch.
 
     Raises:
         InputError: for numbers that are out of range, or when the rows do not fill a batch for each process.
@@ -195,13 +259,13 @@ class LatentBatches(Sampler[list[SampleKey]]):
         drop_last: bool = True,
         rank: int | None = None,
         world_size: int | None = None,
-        start: int = 0,
+        done: int = 0,
     ):
         self.rank = int(os.environ.get("RANK", "0")) if rank is None else rank
         self.world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-        if batch_size < 1 or not 0 <= self.rank < self.world_size or start < 0 or epoch < 0:
+        if batch_size < 1 or not 0 <= self.rank < self.world_size or done < 0 or epoch < 0:
             raise InputError(
-                f"batches of {batch_size}, rank {self.rank} of {self.world_size}, epoch {epoch}, start {start};"
+                f"batches of {batch_size}, rank {self.rank} of {self.world_size}, epoch {epoch}, done {done};"
                 " need batch_size >= 1, 0 <= rank < world_size, and no negative counts"
             )
         self._groups = dataset.row_groups
@@ -211,8 +275,8 @@ class LatentBatches(Sampler[list[SampleKey]]):
         self.epoch = epoch
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self.start = start
-        if drop_last and len(self) == 0 and start == 0:
+        self.done = done
+        if drop_last and len(self) == 0 and done == 0:
             raise InputError(
                 f"{len(dataset)} rows make less than {self.world_size} batches of {batch_size}; need more rows, a"
                 " smaller batch_size, or drop_last=False"
@@ -221,20 +285,14 @@ class LatentBatches(Sampler[list[SampleKey]]):
     def __len__(self) -> int:
         counts = np.bincount(self._size_of)
         if self.drop_last:
-            mine = int((counts // self.batch_size).sum()) // self.world_size
-        else:
-            total = int((-(-counts // self.batch_size)).sum())
-            mine = len(range(self.rank, total, self.world_size))
-        return max(0, mine - self.start)
+            return max(0, int((counts // self.batch_size).sum()) - self.done) // self.world_size
+        total = int((-(-counts // self.batch_size)).sum())
+        return len(range(self.done + self.rank, total, self.world_size))
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        last = self.start + len(self)
-        for number, rows in enumerate(self._all()):
-            turn, rank = divmod(number, self.world_size)
-            if turn >= last:
-                return
-            if rank == self.rank and turn >= self.start:
-                yield [SampleKey(self.epoch, int(row)) for row in rows]
+        mine = islice(self._all(), self.done + self.rank, None, self.world_size)
+        for rows in islice(mine, len(self)):
+            yield [SampleKey(self.epoch, int(row)) for row in rows]
 
     def _all(self) -> Iterator[np.ndarray]:
         """The batches of all processes, in order."""
@@ -262,6 +320,67 @@ class LatentBatches(Sampler[list[SampleKey]]):
             yield batches[number]
 
 
+class LatentLoader(DataLoader[dict[str, Any]]):
+    """The batches of one epoch of one process, which can be continued in its middle.
+
+    `state_dict` and `load_state_dict` follow the convention of torchdata's StatefulDataLoader: the state is that after
+    the last batch that the loop received, whatever the workers have read ahead, and after loading it the next iteration
+    gives the remaining batches. They are the same to the bit, also on another number of processes. For that, all
+    processes must have received the same number of batches; the state of any of them then serves for all.
+
+    Args:
+        dataset: the data set.
+        batches: the batches of this process.
+        num_workers: the number of processes that read.
+    """
+
+    VERSION = 1  # of the order of rows and of their noise: a state of another version does not give the same batches
+
+    def __init__(self, dataset: LatentDataset, batches: LatentBatches, num_workers: int):
+        super().__init__(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_latents)
+        self._batches = batches
+        self._identity = dataset.identity
+        self._received = 0
+        self._loaded = False  # whether the next iteration continues from a state
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        if not self._loaded:  # a second iteration begins the epoch anew
+            self._batches.done = 0
+        self._received, self._loaded = 0, False
+        for batch in super().__iter__():
+            self._received += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last batch received, which JSON can hold."""
+        batches = self._batches
+        return {
+            "version": self.VERSION,
+            **self._identity,
+            "batch_size": batches.batch_size,
+            "shuffle": batches.shuffle,
+            "drop_last": batches.drop_last,
+            "epoch": batches.epoch,
+            "done": batches.done + self._received * batches.world_size,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the batches that a state counts: the next iteration gives the others of its epoch.
+
+        Raises:
+            InputError: when the data set or an option has changed, so that the batches would be others.
+        """
+        place = frozenset({"epoch", "done"})
+        changes = changed_fields(state, self.state_dict(), place)
+        if changes or not place <= state.keys():
+            raise InputError(
+                f"got the state of an epoch with other batches ({'; '.join(changes) or 'no epoch or place'}); need the "
+                "same data set and options; begin the epoch anew"
+            )
+        self._batches.epoch, self._batches.done = state["epoch"], state["done"]
+        self._received, self._loaded = 0, True
+
+
 def collate_latents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack rows: latents to (B, C, h, w), numbers and sizes to tensors; everything else becomes a list."""
     batch: dict[str, Any] = {"latents": torch.stack([row["latents"] for row in rows])}
@@ -273,54 +392,6 @@ def collate_latents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             is_number = all(isinstance(value, (int, float)) for value in values)
             batch[name] = default_collate(values) if is_number else values
     return batch
-
-
-class _Reader:
-    """Reads rows of Parquet files by row group. The last `WINDOW` groups stay in memory."""
-
-    def __init__(self, folder: LatentFolder):
-        self._folder = folder
-        self._forget()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_folder": self._folder}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._folder = state["_folder"]
-        self._forget()
-
-    def row(self, shard: int, group: int, offset: int) -> dict[str, Any]:
-        return {name: column[offset].as_py() for name, column in self._columns(shard, group).items()}
-
-    def column(self, shard: int, name: str) -> np.ndarray:
-        return np.array(self._file(shard).read([name]).column(name).to_pylist(), dtype=np.int32).reshape(-1, 2)
-
-    def _columns(self, shard: int, group: int) -> dict[str, Any]:
-        key = (shard, group)
-        if key not in self._groups:
-            table = self._file(shard).read_row_group(group)
-            self._groups[key] = {name: table.column(name).combine_chunks() for name in table.column_names}
-            if len(self._groups) > WINDOW:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        return self._groups[key]
-
-    def _file(self, shard: int) -> Any:
-        import pyarrow.parquet as pq
-
-        if self._process != os.getpid():  # a forked worker opens files of its own
-            self._forget()
-        if shard not in self._files:
-            self._files[shard] = pq.ParquetFile(self._folder.shard_path(shard), memory_map=True)
-            if len(self._files) > WINDOW:
-                self._files.popitem(last=False)
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-    def _forget(self) -> None:
-        self._process = os.getpid()
-        self._groups: OrderedDict[tuple[int, int], dict[str, Any]] = OrderedDict()
-        self._files: OrderedDict[int, Any] = OrderedDict()
 
 
 def _scaling(kind: str, manifest: dict[str, Any]) -> LatentScaling:

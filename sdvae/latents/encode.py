@@ -25,7 +25,9 @@ def encode(config: EncodeConfig) -> LatentFolder:
         The folder of the latents.
 
     Raises:
-        InputError: for bad options, another data set in the folder, or faults that a verification found.
+        InputError: for bad options, another data set in the folder, or faults that a verification found; and when
+            more than `max_bad_fraction` of the images was skipped. That is known, and said, when the last shard is
+            done: by the process that finished it, and by every later run. All rows are kept.
         OSError: when a shard cannot be written. Finished shards stay.
     """
     task = EncodeTask(config)
@@ -37,10 +39,16 @@ def encode(config: EncodeConfig) -> LatentFolder:
     task.begin()
     if rereading:
         verify(task)
-    if config.verify and not config.repair:
-        return task.folder
-    if task.folder.is_complete:
-        logger.info("%s is complete: %d rows", config.output, task.folder.manifest["rows"])
-    else:
+    folder = task.folder
+    if folder.is_complete:
+        logger.info("%s is complete: %s", config.output, folder.counts())
+    elif config.repair or not config.verify:
         Pipeline(task).run()
-    return task.folder
+    if folder.is_complete:
+        rows, skipped = folder.manifest["rows"], folder.manifest["skipped"]
+        if skipped > config.max_bad_fraction * (rows + skipped):
+            raise InputError(
+                f"{config.output} is complete, but {folder.counts()}; need at most {config.max_bad_fraction:.2%} "
+                "skipped; raise max_bad_fraction, or mend the images and encode into another folder"
+            )
+    return folder

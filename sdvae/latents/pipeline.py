@@ -3,9 +3,9 @@
     claim a shard -> read, decode, resize (threads) -> batches of one size -> encoder -> rows -> write (a thread)
 
 The images of the next shard are decoded while the last one is encoded and written. Processes share nothing except the
-folder: each takes any shard that is neither done nor taken (`LatentWriter.claim`), so there may be any number of
-processes on any number of machines, and each may die at any time. What a shard holds does not depend on that: batches
-are made within a shard, in the order of its images.
+folder or bucket (`LatentWriter.claim` says how they divide the shards), so there may be any number of processes on any
+number of machines, and each may die at any time. What a shard holds does not depend on that: batches are made within a
+shard, in the order of its images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from sdvae.data import ImageError
@@ -28,6 +27,7 @@ from sdvae.latents.encoder import PendingMoments
 from sdvae.latents.rows import LatentRow, table_of
 from sdvae.latents.shards import SourceImage, raise_if_passing
 from sdvae.latents.task import DecodedImage, EncodeTask
+from sdvae.latents.writer import Claim
 from sdvae.model import DiagonalGaussian
 from sdvae.statistics import LatentMoments
 
@@ -44,7 +44,7 @@ class ClaimedShard:
     """
 
     number: int
-    lock: FileLock
+    claim: Claim
     moments: LatentMoments
     rows: list[tuple[LatentRow, SourceImage]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
@@ -87,8 +87,9 @@ class Pipeline:
         self._waiting: dict[Size, list[tuple[SourceImage, DecodedImage]]] = defaultdict(list)  # until a batch is full
         self._in_flight: deque[Batch] = deque()
         self._written: deque[Future[None]] = deque()
-        self._held: dict[int, ClaimedShard] = {}  # the shards whose lock this process holds
+        self._held: dict[int, ClaimedShard] = {}  # the shards that this process has claimed
         self._num_skipped = 0
+        self._has_warned = False
 
     def run(self) -> None:
         """Encode all shards that no other process encodes, and finish the data set if nothing is left.
@@ -118,7 +119,7 @@ class Pipeline:
                 self._decoders.shutdown(cancel_futures=True)
                 self._writer.shutdown()
                 for shard in self._held.values():
-                    shard.lock.release()
+                    shard.claim.release()
         self._finish()
 
     def _turns(self) -> Iterator[Turn]:
@@ -129,10 +130,10 @@ class Pipeline:
         count = len(self.task.shards)
         first = int(os.environ.get("RANK", "0")) * count // int(os.environ.get("WORLD_SIZE", "1"))
         for number in [*range(first, count), *range(first)]:
-            lock = self.task.folder.claim(number)
-            if lock is None:
+            claim = self.task.folder.claim(number)
+            if claim is None:
                 continue
-            shard = self._held[number] = ClaimedShard(number, lock, LatentMoments(self.task.latent_channels))
+            shard = self._held[number] = ClaimedShard(number, claim, LatentMoments(self.task.latent_channels))
             for image in self.task.shards.images(number):
                 yield Turn(shard, image, self._decoders.submit(self.task.decode, image))
             yield Turn(shard)
@@ -218,8 +219,15 @@ class Pipeline:
         others = task.shards.columns([image for _, image in rows])
         table = table_of([row for row, _ in rows], others, task.shards.features, task.config)
         skipped = sorted(shard.skipped, key=lambda line: line["index"])
-        task.folder.write_shard(shard.number, table, task.row_bytes, shard.moments, skipped)
-        shard.lock.release()
+        is_new = task.folder.write_shard(shard.number, table, task.row_bytes, shard.moments, skipped)
+        if not is_new and shard.claim.is_locked and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "another process wrote shard %d although this one had locked it: the locks of this disk do not reach "
+                "all machines, so shards are encoded twice; give each process its part, --part i/n",
+                shard.number,
+            )
+        shard.claim.release()
         del self._held[shard.number]
 
     def _count(self, encoded: int, skipped: int) -> None:
@@ -229,8 +237,8 @@ class Pipeline:
             self._bar.set_postfix(skipped=self._num_skipped, refresh=False)
 
     def _images_done(self) -> int:
-        records = [self.task.folder.record(shard) for shard in range(len(self.task.shards))]
-        return sum(record["rows"] + record["skipped"] for record in records if record is not None)
+        folder, shards = self.task.folder, self.task.shards
+        return sum(shards.count(shard) or 0 for shard in range(len(shards)) if folder.is_done(shard))
 
     def _finish(self) -> None:
         folder, output = self.task.folder, self.task.config.output
@@ -238,11 +246,10 @@ class Pipeline:
         if not self._is_main:
             return
         if is_finished:
-            manifest = folder.manifest
-            skipped = f", {manifest['skipped']} skipped (see skipped.jsonl)" if manifest["skipped"] else ""
-            factors = manifest["statistics"]
-            logger.info("%s: %d rows%s", output, manifest["rows"], skipped)
+            factors = folder.manifest["statistics"]
+            logger.info("%s: %s", output, folder.counts())
             logger.info("scaling_factor %s, shift_factor %s", factors["scaling_factor"], factors["shift_factor"])
         else:
-            left = sum(folder.record(shard) is None for shard in range(folder.num_shards))
-            logger.info("%d of %d shards are still being encoded by other processes", left, folder.num_shards)
+            folder.refresh()
+            left = sum(not folder.is_done(shard) for shard in range(folder.num_shards))
+            logger.info("%d of %d shards are left to other processes", left, folder.num_shards)

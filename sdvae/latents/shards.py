@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sdvae.data import ImageError, ImageSource, ImageStream
 from sdvae.errors import InputError
@@ -54,31 +54,12 @@ class SourceImage:
     others: dict[str, Any] = field(default_factory=dict)
 
 
-class Shards(Protocol):
-    """A source that is divided into shards."""
-
-    total: int | None  # number of images, if it is known before they are read
-
-    def __len__(self) -> int: ...
-
-    @property
-    def features(self) -> Features:
-        """The features of the columns that are copied from the source."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """The values that must be equal for two runs to make the same shards."""
-        ...
-
-    def images(self, shard: int) -> Iterator[SourceImage]: ...
-
-    def columns(self, images: Sequence[SourceImage]) -> pa.Table:
-        """The copied columns of some images of one shard."""
-        ...
-
-
 class RangeShards:
     """Ranges of a source whose length is known.
+
+    Attributes:
+        total: the number of images.
+        features: the features of the columns that are copied from the source.
 
     Args:
         source: the images.
@@ -91,18 +72,15 @@ class RangeShards:
 
     def __init__(self, source: ImageSource, names: Sequence[str] | None, shard_rows: int):
         self._source = source
-        self._features = chosen(source.features, names)
+        self.features = chosen(source.features, names)
         self._shard_rows = shard_rows
         self.total: int | None = len(source)
 
     def __len__(self) -> int:
         return -(-len(self._source) // self._shard_rows)
 
-    @property
-    def features(self) -> Features:
-        return self._features
-
     def identity(self) -> dict[str, Any]:
+        """The values that must be equal for two runs to make the same shards."""
         count = len(self._source)
         names, samples = hashlib.sha256(), hashlib.sha256()
         for index in range(count):
@@ -118,21 +96,29 @@ class RangeShards:
             "names_sha256": names.hexdigest(),
             "samples_sha256": samples.hexdigest(),
             "shard_rows": self._shard_rows,
-            "columns": {name: str(feature) for name, feature in self._features.items()},
+            "columns": {name: str(feature) for name, feature in self.features.items()},
         }
 
+    def count(self, shard: int) -> int | None:
+        return len(self._range(shard))
+
+    def _range(self, shard: int) -> range:
+        return range(len(self._source))[shard * self._shard_rows :][: self._shard_rows]
+
     def images(self, shard: int) -> Iterator[SourceImage]:
-        start = shard * self._shard_rows
-        for index in range(start, min(start + self._shard_rows, len(self._source))):
+        for index in self._range(shard):
             yield SourceImage(index, self._source.name(index), partial(self._source.read, index))
 
     def columns(self, images: Sequence[SourceImage]) -> pa.Table:
+        """The copied columns of some images of one shard."""
         table = self._source.columns([image.index for image in images])
-        return table.select(list(self._features))
+        return table.select(list(self.features))
 
 
 class StreamShards:
     """The parts of a stream. The number of images in a part is known only when it has been read.
+
+    The attributes and methods are those of `RangeShards`.
 
     Args:
         stream: the images.
@@ -147,22 +133,21 @@ class StreamShards:
 
     def __init__(self, stream: ImageStream, names: Sequence[str] | None, spec: str):
         self._stream = stream
-        self._features = chosen(stream.features, names)
+        self.features = chosen(stream.features, names)
         self._spec = str(Path(spec)) if Path(spec).exists() else spec
 
     def __len__(self) -> int:
         return self._stream.num_parts
 
-    @property
-    def features(self) -> Features:
-        return self._features
-
     def identity(self) -> dict[str, Any]:
         return {
             "stream": self._spec,
             "parts": len(self),
-            "columns": {name: str(feature) for name, feature in self._features.items()},
+            "columns": {name: str(feature) for name, feature in self.features.items()},
         }
+
+    def count(self, shard: int) -> int | None:
+        return None
 
     def images(self, shard: int) -> Iterator[SourceImage]:
         for position, (name, data, others) in enumerate(self._stream.part(shard)):
@@ -171,11 +156,13 @@ class StreamShards:
     def columns(self, images: Sequence[SourceImage]) -> pa.Table:
         import pyarrow as pa
 
-        examples = [
-            self._features.encode_example({name: image.others[name] for name in self._features}) for image in images
-        ]
-        values = {name: [example[name] for example in examples] for name in self._features}
-        return pa.table(values, schema=self._features.arrow_schema)
+        features = self.features
+        examples = [features.encode_example({name: image.others[name] for name in features}) for image in images]
+        values = {name: [example[name] for example in examples] for name in features}
+        return pa.table(values, schema=features.arrow_schema)
+
+
+Shards = RangeShards | StreamShards  # a source that is divided into shards
 
 
 def rows_per_shard(images: int, row_bytes: int) -> int:

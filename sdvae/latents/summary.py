@@ -35,15 +35,20 @@ def statistics_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def card(manifest: Mapping[str, Any]) -> str:
-    """The README.md of a data set. The hub and `datasets` read its head."""
+def card(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> str:
+    """The README.md of a data set. The hub and `datasets` read its head.
+
+    Args:
+        manifest: the manifest of the finished data set.
+        shards: the lines of its shards.jsonl.
+    """
     fingerprint = manifest["fingerprint"]
     stored, images, vae = fingerprint["stored"], fingerprint["images"], fingerprint["vae"]
     sizes = ", ".join(f"{height} x {width}" for height, width in images["sizes"])
     factors = {key: value for key, value in manifest["statistics"].items() if key.endswith("factor")}
     scaling_factor = manifest["vae_config"].get("scaling_factor")
     # The cache of `datasets` tells two data sets apart only by this head and the folder's last name.
-    content = hashlib.sha256("".join(entry["sha256"] for entry in manifest["shards"]).encode()).hexdigest()
+    content = hashlib.sha256("".join(entry["sha256"] for entry in shards).encode()).hexdigest()
     return f"""---
 configs:
 - config_name: default

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdvae.data import cover, open_source, open_stream, read_image
+from sdvae.data import ReadOptions, cover, open_source, open_stream, read_image
 from sdvae.errors import InputError
 from sdvae.io import is_inside, utf8
 from sdvae.latents.buckets import Placement, Size, bucket_sizes, place
@@ -60,15 +60,21 @@ class EncodeTask:
         self.sizes = bucket_sizes(config, vae.spatial_compression_ratio)
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
-        self.channels = vae.config.in_channels
-        self.min_side = max(1, config.resolution // 2) if config.min_side is None else config.min_side
+        reading = ReadOptions(
+            channels=vae.config.in_channels,
+            background=config.background,
+            min_side=config.min_side,
+            max_pixels=config.max_pixels,
+            color=config.color,
+        )
+        self.reading = reading.for_crops(config.resolution)
         self.latent_channels = vae.config.latent_channels
         self.row_bytes = row_bytes(self.sizes, vae.spatial_compression_ratio, self.latent_channels, config)
         self.shards = self._open_source()
         self.vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
         self.fingerprint = self._fingerprint(vae)
         self.encoder = MomentEncoder(vae, self.device, self.precision, config.mirror)
-        self.folder = LatentWriter(config.output)
+        self.folder = LatentWriter(config.output, config.part_numbers)
 
     def begin(self) -> None:
         """Start the data set on disk, or continue it.
@@ -85,7 +91,7 @@ class EncodeTask:
             ImageError: when it cannot be used.
         """
         data = image.read()
-        decoded = read_image(data, channels=self.channels, background=self.config.background, min_side=self.min_side)
+        decoded = read_image(data, self.reading)
         size = (decoded.height, decoded.width)
         placement = place(size, self.sizes)
         height, width = placement.target_size
@@ -165,7 +171,9 @@ class EncodeTask:
             "images": {
                 "sizes": [list(size) for size in self.sizes],
                 "background": list(config.background),
-                "min_side": self.min_side,
+                "min_side": self.reading.min_side,
+                "max_pixels": self.reading.max_pixels,
+                "color": self.reading.color,
             },
             "source": {"split": config.split, "image_column": config.image_column, **self.shards.identity()},
             "shards": len(self.shards),

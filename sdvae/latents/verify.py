@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,13 @@ from torch import Tensor
 
 from sdvae.data import ImageError
 from sdvae.errors import InputError, one_line
-from sdvae.io import sha256_of
+from sdvae.latents.folder import ShardFault
 from sdvae.latents.rows import from_bytes, value_columns
 from sdvae.latents.shards import SourceImage, raise_if_passing
 from sdvae.latents.summary import statistics_of
 from sdvae.latents.task import EncodeTask
 from sdvae.latents.writer import LatentWriter
+from sdvae.storage import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -41,75 +41,53 @@ def verify(task: EncodeTask) -> None:
     """
     folder, config = task.folder, task.config
     columns = value_columns(config)
-    num_listed = {shard: len(lines) for shard, lines in folder.skipped_lines().items()}
-    broken = {
-        shard: reason
-        for shard in range(folder.num_shards)
-        if (reason := shard_fault(folder, shard, columns, num_listed.get(shard, 0))) is not None
-    }
-    sound = [shard for shard in range(folder.num_shards) if shard not in broken]
+    listed = {shard: len(lines) for shard, lines in folder.skipped_lines().items()}
+    sound: dict[int, int] = {}  # shard -> its rows
+    broken: dict[int, str] = {}
+    for shard, size in enumerate(folder.sizes()):
+        try:
+            entry = folder.check(shard, size)
+            _check_content(folder, shard, entry["rows"], columns)
+            if folder.is_complete and (found := listed.get(shard, 0)) != entry["skipped"]:
+                raise ShardFault(f"has {entry['skipped']} skipped images, of which skipped.jsonl names {found}")
+            sound[shard] = entry["rows"]
+        except ShardFault as fault:
+            broken[shard] = str(fault)
     compared, worst, differing = _encode_again(task, sound)
     broken |= differing
     for shard, reason in sorted(broken.items()):
-        logger.warning("%s: %s", folder.shard_path(shard).name, reason)
+        logger.warning("%s: %s", folder.shard_name(shard), reason)
     logger.info(
         "%s: %d of %d shards with %d rows are whole; %d rows encoded again differ by at most %.2g std",
         config.output,
         len(sound),
         folder.num_shards,
-        sum(_num_rows(folder, sound)),
+        sum(sound.values()),
         compared,
         worst,
     )
     if broken and not config.repair:
-        named = "; ".join(f"{folder.shard_path(k).name} {reason}" for k, reason in sorted(broken.items())[:3])
+        named = "; ".join(f"{folder.shard_name(k)} {reason}" for k, reason in sorted(broken.items())[:3])
         raise InputError(f"{len(broken)} of {folder.num_shards} shards are broken ({named}); repair: --repair true")
     if broken:
         folder.undo(sorted(broken))
 
 
-def shard_fault(folder: LatentWriter, shard: int, columns: list[str], num_listed: int) -> str | None:
-    """Find out what is wrong with a shard.
-
-    Args:
-        folder: the data set.
-        shard: its number.
-        columns: the columns that hold latents.
-        num_listed: the number of the shard's images in skipped.jsonl.
-
-    Returns:
-        The fault in words, or None if there is none.
-    """
-    record, path = folder.record(shard), folder.shard_path(shard)
-    if record is None:
-        return "is not done"
-    if not path.is_file():
-        return "is missing"
-    if path.stat().st_size != record["bytes"]:
-        return f"has {path.stat().st_size} bytes instead of {record['bytes']}"
-    if sha256_of(path) != record["sha256"]:
-        return "has another checksum than its record"
-    if fault := _content_fault(path, folder.dtype, record["rows"], columns):
-        return fault
-    if "skipped_images" not in record and num_listed != record["skipped"]:  # the record of a finished data set
-        return f"has {record['skipped']} skipped images, of which skipped.jsonl names {num_listed}"
-    return None
-
-
-def _content_fault(path: Path, dtype: torch.dtype, num_rows: int, columns: list[str]) -> str | None:
+def _check_content(folder: LatentWriter, shard: int, num_rows: int, columns: list[str]) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with folder.parquet(shard) as file:
             if file.metadata.num_rows != num_rows:
-                return f"has {file.metadata.num_rows} rows instead of {num_rows}"
+                raise ShardFault(f"has {file.metadata.num_rows} rows instead of {num_rows}")
             for batch in file.iter_batches(columns=["index", "shape", *columns]):
-                if fault := _first_not_finite(batch.to_pylist(), dtype, columns):
-                    return fault
-    except (pa.ArrowException, OSError, RuntimeError, ValueError) as error:  # the last two: too many or few bytes
-        return f"cannot be read ({one_line(error)})"
-    return None
+                if fault := _first_not_finite(batch.to_pylist(), folder.dtype, columns):
+                    raise ShardFault(fault)
+    # ValueError and RuntimeError for too many or few bytes; pyarrow raises OSError without a number for bad content
+    except (pa.ArrowException, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, StorageError) or getattr(error, "errno", None) is not None:
+            raise
+        raise ShardFault(f"cannot be read ({one_line(error)})") from error
 
 
 def _first_not_finite(rows: list[dict[str, Any]], dtype: torch.dtype, columns: list[str]) -> str | None:
@@ -120,23 +98,28 @@ def _first_not_finite(rows: list[dict[str, Any]], dtype: torch.dtype, columns: l
     return None
 
 
-def _encode_again(task: EncodeTask, shards: list[int]) -> tuple[int, float, dict[int, str]]:
+def _encode_again(task: EncodeTask, sound: Mapping[int, int]) -> tuple[int, float, dict[int, str]]:
     """Encode some rows of whole shards again and compare.
+
+    Args:
+        task: holds the encoder.
+        sound: shard -> number of its rows.
 
     Returns:
         The number of rows, their greatest difference in standard deviations, and {shard: what is wrong with it}.
     """
     config, folder = task.config, task.folder
-    chosen = _choose(_num_rows(folder, shards), config.verify_rows, config.seed)
+    shards = list(sound)
+    chosen = _choose(list(sound.values()), config.verify_rows, config.seed)
     if not chosen:
         return 0, 0.0, {}
     compared, worst = 0, 0.0
     differing: dict[int, str] = {}
-    records = [folder.record(shard) for shard in shards]
-    std = torch.tensor(statistics_of([record for record in records if record is not None])["latents_std"])
+    statistics = folder.manifest["statistics"] if folder.is_complete else statistics_of(folder.records(shards))
+    std = torch.tensor(statistics["latents_std"])
     for number, positions in chosen.items():
         shard = shards[number]
-        stored = _stored_rows(folder.shard_path(shard), positions, value_columns(config))
+        stored = _stored_rows(folder, shard, positions, value_columns(config))
         for image in task.shards.images(shard):
             if image.index not in stored:
                 continue
@@ -185,10 +168,6 @@ def _compare(task: EncodeTask, image: SourceImage, stored: dict[str, Any], std: 
     return None, difference
 
 
-def _num_rows(folder: LatentWriter, shards: Sequence[int]) -> list[int]:
-    return [(folder.record(shard) or {"rows": 0})["rows"] for shard in shards]
-
-
 def _choose(num_rows: Sequence[int], count: int, seed: int) -> dict[int, list[int]]:
     """Draw rows from several shards.
 
@@ -212,8 +191,9 @@ def _choose(num_rows: Sequence[int], count: int, seed: int) -> dict[int, list[in
     return chosen
 
 
-def _stored_rows(path: Path, positions: list[int], columns: list[str]) -> dict[int, dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path, columns=["index", "sha256", "shape", *columns])
+def _stored_rows(
+    folder: LatentWriter, shard: int, positions: list[int], columns: list[str]
+) -> dict[int, dict[str, Any]]:
+    with folder.parquet(shard) as file:
+        table = file.read(columns=["index", "sha256", "shape", *columns])
     return {row["index"]: row for row in table.take(positions).to_pylist()}

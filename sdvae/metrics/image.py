@@ -69,14 +69,13 @@ def image_figures(
         for the whole image, and as `bits_per_pixel`; and `bias_0`, `bias_1`, …, the mean of reconstruction - image in
         each channel, in 8-bit levels.
     """
-    nats = posterior.kl()  # (B,)
-    bits = nats / math.log(2) / (images.shape[2] * images.shape[3])
+    _, channels, height, width = images.shape
     bias = 127.5 * (reconstruction.clamp(-1, 1) - images).mean(dim=(2, 3))  # (B, C)
     figures = image_metrics(images, reconstruction, posterior, perceptual)
-    for i, of_image in enumerate(figures):
-        del of_image["kl"]  # replaced by the two below, which are not divided by C·H·W
-        of_image |= {"kl_nats": float(nats[i]), "bits_per_pixel": float(bits[i])}
-        of_image |= {f"bias_{channel}": float(value) for channel, value in enumerate(bias[i])}
+    for of_image, of_channels in zip(figures, bias.tolist(), strict=True):
+        nats = of_image.pop("kl") * channels * height * width
+        of_image |= {"kl_nats": nats, "bits_per_pixel": nats / math.log(2) / (height * width)}
+        of_image |= {f"bias_{channel}": value for channel, value in enumerate(of_channels)}
     return figures
 
 

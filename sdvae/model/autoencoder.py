@@ -11,6 +11,8 @@ the forward pass are here and in `sdvae.model.blocks`.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +27,30 @@ from diffusers.models.modeling_utils import ModelMixin  # pipelines look for thi
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, first_few, one_line
 from sdvae.model.blocks import Decoder, Encoder, only
 from sdvae.model.config import DOWN_BLOCK_TYPES, LIKELIHOODS, UP_BLOCK_TYPES, level_attention
 from sdvae.model.posterior import DiagonalGaussian
+from sdvae.model.state import initialise, is_network, rebuilt
 from sdvae.model.tiling import Streamed, can_stream, plan
+from sdvae.runtime import DTYPES, dtype_named
+
+logger = logging.getLogger(__name__)
+
+
+def _with_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with `dtype` and `torch_dtype` as torch.dtype, since diffusers reads every word as fp32.
+
+    Raises:
+        InputError: for the name of no such dtype.
+    """
+    for key in ("dtype", "torch_dtype"):
+        word = kwargs.get(key)
+        if isinstance(word, str):
+            kwargs = {**kwargs, key: dtype_named(word)}
+            if kwargs[key] is None:
+                raise InputError(f"got {key}={word!r}; need one of {', '.join(DTYPES)}, or a torch.dtype")
+    return kwargs
 
 
 def check_floating(images: Tensor) -> None:
@@ -147,8 +168,9 @@ class AutoencoderKL(StockAutoencoderKL):
         """Encode and decode images of any size in bounded memory. diffusers' pipelines call this method.
 
         Unlike with diffusers' tiles, the result equals that of the whole image (see `sdvae.model.tiling`). Tiling is
-        used when gradients are off and every layer is as this class made it. If a layer was replaced or has hooks, as
-        with layer-by-layer offloading, the whole image is computed at once.
+        used when gradients are off and every layer is as this class made it. With gradients, or if a layer was replaced
+        or has hooks, as with adapters and layer-by-layer offloading, a warning says that the whole image is computed at
+        once.
 
         Args:
             use_tiling: false turns it off, as `disable_tiling` does.
@@ -272,13 +294,13 @@ class AutoencoderKL(StockAutoencoderKL):
         return self._sliced(self._image, z, temb)
 
     def _moments(self, x: Tensor, temb: Tensor | None) -> Tensor:
-        if self._streams(self.encoder, self.quant_conv):
+        if self._streams(x, self.encoder, self.quant_conv):
             return self._streamed(x.shape, x).encode(self, x, temb)
         h = self.encoder(x, *only(temb))
         return h if self.quant_conv is None else self.quant_conv(h)
 
     def _image(self, z: Tensor, temb: Tensor | None) -> Tensor:
-        if self._streams(self.decoder, self.post_quant_conv):
+        if self._streams(z, self.decoder, self.post_quant_conv):
             if not z.isfinite().all():  # one such value would reach the whole image, after a long time
                 raise InputError("got latents with NaN or infinite values; need finite ones; find what overflowed")
             f = self.spatial_compression_ratio
@@ -286,9 +308,19 @@ class AutoencoderKL(StockAutoencoderKL):
             return self._streamed(shape, z).decode(self, z, temb)
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), *only(temb))
 
-    def _streams(self, *parts: nn.Module | None) -> bool:
-        groups = self.config.norm_num_groups
-        return self.use_tiling and not torch.is_grad_enabled() and all(can_stream(part, groups) for part in parts)
+    def _streams(self, x: Tensor, *parts: nn.Module | None) -> bool:
+        """Whether to compute in strips. If tiling is on and cannot be used, a warning gives the reason."""
+        if not self.use_tiling or x.shape[0] == 0:
+            return False
+        if torch.is_grad_enabled():
+            reason = "gradients are on; turn them off with torch.no_grad()"
+        elif not all(can_stream(part, self.config.norm_num_groups) for part in parts):
+            reason = "a layer was replaced, adapted or hooked"
+        else:
+            return True
+        if not torch.compiler.is_compiling():
+            warnings.warn(f"tiling is not used, and the whole image is computed at once: {reason}", stacklevel=2)
+        return False
 
     def _streamed(self, shape: torch.Size, x: Tensor) -> Streamed:
         """The strip-wise computation for images of a shape, on the device and in the dtype of `x`."""
@@ -308,40 +340,78 @@ class AutoencoderKL(StockAutoencoderKL):
         Config, device, dtype and mode are the same. If it is put into a pipeline before `pipe.save_pretrained`, the
         saved folder can be loaded where sdvae is not installed: the pipeline's model_index.json names the package of
         each class.
+
+        Raises:
+            InputError: as `save_pretrained` does.
         """
-        config = {key: value for key, value in self.config.items() if not key.startswith("_")}
-        stock = StockAutoencoderKL(**config)
-        if self.likelihood != "gaussian":
-            stock.register_to_config(_likelihood=self.likelihood)
-        weights = {name: weight.detach().clone() for name, weight in self.state_dict().items()}
-        stock.load_state_dict(weights, assign=True)
-        return stock.train(self.training)
+        stock = rebuilt(self, StockAutoencoderKL)
+        stock.load_state_dict({name: weight.clone() for name, weight in stock.state_dict().items()}, assign=True)
+        return stock
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """diffusers' `save_pretrained`, with the same arguments, which also saves a VAE that was changed for use.
+
+        The folder holds the `plain_weights` (see `sdvae.model.state`), which this class and diffusers' both load.
+
+        Raises:
+            InputError: when there are none, for example because of an adapter that is not merged. Nothing is written.
+        """
+        ModelMixin.save_pretrained(rebuilt(self, type(self)), save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """diffusers' `from_pretrained`, with the same arguments, except that it refuses weights that do not fit.
 
-        diffusers only warns, and leaves missing weights at random values. For single files and stricter checks see
+        diffusers only warns, and leaves missing weights at random values. It also takes the dtype as a word, such as
+        "fp16" or "float16". With `ignore_mismatched_sizes=True`, weights of another shape are left out, and those of
+        the model are newly initialised and named in one warning. For single files and stricter checks see
         `sdvae.load_vae`.
 
         Raises:
-            InputError: with the missing, unexpected and wrongly shaped keys.
+            InputError: with the missing, unexpected and wrongly shaped keys, or for an unknown dtype.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if kwargs.get("ignore_mismatched_sizes"):
+            kwargs["low_cpu_mem_usage"] = False  # otherwise diffusers leaves the weights in question without data
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **_with_dtype(kwargs)
+        )
         model, info = loaded
-        faults = [
-            f"{len(info[kind])} {kind.split('_')[0]} ({', '.join(map(str, sorted(info[kind])[:3]))}…)"
-            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-            if info[kind]
-        ]
-        if faults:
-            raise InputError(
-                f"the weights in {pretrained_model_name_or_path} do not fit its config.json: keys {'; '.join(faults)}; "
-                "get a whole copy of the folder"
-            )
+        origin = f"the weights in {pretrained_model_name_or_path}"
+        extra = [key for key in sorted(info["unexpected_keys"]) if not is_network(key)]
+        faults = {
+            "missing": sorted(info["missing_keys"]),
+            "unexpected": sorted(set(info["unexpected_keys"]) - set(extra)),
+            "mismatched": sorted(str(key) for key, *_ in info["mismatched_keys"]),
+        }
+        if kwargs.get("ignore_mismatched_sizes") and (new := faults.pop("mismatched")):
+            initialise(model, new)
+            logger.warning("%s have other shapes: newly initialised %s", origin, ", ".join(new))
+        if any(faults.values()):
+            found = [f"{len(keys)} {kind} ({first_few(keys)})" for kind, keys in faults.items() if keys]
+            raise InputError(f"{origin} do not fit its config.json: keys {'; '.join(found)}; get a whole copy of it")
+        if extra:
+            logger.warning("%s have %d more that no VAE has: left out %s", origin, len(extra), first_few(extra))
         model.set_likelihood(model.likelihood)  # refuses a word that this version does not know
         return (model, info) if wants_info else model
+
+    @classmethod
+    def from_single_file(cls, *args: Any, **kwargs: Any) -> Any:
+        """diffusers' `from_single_file`, with the same arguments; the dtype may be a word, as in `from_pretrained`.
+
+        `low_cpu_mem_usage` is always true, since without it diffusers leaves missing weights at random values without
+        a word. `sdvae.load_vae` reads more forms of files, and needs no configuration from the hub.
+
+        Raises:
+            InputError: when the file lacks weights, or for an unknown dtype.
+        """
+        try:
+            return super().from_single_file(*args, **_with_dtype(kwargs) | {"low_cpu_mem_usage": True})
+        except NotImplementedError as error:  # a weight that the file lacks is on the meta device, and has no data
+            raise InputError(
+                f"{args[0] if args else 'the file'} lacks weights of its configuration ({one_line(error)[:40]}…); "
+                "need all of them; load the file with sdvae.load_vae, which names them"
+            ) from error
 
     def _check_images(self, x: Tensor) -> None:
         factor = self.spatial_compression_ratio
@@ -367,5 +437,5 @@ class AutoencoderKL(StockAutoencoderKL):
             )
         if not z.is_floating_point():
             raise InputError(f"got latents of {z.dtype}; need unscaled floats; convert them: z.float()")
-        if z.numel() == 0:
+        if 0 in z.shape[2:]:
             raise InputError(f"got latents of shape {tuple(z.shape)}, with a side of zero; need at least 1")

@@ -12,6 +12,7 @@ from typing import Any
 from sdvae.errors import InputError
 
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")  # those that diffusers' get_activation knows
+CLASS_NAMES = ("AutoencoderKL", "ConditionalAutoencoderKL")  # `_class_name` in the config.json of this package's VAEs
 LIKELIHOODS = ("gaussian", "bernoulli")
 # diffusers' names for levels without and with self-attention, which some levels of LDM's f16 and f32 models have
 DOWN_BLOCK_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")

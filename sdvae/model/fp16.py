@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
 from sdvae.model.blocks import NORM_EPS, Decoder, Downsample, Encoder, ResnetBlock, SelfAttention, Upsample
+from sdvae.model.tiling import is_known
 
 FP16_MAX = 65504.0
 MARGIN = 8.0  # by this factor, other images and sums inside a layer may exceed the values of the calibration images
@@ -90,9 +91,11 @@ def fix(vae: AutoencoderKL, images: Sequence[Tensor]) -> Fix:
         images: batches (B, C, H, W) in [-1, 1], H and W multiples of the compression ratio.
 
     Raises:
-        InputError: when a value is not finite in fp32, or when one is too large in a place that rescaling does not
-            change: the latents, the image, queries and keys, or the output of a norm.
+        InputError: when a layer was replaced, adapted or hooked, when a value is not finite in fp32, or when one is too
+            large in a place that rescaling does not change: the latents, the image, queries and keys, or the output of
+            a norm.
     """
+    _check_layers(vae)
     before = audit(vae, images)
     if not all(math.isfinite(value) for value in before.values()):
         raise InputError("the VAE gives values that are not finite in fp32 as well; need one that works in fp32")
@@ -237,3 +240,13 @@ def _check(vae: AutoencoderKL, images: Sequence[Tensor]) -> None:
         raise InputError("got no calibration image; need at least one")
     if vae.dtype != torch.float32:
         raise InputError(f"got a VAE in {vae.dtype}; need fp32 to see what fp16 would lose; load it with dtype=fp32")
+
+
+def _check_layers(vae: AutoencoderKL) -> None:
+    """Refuse layers whose output need not be multiplied when their weights are."""
+    for name, module in vae.named_modules():
+        if name.startswith(("encoder", "decoder")) and not is_known(module):
+            raise InputError(
+                f"got a VAE whose layer {name} ({type(module).__name__}) was replaced, adapted or hooked; need this "
+                "class's own layers; merge adapters into the weights and remove hooks first"
+            )

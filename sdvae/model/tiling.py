@@ -65,12 +65,17 @@ def can_stream(part: nn.Module | None, groups: int) -> bool:
         part: encoder, decoder, a conv around the latents, or None for a conv that the VAE lacks.
         groups: the number of groups that all group norms must have.
     """
-    return part is None or all(_is_known(module, groups) for module in part.modules())
+    return part is None or all(_can_stream_layer(module, groups) for module in part.modules())
 
 
-def _is_known(module: nn.Module, groups: int) -> bool:
+def is_known(module: nn.Module) -> bool:
+    """Whether a module is a plain one of the kinds that the VAE's networks are built from."""
     kind = kind_of(module)
-    if kind not in KNOWN or not is_plain(module, kind):
+    return kind in KNOWN and is_plain(module, kind)
+
+
+def _can_stream_layer(module: nn.Module, groups: int) -> bool:
+    if not is_known(module):
         return False
     if isinstance(module, nn.Conv2d):
         return any(has_geometry(module, **geometry) for geometry in CONVS)

@@ -18,7 +18,8 @@ from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from torch import nn
 
-from sdvae.data import BadImages, EvaluationImages, evaluation_loader, open_source
+from sdvae.data import BadImages, EvaluationImages, ReadOptions, evaluation_loader, open_source
+from sdvae.data.reading import Color
 from sdvae.errors import InputError, one_line
 from sdvae.io import HUB_ID, replacing, version
 from sdvae.metrics import SMALLEST_SIDE
@@ -61,6 +62,7 @@ def push_to_hub(
     data: str | None = None,
     count: int = 50,
     resolution: int = 256,
+    color: Color = "srgb",
     token: str | None = None,
     dry_run: str | Path | None = None,
 ) -> str:
@@ -83,6 +85,7 @@ def push_to_hub(
             VAE's folder are used, if it has any.
         count: number of those images, at most.
         resolution: side of their centre crops in pixels.
+        color: as in `ReadOptions`.
         token: access token of the hub; by default that of `hf auth login`, or HF_TOKEN.
         dry_run: a new or empty folder; everything is written there, and nothing is uploaded.
 
@@ -102,7 +105,7 @@ def push_to_hub(
         raise InputError(f"got no token for the hub; {WANT_TOKEN}, or set HF_TOKEN")
 
     model, folder, origin = _open(vae, subfolder)
-    measured = None if data is None else measure_on(model, data, count, resolution)
+    measured = None if data is None else measure_on(model, data, count, resolution, color)
     figures = None
     if data is not None and measured is not None:
         figures = figures_text(measured, "Means over", data, resolution)
@@ -139,9 +142,7 @@ def hub_card(
         except (ValueError, yaml.YAMLError) as error:
             raise InputError(f"{readme} has a head that is not YAML ({_short(error)}); correct it") from error
     else:
-        name = repo_id.split("/")[1]
-        head = card_head(vae, title(name, vae.spatial_compression_ratio, vae.config.latent_channels), base_model=base)
-        card = ModelCard(head)
+        card = ModelCard(card_head(vae, title(repo_id.split("/")[1], vae), base_model=base))
     card.data["library_name"] = "diffusers"
     card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *TAGS]))
     if license is not None:
@@ -194,7 +195,7 @@ def last_part(value: str) -> str:
 
 
 @torch.no_grad()
-def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int) -> ValidationResult:
+def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int, color: Color) -> ValidationResult:
     """Reconstruct images from the posterior's mode, in fp32.
 
     Args:
@@ -202,6 +203,7 @@ def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int) -> Va
         data: a source for `open_source`.
         count: number of images, at most.
         resolution: side of the centre crops in pixels.
+        color: as in `ReadOptions`.
 
     Raises:
         InputError: when no image can be read, or for a count or resolution that is too small.
@@ -211,7 +213,7 @@ def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int) -> Va
             f"got count={count}, resolution={resolution}; need at least 1 image, and {SMALLEST_SIDE} pixels for SSIM"
         )
     source = open_source(data)
-    images = EvaluationImages(source, resolution, vae.config.in_channels, min_side=1)
+    images = EvaluationImages(source, resolution, ReadOptions(channels=vae.config.in_channels, min_side=1, color=color))
     loader = evaluation_loader(images, range(min(count, len(source))), batch_size=1, num_workers=0)
     accelerator = Accelerator(cpu=accelerator_type() is None)
     copied = copy.deepcopy(vae)
@@ -268,19 +270,14 @@ def _refusals(repo_id: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = error.response.status_code
         said = _short(error.server_message or error)
-        if status == 401:
-            raise InputError(f"got a token that the hub does not know (401); {WANT_TOKEN}") from error
-        if status == 403:
-            owner = repo_id.split("/")[0]
-            raise InputError(
-                f"got a token that may not write to {owner}'s {repo_id} (403: {said}); {WANT_TOKEN}"
-            ) from error
-        if status == 404:
-            raise InputError(
-                f"the hub has no {repo_id} that this token may see (404: {said}); check the name"
-            ) from error
+        refusals = {
+            401: f"got a token that the hub does not know (401); {WANT_TOKEN}",
+            403: f"got a token that may not write to {repo_id.split('/')[0]}'s {repo_id} (403: {said}); {WANT_TOKEN}",
+            404: f"the hub has no {repo_id} that this token may see (404: {said}); check the name",
+        }
         if status < 500 and status != 429:
-            raise InputError(f"the hub refuses {repo_id} ({status}: {said}); correct that") from error
+            other = f"the hub refuses {repo_id} ({status}: {said}); correct that"
+            raise InputError(refusals.get(status, other)) from error
         raise ConnectionError(f"the hub failed ({status}: {said}); try again later") from error
     except ValueError as error:  # raised when the card's head or the repository's name is not valid
         raise InputError(f"the hub refuses this card or name: {_short(error)}") from error

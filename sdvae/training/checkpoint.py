@@ -113,7 +113,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def checkpoints(root: Path) -> list[Path]:
     """The folders in `root` that have the name of a checkpoint, newest first."""
-    named = [(int(found[1]), path) for path in _entries(root) if (found := NAME.fullmatch(path.name))]
+    named = [(int(found[1]), path) for path in root.glob("step-*") if (found := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(named, reverse=True)]
 
 
@@ -141,10 +141,6 @@ def prune(root: Path, keep_last: int) -> None:
         doomed = folder.with_name(f".{folder.name}.old")
         os.replace(folder, doomed)
         shutil.rmtree(doomed)
-
-
-def _entries(root: Path) -> list[Path]:
-    return list(root.iterdir()) if root.is_dir() else []
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -6,24 +6,21 @@ Only the standard library is imported here, so that a misspelt key is refused be
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Literal
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, Ranges, check_ranges
 from sdvae.metrics import SMALLEST_LPIPS_SIDE, SMALLEST_SIDE
 from sdvae.model.config import ModelShape
 
-# (what a value must be, the test of it, the keys of TrainConfig that must pass it). Null is always allowed.
-RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+RANGES: Ranges = (
     (
         "a number above 0",
         lambda x: x > 0,
         "steps batch_size gradient_accumulation_steps log_every validate_every max_skipped_steps scale_images "
         "grid_images data.validation_count data.resolution data.validation_resolution optimizer.learning_rate "
-        "optimizer.grad_clip_norm checkpoint.every_steps checkpoint.keep_last loss.discriminator.layers "
-        "loss.discriminator.width loss.discriminator.learning_rate",
+        "optimizer.grad_clip_norm data.max_pixels checkpoint.every_steps checkpoint.keep_last "
+        "loss.discriminator.layers loss.discriminator.width loss.discriminator.learning_rate",
     ),
     (
         "0 or more",
@@ -59,16 +56,17 @@ class DataConfig:
     """Where images come from, and how they are cropped and augmented."""
 
     source: str = ""
-    """Must be given: a folder (nested), a data set (hub id, saved folder, .parquet, .arrow, webdataset .tar), or
-    «skimage»: the photographs inside scikit-image's wheel."""
+    """Must be given: a folder (nested), a data set (owner/name on the hub, saved folder, .parquet, .arrow, webdataset
+    .tar), or «skimage»: the photographs inside scikit-image's wheel. docs/data.md says what each layout means."""
     split: str = "train"
-    """Split of the data set."""
+    """Split of the source. All of a source without splits is «train»."""
     image_column: str | None = None
-    """Image column of a data set; null finds it by its type."""
+    """Image column of a data set, which may hold paths, or the extension of a webdataset's image; null finds it by its
+    type."""
     validation_source: str | None = None
     """Images for validation, given as for source; null holds some images of `source` out of training."""
     validation_split: str = "validation"
-    """Split of validation_source."""
+    """Split of validation_source, all of which is used if it has no splits."""
     validation_names: tuple[str, ...] = ()
     """Names of the images of `source` to use for validation; if empty, validation_count are chosen by a hash."""
     validation_count: int = 16
@@ -92,8 +90,13 @@ class DataConfig:
     """Strength of brightness, contrast, saturation and channel-order changes in training; 0 is off."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour in 0..255 that transparent images are composited on."""
+    color: Literal["srgb", "raw"] = "srgb"
+    """«srgb» converts colours to sRGB by the profile in the file; «raw» takes the numbers in the file as they are, as
+    runs did that were begun before this option."""
     min_side: int | None = None
     """Images whose shorter side has fewer pixels count as bad; null: half of the resolution they are cropped to."""
+    max_pixels: int | None = None
+    """Images with more pixels count as bad, without being decoded, which bounds the memory; null: 178,956,970."""
     max_bad_fraction: float = 0.01
     """Stop the run when more than this fraction of the images is bad."""
     num_workers: int = 4
@@ -328,7 +331,9 @@ class TrainConfig:
     """Checkpoints."""
 
     def __post_init__(self) -> None:
-        self._check_ranges()
+        check_ranges(self, RANGES)
+        if not self.loss.equivariance.scales:
+            raise InputError("got loss.equivariance.scales=[]; need one factor or more")
         self._check_likelihood()
         self._check_labels()
         self._check_resolutions()
@@ -341,16 +346,6 @@ class TrainConfig:
         low, high = self.data.crop_scale
         if not 0 < low <= high <= 1:
             raise InputError(f"got data.crop_scale=[{low}, {high}]; need 0 < low <= high <= 1")
-
-    def _check_ranges(self) -> None:
-        for need, in_range, keys in RANGES:
-            for key in keys.split():
-                value = attrgetter(key)(self)
-                several = isinstance(value, tuple | list)
-                if value is not None and not all(in_range(x) for x in (value if several else [value])):
-                    raise InputError(f"got {key}={list(value) if several else value}; need {need}")
-        if not self.loss.equivariance.scales:
-            raise InputError("got loss.equivariance.scales=[]; need one factor or more")
 
     def _check_resolutions(self) -> None:
         # the compression ratio of a VAE that is fine-tuned is known only when it has been loaded

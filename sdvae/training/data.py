@@ -16,6 +16,7 @@ from sdvae.data import (
     BadImages,
     EvaluationImages,
     ImageSource,
+    ReadOptions,
     SampleOrder,
     ShardedBatches,
     TrainingImages,
@@ -47,7 +48,9 @@ def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSourc
     if config.validation_source is None:
         names = list(config.validation_names) or None
         return split_off(source, names=names, count=config.validation_count, seed=seed)
-    validation = open_source(config.validation_source, split=config.validation_split, image_column=config.image_column)
+    validation = open_source(
+        config.validation_source, split=config.validation_split, image_column=config.image_column, or_all=True
+    )
     if len(validation) > config.validation_count:
         _, validation = split_off(validation, names=None, count=config.validation_count, seed=seed)
     return source, validation
@@ -98,15 +101,25 @@ def training_images(source: ImageSource, config: TrainConfig) -> TrainingImages:
         source,
         resolution=data.resolution,
         seed=config.seed,
-        channels=config.model.in_channels,
+        reading=reading_of(config),
         crop_scale=data.crop_scale,
         flip=data.flip,
         color_jitter=data.color_jitter,
-        background=data.background,
-        min_side=data.min_side,
         cache_mib=data.cache_mib,
         labels=labels_of(source, config),
         label_dropout=data.label_dropout,
+    )
+
+
+def reading_of(config: TrainConfig) -> ReadOptions:
+    """How the recipe reads image files."""
+    data = config.data
+    return ReadOptions(
+        channels=config.model.in_channels,
+        background=data.background,
+        min_side=data.min_side,
+        max_pixels=data.max_pixels,
+        color=data.color,
     )
 
 
@@ -144,9 +157,7 @@ def evaluation_batches(source: ImageSource, config: TrainConfig, accelerator: Ac
     images = EvaluationImages(
         source,
         resolution=config.data.evaluation_resolution,
-        channels=config.model.in_channels,
-        background=config.data.background,
-        min_side=config.data.min_side,
+        reading=reading_of(config),
         labels=labels_of(source, config),
     )
     share = list(range(accelerator.process_index, len(source), accelerator.num_processes))

@@ -146,13 +146,11 @@ class RunLog:
                 self._trackers.remove(tracker)
 
 
-@contextmanager
-def progress_bar(done: int, steps: int, show: bool) -> Iterator[tqdm]:
+def progress_bar(done: int, steps: int, show: bool) -> tqdm:
     """A bar of the steps done, with the time left. If the output is a file, it gets a line every 30 seconds."""
     seconds = 0.1 if sys.stderr.isatty() else 30.0
     settings: dict[str, Any] = {"unit": "step", "disable": not show, "dynamic_ncols": True, "mininterval": seconds}
-    with tqdm(total=steps, initial=done, desc="train", **settings) as bar:
-        yield bar
+    return tqdm(total=steps, initial=done, desc="train", **settings)
 
 
 def _reason(error: Exception) -> str:

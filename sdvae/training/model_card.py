@@ -115,32 +115,19 @@ def model_card(
     )
     head = card_head(
         vae,
-        run_title(config),
+        title(Path(config.output_dir).resolve().name, vae),
         base_model=base_model(config.fine_tune.source),
         maker=f", trained with sdvae {version()}",
         origin_of_factor=f" is {origin}" + ("" if shift is None else f"; `shift_factor` {shift:.5f} is their mean"),
     )
     return head + "\n".join(
         [
-            section(LOADING, _loading_of(config, vae, "path/to/this/folder")),
+            section(LOADING, loading_text(vae, "path/to/this/folder")),
             section(FIGURES, figures),
             section("Data", f"Trained on `{config.data.source}`{describe_start(config)}.\n"),
             section(RECIPE, f"```yaml\n{to_yaml(config)}```\n"),
         ]
     )
-
-
-def _loading_of(config: TrainConfig, vae: AutoencoderKL, place: str) -> str:
-    """How to load the VAE of a recipe."""
-    classes = config.model.num_classes
-    if classes:
-        return CONDITIONAL_TEXT.format(last=classes - 1, place=place) + _logits_text(vae)
-    return loading_text(vae, place)
-
-
-def _logits_text(vae: AutoencoderKL) -> str:
-    """What the decoder's output means, where that is not an image."""
-    return LOGITS_TEXT if vae.likelihood == "bernoulli" else ""
 
 
 def card_head(
@@ -178,7 +165,13 @@ def loading_text(vae: AutoencoderKL, place: str, *, what: str = "this folder", p
         what: words that say what is loaded.
         programs: keys of LDM_PROGRAMS; only given if the file LDM_NAME lies beside the card.
     """
-    text = LOADING_TEXT.format(what=what, place=place) + _logits_text(vae)
+    classes = vae.config.get("num_classes")
+    if classes:
+        text = CONDITIONAL_TEXT.format(last=classes - 1, place=place)
+    else:
+        text = LOADING_TEXT.format(what=what, place=place)
+    if vae.likelihood == "bernoulli":
+        text += LOGITS_TEXT
     if programs:
         text += LDM_TEXT.format(name=LDM_NAME, ways="\n".join(f"- {LDM_PROGRAMS[program]}" for program in programs))
     return text
@@ -229,12 +222,6 @@ def describe_start(config: TrainConfig) -> str:
     return f", starting from `{config.fine_tune.source}`{frozen}"
 
 
-def run_title(config: TrainConfig) -> str:
-    """The run folder's name, with its latent shape."""
-    name = Path(config.output_dir).resolve().name
-    return title(name, config.model.compression_ratio, config.model.latent_channels)
-
-
-def title(name: str, ratio: int, channels: int) -> str:
+def title(name: str, vae: AutoencoderKL) -> str:
     """A title such as «quickstart: an f8, 4-channel image VAE»."""
-    return f"{name}: an f{ratio}, {channels}-channel image VAE"
+    return f"{name}: an f{vae.spatial_compression_ratio}, {vae.config.latent_channels}-channel image VAE"

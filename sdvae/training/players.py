@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sdvae.errors import InputError
+from sdvae.errors import require
 from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.roundtrip import decode_output, encode_images
 from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
@@ -129,9 +129,6 @@ class Player:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
 
-    def forget_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
 
 class Players:
     """The VAE, the moving average of its weights, and the discriminator, if there is one.
@@ -228,12 +225,8 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, betas: tuple[fl
     trained = [p for p in network.parameters() if p.requires_grad]
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": betas, "weight_decay": config.weight_decay}
     if config.kind == "adamw_8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise InputError(
-                "got optimizer.kind=adamw_8bit, but bitsandbytes is not installed; pip install bitsandbytes, "
-                "or take adamw_fused"
-            ) from error
+        require("bitsandbytes", "optimizer.kind=adamw_8bit", "bitsandbytes")
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(trained, **settings)
     return torch.optim.AdamW(trained, fused=config.kind == "adamw_fused" or None, **settings)

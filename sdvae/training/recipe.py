@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from sdvae.options import parse_options
-from sdvae.training.config import TrainConfig
+from sdvae.training.config import DataConfig, TrainConfig
+
+# What the fields meant to a run whose recipe lacks them, where that is not the default of today.
+BEFORE = TrainConfig(data=DataConfig(color="raw"))
 
 
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
@@ -19,9 +25,12 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
 
 
 def read_recipe(path: Path) -> TrainConfig:
-    """The recipe in a run folder's config.yaml. Fields that the file lacks get their defaults.
+    """The recipe in a run folder's config.yaml. Fields that the file lacks get their values in `BEFORE`.
 
     Raises:
         InputError: for an unknown field, or a value that does not fit.
     """
-    return parse_train_config(["--config", str(path)])
+    recipe = parse_train_config(["--config", str(path)])
+    if "color" in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data", {}):
+        return recipe
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, color=BEFORE.data.color))

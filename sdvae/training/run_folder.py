@@ -16,9 +16,10 @@ import yaml
 from filelock import FileLock, Timeout
 
 from sdvae.errors import InputError
-from sdvae.io import changed_fields, left_beside, replacing
+from sdvae.io import changed_fields, left_beside, refuse_url, replacing
 from sdvae.training.checkpoint import newest_whole
 from sdvae.training.config import TrainConfig
+from sdvae.training.recipe import BEFORE
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class RunFolder:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.lock, timeout=0):
+            with FileLock(self.lock, timeout=0, fallback_to_soft=False):
                 yield
         except Timeout as error:
             raise InputError(
@@ -92,7 +93,10 @@ class RunFolder:
                 f"none of the {len(self.damaged)} checkpoints in {self.checkpoints} can be read "
                 f"({self.damaged[0][1]}); start anew with --overwrite=true, or put an undamaged checkpoint there"
             )
-        before = checkpoint.state if checkpoint is not None else {"config": self._recipe()}
+        if checkpoint is None:
+            before = {"config": yaml.safe_load(self.config.read_text(encoding="utf-8"))}
+        else:
+            before = checkpoint.state
         self._check_same(before, config, images_per_step)
         return found
 
@@ -122,8 +126,9 @@ class RunFolder:
         A run that was killed in its first moments may have left only an empty log, which is accepted.
 
         Raises:
-            InputError: when the folder holds other files, or is a file.
+            InputError: when the folder holds other files, is a file, or is a URL.
         """
+        refuse_url(self.root, "output_dir")
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"output_dir={self.root} is a file; need the path of a folder")
         if not self.root.exists() or (self.config.is_file() and self.metrics.is_file()):
@@ -141,7 +146,7 @@ class RunFolder:
         gan = config.loss.discriminator
         if before.get("images_per_step") == images_per_step and not (gan.weight > 0 and gan.adaptive):
             free = FREE_FIELDS | BATCH_FIELDS
-        changes = changed_fields(before["config"], plain(config), free, defaults=plain(TrainConfig()))
+        changes = changed_fields(before["config"], plain(config), free, defaults=plain(BEFORE))
         if not changes:
             if before.get("images_per_step", images_per_step) != images_per_step:
                 logger.warning(
@@ -159,9 +164,6 @@ class RunFolder:
             f"output_dir={self.root} holds the run of another recipe ({listed}); choose another folder, or continue "
             "with --checkpoint.accept_changed_config=true, or start anew with --overwrite=true"
         )
-
-    def _recipe(self) -> dict[str, Any]:
-        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
 
     def _forget_after(self, step: int) -> None:
         """Remove the lines of metrics.jsonl that the run will write again, and an incomplete last line."""

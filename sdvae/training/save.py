@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
@@ -29,10 +30,11 @@ logger = logging.getLogger(__name__)
 SMALLEST_TILE = 96  # pixels: room for a caption
 
 
+@dataclass
 class Validator:
     """Validates the moving average of the weights, and saves it.
 
-    Args:
+    Attributes:
         config: the recipe, with the model section of the VAE that is trained.
         players: the run's players.
         source: validation images.
@@ -45,29 +47,21 @@ class Validator:
         accelerator: the run's Accelerator.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        players: Players,
-        source: ImageSource,
-        train_source: ImageSource,
-        perceptual: Perceptual | None,
-        bad_images: BadImages,
-        run: RunFolder,
-        log: RunLog,
-        accelerator: Accelerator,
-    ):
-        self.config = config
-        self.players = players
-        self.source = source
-        self.measured = first_images(train_source, config.scale_images, config.seed)
+    config: TrainConfig
+    players: Players
+    source: ImageSource
+    train_source: ImageSource
+    perceptual: Perceptual | None
+    bad_images: BadImages
+    run: RunFolder
+    log: RunLog
+    accelerator: Accelerator
+
+    def __post_init__(self) -> None:
+        config, source = self.config, self.source
+        self._measured = first_images(self.train_source, config.scale_images, config.seed)
         resolution = config.data.evaluation_resolution
-        self.measured_on = f"{len(source)} images at {resolution} pixels, {digest_of_names(source)}"
-        self.perceptual = perceptual
-        self.bad_images = bad_images
-        self.run = run
-        self.log = log
-        self.accelerator = accelerator
+        self._measured_on = f"{len(source)} images at {resolution} pixels, {digest_of_names(source)}"
 
     def __call__(self, progress: Progress) -> None:
         """Measure, draw, and save model/. If the model is the best so far, save best_model/ too.
@@ -82,14 +76,14 @@ class Validator:
         result = self._validate(average)
         self.log.report("validation", result.metrics, step)
         if not config.fine_tune.freeze_encoder:  # a frozen encoder keeps the latents and so the factors
-            batches = evaluation_batches(self.measured, config, self.accelerator)
+            batches = evaluation_batches(self._measured, config, self.accelerator)
             moments = measure_latents(average, batches, self.accelerator, self.bad_images)
             scaling_factor, shift_factor = moments.factors(with_shift=config.model.measure_shift)
             average.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
         name = config.checkpoint.best_metric
-        improved = is_better(result.metrics, progress.best, name, self.measured_on)
+        improved = is_better(result.metrics, progress.best, name, self._measured_on)
         if improved:
-            progress.best = {"metric": name, "value": result.metrics[name], "step": step, "on": self.measured_on}
+            progress.best = {"metric": name, "value": result.metrics[name], "step": step, "on": self._measured_on}
         if self.accelerator.is_main_process:
             for complaint in result.health.complaints():
                 logger.warning("latents: %s", complaint)

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 
 from sdvae.data import ImageSource
 from sdvae.errors import InputError
+from sdvae.io import printable
 from sdvae.training.checkpoint import checkpoint_name
 from sdvae.training.log import Meter
 from sdvae.training.state import Progress
@@ -68,7 +69,7 @@ class SkippedSteps:
 
     def _reason_of(self, result: StepResult) -> str:
         """Text such as «process 1: lpips_vgg nan on a.png, b.png», for each process with a term that is not finite."""
-        names = ", ".join(self.source.name(index) for index in result.indices)
+        names = ", ".join(printable(self.source.name(index)) for index in result.indices)
         own = [culprit for culprit in result.culprits if not culprit.startswith(DERIVED)]
         where = f"process {self.accelerator.process_index}: "
         found = gather_object([f"{where}{', '.join(own)} on {names}"] if own else [])

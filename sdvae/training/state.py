@@ -10,7 +10,7 @@ import logging
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -24,17 +24,10 @@ from sdvae.training.config import TrainConfig
 from sdvae.training.log import Meter
 from sdvae.training.players import Players
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.stateful import Stateful
+
 logger = logging.getLogger(__name__)
-
-
-class Stateful(Protocol):
-    """An object with keys in state.json."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The object's keys and values, which JSON can hold. Every process must call it."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the object's keys from the content of state.json."""
 
 
 @dataclass
@@ -131,6 +124,7 @@ class RunState:
         self.networks: dict[str, nn.Module] = {name: player.network for name, player in players}
         self.networks["ema"] = players.ema.model
         self.progress = progress
+        # `state_dict` gives an object's own keys, and every process must call it. `load_state_dict` gets all keys.
         self.in_json: list[Stateful] = [
             progress,
             players.ema,

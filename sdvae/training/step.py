@@ -126,7 +126,7 @@ class TrainStep:
                 players.lecam.update(*real_and_fake)
             players.ema.update(players.vae)
         for _, player in players:
-            player.forget_gradients()
+            player.optimizer.zero_grad()
         if scaler is not None:
             scaler.update()
         return result

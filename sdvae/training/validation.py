@@ -22,7 +22,7 @@ from sdvae.noise import posterior_generators, sample_seed
 from sdvae.roundtrip import decode_images, encode_images
 from sdvae.statistics import LatentHealth, LatentMoments, merged
 from sdvae.training.data import conditioning_of
-from sdvae.tutorial.likelihood import elbo_figures
+from sdvae.tutorial.likelihood import elbo
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,10 @@ def validate(
             seeds = [sample_seed(seed, 0, index, "validation") for index in batch["index"]]
             noise = posterior_generators(torch.tensor(seeds))
             with autocast():
-                figures = elbo_figures(vae, images, posterior, noise, **conditioning)
+                labels = conditioning.get("labels")
+                bound = elbo(vae, images, labels, noise, posterior=posterior)
+            terms = zip(bound.distortion.tolist(), bound.rate.tolist(), strict=True)
+            figures = [{"nelbo": d + r, "distortion": d, "rate": r} for d, r in terms]
         for i, metrics in enumerate(image_metrics(images, reconstruction, posterior, perceptual)):
             rows.append({"index": batch["index"][i], "name": batch["name"][i], **figures[i], **metrics})
             if len(kept) < keep:

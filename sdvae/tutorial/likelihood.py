@@ -86,6 +86,7 @@ def elbo(
     labels: Tensor | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     sample_posterior: bool = True,
+    posterior: DiagonalGaussian | None = None,
 ) -> Elbo:
     """The ELBO of each image, estimated from one sample (Kingma & Welling 2014, equation 7 with L = 1).
 
@@ -96,33 +97,13 @@ def elbo(
         generator: the generator of the posterior's noise; a list has one for each image.
         sample_posterior: False takes z = μ, for which the result is not a bound. Many tutorials print it as their test
             loss, since their models sample only in training.
+        posterior: the posterior of the images, if it is known already.
     """
-    posterior = encode_images(vae, images, labels)
+    if posterior is None:
+        posterior = encode_images(vae, images, labels)
     z = posterior.sample(generator) if sample_posterior else posterior.mode()
     logits = decode_output(vae, z, images.shape[2:], labels)
     return Elbo(bernoulli_nll(images, logits), posterior.kl())
-
-
-def elbo_figures(
-    vae: AutoencoderKL,
-    images: Tensor,
-    posterior: DiagonalGaussian,
-    generators: list[torch.Generator],
-    labels: Tensor | None = None,
-) -> list[dict[str, float]]:
-    """`nelbo`, `distortion` and `rate` of each image, from one sample of a posterior that was computed before.
-
-    Args:
-        vae: a VAE with a Bernoulli likelihood.
-        images: (B, C, H, W) in [-1, 1].
-        posterior: the posterior of these images.
-        generators: the generators of the posterior's noise, one for each image.
-        labels: (B,), for a conditional VAE.
-    """
-    z = posterior.sample(generators)
-    distortion = bernoulli_nll(images, decode_output(vae, z, images.shape[2:], labels)).tolist()
-    pairs = zip(distortion, posterior.kl().tolist(), strict=True)
-    return [{"nelbo": d + r, "distortion": d, "rate": r} for d, r in pairs]
 
 
 def log_likelihood(

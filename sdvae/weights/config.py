@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from sdvae.errors import InputError
 from sdvae.io import read_json
 from sdvae.model import AutoencoderKL
-from sdvae.model.config import LIKELIHOODS, ModelShape, block_types
+from sdvae.model.config import CLASS_NAMES, LIKELIHOODS, ModelShape, block_types
+from sdvae.weights.family import FLUX, SD, family_of
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +26,12 @@ DEFAULTS = {
     name: p.default for name, p in inspect.signature(AutoencoderKL.__init__).parameters.items() if name != "self"
 }
 
-SD1_SCALING_FACTOR = 0.18215  # 1/std of SD-1's latents; LDM, appendix G; SD 2 kept it
-FLUX_SCALING_FACTOR, FLUX_SHIFT_FACTOR = 0.3611, 0.1159  # black-forest-labs/flux, src/flux/util.py
+# What the shapes of the weights do not tell. `save_ldm` writes these into the metadata of its file.
+UNSHAPED = (
+    *("scaling_factor", "shift_factor", "latents_mean", "latents_std", "_likelihood"),
+    *("norm_num_groups", "act_fn", "force_upcast", "sample_size"),
+)
+METADATA_KEY = "sdvae.config"
 
 
 def checked_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -42,7 +48,11 @@ def checked_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """
     class_name = config.get("_class_name", "AutoencoderKL")
     if class_name != "AutoencoderKL":
-        raise InputError(f"{origin} is for {class_name}; need an AutoencoderKL; point at the VAE's folder")
+        other = class_name in CLASS_NAMES
+        hint = (
+            f"load it with sdvae.tutorial.conditional.{class_name}.from_pretrained" if other else "give a VAE's folder"
+        )
+        raise InputError(f"{origin} is for {class_name}; need an AutoencoderKL; {hint}")
     known: dict[str, Any] = {}
     for key, value in config.items():
         if key == "_likelihood":
@@ -95,19 +105,52 @@ def read_config(source: Mapping[str, Any] | str | Path | None) -> dict[str, Any]
     return checked_config(read_json(Path(source)), str(source))
 
 
-def infer_config(weights: Mapping[str, Tensor], given: Mapping[str, Any], origin: str) -> dict[str, Any]:
+def metadata_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a safetensors file that hold what the shapes of its weights do not tell.
+
+    Args:
+        config: the VAE's.
+    """
+    return {METADATA_KEY: json.dumps({key: config[key] for key in UNSHAPED if config.get(key) is not None})}
+
+
+def config_in(metadata: Mapping[str, str], origin: str) -> dict[str, Any]:
+    """What `metadata_of` wrote: keys of a config, or none.
+
+    Raises:
+        InputError: when the entry is not what `metadata_of` writes.
+    """
+    try:
+        content = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{origin} has metadata {METADATA_KEY} that is no JSON object; get a whole copy")
+    return checked_config(content, f"{origin}: {METADATA_KEY}")
+
+
+def infer_config(
+    weights: Mapping[str, Tensor],
+    given: Mapping[str, Any],
+    origin: str,
+    *,
+    keys: Iterable[str] = (),
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """The configuration that belongs to weights with diffusers' names.
 
     Shapes determine everything except the number of groups (32, as in all published models), the factors and
-    `sample_size`. A VAE of 4 channels gets the factor of SD 1 and 2, although SDXL's VAE, with a scaling_factor of
-    0.13025, has the same shapes. A VAE of 16 channels without quant convs gets Flux's factors, although SD3's, with
-    1.5305 and 0.0609, has the same shapes. Both choices are logged. Any other VAE gets the factors 1 and 0, with a
-    warning.
+    `sample_size`. The factors are those of the family that the other keys of the file or its metadata show. If nothing
+    shows it, a VAE of 4 channels gets the factor of SD 1 and 2, and a VAE of 16 channels without quant convs gets
+    Flux's, with a warning, because SDXL's and SD3's VAEs have the same shapes. Any other VAE gets the factors 1 and 0,
+    with a warning.
 
     Args:
         weights: name -> tensor.
         given: keys that the caller knows; they replace the inferred ones.
         origin: where the weights come from, for messages.
+        keys: all keys of the file.
+        metadata: of the file, if it is a safetensors file.
 
     Raises:
         InputError: when the shapes do not determine a VAE.
@@ -144,33 +187,41 @@ def infer_config(weights: Mapping[str, Tensor], given: Mapping[str, Any], origin
                 'need it from you: give config={"norm_num_groups": …}, or a config.json (sdvae export --config FILE)'
             )
         config["norm_num_groups"] = groups
-    return {**config, **_factors({**config, **given}, given, origin), **given}
+    found = None if "scaling_factor" in given else _factors(config, origin, keys, metadata or {})
+    return {**config, **(found or {}), **given}
 
 
-def _factors(config: Mapping[str, Any], given: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    if "scaling_factor" in given:
-        return {}
+def _factors(
+    config: Mapping[str, Any], origin: str, keys: Iterable[str], metadata: Mapping[str, str]
+) -> Mapping[str, Any]:
     channels = config["latent_channels"]
+    if found := family_of(keys, metadata, channels):
+        family, shown = found
+        log.info("%s: the factors of %s, which %s shows: %s", origin, family.name, shown, dict(family.factors))
+        return family.factors
+    remedy = "config= (sdvae export: --config FILE.json)"
     if channels == 4:
-        log.info(
-            "%s: assuming scaling_factor %s, that of SD 1 and 2; for SDXL's give config={'scaling_factor': 0.13025}",
+        log.warning(
+            "%s: nothing tells whether this VAE is of SD 1 or 2 (scaling_factor 0.18215) or SDXL (0.13025). SD's is "
+            "assumed; for SDXL's give {'scaling_factor': 0.13025} as %s",
             origin,
-            SD1_SCALING_FACTOR,
+            remedy,
         )
-        return {"scaling_factor": SD1_SCALING_FACTOR}
+        return SD
     if channels == 16 and not config["use_quant_conv"] and not config["use_post_quant_conv"]:
-        log.info(
-            "%s: assuming Flux's scaling_factor %s and shift_factor %s; for SD3's give "
-            "config={'scaling_factor': 1.5305, 'shift_factor': 0.0609}",
+        log.warning(
+            "%s: nothing tells whether this VAE is of Flux (scaling_factor 0.3611, shift_factor 0.1159) or SD3 "
+            "(1.5305, 0.0609). Flux's is assumed; for SD3's give "
+            "{'scaling_factor': 1.5305, 'shift_factor': 0.0609} as %s",
             origin,
-            FLUX_SCALING_FACTOR,
-            FLUX_SHIFT_FACTOR,
+            remedy,
         )
-        return {"scaling_factor": FLUX_SCALING_FACTOR, "shift_factor": FLUX_SHIFT_FACTOR}
+        return FLUX
     log.warning(
-        "%s: the scaling_factor for %d latent channels is not known, so it is set to 1.0; measure it, or give config=",
+        "%s: the scaling_factor for %d latent channels is not known, so it is set to 1.0; measure it and give it as %s",
         origin,
         channels,
+        remedy,
     )
     return {"scaling_factor": 1.0, "shift_factor": 0.0}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -16,16 +16,24 @@ from torch import Tensor
 from sdvae.errors import InputError, first_few, one_line
 from sdvae.io import HUB_ID, read_json
 from sdvae.model import AutoencoderKL
-from sdvae.runtime import DTYPES
-from sdvae.weights.config import checked_config, infer_config, read_config
-from sdvae.weights.names import from_ldm, is_diffusers_layout, linear_attention, modern_names, unwrapped_name
-from sdvae.weights.read import WEIGHT_DTYPES, WEIGHT_SUFFIXES, check_tensors, is_weight_file, read_weights
+from sdvae.model.state import is_network, unwrapped_name, widened
+from sdvae.runtime import DTYPES, dtype_named
+from sdvae.weights.config import checked_config, config_in, infer_config, read_config
+from sdvae.weights.names import from_ldm, is_diffusers_layout, modern_names
+from sdvae.weights.read import (
+    WEIGHT_DTYPES,
+    WEIGHT_SUFFIXES,
+    check_tensors,
+    is_weight_file,
+    read_metadata,
+    read_weights,
+)
 
 log = logging.getLogger(__name__)
 
 # Prefixes of the VAE's keys: in full SD checkpoints, in some repacked ones, and in files that hold only a VAE.
 PREFIXES = ("first_stage_model.", "vae.", "")
-VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+FIRST_KEYS = ("encoder.conv_in.weight", "decoder.conv_in.weight")  # show the prefixes that other programs give
 # What LDM's training stores beside the VAE: discriminator, LPIPS and logvar; the EMA copy; the step.
 NO_WEIGHTS = ("loss.", "model_ema.", "global_step")
 STEM = "diffusion_pytorch_model"  # diffusers' name for the file of weights, without its ending
@@ -37,7 +45,8 @@ def load_vae(
     *,
     subfolder: str | None = None,
     config: Mapping[str, Any] | str | Path | None = None,
-    dtype: torch.dtype | Literal["fp32", "fp16", "bf16", "file"] = "fp32",
+    dtype: torch.dtype | str = "fp32",
+    variant: str | None = None,
 ) -> AutoencoderKL:
     """Load a VAE, in evaluation mode, on the CPU.
 
@@ -50,10 +59,14 @@ def load_vae(
             - None: the small VAE that comes with this package (f8, 4 channels), which needs no download.
         subfolder: the folder inside the source that holds the VAE.
         config: keys that replace those of config.json, or those inferred from the shapes in a single file; a dict or
-            the path of a config.json. Shapes cannot tell SDXL's scaling factor (0.13025) from SD's, or SD3's from
-            Flux's, and do not give the number of groups when a width is not a multiple of 32.
-        dtype: the dtype of the weights: a torch.dtype, its short name, or "file" to keep the file's own (the widest,
-            if it has several). Half precision halves the memory, but a CPU lacks it for many operations.
+            the path of a config.json. A single file may not tell SDXL's scaling factor (0.13025) from SD's, or SD3's
+            from Flux's; then a warning says what was assumed. It does not give the number of groups when a width is
+            not a multiple of 32.
+        dtype: the dtype of the weights: a torch.dtype, its name ("fp16" or "float16"), or "file" to keep the file's own
+            (the widest, if it has several; bfloat16 for weights of 8 bits, which it holds exactly). Half precision
+            halves the memory, but a CPU lacks it for many operations.
+        variant: which weights of a folder to read, such as "fp16" for diffusion_pytorch_model.fp16.safetensors. By
+            default those without a variant, or the only one there is.
 
     Returns:
         The model.
@@ -62,25 +75,35 @@ def load_vae(
         InputError: when the source is missing, damaged, holds code, or its weights are not exactly those of its
             configuration, all of them floating and finite in `dtype`. Nothing is loaded in part.
     """
-    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    wanted = None if dtype == "file" else dtype_named(dtype) if isinstance(dtype, str) else dtype
     if dtype != "file" and wanted not in WEIGHT_DTYPES:
         raise InputError(f"got dtype={dtype!r}; need one of {', '.join(DTYPES)}, file, or their torch.dtype")
     given = read_config(config)
     path = PACKAGED_VAE if source is None else Path(source).expanduser()
     if not path.exists() and not is_weight_file(path):
-        path = _download(str(source), subfolder)
+        path = _download(str(source), subfolder, variant)
     if path.is_dir():
         folder = _model_folder(path, subfolder)
         # read before the weights, so that the folder of another class is refused because of its class, not its keys
         settings = {**checked_config(read_json(folder / "config.json"), str(folder / "config.json")), **given}
-        weights = _read_folder(folder)
+        weights = _read_folder(folder, variant)
         origin = str(folder)
     else:
         if subfolder is not None:
             raise InputError(f"got subfolder={subfolder!r} with the single file {path}; need a folder; leave it out")
+        if variant is not None:
+            raise InputError(f"got variant={variant!r} with the single file {path}; need a folder; leave it out")
         origin = str(path)
-        weights = _standard_names(read_weights(path, partial(_pick_vae, origin=origin)), origin)
-        settings = infer_config(weights, given, origin)
+        keys: list[str] = []
+
+        def pick(names: list[str]) -> dict[str, str]:
+            keys.extend(map(unwrapped_name, names))
+            return _pick_vae(names, origin)
+
+        weights = _standard_names(read_weights(path, pick), origin)
+        metadata = read_metadata(path)
+        given = {**config_in(metadata, origin), **given}
+        settings = infer_config(weights, given, origin, keys=keys, metadata=metadata)
     return _build(settings, weights, origin, wanted)
 
 
@@ -91,7 +114,10 @@ def _build(
     with torch.device("meta"):  # only shapes: no memory, no random initialisation
         vae = AutoencoderKL(**shape)
     vae.set_likelihood(settings.get("_likelihood", "gaussian"))
-    _check_fit(vae.state_dict(), weights, origin)
+    expected = vae.state_dict()
+    for key, weight in weights.items():
+        weights[key] = _reshaped(widened(weight), expected.get(key))
+    _check_fit(expected, weights, origin)
     check_tensors(weights, origin)
     widest = reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
     for key in weights:  # one at a time: each is freed before the next is converted
@@ -100,6 +126,17 @@ def _build(
         check_tensors(weights, f"{origin} as {dtype}")  # float16 ends at 65504
     vae.load_state_dict(weights, assign=True)
     return vae.eval()
+
+
+def _reshaped(weight: Tensor, expected: Tensor | None) -> Tensor:
+    """The weight in the expected shape if only sides of 1 differ, as in a 1x1 conv of shape (C, C)."""
+    if expected is None or _sides(weight) != _sides(expected):
+        return weight
+    return weight.reshape(expected.shape)
+
+
+def _sides(weight: Tensor) -> list[int]:
+    return [side for side in weight.shape if side != 1]
 
 
 def _check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> None:
@@ -125,19 +162,38 @@ def _check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], or
 def _pick_vae(keys: list[str], origin: str) -> dict[str, str]:
     """The keys of a checkpoint that belong to the VAE: {key in the file: the key without prefix and wrappers}."""
     names = _unwrapped(keys)
-    prefix = next(
-        (p for p in PREFIXES if any(name.startswith(tuple(p + part for part in VAE_PARTS)) for name in names.values())),
-        None,
-    )
-    if prefix is None:
-        raise InputError(
-            f"{origin} has no VAE among its {len(keys)} keys ({first_few(sorted(keys))}); "
-            "need encoder.* and decoder.*, alone or after first_stage_model. or vae."
-        )
+    prefix = _prefix(list(names.values()), origin)
     picked = {key: name.removeprefix(prefix) for key, name in names.items() if name.startswith(prefix)}
     if any(name.startswith("model_ema.") for name in picked.values()):
         log.info("%s: loading the trained weights, not their moving average under model_ema.", origin)
-    return {key: name for key, name in picked.items() if not name.startswith(NO_WEIGHTS)}
+    extra = _extra([name for name in picked.values() if not name.startswith(NO_WEIGHTS)], origin)
+    return {key: name for key, name in picked.items() if name not in extra and not name.startswith(NO_WEIGHTS)}
+
+
+def _prefix(names: list[str], origin: str) -> str:
+    """What the VAE's keys begin with: one of `PREFIXES`, or whatever is before an encoder's or decoder's first key."""
+    for prefix in PREFIXES:
+        if any(name.startswith(prefix) and is_network(name.removeprefix(prefix)) for name in names):
+            return prefix
+    others = sorted({name.removesuffix(first) for name in names for first in FIRST_KEYS if name.endswith(f".{first}")})
+    if len(others) > 1:
+        raise InputError(
+            f"{origin} has several VAEs, under {first_few(others)}; need one; save the one you want by itself"
+        )
+    if not others:
+        raise InputError(
+            f"{origin} has no VAE among its {len(names)} keys ({first_few(sorted(names))}); "
+            "need encoder.* and decoder.*, alone or after a prefix such as first_stage_model. or vae."
+        )
+    return others[0]
+
+
+def _extra(names: Iterable[str], origin: str) -> set[str]:
+    """The names that are of no layer of a VAE, said once."""
+    extra = sorted(name for name in names if not is_network(name))
+    if extra:
+        log.warning("%s: left out %d keys that no VAE has (%s)", origin, len(extra), first_few(extra))
+    return set(extra)
 
 
 def _unwrapped(keys: Iterable[str]) -> dict[str, str]:
@@ -146,7 +202,7 @@ def _unwrapped(keys: Iterable[str]) -> dict[str, str]:
 
 def _standard_names(weights: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
     try:
-        return linear_attention(modern_names(weights)) if is_diffusers_layout(list(weights)) else from_ldm(weights)
+        return modern_names(weights) if is_diffusers_layout(list(weights)) else from_ldm(weights)
     except InputError as error:  # its message lacks the file's name
         raise InputError(f"{origin}: {error}") from error
 
@@ -162,27 +218,36 @@ def _model_folder(folder: Path, subfolder: str | None) -> Path:
     return folder
 
 
-def _read_folder(folder: Path) -> dict[str, Tensor]:
+def _read_folder(folder: Path, variant: str | None) -> dict[str, Tensor]:
     """All weights of a diffusers folder: safetensors if there are any, else .bin.
 
-    A variant, such as diffusion_pytorch_model.fp16.safetensors, is read only if it is the only file of weights.
+    Without `variant`, the weights of one, such as diffusion_pytorch_model.fp16.safetensors, are read only if they are
+    the only ones.
     """
     for suffix in (".safetensors", ".bin"):
-        singles = {path.name: path for path in folder.glob(f"{STEM}*{suffix}") if "-of-" not in path.name}
-        indices = {path.name: path for path in folder.glob(f"{STEM}*{suffix}.index*.json")}
-        plain, index = singles.get(f"{STEM}{suffix}"), indices.get(f"{STEM}{suffix}.index.json")
-        if plain and index:
-            raise InputError(f"{folder} has both {plain.name} and {index.name}; need one; remove the stale one")
-        found = [path for path in (plain, index) if path] or [*singles.values(), *indices.values()]
+        singles = {_variant(path, suffix): path for path in folder.glob(f"{STEM}*{suffix}") if "-of-" not in path.name}
+        indices = {_variant(path, suffix): path for path in folder.glob(f"{STEM}*{suffix}.index*.json")}
+        both = {name: [kind[name] for kind in (singles, indices) if name in kind] for name in {*singles, *indices}}
+        if variant is not None:
+            found = both.get(variant, [])
+        else:
+            found = both[""] if "" in both else [path for paths in both.values() for path in paths]
+        names = ", ".join(sorted(path.name for path in found))
+        if len(found) > 1 and (variant is not None or "" in both):
+            raise InputError(f"{folder} has both {names}; need one; remove the stale one")
         if len(found) > 1:
-            names = ", ".join(sorted(path.name for path in found))
-            raise InputError(
-                f"{folder} has several variants ({names}); need one; give the file and its config= instead"
-            )
+            raise InputError(f"{folder} has several variants ({names}); need one; say which: variant=")
         if found:
             weights = _read_shards(found[0]) if found[0].suffix == ".json" else read_weights(found[0], _unwrapped)
-            return _standard_names(weights, str(folder))
-    raise InputError(f"there are no weights in {folder}; need {STEM}.safetensors or {STEM}.bin; get a whole copy")
+            extra = _extra(weights, str(folder))
+            return _standard_names({key: weight for key, weight in weights.items() if key not in extra}, str(folder))
+    wanted = STEM if variant is None else f"{STEM}.{variant}"
+    raise InputError(f"there are no weights in {folder}; need {wanted}.safetensors or {wanted}.bin; get a whole copy")
+
+
+def _variant(path: Path, suffix: str) -> str:
+    """The variant in the name of a file of weights, or of an index: "fp16", or "" for none."""
+    return path.name.removeprefix(STEM).replace(suffix, "", 1).replace(".index", "").removesuffix(".json").strip(".")
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -202,7 +267,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _download(repo: str, subfolder: str | None) -> Path:
+def _download(repo: str, subfolder: str | None, variant: str | None) -> Path:
     """Download config and weights from the hub: safetensors if there are any, else .bin.
 
     Returns:
@@ -215,9 +280,10 @@ def _download(repo: str, subfolder: str | None) -> Path:
         )
     places = [f"{subfolder.strip('/')}/"] if subfolder else ["", "vae/"]
     # the plain name is tried before its variants, so that only one copy of the weights is downloaded
-    forms = [f"{STEM}.safetensors", f"{STEM}*.safetensors", f"{STEM}.bin", f"{STEM}*.bin"]
-    for form in forms:
-        shards = [f"{STEM}-*{Path(form).suffix}", f"{STEM}{Path(form).suffix}.index.json"]
+    endings = [f".{variant}"] if variant is not None else ["", "*"]
+    for form in (f"{STEM}{ending}{suffix}" for suffix in (".safetensors", ".bin") for ending in endings):
+        suffix, dot = Path(form).suffix, "" if variant is None else f".{variant}"
+        shards = [f"{STEM}-*{dot}{suffix}", f"{STEM}{dot}-*{suffix}", f"{STEM}{suffix}.index{dot}.json"]
         patterns = ["model_index.json", *(p + name for p in places for name in ("config.json", form, *shards))]
         try:
             snapshot = Path(snapshot_download(repo, allow_patterns=patterns))

@@ -62,15 +62,21 @@ TABLE: list[tuple[str, str]] = [
     *((f"{a}.{layer_a}", f"{b}.{layer_b}") for (a, b), (layer_a, layer_b) in product(_ATTENTIONS, _ATTENTION_LAYERS)),
 ]
 
-# Names of attention layers before diffusers 0.13 -> today's names in diffusers' and in LDM's layout.
-_LEGACY_ATTENTION = {
-    "query": ("to_q", "q"),
-    "key": ("to_k", "k"),
-    "value": ("to_v", "v"),
-    "proj_attn": ("to_out.0", "proj_out"),
+# Names of attention layers that either layout has had, the first before diffusers 0.13 -> today's names in diffusers'
+# and in LDM's layout.
+_ATTENTION_NAMES = {
+    other: names
+    for names, others in (
+        (("to_q", "q"), ("query", "to_q", "q")),
+        (("to_k", "k"), ("key", "to_k", "k")),
+        (("to_v", "v"), ("value", "to_v", "v")),
+        (("to_out.0", "proj_out"), ("proj_attn", "to_out.0", "to_out", "proj_out")),
+    )
+    for other in others
 }
-_LEGACY_KEY = re.compile(rf"(.*)\.({'|'.join(_LEGACY_ATTENTION)})\.(weight|bias)")
-_WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod)\.")
+_ATTENTION_KEY = re.compile(
+    rf"(.*\.(?:attentions\.\d+|attn_1|attn\.\d+))\.({'|'.join(map(re.escape, _ATTENTION_NAMES))})\.(weight|bias)"
+)
 _PROJECTION_WEIGHT = re.compile(r"(.*\.attentions\.\d+)\.(to_q|to_k|to_v|to_out\.0)\.weight")
 _DIFFUSERS_ONLY = re.compile(r"(encoder|decoder)\.(down_blocks|up_blocks|mid_block|conv_norm_out)\..*")
 
@@ -88,13 +94,8 @@ def is_diffusers_layout(keys: list[str]) -> bool:
     return any(_DIFFUSERS_ONLY.fullmatch(key) for key in keys)
 
 
-def unwrapped_name(key: str) -> str:
-    """The key without the parts `module.` and `_orig_mod.`, which DDP and torch.compile insert at any place in it."""
-    return _WRAPPER.sub("", key)
-
-
 def modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename attention layers that have an old name to today's name in the same layout, diffusers' or LDM's.
+    """Rename attention layers that have another name to today's name in the layout of the rest, diffusers' or LDM's.
 
     Raises:
         InputError: when a weight is there under both its old and its new name.
@@ -102,8 +103,8 @@ def modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     column = 0 if is_diffusers_layout(list(weights)) else 1
     renamed: dict[str, Tensor] = {}
     for key, weight in weights.items():
-        legacy = _LEGACY_KEY.fullmatch(key)
-        new = f"{legacy[1]}.{_LEGACY_ATTENTION[legacy[2]][column]}.{legacy[3]}" if legacy else key
+        found = _ATTENTION_KEY.fullmatch(key)
+        new = f"{found[1]}.{_ATTENTION_NAMES[found[2]][column]}.{found[3]}" if found else key
         if new in renamed or (new != key and new in weights):
             raise InputError(f"got {key!r} beside its other name {new!r}; need each weight once; get a whole copy")
         renamed[new] = weight

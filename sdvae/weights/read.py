@@ -54,6 +54,14 @@ def read_weights(path: Path, pick: Callable[[list[str]], dict[str, str]]) -> dic
         raise InputError(f"{path} is damaged or truncated ({one_line(error)}); get a whole copy") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file that `read_weights` has read; none for a pickle."""
+    if path.suffix.lower() not in SAFETENSORS_SUFFIXES:
+        return {}
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return file.metadata() or {}
+
+
 def _read_pickle(path: Path, pick: Callable[[list[str]], dict[str, str]]) -> dict[str, Tensor]:
     # A full Stable Diffusion checkpoint has 2 to 7 GB, and its VAE only 0.3 GB. So the file is mapped into memory, and
     # only the VAE's part is copied.
@@ -78,19 +86,25 @@ def _read_pickle(path: Path, pick: Callable[[list[str]], dict[str, str]]) -> dic
 
 
 def _state_dict(path: Path, content: Any) -> Mapping[Any, Any]:
-    """The dict of tensors in a pickle's content: the content itself, or its value under one of `STATE_DICT_KEYS`."""
+    """The dict of tensors in a pickle's content: the content itself, or what is inside under `STATE_DICT_KEYS`."""
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}; need a dict of tensors (a state dict)")
     inner = {
         key: value
         for key in STATE_DICT_KEYS
-        if isinstance(value := content.get(key), Mapping) and any(isinstance(item, Tensor) for item in value.values())
+        if isinstance(value := content.get(key), Mapping) and _holds_tensors(value)
     }
     if len(inner) > 1:
         raise InputError(
             f"{path} holds weights under {', '.join(inner)}; need one state dict; save the one you want by itself"
         )
-    return next(iter(inner.values()), content)
+    return _state_dict(path, next(iter(inner.values()))) if inner else content
+
+
+def _holds_tensors(content: Mapping[Any, Any]) -> bool:
+    """Whether a dict has tensors, itself or in a dict under one of `STATE_DICT_KEYS`."""
+    nested = (value for key in STATE_DICT_KEYS if isinstance(value := content.get(key), Mapping))
+    return any(isinstance(item, Tensor) for item in content.values()) or any(_holds_tensors(value) for value in nested)
 
 
 def _picked(path: Path, pick: Callable[[list[str]], dict[str, str]], keys: list[str]) -> dict[str, str]:

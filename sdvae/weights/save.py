@@ -2,77 +2,94 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as StockAutoencoderKL
 from safetensors.torch import save_file
+from torch import nn
 
 from sdvae.errors import InputError, first_few
-from sdvae.io import read_json, replacing
+from sdvae.io import read_json, refuse_url, replacing
 from sdvae.model import AutoencoderKL
+from sdvae.model.config import CLASS_NAMES
+from sdvae.model.state import plain_weights, rebuilt
+from sdvae.weights.config import metadata_of
 from sdvae.weights.load import STEM
 from sdvae.weights.names import to_ldm
-from sdvae.weights.read import check_tensors
-
-log = logging.getLogger(__name__)
+from sdvae.weights.read import SAFETENSORS_SUFFIXES, check_tensors
 
 
 def save_ldm(vae: AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the weights as one unprefixed .safetensors file in LDM's layout, for ComfyUI, A1111 and kohya.
 
-    The file holds no configuration: these programs take the scaling factor from the diffusion model. `export_targets`
-    says which of them can load this VAE. `path` is never half-written.
+    These programs take the scaling factor from the diffusion model. For `load_vae`, the file's metadata hold the keys
+    of the configuration that shapes do not tell. `export_targets` says which programs can load this VAE. `path` is
+    never half-written.
 
     Args:
-        vae: the model, which is not changed.
-        path: the file to write; it is replaced if it exists.
+        vae: the model, which is not changed; also one that torch.compile or DDP wraps.
+        path: the file to write, which ends in .safetensors or .sft; it is replaced if it exists.
         dtype: the dtype of the weights in the file; by default the model's own.
 
     Raises:
-        InputError: when the path is a folder or does not end in .safetensors, or when a weight is not finite after
-            the conversion to `dtype` (float16 ends at 65504).
+        InputError: when the path is a folder or has another ending, when the VAE has no plain weights (see
+            `sdvae.model.state`), or when one is not finite after the conversion to `dtype` (float16 ends at 65504).
         OSError: when the file cannot be written.
     """
     path = Path(path).expanduser()
-    if path.suffix != ".safetensors" or path.is_dir():
+    if path.suffix.lower() not in SAFETENSORS_SUFFIXES or path.is_dir():
         raise InputError(f"got {path}; need the path of a file that ends in .safetensors")
-    weights = {key: weight.detach() for key, weight in vae.state_dict().items()}
+    model = _unwrapped(vae)
+    weights = plain_weights(model)
     if dtype is not None:
         weights = {key: weight.to(dtype) for key, weight in weights.items()}
     check_tensors(weights, "the VAE" if dtype is None else f"the VAE as {dtype}")
     ldm = {key: weight.cpu().contiguous() for key, weight in to_ldm(weights).items()}
     with replacing(path) as temporary:
-        save_file(ldm, temporary, metadata={"format": "pt"})
-    if vae.likelihood != "gaussian":
-        log.warning(
-            "%s: a single file cannot say that this VAE decodes to logits; load it with config={'_likelihood': %r}",
-            path,
-            vae.likelihood,
-        )
+        save_file(ldm, temporary, metadata={"format": "pt", **metadata_of(model.config)})
 
 
 def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
     """Write a diffusers folder (config.json, diffusion_pytorch_model.safetensors), which diffusers' class loads too.
 
     Args:
-        vae: the model, whose weights are written in its own dtype.
+        vae: the model, whose weights are written in its own dtype; also one that torch.compile or DDP wraps.
         folder: a new or empty folder, or the folder of a VAE. An old VAE is replaced when the new one is complete;
             other files in its folder (such as a model card) are kept.
 
     Raises:
-        InputError: when `folder` holds something other than a VAE, or when a weight is not finite.
+        InputError: when `folder` is a URL or holds something other than a VAE, when the VAE has no plain weights (see
+            `sdvae.model.state`), or when one is not finite.
         OSError: when the folder cannot be written.
     """
+    refuse_url(folder, "folder")
     folder = Path(folder).expanduser().resolve()
     kept = _other_files(folder)
-    check_tensors(vae.state_dict(), "the VAE")
+    model = _unwrapped(vae)
+    plain = rebuilt(model, type(model))
+    check_tensors(plain.state_dict(), "the VAE")
     with replacing(folder) as temporary:
-        vae.save_pretrained(temporary)
+        plain.save_pretrained(temporary)
         for file in kept:
             shutil.copy2(file, temporary / file.name)
+
+
+def _unwrapped(vae: Any) -> StockAutoencoderKL:
+    """The VAE inside torch.compile and DDP.
+
+    Raises:
+        InputError: when it is of another class.
+    """
+    model = vae
+    while isinstance(inside := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inside
+    if not isinstance(model, StockAutoencoderKL):
+        hint = "first call .merge_and_unload()" if hasattr(model, "merge_and_unload") else "give the VAE alone"
+        raise InputError(f"got a {type(model).__name__} to save; need an AutoencoderKL; {hint}")
+    return model
 
 
 def _other_files(folder: Path) -> list[Path]:
@@ -88,7 +105,7 @@ def _other_files(folder: Path) -> list[Path]:
     content = sorted(folder.iterdir())
     inner = [path.name for path in content if path.is_dir()]
     config = folder / "config.json"
-    is_vae = config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
+    is_vae = config.is_file() and read_json(config).get("_class_name") in CLASS_NAMES
     if content and (inner or not is_vae):
         raise InputError(
             f"{folder} holds other things ({first_few([path.name for path in content])}); "

@@ -14,32 +14,17 @@ from typing import Any
 
 import gradio as gr
 
+from sdvae.data.reading import Color
 from sdvae.errors import InputError
 from sdvae.pictures import AMPLIFICATION
 from sdvae.studio.demo.view import Edits, Encoded, Model, encode, open_photograph, save_latents, show, show_latents
+from sdvae.studio.settings import DemoOptions
 
 KEPT_SECONDS = 3600  # uploads, pictures and latents are deleted this long after their last use
 CLEANING_SECONDS = 600  # time between two searches for files to delete
 GRADIO_FOLDER = "GRADIO_TEMP_DIR"
 QUEUE_SIZE = 16  # waiting requests; more are refused
-
-CSS = """
-.gradio-container { max-width: 1500px !important; }
-#status { padding-bottom: 0 !important; } #status p { margin: 0; }
-#status .error { color: #b91c1c; font-weight: 600; } .dark #status .error { color: #fca5a5; }
-.picture { padding-top: 30px !important; overflow: visible !important; }  /* label and buttons above, not on it */
-.picture .icon-button-wrapper { top: -29px !important; }
-.picture img { width: 100%; height: auto; }
-.figures table { width: 100%; max-width: 32em; border-collapse: collapse; }
-.figures table, .figures tbody, .figures tr { border: none !important; }
-.figures th, .figures td {
-  border: none !important; border-bottom: 1px solid var(--border-color-primary) !important; padding: 4px 8px !important;
-}
-.figures th { text-align: left; font-weight: 500; width: 7em; }
-@media (max-width: 760px) {  /* results before the settings */
-  #left { display: contents; } #photograph { order: 1; } #results { order: 2; } #settings { order: 3; }
-}
-"""
+STYLE = Path(__file__).with_name("style.css")
 
 ALL = -1  # value of the channel menu that shows all channels
 
@@ -50,12 +35,14 @@ class Handlers:
     Args:
         models: one or two.
         max_side: a number of pixels; photographs with a longer side are shrunk to it.
+        color: as in `ReadOptions`.
         folder: where the files of latents are written that can be downloaded.
     """
 
-    def __init__(self, models: Sequence[Model], max_side: int, folder: Path):
+    def __init__(self, models: Sequence[Model], max_side: int, color: Color, folder: Path):
         self.models = models
         self.max_side = max_side
+        self.color = color
         self.folder = folder
 
     def photograph(self, first: str | None, second: str | None, *settings: Any) -> list[Any]:
@@ -66,7 +53,7 @@ class Handlers:
             image = None
             if path is not None:
                 try:
-                    image, word = open_photograph(path, self.max_side)
+                    image, word = open_photograph(path, self.max_side, self.color)
                     words.append(word)
                 except InputError as error:
                     errors.append(str(error))
@@ -243,30 +230,25 @@ def _table(figures: dict[str, str]) -> str:
 
 
 @contextmanager
-def running(
-    models: Sequence[Model], *, host: str, port: int, max_side: int, max_megabytes: float
-) -> Iterator[gr.Blocks]:
+def running(models: Sequence[Model], options: DemoOptions) -> Iterator[gr.Blocks]:
     """Serve the page from a thread. When the block ends, all uploaded files are deleted.
 
     Args:
         models: one or two.
-        host: address to listen on.
-        port: the port to listen on.
-        max_side: a number of pixels; photographs with a longer side are shrunk to it.
-        max_megabytes: the greatest size of an uploaded file.
+        options: the options of `sdvae demo`.
 
     Raises:
         InputError: when the server cannot listen at that host and port.
     """
     with _gradio_folder() as folder:
-        blocks = page(Handlers(models, max_side, folder))
+        blocks = page(Handlers(models, options.max_side, options.color, folder))
         try:
             blocks.launch(
-                server_name=host,
-                server_port=port,
-                max_file_size=int(max_megabytes * 2**20),
+                server_name=options.host,
+                server_port=options.port,
+                max_file_size=int(options.max_megabytes * 2**20),
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-                css=CSS,
+                css_paths=STYLE,
                 prevent_thread_lock=True,
                 share=False,
                 quiet=True,
@@ -279,8 +261,8 @@ def running(
             )
         except OSError as error:
             raise InputError(
-                f"got --host {host} --port {port}, where no server can listen: the port is in use, or the host "
-                "is not this machine's; need a free port; choose another with --port"
+                f"got --host {options.host} --port {options.port}, where no server can listen: the port is in use, "
+                "or the host is not this machine's; need a free port; choose another with --port"
             ) from error
         try:
             yield blocks
@@ -307,27 +289,23 @@ def _gradio_folder() -> Iterator[Path]:
                 os.environ[GRADIO_FOLDER] = before
 
 
-def serve(vae: str | None, compare: str | None, *, host: str, port: int, max_side: int, max_megabytes: float) -> None:
+def serve(options: DemoOptions) -> None:
     """Serve the page until Ctrl-C.
 
     Args:
-        vae: a source for `load_vae`; None is the VAE in this package.
-        compare: a second source for `load_vae`, whose VAE is shown beside the first; None shows only one.
-        host: address to listen on.
-        port: the port to listen on.
-        max_side: a number of pixels; photographs with a longer side are shrunk to it.
-        max_megabytes: the greatest size of an uploaded file.
+        options: the options of `sdvae demo`.
 
     Raises:
         InputError: for a VAE that cannot be read, or an option out of range.
     """
-    if not 0 < port < 2**16 or max_side < 64 or not 0 < max_megabytes <= 1024:
+    host, port, side, megabytes = options.host, options.port, options.max_side, options.max_megabytes
+    if not 0 < port < 2**16 or side < 64 or not 0 < megabytes <= 1024:
         raise InputError(
-            f"got port {port}, max_side {max_side}, max_megabytes {max_megabytes}; need a port from 1 to 65535, "
+            f"got port {port}, max_side {side}, max_megabytes {megabytes}; need a port from 1 to 65535, "
             "at least 64 pixels and up to 1024 megabytes"
         )
-    models = [Model.load(vae), *([] if compare is None else [Model.load(compare)])]
-    with running(models, host=host, port=port, max_side=max_side, max_megabytes=max_megabytes) as blocks:
+    models = [Model.load(options.vae), *([] if options.compare is None else [Model.load(options.compare)])]
+    with running(models, options) as blocks:
         if not _is_loopback(host):
             print(f"listening on {host}: anybody who can reach this machine can use the page; there is no password")
         print(f"open {blocks.local_url} in a browser; Ctrl-C ends it", flush=True)

@@ -10,20 +10,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdvae.data.crops import RESAMPLING, cover, to_image, to_tensor
-from sdvae.data.images import ImageError, read_image
+from sdvae.data import ImageError, ReadOptions, read_image, to_image, to_tensor
+from sdvae.data.crops import RESAMPLING, cover
+from sdvae.data.reading import Color
 from sdvae.errors import InputError
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.image import image_metrics
 from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.model.tiling import map_bytes
-from sdvae.pictures import AMPLIFICATION
+from sdvae.pictures import amplified_difference, tile_grid
 from sdvae.roundtrip import check_image_channels, decode_images, encode_images
 from sdvae.runtime import accelerator_type
 from sdvae.studio.explore.moves import lerp, slerp
@@ -144,7 +144,7 @@ class View:
     figures: dict[str, str]
 
 
-def open_photograph(path: str | Path, max_side: int) -> tuple[Image.Image, str]:
+def open_photograph(path: str | Path, max_side: int, color: Color = "srgb") -> tuple[Image.Image, str]:
     """An RGB image whose longer side has at most `max_side` pixels, and a sentence about it.
 
     Raises:
@@ -153,7 +153,7 @@ def open_photograph(path: str | Path, max_side: int) -> tuple[Image.Image, str]:
     """
     path = Path(path)
     try:
-        image = read_image(path, min_side=SMALLEST_SIDE)
+        image = read_image(path, ReadOptions(min_side=SMALLEST_SIDE, color=color))
     except ImageError as error:
         raise InputError(f"{path.name}: {error}; need a photograph (JPEG, PNG, WebP, TIFF, …)") from error
     width, height = image.size
@@ -200,11 +200,10 @@ def show(model: Model, encoded: Encoded, edits: Edits) -> View:
     seconds = time.perf_counter() - start
     (merits,) = image_metrics(x, y, encoded.posterior, None)
     nats = float(encoded.posterior.kl())
-    difference = (2 * AMPLIFICATION * ((x - y.clamp(-1, 1)) / 2).abs() - 1).clamp(-1, 1)  # 0 is black
     return View(
         original=to_image(x[0]),
         reconstruction=to_image(y[0]),
-        difference=to_image(difference[0]),
+        difference=to_image(amplified_difference(x, y)[0]),
         figures={
             "PSNR": f"{merits['psnr']:.2f} dB",
             "SSIM": f"{merits['ssim']:.4f}",
@@ -257,7 +256,7 @@ def edit(z: Tensor, second: Tensor | None, edits: Edits, std: float) -> Tensor:
 def draw_channels(z: Tensor, channel: int | None) -> Image.Image:
     """A picture of one channel, or of all in a grid.
 
-    A channel's grey levels go from its 1st to its 99th percentile, which are written above it.
+    A channel's grey levels go from its 1st to its 99th percentile, which are written below it.
 
     Args:
         z: (c, h, w).
@@ -266,22 +265,14 @@ def draw_channels(z: Tensor, channel: int | None) -> Image.Image:
     shown = range(len(z)) if channel is None else [channel]
     columns = math.ceil(math.sqrt(len(shown)))
     zoom = max(1, round(SHEET_WIDTH / columns / z.shape[2]))  # an integer, so that latent elements are squares
-    width, height = zoom * z.shape[2], zoom * z.shape[1]
-    size = min(16, max(10, width // 14))
-    font = ImageFont.load_default(size)
-    gap, caption = 8, round(1.6 * size)
-    rows = math.ceil(len(shown) / columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + caption + gap) - gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for place, c in enumerate(shown):
-        left, top = place % columns * (width + gap), place // columns * (height + caption + gap)
+    tiles, captions = [], []
+    for c in shown:
         low, high = torch.quantile(z[c].flatten().double(), torch.tensor(CONTRAST).double()).tolist()
         grey = (z[c] - low) / (high - low) if high > low else torch.full_like(z[c], 0.5)
-        tile = Image.fromarray((grey.clamp(0, 1) * 255).round().numpy().astype(np.uint8))
-        sheet.paste(tile.resize((width, height), Image.Resampling.NEAREST), (left, top + caption))
-        text = f"{c}: {low:.3g} … {high:.3g}"
-        draw.text((left + width / 2, top + caption / 2), text, fill="black", font=font, anchor="mm")
-    return sheet
+        tiles.append(2 * grey.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)[None] - 1)
+        captions.append(f"{c}: {low:.3g} … {high:.3g}")
+    rows = [slice(first, first + columns) for first in range(0, len(shown), columns)]
+    return tile_grid([tiles[row] for row in rows], [""] * columns, captions=[captions[row] for row in rows])
 
 
 def save_latents(model: Model, encoded: Encoded, path: Path) -> None:

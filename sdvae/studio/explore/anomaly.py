@@ -13,7 +13,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
 from sdvae.errors import InputError
 from sdvae.model import DiagonalGaussian
@@ -63,9 +62,6 @@ def anomaly_scores(images: Tensor, reconstructions: Tensor, posterior: DiagonalG
 def auroc(normal: Tensor, anomalous: Tensor) -> float:
     """The probability that an anomaly scores higher than a normal image, a tie counted as half.
 
-    torchmetrics treats scores outside [0, 1] as logits and applies a sigmoid, which makes large scores equal.
-    Therefore it is given the ranks of the scores.
-
     Args:
         normal: (N,) scores, of any scale.
         anomalous: (M,) scores.
@@ -79,9 +75,9 @@ def auroc(normal: Tensor, anomalous: Tensor) -> float:
             f"got {normal.numel()} normal and {anomalous.numel()} anomalous scores, or some not finite; "
             "need one of each, all finite"
         )
-    levels, ranks = scores.unique(return_inverse=True)  # equal scores keep equal ranks
-    labels = torch.cat([torch.zeros(normal.numel()), torch.ones(anomalous.numel())]).long()
-    return float(binary_auroc(ranks.double() / max(1, len(levels) - 1), labels))
+    levels, ranks = scores.unique(return_inverse=True)  # equal scores have equal ranks
+    counts = (group.bincount(minlength=len(levels)) for group in ranks.split([normal.numel(), anomalous.numel()]))
+    return auroc_of_counts(*counts)
 
 
 def count_errors(errors: Tensor) -> Tensor:
@@ -103,7 +99,7 @@ def count_errors(errors: Tensor) -> Tensor:
 
 
 def auroc_of_counts(normal: Tensor, anomalous: Tensor) -> float:
-    """`auroc` from histograms of `count_errors`, neither of them empty; values in the same bin count as equal."""
+    """`auroc` from two histograms with the same bins, neither of them empty; values in a bin count as equal."""
     normal, anomalous = normal.double(), anomalous.double()
     below = normal.cumsum(0) - normal / 2
     return float((anomalous * below).sum() / (normal.sum() * anomalous.sum()))

@@ -41,14 +41,14 @@ def explore(what: str, settings: Settings, *, vae: str | None, subfolder: str | 
     study = Study(model, settings)
     study.check(needed=max(NEEDED.get(name, 1) for name in names))
     make_folder(output)
+    said = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)}
     written = []
     for name in names:
         finding = EXPERIMENTS[name](study)
         target = output / f"{name}.png"
         with replacing(target) as temporary:
             finding.picture.save(temporary, format="PNG", optimize=True)
-        record = {"experiment": name, "vae": vae or "packaged", "settings": dataclasses.asdict(settings)}
-        record["figures"] = finding.figures
+        record = {"experiment": name, "vae": vae or "packaged", "settings": said, "figures": finding.figures}
         with replacing(target.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         print(f"wrote {target} and {target.with_suffix('.json').name}", flush=True)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdvae.data import BadImages, EvaluationImages, center_crop, open_source, read_image, to_tensor
+from sdvae.data import BadImages, EvaluationImages, ReadOptions, center_crop, open_source, read_image, to_tensor
 from sdvae.data.images import ImageError
 from sdvae.errors import InputError
 from sdvae.io import utf8
@@ -40,13 +40,6 @@ class Finding:
     picture: Image.Image
     figures: dict[str, Any]
     lines: list[str] = field(default_factory=list)
-
-
-class Photographs(NamedTuple):
-    """N images, (N, C, R, R) float in [-1, 1], and the name of each."""
-
-    names: list[str]
-    images: Tensor
 
 
 class Statistics(NamedTuple):
@@ -119,8 +112,8 @@ class Study:
             raise InputError("the VAE decodes to NaN or infinite values; need finite ones; see sdvae fp16 audit")
         return images.clamp(-1, 1)
 
-    def shown(self, count: int, needed: int = 1) -> Photographs:
-        """Up to `count` photographs to draw.
+    def shown(self, count: int, needed: int = 1) -> tuple[list[str], Tensor]:
+        """The names of up to N = `count` photographs to draw, and their pixels, (N, C, R, R) in [-1, 1].
 
         Raises:
             InputError: when there are fewer than `needed`, or one of `settings.images` cannot be read.
@@ -131,7 +124,7 @@ class Study:
             raise InputError(
                 f"got {len(found)} image{'s' * (len(found) != 1)} to draw; need {needed}; name more with --images"
             )
-        return Photographs([name for name, _ in found], torch.stack([image for _, image in found]))
+        return [name for name, _ in found], torch.stack([image for _, image in found])
 
     def check(self, needed: int) -> None:
         """Read the photographs to draw and the first abnormal image, to find faults before minutes of computation.
@@ -188,13 +181,12 @@ class Study:
         return Statistics(names, moments, covariance, spectrum, kl / len(names))
 
     @property
-    def _channels(self) -> int:
-        return self.vae.config.in_channels
+    def _reading(self) -> ReadOptions:
+        return ReadOptions(channels=self.vae.config.in_channels, min_side=1, color=self.settings.color)
 
     def _images(self, source: str) -> EvaluationImages:
         if source not in self._opened:
-            images = EvaluationImages(open_source(source), self.settings.resolution, self._channels, min_side=1)
-            self._opened[source] = images
+            self._opened[source] = EvaluationImages(open_source(source), self.settings.resolution, self._reading)
         return self._opened[source]
 
     def _named(self, name: str) -> Tensor:
@@ -206,20 +198,20 @@ class Study:
         path = Path(name).expanduser()
         if path.is_file():
             try:
-                image = read_image(path, channels=self._channels)
+                image = read_image(path, self._reading)
             except ImageError as error:
                 raise InputError(f"{path}: {error}; need an image file") from error
             return to_tensor(center_crop(image, self.settings.resolution))
         images = self._images(self.settings.data)
         for index in range(len(images)):
-            if images.source.name(index) == name:
+            if name in (images.source.name(index), utf8(images.source.name(index))):
                 sample = images[index]
                 if sample["image"] is None:
                     raise InputError(f"{name}: {sample['bad']}; need an image that can be read")
                 return sample["image"]
         raise InputError(
             f"got {name!r} in --images; need an image file, or the name of an image in {self.settings.data!r}, "
-            f"such as {images.source.name(0)!r}"
+            f"such as {utf8(images.source.name(0))!r}"
         )
 
 

@@ -13,17 +13,16 @@ from typing import Any
 import diffusers
 import jinja2
 import torch
-from matplotlib.axes import Axes
 from PIL import Image
 
 from sdvae.data import to_image
 from sdvae.io import version
 from sdvae.metrics.image import PEAK_PSNR
 from sdvae.model import AutoencoderKL
-from sdvae.pictures import AMPLIFICATION, draw_curve
+from sdvae.pictures import AMPLIFICATION, draw_curve, draw_log_variances
 from sdvae.statistics import HISTOGRAM_RANGE
 from sdvae.studio.report import plots
-from sdvae.studio.report.gallery import Picture, webp
+from sdvae.studio.report.gallery import webp
 from sdvae.studio.report.measure import Measured
 from sdvae.studio.report.plots import SMALL, WIDE, svg
 from sdvae.studio.report.robustness import SHOWN_TRIPS, Delta, Drift, computes_natively
@@ -66,6 +65,7 @@ def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["data_uri"] = _uri
     environment.filters["signed"] = lambda number: f"{number:+.2f}".replace("-", "−")
     return environment.get_template("template.html.j2").render(
         subject=subject,
@@ -76,9 +76,14 @@ def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[
         **_reconstructions(measured),
         **_latents(subject.model, measured),
         **_drift(measured, drift),
-        **_deltas(subject.model, deltas),
+        deltas=deltas,
+        native=computes_natively(subject.model.device),
+        peak_psnr=PEAK_PSNR,
         spectra=_spectra(subject, measured),
-        curves={name: _plot(partial(_curve, name, *series), SMALL) for name, series in subject.curves.items()},
+        curves={
+            name: _plot(partial(draw_curve, name=name, steps=steps, values=values), SMALL)
+            for name, (steps, values) in subject.curves.items()
+        },
     )
 
 
@@ -114,16 +119,7 @@ def _reconstructions(measured: Measured) -> dict[str, Any]:
         "ranked_by": "PSNR" if gallery.ranked_by == "psnr" else gallery.ranked_by,
         "worst": worst,
         "best": best,
-        "shown": {place: _shown(picture) for place, picture in gallery.shown().items()},
-    }
-
-
-def _shown(picture: Picture) -> dict[str, Any]:
-    return {
-        "name": picture.name,
-        "figures": picture.figures,
-        "original": _uri(picture.original, "webp"),
-        "reconstruction": _uri(picture.reconstruction, "webp"),
+        "shown": gallery.shown(),
     }
 
 
@@ -161,7 +157,7 @@ def _latents(model: AutoencoderKL, measured: Measured) -> dict[str, Any]:
         "covariance": maps.covariance(moments).tolist(),
         "kl_map": _plot(partial(plots.position_map, values=maps.kl())),
         "std_map": _plot(partial(plots.position_map, values=maps.std(moments))),
-        "log_variances": _plot(partial(plots.log_variances, health=health)),
+        "log_variances": _plot(partial(draw_log_variances, health=health, colour=plots.BLUE, clamped=plots.RED)),
     }
 
 
@@ -182,28 +178,14 @@ def _drift(measured: Measured, drift: Drift) -> dict[str, Any]:
     }
 
 
-def _deltas(model: AutoencoderKL, deltas: Sequence[Delta]) -> dict[str, Any]:
-    return {"deltas": deltas, "native": computes_natively(model.device), "peak_psnr": PEAK_PSNR}
-
-
 def _spectra(subject: Subject, measured: Measured) -> dict[str, Any]:
     factor = subject.model.spatial_compression_ratio
-    arguments: dict[str, Any] = {
-        "side": subject.resolution,
-        "originals": measured.originals,
-        "reconstructions": measured.reconstructions,
-        "factor": factor,
-    }
     return {
-        "power": _plot(partial(plots.power, **arguments)),
-        "ratio": _plot(partial(plots.power_ratio, **arguments)),
+        "power": _plot(partial(plots.power, measured=measured, factor=factor)),
+        "ratio": _plot(partial(plots.power_ratio, measured=measured, factor=factor)),
         "edge": 1 / (2 * factor),
         "factor": factor,
     }
-
-
-def _curve(name: str, steps: list[int], values: list[float], axes: Axes) -> None:
-    draw_curve(axes, name, steps, values)
 
 
 def _plot(draw: Any, size: tuple[float, float] = WIDE) -> str:

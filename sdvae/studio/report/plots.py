@@ -13,14 +13,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
-from sdvae.model.posterior import LOGVAR_RANGE
-from sdvae.statistics import BINS, HISTOGRAM_BINS, HISTOGRAM_RANGE, LatentHealth
+from sdvae.statistics import HISTOGRAM_BINS, HISTOGRAM_RANGE
+from sdvae.studio.report.measure import Measured
 from sdvae.studio.report.robustness import Drift
 
 INK, MUTED, BLUE, RED = "#1b1f24", "#8b949e", "#2563b0", "#c2410c"
@@ -55,7 +54,6 @@ def svg(draw: Callable[[Axes], None], size: tuple[float, float] = WIDE) -> bytes
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="compressed")
-        FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -109,15 +107,6 @@ def position_map(axes: Axes, values: Tensor) -> None:
     axes.set(xlabel="column", ylabel="row")
 
 
-def log_variances(axes: Axes, health: LatentHealth) -> None:
-    """Histogram of the posterior's log-variance; the lowest bin, which is at the clamp, is red."""
-    edges = np.linspace(*LOGVAR_RANGE, BINS + 1)
-    counts = health.logvar_histogram.numpy()
-    axes.set(yscale="log", ylim=(0.5, 2 * max(1, counts.max())))  # 0.5: a bar of one element is visible
-    axes.bar(edges[:-1], counts, width=1.0, align="edge", color=[RED] + [BLUE] * (BINS - 1))
-    axes.set(xlim=(edges[0] - 1, edges[-1] + 1), xlabel="log-variance of the posterior, nats", ylabel="elements")
-
-
 def drift_curves(axes: Axes, drift: Drift) -> None:
     """PSNR after each round trip: the mean, and thin lines for single images."""
     trips = np.arange(1, len(drift.to_original) + 1)
@@ -131,27 +120,25 @@ def drift_curves(axes: Axes, drift: Drift) -> None:
     axes.legend()
 
 
-def power(axes: Axes, side: int, originals: Tensor, reconstructions: Tensor, factor: int) -> None:
+def power(axes: Axes, measured: Measured, factor: int) -> None:
     """The spectra of originals and reconstructions, log-log.
 
     Args:
         axes: the axes to draw on.
-        side: side of the images, in pixels.
-        originals: (side // 2,), from `radial_power`.
-        reconstructions: the same shape.
+        measured: the measurements with the spectra.
         factor: the compression ratio; a dashed line marks the highest frequency that the grid of latents can hold.
     """
-    axes.loglog(_frequencies(side), originals.numpy(), color=INK, label="originals")
-    axes.loglog(_frequencies(side), reconstructions.numpy(), color=RED, label="reconstructions")
+    axes.loglog(_frequencies(measured), measured.originals.numpy(), color=INK, label="originals")
+    axes.loglog(_frequencies(measured), measured.reconstructions.numpy(), color=RED, label="reconstructions")
     axes.axvline(1 / (2 * factor), color=MUTED, linewidth=1, linestyle="--")
     axes.set(xlabel="cycles a pixel", ylabel="power")
     _plain_ticks(axes.xaxis)
     axes.legend(loc="lower left")
 
 
-def power_ratio(axes: Axes, side: int, originals: Tensor, reconstructions: Tensor, factor: int) -> None:
+def power_ratio(axes: Axes, measured: Measured, factor: int) -> None:
     """The reconstructions' power divided by the originals'. The arguments are those of `power`."""
-    axes.loglog(_frequencies(side), (reconstructions / originals).numpy(), color=RED)
+    axes.loglog(_frequencies(measured), (measured.reconstructions / measured.originals).numpy(), color=RED)
     axes.axhline(1, color=INK, linewidth=1)
     axes.axvline(1 / (2 * factor), color=MUTED, linewidth=1, linestyle="--")
     axes.set(xlabel="cycles a pixel", ylabel="reconstructions / originals")
@@ -159,7 +146,9 @@ def power_ratio(axes: Axes, side: int, originals: Tensor, reconstructions: Tenso
     _plain_ticks(axes.yaxis)
 
 
-def _frequencies(side: int) -> np.ndarray:
+def _frequencies(measured: Measured) -> np.ndarray:
+    """Of the spectra's rings, in cycles a pixel."""
+    side = measured.first.shape[-1]
     return np.arange(1, side // 2 + 1) / side
 
 

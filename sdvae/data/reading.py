@@ -1,0 +1,49 @@
+"""How image files are read: one set of options for every command."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from sdvae.errors import InputError
+
+Color = Literal["srgb", "raw"]
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte of RGB
+
+
+class ImageError(InputError):
+    """A file cannot be used. The message is only the reason; the caller adds the name of the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What `read_image` makes of a file, and which files it refuses.
+
+    Attributes:
+        channels: 3 for mode "RGB", 1 for "L".
+        background: RGB in 0..255, the colour behind transparent parts.
+        min_side: the smallest permitted length of the shorter side, in pixels; None is 1, and half of the resolution
+            for images that are cropped to one. Images that are enlarged more than twice teach the decoder to blur.
+        max_pixels: the largest permitted number of pixels; None is MAX_PIXELS. The header is checked before anything is
+            decoded.
+        color: "srgb" converts colours to sRGB (see `sdvae.data.color`); "raw" takes the numbers in the file as they
+            are, which is what versions without this option did.
+    """
+
+    channels: int = 3
+    background: tuple[int, int, int] = (255, 255, 255)
+    min_side: int | None = None
+    max_pixels: int | None = None
+    color: Color = "srgb"
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise InputError(f"channels is {self.channels}; need 1 (grey) or 3 (RGB)")
+
+    def for_crops(self, resolution: int) -> ReadOptions:
+        """The same options for images that are cropped to `resolution` x `resolution`: with a number as `min_side`."""
+        if resolution < 1:
+            raise InputError(f"resolution is {resolution}; need at least 1")
+        return self if self.min_side is not None else dataclasses.replace(self, min_side=max(resolution // 2, 1))

@@ -1,0 +1,160 @@
+"""The weights of a VAE under the names of its class, whatever was put around its parts or into its layers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdvae.errors import InputError, first_few
+
+NETWORK = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod)\.")
+# Marks in the names of weights that a layer has beside or instead of its own -> what put them there, and the remedy.
+_ADDITIONS = [
+    (re.compile(r"\.base_layer\."), "an adapter that is not merged", "vae.fuse_lora() or vae.unload_lora()"),
+    (
+        re.compile(r"\.parametrizations\."),
+        "parametrized weights",
+        "torch.nn.utils.parametrize.remove_parametrizations(layer, name) for each",
+    ),
+    (
+        re.compile(r"\.weight_(g|v|orig|u)$"),
+        "weights under weight_norm or spectral_norm",
+        "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)",
+    ),
+]
+
+
+def unwrapped_name(key: str) -> str:
+    """The key without the parts `module.` and `_orig_mod.`, which DDP and torch.compile insert at any place in it."""
+    return _WRAPPER.sub("", key)
+
+
+def is_network(key: str) -> bool:
+    """Whether a key, without prefix, names a weight of the network, or the codebook of a VQ model.
+
+    A key of this kind that a VAE has no place for means that the weights are those of another network. Any other key
+    is something that was stored beside the VAE.
+    """
+    return key.startswith((*NETWORK, "quantize."))
+
+
+def plain_weights(vae: Any) -> dict[str, Tensor]:
+    """The weights that a newly built VAE of the same class and configuration takes, and that compute the same.
+
+    torch.compile and DDP change the names of weights, also where only parts are wrapped: their prefixes are removed.
+    A merged adapter leaves the layer's own weights, which contain it. Weights that diffusers' layerwise casting stores
+    in 8 bits come in the dtype that the layers compute in, which holds the same values.
+
+    Args:
+        vae: the model, which is not changed.
+
+    Returns:
+        name -> contiguous tensor. No two share memory, as safetensors demands; otherwise they may be the model's own.
+
+    Raises:
+        InputError: when a layer was replaced, or an adapter or parametrization adds to it, or when the weights are
+            quantized, or offloaded and so without data.
+    """
+    if getattr(vae, "hf_quantizer", None) is not None:
+        raise InputError("the VAE is quantized; need floating-point weights; call vae.dequantize() first")
+    merged = [f"{name}." for name, module in vae.named_modules() if _is_merged(module)]
+    weights: dict[str, Tensor] = {}
+    for key, weight in vae.state_dict().items():
+        layer = next((name for name in merged if key.startswith(name)), None)
+        if layer is not None and not key.startswith(f"{layer}base_layer."):
+            continue  # an adapter's own weights, which are already part of the layer's
+        plain = key if layer is None else layer + key.removeprefix(f"{layer}base_layer.")
+        weights[unwrapped_name(plain)] = weight.detach()
+    _check_names(weights, vae)
+    _check_data(weights, vae)
+    computed_in = torch.bfloat16 if vae.dtype in FLOAT8 else vae.dtype
+    return _separate({key: widened(weight, computed_in) for key, weight in weights.items()})
+
+
+def rebuilt(vae: Any, kind: type[Any]) -> Any:
+    """A newly built model of class `kind`, with the configuration, the `plain_weights` and the mode of `vae`."""
+    with torch.device("meta"):  # only shapes: no memory, no random initialisation
+        model = kind(**{key: value for key, value in vae.config.items() if not key.startswith("_")})
+    model.register_to_config(**{key: value for key, value in vae.config.items() if key != "_class_name"})
+    model.load_state_dict(plain_weights(vae), assign=True)
+    return model.train(vae.training)
+
+
+def _is_merged(module: nn.Module) -> bool:
+    """Whether it is one of peft's layers, and computes just what the layer inside it does, with the merged weights."""
+    inside = isinstance(getattr(module, "base_layer", None), nn.Module)
+    return inside and bool(getattr(module, "merged", False)) and not getattr(module, "disable_adapters", False)
+
+
+def _check_names(weights: dict[str, Tensor], vae: Any) -> None:
+    with torch.device("meta"):
+        expected = type(vae)(**{key: value for key, value in vae.config.items() if not key.startswith("_")})
+    shapes = {key: weight.shape for key, weight in expected.state_dict().items()}
+    if (odd := sorted(weights.keys() - shapes.keys())) or shapes.keys() - weights.keys():
+        for pattern, addition, remedy in _ADDITIONS:
+            if found := [key for key in odd if pattern.search(key)]:
+                raise InputError(
+                    f"the VAE has {addition} ({first_few(found)}); need its plain layers; first call {remedy}"
+                )
+        lost = sorted(shapes.keys() - weights.keys())
+        raise InputError(
+            f"the VAE has {len(odd)} weights that {type(vae).__name__} has not ({first_few(odd) or 'none'}) and lacks "
+            f"{len(lost)} ({first_few(lost) or 'none'}); need the layers of its configuration; put them back"
+        )
+    wrong = [f"{key} {tuple(weights[key].shape)}" for key in shapes if weights[key].shape != shapes[key]]
+    if wrong:
+        raise InputError(
+            f"the VAE has weights of another shape than its configuration says ({first_few(wrong)}); need equal ones; "
+            "set vae.config with vae.register_to_config(…), or put the layers back"
+        )
+
+
+def _check_data(weights: dict[str, Tensor], vae: Any) -> None:
+    away = [key for key, weight in weights.items() if weight.is_meta]
+    if away:
+        raise InputError(
+            f"the VAE has {len(away)} weights without data (offloaded: {first_few(away)}); need them in memory; first "
+            "call accelerate.hooks.remove_hook_from_module(vae, recurse=True), or load the VAE again"
+        )
+    on_disk = [name for name, module in vae.named_modules() if _is_on_disk(module)]
+    if on_disk:
+        raise InputError(
+            f"the VAE has {len(on_disk)} layers whose weights are on disk ({first_few(on_disk)}); need them in memory; "
+            "save the VAE before vae.enable_group_offload(…, offload_to_disk_path=…)"
+        )
+
+
+def _is_on_disk(module: nn.Module) -> bool:
+    """Whether diffusers' group offloading moves the module's weights to disk, which leaves tensors of any content."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    return any(getattr(getattr(hook, "group", None), "offload_to_disk_path", None) for hook in hooks.values())
+
+
+def widened(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A weight of 8 bits in `dtype`, with the same value; any other weight as it is."""
+    return weight.to(dtype) if weight.dtype in FLOAT8 else weight
+
+
+def _separate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    for key, weight in weights.items():
+        weight = weight.contiguous()
+        if (memory := weight.untyped_storage().data_ptr()) in seen:
+            weight = weight.clone()
+        seen.add(memory)
+        weights[key] = weight
+    return weights
+
+
+def initialise(model: nn.Module, keys: list[str]) -> None:
+    """Give the weights `keys` the values of a new layer, and leave the others of that layer as they are."""
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in keys):
+        layer: Any = model.get_submodule(name)
+        kept = {part: w.detach().clone() for part, w in layer.named_parameters() if f"{name}.{part}" not in keys}
+        layer.reset_parameters()
+        layer.load_state_dict(kept, strict=False)
