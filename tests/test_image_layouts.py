@@ -360,7 +360,7 @@ def test_a_png_of_apples_variant_is_named():
 @pytest.mark.parametrize(
     ("marker", "bits", "components", "reason"),
     [
-        (0xC3, 8, 3, "lossless JPEG"),
+        (0xC5, 8, 3, "hierarchical JPEG"),
         (0xC9, 8, 3, "arithmetic-coded JPEG"),
         (0xF7, 8, 3, "JPEG-LS"),
         (0xC1, 12, 3, "12-bit JPEG"),

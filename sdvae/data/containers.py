@@ -98,9 +98,8 @@ def _profile_opens(content: memoryview) -> bool:
 # ---- JPEG ----
 
 _JPEG_PROCESSES = {  # by the marker of the frame; "" is read
-    **dict.fromkeys((0xC0, 0xC1, 0xC2), ""),
-    **dict.fromkeys((0xC3, 0xC7), "lossless JPEG"),
-    **dict.fromkeys((0xC5, 0xC6, 0xCD, 0xCE), "hierarchical JPEG"),
+    **dict.fromkeys((0xC0, 0xC1, 0xC2, 0xC3), ""),  # baseline, extended, progressive, lossless
+    **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE), "hierarchical JPEG"),
     **dict.fromkeys((0xC9, 0xCA, 0xCB, 0xCF), "arithmetic-coded JPEG"),
     **dict.fromkeys((0xF7, 0xF9), "JPEG-LS"),
 }
