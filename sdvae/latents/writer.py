@@ -37,8 +37,8 @@ from sdvae.storage import LocalStorage
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# What a fingerprint means that lacks these settings, because it was written before they were.
-BEFORE = {"images": {"color": "raw", "max_pixels": None}}
+# What a fingerprint of format version 1 means, which lacks these settings.
+VERSION_1 = {"images": {"color": "raw", "max_pixels": None}}
 ROW_GROUP_BYTES = 2**20  # at least so much is read for one row, which matters if rows are read in random order
 READERS = 32  # threads that read the shards' records; in a bucket each waits for its answer
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
@@ -83,7 +83,8 @@ class LatentWriter(LatentFolder):
             begun = {"format": FORMAT, "version": VERSION, "source": source, "vae_config": dict(vae_config)}
             self.storage.create(MANIFEST, _json({**begun, "fingerprint": dict(fingerprint), "complete": False}))
         self._read()
-        changes = changed_fields(self.manifest["fingerprint"], json.loads(json.dumps(fingerprint)), defaults=BEFORE)
+        defaults = VERSION_1 if self.manifest["version"] == 1 else None
+        changes = changed_fields(self.manifest["fingerprint"], json.loads(json.dumps(fingerprint)), defaults=defaults)
         if changes:
             raise InputError(
                 f"{self.storage} holds latents made in another way ({'; '.join(changes)}); choose another folder, "
