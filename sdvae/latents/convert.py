@@ -282,18 +282,18 @@ def _check_kohya(source: _Source) -> None:
     if unsafe:
         raise InputError(
             f"got {len(unsafe)} of {source.num_rows} images with such names as "
-            f"{first_few([repr(name) for name in unsafe])}; need relative paths in UTF-8 without .. or backslashes, of "
+            f"{first_few([_quoted(name) for name in unsafe])}; need relative paths in UTF-8 without .. or backslashes, of "
             f"at most {LONGEST_NAME} bytes a part; rename these and encode again, or choose another format"
         )
     if same:
         raise InputError(
-            f"got images whose names differ only in the extension ({first_few([repr(name) for name in same], 4)}); "
+            f"got images whose names differ only in the extension ({first_few([_quoted(name) for name in same], 4)}); "
             "need different names without it, since the cache's files have none; rename these and encode again"
         )
     if unread:
         logger.warning(
-            "%d of %d images have names that sd-scripts does not look for, such as %s; it looks for %s, and will not use "
-            "the latents of others",
+            "%d of %d images have names that sd-scripts does not look for, such as %s, so it does not use their "
+            "latents; it looks for %s",
             *(len(unread), source.num_rows, printable(unread[0]), ", ".join(KOHYA_EXTENSIONS)),
         )
     _say_orientation(source)
@@ -391,6 +391,10 @@ def _crop_ltrb(original_size: Sequence[int], target_size: Sequence[int]) -> tupl
     inner_width, inner_height = (height * aspect, height) if is_narrower else (width, width / aspect)
     left, top = (width - inner_width) // 2, (height - inner_height) // 2
     return left, top, left + inner_width, top + inner_height
+
+
+def _quoted(name: str) -> str:
+    return f"'{printable(name)}'"
 
 
 def _stem(name: str) -> str:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from sdvae.errors import InputError, first_few
-from sdvae.io import changed_fields, utf8
+from sdvae.io import changed_fields, printable
 from sdvae.latents.folder import CARD, FORMAT, MANIFEST, RECORD, SHARDS, SKIPPED, VERSION, LatentFolder, entry_of
 from sdvae.latents.summary import card, statistics_of
 from sdvae.statistics import LatentMoments
@@ -74,7 +74,7 @@ class LatentWriter(LatentFolder):
         if isinstance(self.storage, LocalStorage) and self.storage.root.exists() and not self.storage.root.is_dir():
             raise InputError(f"{self.storage} is a file; need the path of a folder")
         if not self.storage.exists(MANIFEST):
-            strangers = sorted(utf8(name) for name in self._names() if not _is_temporary(name))
+            strangers = sorted(printable(name) for name in self._names() if not _is_temporary(name))
             if strangers:
                 raise InputError(
                     f"{self.storage} holds other files ({first_few(strangers)}) and no latents; need a new or empty "
