@@ -282,8 +282,8 @@ def _check_kohya(source: _Source) -> None:
     if unsafe:
         raise InputError(
             f"got {len(unsafe)} of {source.num_rows} images with such names as "
-            f"{first_few([_quoted(name) for name in unsafe])}; need relative paths in UTF-8 without .. or backslashes, of "
-            f"at most {LONGEST_NAME} bytes a part; rename these and encode again, or choose another format"
+            f"{first_few([_quoted(name) for name in unsafe])}; need relative paths in UTF-8 without .. or backslashes, "
+            f"of at most {LONGEST_NAME} bytes a part; rename these and encode again, or choose another format"
         )
     if same:
         raise InputError(
