@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sdvae.data import ImageError, ReadOptions, read_image
+from sdvae.errors import InputError, exit_code
 
 Reader = Callable[[bytes], np.ndarray]  # a file's bytes -> (H, W, 3) uint8, or any exception
 
@@ -43,10 +44,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--differences", type=Path, help="CSV file to write: file, kind, reader, what differs")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    if not options.folder.is_dir():
+        raise InputError(f"got {options.folder}, which is no folder; need one with image files")
 
     readers = other_readers()
     if not readers:
-        sys.exit("no other reader is installed; need pyvips, opencv-python-headless, tifffile or imagecodecs")
+        raise InputError("no other reader is installed; need pyvips, opencv-python-headless, tifffile or imagecodecs")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     refusals: Counter[str] = Counter()
     rows = []
@@ -214,5 +218,4 @@ def other_readers() -> dict[str, Reader]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-    main()
+    sys.exit(exit_code("compare_readers", main))
