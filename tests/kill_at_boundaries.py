@@ -62,9 +62,9 @@ def save_and_be_killed(argv: list[str]) -> None:
             save(root, 2)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        folder, found, damaged = newest_whole(root)
-        assert folder is not None, f"operation {operation}: no checkpoint is left in {list(root.iterdir())}"
-        assert found is not None
+        newest, damaged = newest_whole(root)
+        assert newest is not None, f"operation {operation}: no checkpoint is left in {list(root.iterdir())}"
+        _, found = newest
         assert not damaged, f"operation {operation}: half a checkpoint has a checkpoint's name: {damaged}"
         step = found.state["step"]
         counts[step] += 1

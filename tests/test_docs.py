@@ -40,7 +40,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    return [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+    whole = [re.sub(r"\\\n\s*", "", block) for block in blocks(page, "bash")]  # lines that a backslash continues
+    return [line for block in whole for line in block.splitlines() if line.strip()]
 
 
 def anchors(markdown: str) -> set[str]:

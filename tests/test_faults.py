@@ -138,7 +138,7 @@ def test_when_a_process_dies_all_stop_soon_and_nothing_is_half_written(whole, tm
     )
     assert launched.returncode != 0
     assert time.monotonic() - start < 120
-    folder, _, damaged = newest_whole(tmp_path / "run" / "checkpoints")
+    (folder, _), damaged = newest_whole(tmp_path / "run" / "checkpoints")
     assert folder.name == "step-00000003"
     assert not damaged
     continued = two_processes(run_with_fault, source, tmp_path / "run", "none", 0, 0)

@@ -26,6 +26,7 @@ from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
 from sdvae.training.config import ModelConfig, TrainConfig
 from sdvae.training.initialise import initialise
 from sdvae.training.players import freeze_encoder
+from sdvae.training.processes import everywhere, from_main
 from sdvae.training.run_folder import RunFolder
 from sdvae.tutorial.conditional import ConditionalAutoencoderKL
 from sdvae.weights import load_vae
@@ -146,11 +147,17 @@ def build_perceptual(config: TrainConfig, accelerator: Accelerator) -> Perceptua
     if config.loss.lpips_weight == 0:
         return None
     settings = config.loss.perceptual
-    with accelerator.local_main_process_first():  # the others find its download in torch hub's cache
-        perceptual = load_perceptual(settings.net, settings.weights, settings.heads, settings.allow_random)
+
+    def load() -> Perceptual:
+        return load_perceptual(settings.net, settings.weights, settings.heads, settings.allow_random)
+
+    # one process of each machine comes first, and the others find its download in torch hub's cache
+    early = everywhere(accelerator, lambda: load() if accelerator.is_local_main_process else None)
+    perceptual = everywhere(accelerator, lambda: load() if early is None else early)
     names = set(gather_object([perceptual.name]))
     if len(names) > 1:  # some processes could download the trunk, and others could not
         raise InputError(
             f"the processes have different trunks: {', '.join(sorted(names))}; give loss.perceptual.weights"
         )
+    perceptual.load_state_dict(from_main(accelerator, perceptual.state_dict()))  # files may differ between machines
     return perceptual.to(accelerator.device)

@@ -15,9 +15,8 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,9 +30,10 @@ STATE = "state.json"
 NAME = re.compile(r"step-(\d{8,})")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """The state from which a run is continued, on the CPU.
+
+    It is a tuple of dicts, in which `from_main` finds the tensors that it sends to the other processes.
 
     Attributes:
         weights: {"generator": state dict, "ema": …, "discriminator": …}.
@@ -117,19 +117,24 @@ def checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(named, reverse=True)]
 
 
-def newest_whole(root: Path) -> tuple[Path | None, Checkpoint | None, list[tuple[Path, str]]]:
+def newest_step(root: Path) -> int:
+    """The step of the newest checkpoint, by its name; -1 if there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in checkpoints(root)), default=-1)
+
+
+def newest_whole(root: Path) -> tuple[tuple[Path, Checkpoint] | None, list[tuple[Path, str]]]:
     """The newest checkpoint that can be read.
 
     Returns:
-        Its folder and its content, or None for both; and each newer folder with the reason why it cannot be read.
+        Its folder and its content, or None; and each newer folder with the reason why it cannot be read.
     """
     damaged: list[tuple[Path, str]] = []
     for folder in checkpoints(root):
         try:
-            return folder, read_checkpoint(folder), damaged
+            return (folder, read_checkpoint(folder)), damaged
         except InputError as error:
             damaged.append((folder, str(error)))
-    return None, None, damaged
+    return None, damaged
 
 
 def prune(root: Path, keep_last: int) -> None:

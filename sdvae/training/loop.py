@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from sdvae.data import BadImages
+from sdvae.data import BadImages, ImageSource
 from sdvae.data.dataset import Batch
 from sdvae.errors import one_line
 from sdvae.training.build import build_accelerator, build_perceptual, lay_out, starting_vae
@@ -35,8 +34,9 @@ from sdvae.training.data import (
 )
 from sdvae.training.log import Meter, RunLog, progress_bar
 from sdvae.training.players import Players
-from sdvae.training.preflight import PROBED_IMAGES, check_recipe, probe
-from sdvae.training.run_folder import RunFolder, plain
+from sdvae.training.preflight import PROBED_IMAGES, check_main_is_newest, check_recipe, probe
+from sdvae.training.processes import check_same, everywhere, from_main, on_main
+from sdvae.training.run_folder import FREE_ON_A_MACHINE, RunFolder, plain
 from sdvae.training.save import Validator
 from sdvae.training.skipped import SkippedSteps
 from sdvae.training.state import Origin, Progress, RunState, digest_of_names
@@ -52,7 +52,7 @@ WORKER_DIED = "DataLoader worker"  # in the text of torch's RuntimeError for thi
 def train(config: TrainConfig) -> Path:
     """Train by a recipe: from the start, or from the last checkpoint in output_dir.
 
-    Under `torchrun` or `accelerate launch`, every process calls it.
+    Under `torchrun` or `accelerate launch`, every process calls it. The run folder is on the machine of process 0.
 
     Args:
         config: the recipe.
@@ -67,9 +67,9 @@ def train(config: TrainConfig) -> Path:
     """
     accelerator = build_accelerator(config)
     training = Training(config, accelerator)
-    locked = training.run.locked() if accelerator.is_main_process else nullcontext()
     try:
-        with locked, training.signals:
+        with ExitStack() as lock, training.signals:
+            on_main(accelerator, lambda: lock.enter_context(training.run.locked()))
             training.begin()
             return training.run_to_the_end()
     except RuntimeError as error:
@@ -98,14 +98,15 @@ class Training:
         self.signals = StopSignal()
         self.images_per_step = recipe.batch_size * accelerator.num_processes * recipe.gradient_accumulation_steps
 
-        if accelerator.is_main_process:
-            self.run.check_ours()
-        check_output_outside(recipe)
-        self.train_source, self.validation_source = open_sources(recipe.data, recipe.seed)
-        for source in (self.train_source, self.validation_source):
-            labels_of(source, recipe)  # raises for labels that do not fit, before anything is written
-        torch.manual_seed(recipe.seed)  # for the initial weights, which are the same on every process
-        self.vae, self.config = starting_vae(recipe)
+        # before all else, because what the processes do together depends on the recipe
+        check_same(accelerator, plain(recipe), FREE_ON_A_MACHINE)
+        on_main(accelerator, self.run.check_ours)
+        self.train_source, self.validation_source = everywhere(accelerator, self._open)
+        torch.manual_seed(recipe.seed)  # for the initial weights
+        self.vae, self.config = everywhere(accelerator, lambda: starting_vae(recipe))
+        self._check_same_input()
+        # a VAE that is fine-tuned may have other weights on another machine, and DDP does not reach their average
+        self.vae.load_state_dict(from_main(accelerator, self.vae.state_dict()))
         self.perceptual = build_perceptual(recipe, accelerator)
         self.findings = check_recipe(
             self.config,
@@ -123,13 +124,11 @@ class Training:
     def begin(self) -> None:
         """Load the checkpoint, if there is one, and prepare the next step."""
         accelerator, run, vae = self.accelerator, self.run, self.vae
-        found = [run.find(self.recipe, self.images_per_step) if accelerator.is_main_process else None]
-        if accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        (checkpoint,) = found
+        check_main_is_newest(run, accelerator)
+        found = on_main(accelerator, lambda: run.find(self.recipe, self.images_per_step))
         self.config = config = lay_out(vae, self.config, accelerator)
-        if checkpoint is None:
-            self.findings += self._probe()
+        if found is None:
+            self.findings += everywhere(accelerator, self._probe)
         players = Players(vae, config, accelerator)
         origin = Origin(
             config=plain(self.recipe),
@@ -139,11 +138,10 @@ class Training:
             perceptual=self.perceptual.name if self.perceptual is not None else None,
         )
         self.state = RunState(origin, players, self.progress, self.meter, self.bad_images, accelerator)
-        if checkpoint is not None:
-            self.state.load(checkpoint, config)
+        if found is not None:
+            self.state.load(*found, config)
         accelerator.wait_for_everyone()  # files are written from here on, after every process has passed all checks
-        if accelerator.is_main_process:
-            run.open(self.recipe, self.progress.step)
+        on_main(accelerator, lambda: run.open(self.recipe, self.progress.step))
         for finding in self.findings:
             logger.warning("check: %s", finding)
         self.log = RunLog(run, config, accelerator, self.progress.step)
@@ -249,6 +247,27 @@ class Training:
 
     def _checkpoint(self) -> None:
         self.state.save(self.run.checkpoints, self.config.checkpoint.keep_last)
+
+    def _open(self) -> tuple[ImageSource, ImageSource]:
+        """Training and validation images. Raises for labels that do not fit, before anything is written."""
+        check_output_outside(self.recipe)
+        sources = open_sources(self.recipe.data, self.recipe.seed)
+        for source in sources:
+            labels_of(source, self.recipe)
+        return sources
+
+    def _check_same_input(self) -> None:
+        """Check that all processes have the same images, by their names, the same kind of VAE and the same precision.
+
+        Raises:
+            InputError: on every process, if not.
+        """
+        sources = {"training images": self.train_source, "validation images": self.validation_source}
+        images = {
+            name: {"count": len(source), "digest of names": digest_of_names(source)} for name, source in sources.items()
+        }
+        facts = {**images, "model": plain(self.config)["model"], "precision": self.accelerator.mixed_precision}
+        check_same(self.accelerator, facts)
 
     def _probe(self) -> list[str]:
         """Findings from the first images of the run, which are the same on every process."""

@@ -1,12 +1,14 @@
 """Checks before the first step. Each finding is one line with its numbers and, where there is one, a remedy.
 
-config.py checks the recipe on its own. `check_recipe` compares the recipe with the VAE, the data and LPIPS's trunk.
-`probe` runs the VAE on the first images.
+config.py checks the recipe on its own. `check_main_is_newest` compares the checkpoints that the processes see,
+`check_recipe` the recipe with the VAE, the data and LPIPS's trunk. `probe` runs the VAE on the first images.
 """
 
 from __future__ import annotations
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from sdvae.errors import InputError
@@ -15,8 +17,11 @@ from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
 from sdvae.noise import posterior_generators
 from sdvae.roundtrip import decode_images, decode_output, encode_images
+from sdvae.training.checkpoint import checkpoint_name, newest_step
 from sdvae.training.config import TrainConfig
 from sdvae.training.objective import loss_terms
+from sdvae.training.processes import place
+from sdvae.training.run_folder import RunFolder
 
 LARGE = 20e6  # parameters; a VAE as large as SD's has 84 million
 LARGE_LEARNING_RATE = 1e-3  # LDM takes 4.5e-6 times the images in a step: 1.1e-4 for its batch of 24
@@ -25,6 +30,24 @@ FEW_VALIDATION_IMAGES = 8
 SMALLEST_LATENT_STD, LARGEST_LATENT_STD = 1e-3, 1e3
 RECOGNISABLE_PSNR = 15.0  # dB; LDM's kl-f8 reaches 23.4 dB on COCO
 PROBED_IMAGES = 4
+
+
+def check_main_is_newest(run: RunFolder, accelerator: Accelerator) -> None:
+    """Check that the main process sees the newest checkpoint, since the run continues from what it sees.
+
+    A launcher that was told no rank may make another machine the main one, which would start from step 0.
+
+    Raises:
+        InputError: on every process, when another sees a newer one.
+    """
+    everyone = gather_object([(newest_step(run.checkpoints), place(accelerator))])
+    (main_step, main), (step, where) = everyone[0], max(everyone)
+    if step > main_step:
+        raise InputError(
+            f"{where} has {checkpoint_name(step)} in its output_dir, and {main}, from which the run continues, has "
+            f"{checkpoint_name(main_step) if main_step >= 0 else 'none'}; give rank 0 to the machine whose run this is "
+            "(--node_rank 0 or --machine_rank 0), or remove that folder"
+        )
 
 
 def check_recipe(

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from sdvae.errors import InputError
 from sdvae.io import changed_fields, left_beside, refuse_url, replacing
-from sdvae.training.checkpoint import newest_whole
+from sdvae.training.checkpoint import Checkpoint, newest_whole
 from sdvae.training.config import TrainConfig
 from sdvae.training.recipe import BEFORE
 
@@ -30,12 +30,18 @@ FREE_FIELDS = frozenset(
     | {"data.num_workers", "data.cache_mib", "data.max_bad_fraction"}
 )
 BATCH_FIELDS = frozenset({"batch_size", "gradient_accumulation_steps"})
+# Fields that may differ between the machines of a run: paths, and the use of memory. Images are compared by their
+# names, and all processes get the weights of the main process.
+FREE_ON_A_MACHINE = frozenset(
+    {"output_dir", "data.source", "data.validation_source", "data.num_workers", "data.cache_mib"}
+    | {"fine_tune.source", "fine_tune.config", "loss.perceptual.weights"}
+)
 
 
 class RunFolder:
     """config.yaml, metrics.jsonl, curves.png, images/, checkpoints/, model/, best_model/ and tracker logs.
 
-    Only the main process reads and writes here.
+    Only the main process reads and writes here. The others may be on machines that do not see the folder.
     """
 
     TRACKER = "sdvae"  # the trackers' name for the project, and the folder of trackers that write files
@@ -70,12 +76,15 @@ class RunFolder:
                 f"another run is training into output_dir={self.root}; wait for it, or choose another folder"
             ) from error
 
-    def find(self, config: TrainConfig, images_per_step: int) -> Path | None:
+    def find(self, config: TrainConfig, images_per_step: int) -> tuple[Path, Checkpoint] | None:
         """The checkpoint to continue from, or None to start from step 0. The results in the folder are not changed.
 
         Args:
             config: the recipe, as the user wrote it.
             images_per_step: images in a step of all processes together.
+
+        Returns:
+            The checkpoint's folder and its content.
 
         Raises:
             InputError: when the folder holds something other than a run, or a run of another recipe, or when none of
@@ -85,7 +94,7 @@ class RunFolder:
         if config.overwrite or not self.config.is_file():
             return None
         self._sweep()
-        found, checkpoint, self.damaged = newest_whole(self.checkpoints)
+        found, self.damaged = newest_whole(self.checkpoints)
         for path, reason in self.damaged:
             logger.warning("checkpoint %s is damaged and left out: %s", path.name, reason)
         if found is None and self.damaged:
@@ -93,9 +102,10 @@ class RunFolder:
                 f"none of the {len(self.damaged)} checkpoints in {self.checkpoints} can be read "
                 f"({self.damaged[0][1]}); start anew with --overwrite=true, or put an undamaged checkpoint there"
             )
-        if checkpoint is None:
+        if found is None:
             before = {"config": yaml.safe_load(self.config.read_text(encoding="utf-8"))}
         else:
+            _, checkpoint = found
             before = checkpoint.state
         self._check_same(before, config, images_per_step)
         return found

@@ -20,6 +20,7 @@ from sdvae.training.data import evaluation_batches, first_images
 from sdvae.training.log import RunLog
 from sdvae.training.model_card import GRID_NAME, model_card
 from sdvae.training.players import Players
+from sdvae.training.processes import on_main
 from sdvae.training.run_folder import RunFolder
 from sdvae.training.state import Progress, digest_of_names
 from sdvae.training.validation import ValidationResult, measure_latents, validate
@@ -67,6 +68,10 @@ class Validator:
         """Measure, draw, and save model/. If the model is the best so far, save best_model/ too.
 
         Every process must call it.
+
+        Raises:
+            InputError: on every process, when the VAE has weights that are not finite.
+            OSError: on every process, when writing fails.
         """
         config, step, average = self.config, progress.step, self.players.ema.model
         if config.validate_raw:
@@ -84,13 +89,16 @@ class Validator:
         improved = is_better(result.metrics, progress.best, name, self._measured_on)
         if improved:
             progress.best = {"metric": name, "value": result.metrics[name], "step": step, "on": self._measured_on}
-        if self.accelerator.is_main_process:
+
+        def write() -> None:
             for complaint in result.health.complaints():
                 logger.warning("latents: %s", complaint)
             self.log.picture("reconstructions", draw(result, self.run, step), step)
             save_model(self.run, average, config, result, step, progress.position)
             if improved:
                 keep_best(self.run)
+
+        on_main(self.accelerator, write)
         progress.validated = True
 
     def _validate(self, vae: AutoencoderKL) -> ValidationResult:

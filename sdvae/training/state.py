@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from sdvae.data import BadImages, ImageSource
 from sdvae.errors import InputError
-from sdvae.training.checkpoint import Checkpoint, checkpoint_name, prune, read_checkpoint, write_checkpoint
+from sdvae.training.checkpoint import Checkpoint, checkpoint_name, prune, write_checkpoint
 from sdvae.training.config import TrainConfig
 from sdvae.training.log import Meter
 from sdvae.training.players import Players
+from sdvae.training.processes import on_main
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -138,25 +139,34 @@ class RunState:
         """Write a checkpoint into `root`, and remove old ones when it is complete.
 
         Every process must call it. Only the main process writes.
+
+        Raises:
+            OSError: on every process, when writing fails.
         """
         state = asdict(self.origin)
         for part in self.in_json:
             state |= part.state_dict()
-        if self.accelerator.is_main_process:
+
+        def write() -> None:
             weights = {name: network.state_dict() for name, network in self.networks.items()}
             optimizers = {name: player.optimizer.state_dict() for name, player in self.players.items()}
             folder = root / checkpoint_name(self.progress.step)
             write_checkpoint(folder, Checkpoint(weights, optimizers, state))
             prune(root, keep_last)
-        self.accelerator.wait_for_everyone()
 
-    def load(self, folder: Path, config: TrainConfig) -> None:
-        """Continue from the checkpoint in `folder`.
+        on_main(self.accelerator, write)
+
+    def load(self, folder: Path, checkpoint: Checkpoint, config: TrainConfig) -> None:
+        """Continue from a checkpoint.
+
+        Args:
+            folder: where the main process found it, for messages.
+            checkpoint: its content.
+            config: the recipe.
 
         Raises:
             InputError: when the checkpoint does not fit. Nothing is loaded then.
         """
-        checkpoint = read_checkpoint(folder)
         for name, network in self.networks.items():
             if name in checkpoint.weights:
                 check_fit(network.state_dict(), checkpoint.weights[name], f"{folder}/{name}.safetensors")
