@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,12 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from sdvae.model import AutoencoderKL
+from sdvae.errors import InputError
+from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.model.tiling import can_stream
 from sdvae.roundtrip import compute_device, round_trip
 
@@ -488,6 +493,168 @@ def test_a_middle_block_in_half_precision_beside_fp32_is_as_in_diffusers(vae):
             outcomes.append(str(error))
     assert type(outcomes[0]) is type(outcomes[1])
     assert outcomes[0] == outcomes[1] if isinstance(outcomes[0], str) else torch.equal(*outcomes)
+
+
+# ---------------------------------------------------------------- the public surface
+
+GENERAL = "a setting of diffusers' general class, which is constant in a VAE"
+SCALE = "takes diffusers' `scale`, which does nothing there since it was deprecated"
+RESAMPLER = "its conv has in_channels and out_channels"
+
+# (diffusers' class, a public name of its instances) -> why ours has no such name
+ABSENT = {
+    ("ResnetBlock2D", "dropout"): "it is always 0 there, and config.json has no key for it",
+    ("ResnetBlock2D", "time_emb_proj"): "None there; our conditional VAE has label_proj",
+    **{
+        ("ResnetBlock2D", name): GENERAL
+        for name in ("down", "downsample", "up", "upsample", "output_scale_factor", "pre_norm", "skip_time_act")
+    },
+    ("ResnetBlock2D", "time_embedding_norm"): GENERAL,
+    ("ResnetBlock2D", "use_conv_shortcut"): "false there, also where there is a conv_shortcut",
+    **{
+        (kind, name): RESAMPLER if name in ("channels", "out_channels") else GENERAL
+        for kind in ("Downsample2D", "Upsample2D")
+        for name in ("channels", "out_channels", "name", "norm", "use_conv")
+    },
+    ("Downsample2D", "padding"): GENERAL,
+    ("Upsample2D", "interpolate"): GENERAL,
+    ("Upsample2D", "use_conv_transpose"): GENERAL,
+    ("UNetMidBlock2D", "add_attention"): "it is in the model's config as mid_block_add_attention",
+    ("UNetMidBlock2D", "gradient_checkpointing"): "the encoder's and the decoder's switch covers their middle blocks",
+    ("UpDecoderBlock2D", "resolution_idx"): "None there",
+    ("AttnUpDecoderBlock2D", "resolution_idx"): "None there",
+}
+
+# (diffusers' class, method, argument) -> why ours does not take it; a call that passes it ends in a TypeError
+ARGUMENTS_ABSENT = {
+    **{
+        (kind, "forward", name): SCALE
+        for kind in ("ResnetBlock2D", "Downsample2D", "Upsample2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+        for name in ("args", "kwargs")
+    },
+    ("Upsample2D", "forward", "output_size"): "no VAE passes it",
+}
+
+
+def public(thing: Any) -> set[str]:
+    return {name for name in dir(thing) if not name.startswith("_")}
+
+
+def pairs(vae: Any, stock: Any) -> list[tuple[str, Any, Any]]:
+    """(name, diffusers' module, ours): the model and all its parts that both have, and a posterior."""
+    ours = dict(vae.named_modules())
+    found = [(name, theirs, ours[name]) for name, theirs in stock.named_modules() if name in ours]
+    x = noise(1, 3, 16, 16, seed=0)
+    return [*found, ("posterior", stock.encode(x).latent_dist, vae.encode(x).latent_dist)]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing config attribute")
+def test_every_public_name_of_the_stock_model_and_its_parts_exists_or_is_listed_with_the_reason():
+    vae, stock = make_vae(), StockAutoencoderKL(**CONFIG)
+    assert {name for name, _ in stock.named_modules()} - {name for name, _ in vae.named_modules()} == {
+        name for name, _ in stock.named_modules() if name.endswith(".dropout")
+    }
+    absent = {
+        (type(theirs).__name__, name)
+        for _, theirs, ours in pairs(vae, stock)
+        for name in public(theirs)
+        if not hasattr(ours, name)
+    }
+    assert absent == ABSENT.keys()
+
+
+def test_every_argument_of_stock_methods_is_taken_at_its_place_or_listed_with_the_reason():
+    refused = set()
+    for _, theirs, ours in pairs(make_vae(), StockAutoencoderKL(**CONFIG)):
+        for name in public(type(theirs)):
+            stock_method, method = getattr(type(theirs), name), getattr(type(ours), name, None)
+            if not inspect.isroutine(stock_method) or method is None or method is stock_method:
+                continue
+            parameters = inspect.signature(method).parameters
+            general = {p.kind for p in parameters.values()} & {inspect.Parameter.VAR_KEYWORD}
+            for place, argument in enumerate(inspect.signature(stock_method).parameters):
+                if list(parameters)[place : place + 1] != [argument] and not general:
+                    refused.add((type(theirs).__name__, name, argument))
+    assert refused == ARGUMENTS_ABSENT.keys()
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@torch.no_grad()
+def test_every_part_called_as_diffusers_calls_its_own_gives_the_same(attention):
+    """Each call that the stock model makes of a part, with the names of its arguments, made of ours."""
+    config = CONFIG if attention else {"block_out_channels": (32, 64), "mid_block_add_attention": False}
+    config = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, **config}
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**config).eval()
+    stock, parts = vae.to_diffusers(), dict(vae.named_modules())
+    seen = set()
+
+    def repeat(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        got, want = parts[name](**named), output
+        assert torch.equal(got.sample, want.sample) if name == "" else torch.equal(got, want), name
+        seen.add(name)
+
+    for name, module in stock.named_modules():
+        if name in parts:
+            module.register_forward_hook(functools.partial(repeat, name), with_kwargs=True)
+    stock(noise(1, 3, 16, 16, seed=0))
+    lists = {name for name, module in parts.items() if isinstance(module, torch.nn.ModuleList)}
+    assert seen == parts.keys() - lists - {name for name in parts if name.endswith(".to_out")}
+    assert len(vae.encoder.mid_block.attentions) == len(stock.encoder.mid_block.attentions) == 1
+
+
+def test_an_embedding_that_no_block_takes_is_refused(vae):
+    with pytest.raises(InputError, match="got an embedding"):
+        vae.decoder(noise(1, 4, 8, 8, seed=0), latent_embeds=noise(1, 64, seed=1))
+
+
+@torch.no_grad()
+def test_the_posterior_is_one_of_diffusers(vae):
+    parameters, other = 2 * noise(2, 8, 4, 4, seed=0), noise(2, 8, 4, 4, seed=1)
+    z = noise(2, 4, 4, 4, seed=2)
+    for deterministic in (False, True):
+        ours, stock = (kind(parameters, deterministic) for kind in (DiagonalGaussian, DiagonalGaussianDistribution))
+        assert isinstance(ours, DiagonalGaussianDistribution)
+        assert ours.deterministic == deterministic
+        for name in ("parameters", "mean", "logvar", "std", "var"):
+            assert torch.equal(getattr(ours, name), getattr(stock, name)), name
+        draws = [q.sample(generator=torch.Generator().manual_seed(3)) for q in (ours, stock)]
+        assert torch.equal(*draws)
+        assert torch.equal(ours.mode(), stock.mode())
+        torch.testing.assert_close(ours.kl(), stock.kl())
+        torch.testing.assert_close(ours.kl(DiagonalGaussian(other)), stock.kl(DiagonalGaussianDistribution(other)))
+        torch.testing.assert_close(ours.nll(z), stock.nll(z))
+        torch.testing.assert_close(ours.nll(z, dims=[1]), stock.nll(z, dims=[1]))
+        ours.std = torch.zeros_like(ours.std)  # how some trainers ask for the mean
+        assert torch.equal(ours.sample(), ours.mean)
+    assert isinstance(vae.encode(noise(1, 3, 16, 16, seed=0)).latent_dist, DiagonalGaussianDistribution)
+
+
+@torch.no_grad()
+def test_encode_and_decode_go_through_the_methods_that_diffusers_calls_within_them(vae, images, expected):
+    assert torch.equal(vae._decode(vae._encode(images)[:, :4]).sample, expected)
+    assert torch.equal(vae._decode(vae._encode(images)[:, :4], return_dict=False)[0], expected)
+    vae.enable_tiling()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # in strips, which diffusers' own `_decode` does not know
+        torch.testing.assert_close(vae._decode(vae._encode(images)[:, :4]).sample, expected, rtol=0, atol=1e-5)
+    calls = []
+    for name in ("_encode", "_decode"):
+        own = getattr(vae, name)
+        setattr(vae, name, lambda *args, own=own, name=name: calls.append(name) or own(*args))
+    vae.enable_slicing()
+    encode_decode(vae, images)
+    assert calls == ["_encode"] * 2 + ["_decode"] * 2
+
+
+@torch.no_grad()
+def test_a_sample_size_of_two_numbers_is_read_as_in_diffusers(tmp_path):
+    stock: Any = StockAutoencoderKL(**CONFIG, sample_size=[64, 64])
+    stock.save_pretrained(tmp_path)
+    vae = AutoencoderKL.from_pretrained(tmp_path)
+    assert vae.config.sample_size == [64, 64]
+    assert vae.tile_latent_min_size == stock.tile_latent_min_size == 32
 
 
 def noise(*shape: int, seed: int) -> Tensor:

@@ -324,8 +324,8 @@ class Streamed:
 
     def _mid(self, x: Rows, temb: Tensor | None, block: Any) -> Rows:
         x = self._resnet(x, temb, block.resnets[0])
-        for attention in block.attentions:
-            x = self._attention(x, attention)
+        if block.attentions[0] is not None:
+            x = self._attention(x, block.attentions[0])
         return self._resnet(x, temb, block.resnets[1])
 
     def _resnet(self, x: Rows, temb: Tensor | None, block: ResnetBlock) -> Rows:
