@@ -23,10 +23,15 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from sdvae.cpu.kernels import speed_up
+from sdvae.data import BadImages
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.model.plain import is_replaced
 from sdvae.model.tiling import can_stream
 from sdvae.roundtrip import compute_device, round_trip
+from sdvae.studio.report.measure import measure
+from sdvae.tutorial.likelihood import draw_from_prior
 
 CONFIG: dict[str, Any] = {
     "block_out_channels": (32, 64),
@@ -283,6 +288,18 @@ def test_group_offloading_gives_the_same_images(vae, images, expected, offload):
         torch.testing.assert_close(vae(images).sample, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("offload_first", [True, False])
+@pytest.mark.parametrize("offload", ["block_level", "leaf_level"])
+def test_group_offloading_beside_other_kernels_gives_the_same_images(vae, images, expected, offload, offload_first):
+    blocks = {"num_blocks_per_group": 1} if offload == "block_level" else {}
+    if not offload_first:
+        speed_up(vae)
+    vae.enable_group_offload(torch.device("cpu"), offload_type=offload, **blocks)
+    if offload_first:
+        speed_up(vae)
+    torch.testing.assert_close(encode_decode(vae, images), expected, rtol=0, atol=1e-4)
+
+
 def test_group_offloading_to_disk_gives_the_same_images(vae, images, expected, tmp_path):
     vae.enable_group_offload(
         torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
@@ -321,6 +338,9 @@ def test_hooks_that_were_removed_leave_the_shortcuts_open(vae, images, expected,
     assert all(can_stream(part, 32) for part in parts)
     assert all(can_stream(part, 32) for part in copy.deepcopy(vae).children())
     assert torch.equal(vae(images).sample, expected)
+    speed_up(vae)
+    assert not any(is_replaced(module) for module in vae.modules()), "the faster layers would not be called"
+    torch.testing.assert_close(vae(images).sample, expected, rtol=0, atol=1e-4)
 
 
 def test_a_round_trip_through_an_offloaded_vae_uses_the_device_that_computes(vae, images, expected):
@@ -328,6 +348,16 @@ def test_a_round_trip_through_an_offloaded_vae_uses_the_device_that_computes(vae
     assert vae.device.type == "meta"
     assert compute_device(vae) == torch.device("cpu")
     torch.testing.assert_close(round_trip(vae, images).reconstruction, expected, rtol=0, atol=1e-6)
+
+
+def test_figures_and_draws_of_an_offloaded_vae_are_those_of_the_vae(vae, images):
+    batch = {"image": images, "name": ["a", "b"], "index": [0, 1], "bad": []}
+    want = [measure(vae, [batch], None, BadImages()).mean("psnr")]
+    want.append(draw_from_prior(vae, 2, 16, generator=torch.Generator().manual_seed(0)))
+    cpu_offload(vae, execution_device=torch.device("cpu"))
+    assert measure(vae, [batch], None, BadImages()).mean("psnr") == pytest.approx(want[0], abs=1e-4)
+    drawn = draw_from_prior(vae, 2, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn, want[1], rtol=0, atol=1e-6)
 
 
 def test_names_that_offloading_goes_by_exist_in_the_model(vae):
@@ -374,6 +404,56 @@ def test_decoder_compiles_with_dynamic_shapes(vae, fresh_compiler):
     vae.decoder.compile(fullgraph=True, dynamic=True, backend="eager")
     for z, image in zip(latents, expected, strict=True):
         torch.testing.assert_close(vae.decoder(z), image, rtol=0, atol=1e-5)
+
+
+def compile_decoder(vae: Any) -> None:
+    vae.decoder = torch.compile(vae.decoder, backend="eager")
+
+
+def compile_blocks(vae: Any) -> None:
+    vae.encoder.mid_block = torch.compile(vae.encoder.mid_block, backend="eager")
+    resnets = vae.decoder.up_blocks[0].resnets
+    resnets[0] = torch.compile(resnets[0], backend="eager")
+    vae.decoder.up_blocks[0].upsamplers[0].compile(backend="eager")
+
+
+def compile_methods(vae: Any) -> None:
+    vae._encode, vae.decode = (torch.compile(method, backend="eager") for method in (vae._encode, vae.decode))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:tiling is not used")
+@pytest.mark.parametrize(
+    ("compile_part", "compile_first"),
+    [(compile_decoder, True), (compile_decoder, False), (compile_blocks, True), (compile_methods, False)],
+)
+def test_compiled_parts_stay_right_beside_other_kernels_and_strips(
+    vae, images, expected, compile_part, compile_first, fresh_compiler
+):
+    steps = [compile_part, speed_up, lambda vae: vae.enable_tiling()]
+    for step in steps if compile_first else reversed(steps):
+        step(vae)
+        torch.testing.assert_close(encode_decode(vae, images), expected, rtol=0, atol=1e-4)
+    assert all(grad.abs().sum() > 0 for grad in gradients(vae, images).values())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_strips_are_no_part_of_a_compiled_graph(vae, images, expected, fresh_compiler):
+    """They took minutes to compile: each strip of each layer was traced."""
+    targets: list[Any] = []
+
+    def note(graph: Any, inputs: Any) -> Any:
+        targets.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    vae.enable_tiling()
+    compiled = torch.compile(vae, backend=note)
+    torch.testing.assert_close(compiled(images).sample, expected, rtol=0, atol=1e-5)
+    assert torch.nn.functional.silu not in targets
+    vae.disable_tiling()
+    torch.testing.assert_close(compiled(images).sample, expected, rtol=0, atol=1e-5)
+    assert torch.nn.functional.silu in targets
 
 
 # ---------------------------------------------------------------- attention processors, fused projections
@@ -456,6 +536,28 @@ def test_fused_projections_give_the_same_and_leave_no_trace(vae, images, expecte
     vae.unfuse_qkv_projections()
     assert {type(p) for p in vae.attn_processors.values()} == {AttnProcessor2_0}
     assert torch.equal(encode_decode(vae, images), expected)
+
+
+def test_the_optimizer_state_of_a_stock_vae_is_continued_in_its_order_of_parameters(vae, images):
+    """Optimizers know parameters by their place, and the order of diffusers' class is another."""
+    stock = vae.to_diffusers()
+    stock_optimizer = torch.optim.SGD(stock.parameters(), lr=0.1, momentum=0.9)
+
+    def step(model: Any, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        model(images).sample.square().mean().backward()
+        optimizer.step()
+
+    step(stock, stock_optimizer)
+    vae.load_state_dict(stock.state_dict())
+    names = [name for name, _ in vae.to_diffusers().named_parameters()]
+    assert names != [name for name, _ in vae.named_parameters()]
+    optimizer = torch.optim.SGD([vae.get_parameter(name) for name in names], lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(copy.deepcopy(stock_optimizer.state_dict()))
+    step(stock, stock_optimizer)
+    step(vae, optimizer)
+    for name, parameter in stock.named_parameters():
+        torch.testing.assert_close(vae.get_parameter(name), parameter, rtol=1e-4, atol=1e-6)
 
 
 def test_fused_projections_train_the_weights_themselves(vae, images):

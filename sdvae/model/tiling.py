@@ -58,6 +58,7 @@ KNOWN = BLOCKS | LAYERS
 PROCESSORS = (AttnProcessor2_0, FusedAttnProcessor2_0)
 
 
+@torch.compiler.disable  # a compiler would unroll the loops over layers and strips, which takes it minutes
 def can_stream(part: nn.Module | None, groups: int) -> bool:
     """Whether `Streamed` can compute all layers of a part of the VAE.
 
@@ -270,6 +271,7 @@ class Streamed:
         self._budget = budget
         self._groups = groups
 
+    @torch.compiler.disable
     def encode(self, vae: Any, images: Tensor, temb: Tensor | None) -> Tensor:
         """Compute encoder and quant_conv.
 
@@ -291,6 +293,7 @@ class Streamed:
             x = self._conv(x, vae.quant_conv)
         return x[0 : x.height].to(images.device)
 
+    @torch.compiler.disable
     def decode(self, vae: Any, latents: Tensor, temb: Tensor | None) -> Tensor:
         """Compute post_quant_conv and decoder.
 
