@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdvae.data import to_image
 from sdvae.errors import InputError
-from sdvae.model.posterior import LOGVAR_RANGE
+from sdvae.model.config import LOGVAR_RANGE
 from sdvae.statistics import BINS, DEAD_KL, LatentHealth
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdvae.errors import InputError
 from sdvae.model import DiagonalGaussian
-from sdvae.model.posterior import LOGVAR_RANGE
+from sdvae.model.config import LOGVAR_RANGE
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, «Importance weighted autoencoders», section 5: active units
 DEAD_KL = 0.01  # nats; the KL of a mean of 0.14, or of a std of 0.9: almost no information about the image

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,19 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from sdvae.model import AutoencoderKL
+from sdvae.cpu.kernels import speed_up
+from sdvae.data import BadImages
+from sdvae.errors import InputError
+from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.model.plain import is_replaced
 from sdvae.model.tiling import can_stream
 from sdvae.roundtrip import compute_device, round_trip
+from sdvae.studio.report.measure import measure
+from sdvae.tutorial.likelihood import draw_from_prior
 
 CONFIG: dict[str, Any] = {
     "block_out_channels": (32, 64),
@@ -278,6 +288,18 @@ def test_group_offloading_gives_the_same_images(vae, images, expected, offload):
         torch.testing.assert_close(vae(images).sample, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("offload_first", [True, False])
+@pytest.mark.parametrize("offload", ["block_level", "leaf_level"])
+def test_group_offloading_beside_other_kernels_gives_the_same_images(vae, images, expected, offload, offload_first):
+    blocks = {"num_blocks_per_group": 1} if offload == "block_level" else {}
+    if not offload_first:
+        speed_up(vae)
+    vae.enable_group_offload(torch.device("cpu"), offload_type=offload, **blocks)
+    if offload_first:
+        speed_up(vae)
+    torch.testing.assert_close(encode_decode(vae, images), expected, rtol=0, atol=1e-4)
+
+
 def test_group_offloading_to_disk_gives_the_same_images(vae, images, expected, tmp_path):
     vae.enable_group_offload(
         torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
@@ -316,6 +338,9 @@ def test_hooks_that_were_removed_leave_the_shortcuts_open(vae, images, expected,
     assert all(can_stream(part, 32) for part in parts)
     assert all(can_stream(part, 32) for part in copy.deepcopy(vae).children())
     assert torch.equal(vae(images).sample, expected)
+    speed_up(vae)
+    assert not any(is_replaced(module) for module in vae.modules()), "the faster layers would not be called"
+    torch.testing.assert_close(vae(images).sample, expected, rtol=0, atol=1e-4)
 
 
 def test_a_round_trip_through_an_offloaded_vae_uses_the_device_that_computes(vae, images, expected):
@@ -323,6 +348,16 @@ def test_a_round_trip_through_an_offloaded_vae_uses_the_device_that_computes(vae
     assert vae.device.type == "meta"
     assert compute_device(vae) == torch.device("cpu")
     torch.testing.assert_close(round_trip(vae, images).reconstruction, expected, rtol=0, atol=1e-6)
+
+
+def test_figures_and_draws_of_an_offloaded_vae_are_those_of_the_vae(vae, images):
+    batch = {"image": images, "name": ["a", "b"], "index": [0, 1], "bad": []}
+    want = [measure(vae, [batch], None, BadImages()).mean("psnr")]
+    want.append(draw_from_prior(vae, 2, 16, generator=torch.Generator().manual_seed(0)))
+    cpu_offload(vae, execution_device=torch.device("cpu"))
+    assert measure(vae, [batch], None, BadImages()).mean("psnr") == pytest.approx(want[0], abs=1e-4)
+    drawn = draw_from_prior(vae, 2, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn, want[1], rtol=0, atol=1e-6)
 
 
 def test_names_that_offloading_goes_by_exist_in_the_model(vae):
@@ -369,6 +404,56 @@ def test_decoder_compiles_with_dynamic_shapes(vae, fresh_compiler):
     vae.decoder.compile(fullgraph=True, dynamic=True, backend="eager")
     for z, image in zip(latents, expected, strict=True):
         torch.testing.assert_close(vae.decoder(z), image, rtol=0, atol=1e-5)
+
+
+def compile_decoder(vae: Any) -> None:
+    vae.decoder = torch.compile(vae.decoder, backend="eager")
+
+
+def compile_blocks(vae: Any) -> None:
+    vae.encoder.mid_block = torch.compile(vae.encoder.mid_block, backend="eager")
+    resnets = vae.decoder.up_blocks[0].resnets
+    resnets[0] = torch.compile(resnets[0], backend="eager")
+    vae.decoder.up_blocks[0].upsamplers[0].compile(backend="eager")
+
+
+def compile_methods(vae: Any) -> None:
+    vae._encode, vae.decode = (torch.compile(method, backend="eager") for method in (vae._encode, vae.decode))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:tiling is not used")
+@pytest.mark.parametrize(
+    ("compile_part", "compile_first"),
+    [(compile_decoder, True), (compile_decoder, False), (compile_blocks, True), (compile_methods, False)],
+)
+def test_compiled_parts_stay_right_beside_other_kernels_and_strips(
+    vae, images, expected, compile_part, compile_first, fresh_compiler
+):
+    steps = [compile_part, speed_up, lambda vae: vae.enable_tiling()]
+    for step in steps if compile_first else reversed(steps):
+        step(vae)
+        torch.testing.assert_close(encode_decode(vae, images), expected, rtol=0, atol=1e-4)
+    assert all(grad.abs().sum() > 0 for grad in gradients(vae, images).values())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_strips_are_no_part_of_a_compiled_graph(vae, images, expected, fresh_compiler):
+    """They took minutes to compile: each strip of each layer was traced."""
+    targets: list[Any] = []
+
+    def note(graph: Any, inputs: Any) -> Any:
+        targets.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    vae.enable_tiling()
+    compiled = torch.compile(vae, backend=note)
+    torch.testing.assert_close(compiled(images).sample, expected, rtol=0, atol=1e-5)
+    assert torch.nn.functional.silu not in targets
+    vae.disable_tiling()
+    torch.testing.assert_close(compiled(images).sample, expected, rtol=0, atol=1e-5)
+    assert torch.nn.functional.silu in targets
 
 
 # ---------------------------------------------------------------- attention processors, fused projections
@@ -453,6 +538,28 @@ def test_fused_projections_give_the_same_and_leave_no_trace(vae, images, expecte
     assert torch.equal(encode_decode(vae, images), expected)
 
 
+def test_the_optimizer_state_of_a_stock_vae_is_continued_in_its_order_of_parameters(vae, images):
+    """Optimizers know parameters by their place, and the order of diffusers' class is another."""
+    stock = vae.to_diffusers()
+    stock_optimizer = torch.optim.SGD(stock.parameters(), lr=0.1, momentum=0.9)
+
+    def step(model: Any, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        model(images).sample.square().mean().backward()
+        optimizer.step()
+
+    step(stock, stock_optimizer)
+    vae.load_state_dict(stock.state_dict())
+    names = [name for name, _ in vae.to_diffusers().named_parameters()]
+    assert names != [name for name, _ in vae.named_parameters()]
+    optimizer = torch.optim.SGD([vae.get_parameter(name) for name in names], lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(copy.deepcopy(stock_optimizer.state_dict()))
+    step(stock, stock_optimizer)
+    step(vae, optimizer)
+    for name, parameter in stock.named_parameters():
+        torch.testing.assert_close(vae.get_parameter(name), parameter, rtol=1e-4, atol=1e-6)
+
+
 def test_fused_projections_train_the_weights_themselves(vae, images):
     plain = gradients(vae, images)
     vae.fuse_qkv_projections()
@@ -488,6 +595,168 @@ def test_a_middle_block_in_half_precision_beside_fp32_is_as_in_diffusers(vae):
             outcomes.append(str(error))
     assert type(outcomes[0]) is type(outcomes[1])
     assert outcomes[0] == outcomes[1] if isinstance(outcomes[0], str) else torch.equal(*outcomes)
+
+
+# ---------------------------------------------------------------- the public surface
+
+GENERAL = "a setting of diffusers' general class, which is constant in a VAE"
+SCALE = "takes diffusers' `scale`, which does nothing there since it was deprecated"
+RESAMPLER = "its conv has in_channels and out_channels"
+
+# (diffusers' class, a public name of its instances) -> why ours has no such name
+ABSENT = {
+    ("ResnetBlock2D", "dropout"): "it is always 0 there, and config.json has no key for it",
+    ("ResnetBlock2D", "time_emb_proj"): "None there; our conditional VAE has label_proj",
+    **{
+        ("ResnetBlock2D", name): GENERAL
+        for name in ("down", "downsample", "up", "upsample", "output_scale_factor", "pre_norm", "skip_time_act")
+    },
+    ("ResnetBlock2D", "time_embedding_norm"): GENERAL,
+    ("ResnetBlock2D", "use_conv_shortcut"): "false there, also where there is a conv_shortcut",
+    **{
+        (kind, name): RESAMPLER if name in ("channels", "out_channels") else GENERAL
+        for kind in ("Downsample2D", "Upsample2D")
+        for name in ("channels", "out_channels", "name", "norm", "use_conv")
+    },
+    ("Downsample2D", "padding"): GENERAL,
+    ("Upsample2D", "interpolate"): GENERAL,
+    ("Upsample2D", "use_conv_transpose"): GENERAL,
+    ("UNetMidBlock2D", "add_attention"): "it is in the model's config as mid_block_add_attention",
+    ("UNetMidBlock2D", "gradient_checkpointing"): "the encoder's and the decoder's switch covers their middle blocks",
+    ("UpDecoderBlock2D", "resolution_idx"): "None there",
+    ("AttnUpDecoderBlock2D", "resolution_idx"): "None there",
+}
+
+# (diffusers' class, method, argument) -> why ours does not take it; a call that passes it ends in a TypeError
+ARGUMENTS_ABSENT = {
+    **{
+        (kind, "forward", name): SCALE
+        for kind in ("ResnetBlock2D", "Downsample2D", "Upsample2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+        for name in ("args", "kwargs")
+    },
+    ("Upsample2D", "forward", "output_size"): "no VAE passes it",
+}
+
+
+def public(thing: Any) -> set[str]:
+    return {name for name in dir(thing) if not name.startswith("_")}
+
+
+def pairs(vae: Any, stock: Any) -> list[tuple[str, Any, Any]]:
+    """(name, diffusers' module, ours): the model and all its parts that both have, and a posterior."""
+    ours = dict(vae.named_modules())
+    found = [(name, theirs, ours[name]) for name, theirs in stock.named_modules() if name in ours]
+    x = noise(1, 3, 16, 16, seed=0)
+    return [*found, ("posterior", stock.encode(x).latent_dist, vae.encode(x).latent_dist)]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing config attribute")
+def test_every_public_name_of_the_stock_model_and_its_parts_exists_or_is_listed_with_the_reason():
+    vae, stock = make_vae(), StockAutoencoderKL(**CONFIG)
+    assert {name for name, _ in stock.named_modules()} - {name for name, _ in vae.named_modules()} == {
+        name for name, _ in stock.named_modules() if name.endswith(".dropout")
+    }
+    absent = {
+        (type(theirs).__name__, name)
+        for _, theirs, ours in pairs(vae, stock)
+        for name in public(theirs)
+        if not hasattr(ours, name)
+    }
+    assert absent == ABSENT.keys()
+
+
+def test_every_argument_of_stock_methods_is_taken_at_its_place_or_listed_with_the_reason():
+    refused = set()
+    for _, theirs, ours in pairs(make_vae(), StockAutoencoderKL(**CONFIG)):
+        for name in public(type(theirs)):
+            stock_method, method = getattr(type(theirs), name), getattr(type(ours), name, None)
+            if not inspect.isroutine(stock_method) or method is None or method is stock_method:
+                continue
+            parameters = inspect.signature(method).parameters
+            general = {p.kind for p in parameters.values()} & {inspect.Parameter.VAR_KEYWORD}
+            for place, argument in enumerate(inspect.signature(stock_method).parameters):
+                if list(parameters)[place : place + 1] != [argument] and not general:
+                    refused.add((type(theirs).__name__, name, argument))
+    assert refused == ARGUMENTS_ABSENT.keys()
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@torch.no_grad()
+def test_every_part_called_as_diffusers_calls_its_own_gives_the_same(attention):
+    """Each call that the stock model makes of a part, with the names of its arguments, made of ours."""
+    config = CONFIG if attention else {"block_out_channels": (32, 64), "mid_block_add_attention": False}
+    config = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, **config}
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**config).eval()
+    stock, parts = vae.to_diffusers(), dict(vae.named_modules())
+    seen = set()
+
+    def repeat(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        got, want = parts[name](**named), output
+        assert torch.equal(got.sample, want.sample) if name == "" else torch.equal(got, want), name
+        seen.add(name)
+
+    for name, module in stock.named_modules():
+        if name in parts:
+            module.register_forward_hook(functools.partial(repeat, name), with_kwargs=True)
+    stock(noise(1, 3, 16, 16, seed=0))
+    lists = {name for name, module in parts.items() if isinstance(module, torch.nn.ModuleList)}
+    assert seen == parts.keys() - lists - {name for name in parts if name.endswith(".to_out")}
+    assert len(vae.encoder.mid_block.attentions) == len(stock.encoder.mid_block.attentions) == 1
+
+
+def test_an_embedding_that_no_block_takes_is_refused(vae):
+    with pytest.raises(InputError, match="got an embedding"):
+        vae.decoder(noise(1, 4, 8, 8, seed=0), latent_embeds=noise(1, 64, seed=1))
+
+
+@torch.no_grad()
+def test_the_posterior_is_one_of_diffusers(vae):
+    parameters, other = 2 * noise(2, 8, 4, 4, seed=0), noise(2, 8, 4, 4, seed=1)
+    z = noise(2, 4, 4, 4, seed=2)
+    for deterministic in (False, True):
+        ours, stock = (kind(parameters, deterministic) for kind in (DiagonalGaussian, DiagonalGaussianDistribution))
+        assert isinstance(ours, DiagonalGaussianDistribution)
+        assert ours.deterministic == deterministic
+        for name in ("parameters", "mean", "logvar", "std", "var"):
+            assert torch.equal(getattr(ours, name), getattr(stock, name)), name
+        draws = [q.sample(generator=torch.Generator().manual_seed(3)) for q in (ours, stock)]
+        assert torch.equal(*draws)
+        assert torch.equal(ours.mode(), stock.mode())
+        torch.testing.assert_close(ours.kl(), stock.kl())
+        torch.testing.assert_close(ours.kl(DiagonalGaussian(other)), stock.kl(DiagonalGaussianDistribution(other)))
+        torch.testing.assert_close(ours.nll(z), stock.nll(z))
+        torch.testing.assert_close(ours.nll(z, dims=[1]), stock.nll(z, dims=[1]))
+        ours.std = torch.zeros_like(ours.std)  # how some trainers ask for the mean
+        assert torch.equal(ours.sample(), ours.mean)
+    assert isinstance(vae.encode(noise(1, 3, 16, 16, seed=0)).latent_dist, DiagonalGaussianDistribution)
+
+
+@torch.no_grad()
+def test_encode_and_decode_go_through_the_methods_that_diffusers_calls_within_them(vae, images, expected):
+    assert torch.equal(vae._decode(vae._encode(images)[:, :4]).sample, expected)
+    assert torch.equal(vae._decode(vae._encode(images)[:, :4], return_dict=False)[0], expected)
+    vae.enable_tiling()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # in strips, which diffusers' own `_decode` does not know
+        torch.testing.assert_close(vae._decode(vae._encode(images)[:, :4]).sample, expected, rtol=0, atol=1e-5)
+    calls = []
+    for name in ("_encode", "_decode"):
+        own = getattr(vae, name)
+        setattr(vae, name, lambda *args, own=own, name=name: calls.append(name) or own(*args))
+    vae.enable_slicing()
+    encode_decode(vae, images)
+    assert calls == ["_encode"] * 2 + ["_decode"] * 2
+
+
+@torch.no_grad()
+def test_a_sample_size_of_two_numbers_is_read_as_in_diffusers(tmp_path):
+    stock: Any = StockAutoencoderKL(**CONFIG, sample_size=[64, 64])
+    stock.save_pretrained(tmp_path)
+    vae = AutoencoderKL.from_pretrained(tmp_path)
+    assert vae.config.sample_size == [64, 64]
+    assert vae.tile_latent_min_size == stock.tile_latent_min_size == 32
 
 
 def noise(*shape: int, seed: int) -> Tensor:

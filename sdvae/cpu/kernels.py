@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from sdvae.model import AutoencoderKL
 from sdvae.model.blocks import Upsample
-from sdvae.model.plain import has_geometry, is_conv, is_replaced
+from sdvae.model.plain import METHODS, has_geometry, is_conv, is_replaced
 from sdvae.model.posterior import at_least_fp32
 from sdvae.runtime import keep_freed_memory
 
@@ -113,8 +113,11 @@ def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Turn a module into an instance of a subclass, which must not add attributes.
 
     If a new module took its place, parameters and hooks would have to be moved, and other references would still point
-    at the old one.
+    at the old one. Removed hooks leave the old class's own `forward` behind, which must not hide the new class's.
     """
+    if not is_replaced(module):
+        for name in METHODS:
+            module.__dict__.pop(name, None)
     module.__class__ = cls
 
 

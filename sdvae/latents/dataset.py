@@ -22,7 +22,7 @@ from sdvae.io import changed_fields
 from sdvae.latents.folder import LatentFolder
 from sdvae.latents.reader import WINDOW, Reader, RowGroup
 from sdvae.latents.scaling import LatentScaling, channel_scaling, identity_scaling, scaling_of
-from sdvae.model.posterior import LOGVAR_RANGE
+from sdvae.model.config import LOGVAR_RANGE
 from sdvae.noise import sample_seeds
 
 NUMBERS = ("index", "mirrored", "original_size", "crop_top_left", "target_size")

@@ -90,7 +90,7 @@ class AutoencoderKL(StockAutoencoderKL):
         act_fn: activation inside the ResNet blocks.
         latent_channels: channels of the latents.
         norm_num_groups: groups of every GroupNorm; divides every width.
-        sample_size: side in pixels that diffusers' tiling and pipelines take as the default.
+        sample_size: side in pixels, or height and width, that diffusers' tiling and pipelines take as the default.
         scaling_factor: 1/std of the latents; pipelines use (z - shift_factor) · scaling_factor.
             0.18215 is SD-1's (LDM, appendix G).
         shift_factor: mean of the latents, or None; SD3 and Flux pipelines need a number.
@@ -124,7 +124,7 @@ class AutoencoderKL(StockAutoencoderKL):
         act_fn: str = "silu",
         latent_channels: int = 4,
         norm_num_groups: int = 32,
-        sample_size: int = 32,
+        sample_size: int | tuple[int, int] = 32,
         scaling_factor: float = 0.18215,
         shift_factor: float | None = None,
         latents_mean: tuple[float, ...] | None = None,
@@ -161,7 +161,8 @@ class AutoencoderKL(StockAutoencoderKL):
         self.original_attn_processors: dict[str, Any] | None = None  # while the projections are fused
         # what diffusers' tiled_encode and tiled_decode read; `enable_tiling` does not
         self.tile_sample_min_size = sample_size
-        self.tile_latent_min_size = sample_size // 2 ** (levels - 1)
+        side = sample_size if isinstance(sample_size, int) else sample_size[0]  # pairs are in some old config.json
+        self.tile_latent_min_size = side // 2 ** (levels - 1)
         self.tile_overlap_factor = 0.25
 
     def enable_tiling(self, use_tiling: bool = True, *, memory_bytes: int | None = None) -> None:
@@ -286,28 +287,34 @@ class AutoencoderKL(StockAutoencoderKL):
     def _posterior(self, x: Tensor, temb: Tensor | None = None) -> DiagonalGaussian:
         """(B, in_channels, H, W), (B, E) -> the posterior over (B, latent_channels, H/f, W/f)."""
         self._check_images(x)
-        return DiagonalGaussian(self._sliced(self._moments, x, temb))
+        return DiagonalGaussian(self._sliced(self._encode, x, temb))
 
     def _reconstruction(self, z: Tensor, temb: Tensor | None = None) -> Tensor:
         """(B, latent_channels, h, w), (B, E) -> (B, out_channels, f·h, f·w)."""
         self._check_latents(z)
-        return self._sliced(self._image, z, temb)
+        return self._sliced(lambda z, *temb: self._decode(z, True, *temb).sample, z, temb)
 
-    def _moments(self, x: Tensor, temb: Tensor | None) -> Tensor:
+    # The names of the next two are diffusers', because users call them, and put others in their place.
+
+    def _encode(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        """Images to the posterior's parameters, for a batch that is checked and not to be sliced."""
         if self._streams(x, self.encoder, self.quant_conv):
             return self._streamed(x.shape, x).encode(self, x, temb)
         h = self.encoder(x, *only(temb))
         return h if self.quant_conv is None else self.quant_conv(h)
 
-    def _image(self, z: Tensor, temb: Tensor | None) -> Tensor:
+    def _decode(self, z: Tensor, return_dict: bool = True, temb: Tensor | None = None) -> Any:
+        """`decode`, for a batch that is checked and not to be sliced."""
         if self._streams(z, self.decoder, self.post_quant_conv):
             # One such value reaches the whole image. Only a CPU takes long for it; on a GPU the check would wait.
             if z.device.type == "cpu" and not z.isfinite().all():
                 raise InputError("got latents with NaN or infinite values; need finite ones; find what overflowed")
             f = self.spatial_compression_ratio
             shape = torch.Size((z.shape[0], self.config.out_channels, f * z.shape[2], f * z.shape[3]))
-            return self._streamed(shape, z).decode(self, z, temb)
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), *only(temb))
+            image = self._streamed(shape, z).decode(self, z, temb)
+        else:
+            image = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), *only(temb))
+        return DecoderOutput(sample=image) if return_dict else (image,)
 
     def _streams(self, x: Tensor, *parts: nn.Module | None) -> bool:
         """Whether to compute in strips. If tiling is on and cannot be used, a warning gives the reason."""
@@ -328,12 +335,12 @@ class AutoencoderKL(StockAutoencoderKL):
         budget = plan(self, tuple(shape), x.device, x.dtype, self._memory_bytes)
         return Streamed(budget, self.config.norm_num_groups)
 
-    def _sliced(self, function: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, temb: Tensor | None) -> Tensor:
+    def _sliced(self, function: Callable[..., Tensor], x: Tensor, temb: Tensor | None) -> Tensor:
         """`function` of the whole batch; or of one image at a time, if slicing is on and gradients are off."""
         if self.use_slicing and x.shape[0] > 1 and not torch.is_grad_enabled():
             tembs = [None] * x.shape[0] if temb is None else temb.split(1)
-            return torch.cat([function(*pair) for pair in zip(x.split(1), tembs, strict=True)])
-        return function(x, temb)
+            return torch.cat([function(x, *only(temb)) for x, temb in zip(x.split(1), tembs, strict=True)])
+        return function(x, *only(temb))
 
     def to_diffusers(self) -> StockAutoencoderKL:
         """The same VAE as an instance of diffusers' own class, with a copy of the weights.

@@ -6,7 +6,8 @@ same file serves both implementations.
 
 Every block maps (B, C, H, W) -> (B, C', H', W') in the dtype of its weights. Blocks with ResNet blocks inside also take
 `temb`, (B, E), an embedding of each image's condition, such as a class label. The name is diffusers', whose UNets embed
-the diffusion time. Plain VAEs have no embedding.
+the diffusion time. Plain VAEs have no embedding. The other arguments too have diffusers' names, by which users call
+blocks and export them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from diffusers.models.activations import get_activation
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from sdvae.errors import InputError
 from sdvae.model.plain import is_plain
 
 NORM_EPS = 1e-6  # LDM, ldm/modules/diffusionmodules/model.py, Normalize
@@ -40,26 +42,34 @@ class ResnetBlock(nn.Module):
         temb_channels: int | None = None,
     ):
         super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.norm1 = group_norm(num_groups, in_channels)
         self.conv1 = conv3x3(in_channels, out_channels)
         self.norm2 = group_norm(num_groups, out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
         self.nonlinearity = get_activation(act_fn)
-        same_width = in_channels == out_channels
-        self.conv_shortcut = None if same_width else nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        self.use_in_shortcut = in_channels != out_channels
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1) if self.use_in_shortcut else None
         self.label_proj = None if temb_channels is None else nn.Linear(temb_channels, out_channels)
 
-    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, H, W)
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+        x = input_tensor  # (B, C_in, H, W) -> (B, C_out, H, W)
         h = self.conv1(activated(self.norm1, self.nonlinearity, x))
         h = self.plus_embedding(h, temb)
         h = self.conv2(activated(self.norm2, self.nonlinearity, h))
         return added(x if self.conv_shortcut is None else self.conv_shortcut(x), h, self.conv2)
 
     def plus_embedding(self, h: Tensor, temb: Tensor | None) -> Tensor:
-        """(B, C_out, H, W), (B, E) -> (B, C_out, H, W). A block without `label_proj` ignores the embedding."""
-        if self.label_proj is None:
+        """(B, C_out, H, W), (B, E) -> (B, C_out, H, W).
+
+        Raises:
+            InputError: when there is an embedding and no `label_proj`, or the other way round.
+        """
+        if (temb is None) != (self.label_proj is None):
+            given, needed = ("no embedding", "one (temb)") if temb is None else ("an embedding (temb)", "none")
+            raise InputError(f"got {given}; this ResNet block needs {needed}; see sdvae.tutorial.conditional")
+        if self.label_proj is None or temb is None:
             return h
-        assert temb is not None
         return h + self.label_proj(self.nonlinearity(temb))[:, :, None, None]
 
 
@@ -107,8 +117,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H/2, W/2)
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    def forward(self, hidden_states: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H/2, W/2)
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -118,8 +128,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = conv3x3(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, hidden_states: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
+        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
 
 
 class MidBlock(nn.Module):
@@ -128,12 +138,13 @@ class MidBlock(nn.Module):
     def __init__(self, channels: int, num_groups: int, act_fn: str, add_attention: bool):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, num_groups, act_fn) for _ in range(2)])
-        self.attentions = nn.ModuleList([SelfAttention(channels, num_groups)] if add_attention else [])
+        # None without attention, as in diffusers: users' own loops go through attentions and resnets in pairs
+        self.attentions = nn.ModuleList([SelfAttention(channels, num_groups) if add_attention else None])
 
-    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        x = self.resnets[0](x, temb)
-        for attention in self.attentions:
-            x = attention(x)
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
+        x = self.resnets[0](hidden_states, temb)  # (B, C, H, W) -> (B, C, H, W)
+        if self.attentions[0] is not None:
+            x = self.attentions[0](x)
         return self.resnets[1](x, temb)
 
 
@@ -175,8 +186,8 @@ class DownBlock(_Level):
         super().__init__(out_channels=out_channels, **kwargs)
         self.downsamplers = nn.ModuleList([Downsample(out_channels)]) if add_downsample else None
 
-    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        x = self.layers(x, temb)
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
+        x = self.layers(hidden_states, temb)
         return x if self.downsamplers is None else self.downsamplers[0](x)
 
 
@@ -187,8 +198,8 @@ class UpBlock(_Level):
         super().__init__(out_channels=out_channels, **kwargs)
         self.upsamplers = nn.ModuleList([Upsample(out_channels)]) if add_upsample else None
 
-    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        x = self.layers(x, temb)
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
+        x = self.layers(hidden_states, temb)
         return x if self.upsamplers is None else self.upsamplers[0](x)
 
 
@@ -208,6 +219,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         first, last = block_out_channels[0], block_out_channels[-1]
+        self.layers_per_block = layers_per_block
         self.conv_in = conv3x3(in_channels, first)
         self.down_blocks = nn.ModuleList()
         width = first
@@ -229,8 +241,8 @@ class Encoder(nn.Module):
         self.conv_out = conv3x3(last, 2 * latent_channels)
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv_in(x)
+    def forward(self, sample: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv_in(sample)
         for block in self.down_blocks:
             h = checkpointed(self, block, h, temb)
         h = checkpointed(self, self.mid_block, h, temb)
@@ -253,6 +265,7 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         first, last = block_out_channels[0], block_out_channels[-1]
+        self.layers_per_block = layers_per_block
         self.conv_in = conv3x3(latent_channels, last)
         self.mid_block = MidBlock(last, norm_num_groups, act_fn, mid_block_add_attention)
         self.up_blocks = nn.ModuleList()
@@ -274,11 +287,11 @@ class Decoder(nn.Module):
         self.conv_out = conv3x3(first, out_channels)
         self.gradient_checkpointing = False
 
-    def forward(self, z: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv_in(z)
-        h = checkpointed(self, self.mid_block, h, temb)
+    def forward(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+        h = self.conv_in(sample)
+        h = checkpointed(self, self.mid_block, h, latent_embeds)
         for block in self.up_blocks:
-            h = checkpointed(self, block, h, temb)
+            h = checkpointed(self, block, h, latent_embeds)
         return self.conv_out(activated(self.conv_norm_out, self.conv_act, h))
 
 

@@ -13,6 +13,7 @@ from sdvae.errors import InputError
 
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")  # those that diffusers' get_activation knows
 CLASS_NAMES = ("AutoencoderKL", "ConditionalAutoencoderKL")  # `_class_name` in the config.json of this package's VAEs
+LOGVAR_RANGE = (-30.0, 20.0)  # of a posterior; LDM, ldm/modules/distributions/distributions.py
 LIKELIHOODS = ("gaussian", "bernoulli")
 # diffusers' names for levels without and with self-attention, which some levels of LDM's f16 and f32 models have
 DOWN_BLOCK_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")

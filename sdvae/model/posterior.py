@@ -6,34 +6,21 @@ import math
 
 import torch
 import torch.utils._pytree as pytree
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-LOGVAR_RANGE = (-30.0, 20.0)  # LDM, ldm/modules/distributions/distributions.py
 
-
-class DiagonalGaussian:
+class DiagonalGaussian(DiagonalGaussianDistribution):
     """A diagonal Gaussian over latents, one for each image of a batch.
 
-    Interface and values are those of diffusers' `DiagonalGaussianDistribution`, except that `kl` and `nll` are summed
-    in fp32 or wider, since a half-precision sum over 4·64·64 terms loses digits.
+    It has diffusers' `mean`, `std`, `var` and `logvar`, (B, C, h, w) each. `kl` and `nll` are summed in fp32 or wider,
+    since a half-precision sum over 4·64·64 terms loses digits.
 
     Args:
         parameters: (B, 2C, h, w) float, the encoder's output: mean and log-variance stacked along channels.
+        deterministic: as in diffusers: `std` and `var` are zero, and so are `kl` and `nll`, of shape (1,).
     """
-
-    def __init__(self, parameters: Tensor):
-        self.parameters = parameters
-        self.mean, logvar = parameters.chunk(2, dim=1)  # (B, C, h, w) each
-        self.logvar = logvar.clamp(*LOGVAR_RANGE)
-
-    @property
-    def std(self) -> Tensor:
-        return torch.exp(0.5 * self.logvar)
-
-    @property
-    def var(self) -> Tensor:
-        return torch.exp(self.logvar)
 
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """z = mean + std · eps with eps ~ N(0, I): the reparametrisation trick (Kingma & Welling 2014, 2.4).
@@ -47,10 +34,6 @@ class DiagonalGaussian:
         """
         return self.mean + self.std * noise_like(self.mean, generator)
 
-    def mode(self) -> Tensor:
-        """The most likely latents, the Gaussian's mean: (B, C, h, w)."""
-        return self.mean
-
     def kl_map(self) -> Tensor:
         """KL(q || N(0, I)) of each latent element, in nats: (B, C, h, w) in fp32 or wider.
 
@@ -61,6 +44,8 @@ class DiagonalGaussian:
 
     def kl(self, other: DiagonalGaussian | None = None) -> Tensor:
         """KL(q || other), by default against N(0, I), summed over each image's latents, in nats: (B,)."""
+        if self.deterministic:
+            return super().kl(other)
         if other is None:
             return self.kl_map().sum(dim=(1, 2, 3))
         mean, logvar = at_least_fp32(self.mean), at_least_fp32(self.logvar)
@@ -70,6 +55,8 @@ class DiagonalGaussian:
 
     def nll(self, sample: Tensor, dims: tuple[int, ...] = (1, 2, 3)) -> Tensor:
         """-log q(sample), summed over `dims`, in nats: (B,) by default."""
+        if self.deterministic:
+            return super().nll(sample, dims)
         mean, logvar = at_least_fp32(self.mean), at_least_fp32(self.logvar)
         squared = (at_least_fp32(sample) - mean).square() / logvar.exp()
         return 0.5 * (math.log(2.0 * math.pi) + logvar + squared).sum(dim=dims)

@@ -58,6 +58,7 @@ KNOWN = BLOCKS | LAYERS
 PROCESSORS = (AttnProcessor2_0, FusedAttnProcessor2_0)
 
 
+@torch.compiler.disable  # a compiler would unroll the loops over layers and strips, which takes it minutes
 def can_stream(part: nn.Module | None, groups: int) -> bool:
     """Whether `Streamed` can compute all layers of a part of the VAE.
 
@@ -270,6 +271,7 @@ class Streamed:
         self._budget = budget
         self._groups = groups
 
+    @torch.compiler.disable
     def encode(self, vae: Any, images: Tensor, temb: Tensor | None) -> Tensor:
         """Compute encoder and quant_conv.
 
@@ -291,6 +293,7 @@ class Streamed:
             x = self._conv(x, vae.quant_conv)
         return x[0 : x.height].to(images.device)
 
+    @torch.compiler.disable
     def decode(self, vae: Any, latents: Tensor, temb: Tensor | None) -> Tensor:
         """Compute post_quant_conv and decoder.
 
@@ -324,8 +327,8 @@ class Streamed:
 
     def _mid(self, x: Rows, temb: Tensor | None, block: Any) -> Rows:
         x = self._resnet(x, temb, block.resnets[0])
-        for attention in block.attentions:
-            x = self._attention(x, attention)
+        if block.attentions[0] is not None:
+            x = self._attention(x, block.attentions[0])
         return self._resnet(x, temb, block.resnets[1])
 
     def _resnet(self, x: Rows, temb: Tensor | None, block: ResnetBlock) -> Rows:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL, DiagonalGaussian
-from sdvae.roundtrip import bernoulli_mean, crop_to, decode_output, encode_images
+from sdvae.roundtrip import bernoulli_mean, compute_device, crop_to, decode_output, encode_images
 
 
 def probabilities(images: Tensor) -> Tensor:
@@ -168,7 +168,8 @@ def draw_from_prior(
             f"got guidance={guidance} without labels; need labels for guidance; give them, or leave it out"
         )
     size = math.ceil(side / vae.spatial_compression_ratio)
-    z = torch.randn(count, vae.config.latent_channels, size, size, generator=generator).to(vae.device, vae.dtype)
+    z = torch.randn(count, vae.config.latent_channels, size, size, generator=generator)
+    z = z.to(compute_device(vae), vae.dtype)
     given = {} if labels is None else {"labels": labels}
     logits = vae.decode(z, **given).sample
     if guidance != 1:

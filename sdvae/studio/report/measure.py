@@ -16,7 +16,7 @@ from sdvae.io import printable
 from sdvae.metrics.image import image_figures
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
-from sdvae.roundtrip import round_trip
+from sdvae.roundtrip import compute_device, round_trip
 from sdvae.statistics import LatentHealth, LatentMaps
 from sdvae.studio.report.gallery import Gallery
 from sdvae.studio.report.spectra import radial_power
@@ -90,7 +90,7 @@ def measure(
         bad_images.add(batch["bad"])
         if not batch["name"]:
             continue
-        x = batch["image"].to(vae.device)
+        x = batch["image"].to(compute_device(vae))
         trip = round_trip(vae, x)
         if not trip.reconstruction.isfinite().all():
             raise InputError(
