@@ -83,10 +83,10 @@ def exit_code(program: str, run: Callable[[], object]) -> int:
     try:
         run()
     except InputError as error:
-        print(f"{program}: error: {_without_worker_traceback(error)}", file=sys.stderr)
+        print(f"{program}: error: {escaped(_without_worker_traceback(error))}", file=sys.stderr)
         return 2
     except OSError as error:  # such as a full disk, a folder that may not be written to, a bucket that does not answer
-        print(f"{program}: error: {_without_worker_traceback(error)}", file=sys.stderr)
+        print(f"{program}: error: {escaped(_without_worker_traceback(error))}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         print(f"{program}: {stopped}", file=sys.stderr)
@@ -113,6 +113,11 @@ def _without_worker_traceback(error: Exception) -> str:
 def first_few(names: list[str], count: int = 3) -> str:
     """Join some names, such as «a, b, c, …», so that a message about many of them stays one line."""
     return ", ".join(names[:count]) + (", …" if len(names) > count else "")
+
+
+def escaped(text: str) -> str:
+    """Text on one line: line breaks, control characters and half surrogates become escapes such as \\n and \\x1b."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: object) -> str:

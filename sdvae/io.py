@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from sdvae.errors import InputError, one_line
+from sdvae.errors import InputError, escaped, one_line
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of a URL; two letters or more, since C:/ is a drive of Windows
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # «owner/name» on the Hugging Face hub
@@ -148,13 +148,23 @@ def sha256_of(path: Path) -> str:
 
 
 def utf8(name: str) -> str:
-    """A file's name as text for JSON, Parquet and labels. Bytes that are not UTF-8 become escapes such as \\xff."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file's name as text for JSON, Parquet and labels. Different names give different texts.
+
+    Bytes that are not UTF-8 become escapes such as \\xff. In a name that has such bytes, or that itself contains \\x,
+    every backslash is doubled.
+    """
+    data = os.fsencode(name)
+    text = _with_escapes(data)
+    return _with_escapes(data.replace(b"\\", b"\\\\")) if "\\x" in text else text
 
 
 def printable(name: str) -> str:
-    """A file's name for a message on one line: as `utf8`, and line breaks and control characters become escapes too."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in utf8(name))
+    """A file's name for a message on one line: other bytes than UTF-8, line breaks and such become escapes."""
+    return escaped(_with_escapes(os.fsencode(name)))
+
+
+def _with_escapes(data: bytes) -> str:
+    return data.decode("utf-8", "backslashreplace")
 
 
 def changed_fields(

@@ -11,7 +11,7 @@ from PIL import Image
 from sdvae.data import ImageError, ReadOptions, read_image, to_image, to_tensor
 from sdvae.data.reading import Color
 from sdvae.errors import InputError
-from sdvae.io import replacing
+from sdvae.io import printable, replacing
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.image import image_metrics
 from sdvae.roundtrip import check_image_channels, round_trip
@@ -65,7 +65,8 @@ def reconstruct_files(
         (metrics,) = image_metrics(x, trip.reconstruction, trip.posterior, None)
         with replacing(target) as temporary:
             to_image(trip.reconstruction[0]).save(temporary, format="PNG")
-        print(f"{path} -> {target}: {image.width}x{image.height}, {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}")
+        names = f"{printable(str(path))} -> {printable(str(target))}"
+        print(f"{names}: {image.width}x{image.height}, {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}")
     return targets
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pyvips
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from PIL import Image, ImageCms
@@ -24,12 +26,11 @@ from sdvae.data import ImageError, ReadOptions, color, open_source, read_image
 from sdvae.studio.demo.page import Handlers
 from sdvae.studio.demo.view import open_photograph
 from sdvae.studio.report.run import _photographs
+from sdvae.studio.settings import ReportOptions
 from sdvae.training.recipe import read_recipe
 from sdvae.training.run_folder import RunFolder, to_yaml
 from sdvae.weights import save_vae
 from tests.conftest import tiny_arguments, tiny_vae
-
-pyvips = pytest.importorskip("pyvips")
 
 RAW = ReadOptions(color="raw")
 # To XYZ of D65: Adobe RGB (1998) color image encoding, 4.3.5.3; SMPTE EG 432-1 with that white. From it: IEC 61966-2-1
@@ -378,8 +379,13 @@ def test_latents_that_were_made_before_the_option_are_continued_only_as_raw(prof
     manifest = tmp_path / "manifest.json"
     before = json.loads(manifest.read_text())
     del before["fingerprint"]["images"]["color"], before["fingerprint"]["images"]["max_pixels"]
-    manifest.write_text(json.dumps(before))
+    shards = [json.loads(line) for line in (tmp_path / "shards.jsonl").read_text().splitlines()]
+    for entry in shards:
+        del entry["data_bytes"]
+        entry["sha256"] = hashlib.sha256((tmp_path / entry["file"]).read_bytes()).hexdigest()
+    manifest.write_text(json.dumps({**before, "version": 1, "shards": shards}))
     assert main([*arguments, "--color=raw", "--verify=true"]) == 0
+    assert main([*arguments, "--color=raw", "--repair=true"]) == 0
     assert main(arguments) == 2
     assert "holds latents made in another way (images.color: raw -> srgb)" in capsys.readouterr().err
 
@@ -416,5 +422,5 @@ def test_a_report_on_a_run_reads_its_images_as_the_run_did(given, expected, prof
     changes = {"data__color": "raw", "data__background": "[1,2,3]", "data__max_pixels": "9999"}
     recipe = parse_train_config(tiny_arguments(profiled / "p3", tmp_path, **changes))
     (tmp_path / "config.yaml").write_text(to_yaml(recipe))
-    reading = _photographs(RunFolder(tmp_path), None, None, given).reading
-    assert reading == ReadOptions(background=(1, 2, 3), min_side=16, max_pixels=9999, color=expected)
+    images, _ = _photographs(RunFolder(tmp_path), ReportOptions(color=given), channels=3)
+    assert images.reading == ReadOptions(background=(1, 2, 3), min_side=16, max_pixels=9999, color=expected)

@@ -592,11 +592,13 @@ def test_verify_sees_latents_that_another_vae_made_although_all_checksums_fit(va
 
 def test_verify_sees_that_an_image_was_exchanged(vae, tmp_path):
     photos = draw(tmp_path / "photos", 70)
+    named = os.fsencode(photos) + b"/0011\xe9\n.png"
+    os.rename(photos / "0011.png", named)
     config = options(photos, tmp_path / "out", vae, shard_rows=20, verify_rows=70)
     encode(config)
     draw(tmp_path / "others", 1, seed=1)
-    (tmp_path / "others" / "0000.png").replace(photos / "0011.png")  # none of the 64 that tell sources apart
-    with pytest.raises(InputError, match=r"0011\.png.*another image file"):
+    os.replace(tmp_path / "others" / "0000.png", named)  # none of the 64 that tell sources apart
+    with pytest.raises(InputError, match=r"0011\\xe9\\n\.png.*another image file"):
         encode(dataclasses.replace(config, verify=True))
 
 

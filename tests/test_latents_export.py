@@ -15,14 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 
-from sdvae import InputError
+from sdvae import InputError, LatentDataset
+from sdvae.io import printable, sha256_of, utf8
 from sdvae.latents import convert as export_module
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.convert import _crop_ltrb, export_latents
 from sdvae.latents.encode import encode
+from sdvae.latents.folder import LatentFolder
 from sdvae.latents.rows import LatentRow, table_of, to_bytes, value_columns
 from sdvae.latents.writer import LatentWriter
 from sdvae.model import DiagonalGaussian
@@ -49,6 +51,7 @@ def write(
     blocks: int = 4,
     channels: int = 4,
     heights: Sequence[int] = range(100, 107),
+    orientations: Sequence[int] = (1,) * 7,
     **changes,
 ) -> Path:
     """A finished data set of random latents in two shards with rows and one without."""
@@ -73,7 +76,7 @@ def write(
             }
             size = (shape[1] * 8, shape[2] * 8)
             rows.append(LatentRow(10 * i + shard * 2**32, names[i], f"{i:064}", shape, (heights[i], 200), (0, i), size,
-                                  values))  # fmt: skip
+                                  orientations[i], values))  # fmt: skip
         others = {name: given[first : first + count] for name, (given, _) in carried.items()}
         table = table_of(rows, pa.table(others, schema=features.arrow_schema), features, config)
         folder.claim(shard)
@@ -270,7 +273,8 @@ def test_kohya_refuses_names_that_are_no_paths_below_the_target(tmp_path, name):
         root = write(tmp_path / f"latents-{shard}", names)
         with pytest.raises(InputError, match="need relative paths") as raised:
             export_latents(root, tmp_path / "out", "kohya")
-        assert repr(name) in str(raised.value)
+        assert f"'{printable(utf8(name))}'" in str(raised.value)
+        assert "got 1 of 7 images" in str(raised.value)
         assert "\n" not in str(raised.value)
         assert not list(tmp_path.glob("*out*"))
 
@@ -291,6 +295,68 @@ def test_kohya_never_writes_over_a_file_where_case_does_not_count(tmp_path, monk
     with pytest.raises(FileExistsError):
         export_latents(root, tmp_path / "other", "kohya")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("buckets", ["none", "area"])
+def test_kohya_finds_the_latents_of_images_that_exif_turns_and_their_count_is_said(tmp_path, buckets, caplog):
+    photos, upright = tmp_path / "photos", tmp_path / "upright"
+    generator = np.random.default_rng(0)
+    for folder in (photos, upright):
+        folder.mkdir()
+    for orientation in (1, 3, 6, 8):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((160, 80))
+        image.save(photos / f"{orientation}.png", exif=exif.tobytes())
+        ImageOps.exif_transpose(Image.open(photos / f"{orientation}.png")).save(upright / f"{orientation}.png")
+    for name in ("photos", "upright"):
+        encode(EncodeConfig(source=str(tmp_path / name), output=str(tmp_path / f"{name}-latents"), resolution=64,
+                            buckets=buckets, bucket_step=16, device="cpu", store="sample"))  # fmt: skip
+        export_latents(tmp_path / f"{name}-latents", tmp_path / f"{name}-kohya", "kohya")
+    assert [row["exif_orientation"] for row in stored_rows(tmp_path / "photos-latents")] == [1, 3, 6, 8]
+    assert {row["exif_orientation"] for row in stored_rows(tmp_path / "upright-latents")} == {1}
+    assert [r.args[:2] for r in caplog.records if "EXIF orientation" in r.msg] == [(3, 4)]
+    for orientation in (1, 3, 6, 8):
+        header = Image.open((photos if buckets == "none" else upright) / f"{orientation}.png").size
+        (theirs,) = (tmp_path / "upright-kohya").glob(f"{orientation}_*")
+        name = f"{orientation}_{header[0]:04d}x{header[1]:04d}_sd.npz"
+        with np.load(tmp_path / "photos-kohya" / name) as turned, np.load(theirs) as wanted:
+            for array in ("latents", "original_size", "crop_ltrb"):
+                assert np.array_equal(turned[array], wanted[array])
+            # the bucket that sd-scripts chooses by the size in the name has the latents' aspect
+            if buckets == "area":
+                assert (header[0] > header[1]) == (turned["latents"].shape[2] > turned["latents"].shape[1])
+
+
+def as_version_1(root: Path) -> Path:
+    """A data set as it was written before rows had their orientation and files their record."""
+    folder = LatentFolder(root)
+    folder.open()
+    entries = []
+    for entry in folder.shards:
+        path = root / entry["file"]
+        pq.write_table(pq.read_table(path).drop_columns(["exif_orientation"]), path, row_group_size=2)
+        entries.append({**entry, "bytes": path.stat().st_size, "sha256": sha256_of(path)})
+    manifest = {**folder.manifest, "version": 1, "shards": entries}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    (root / "shards.jsonl").unlink()
+    return root
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_rows_without_an_orientation_are_converted_and_kohyas_warns(tmp_path, to, caplog):
+    root = as_version_1(write(tmp_path / "latents"))
+    assert export_latents(root, tmp_path / "out", to)
+    said = [record for record in caplog.records if "before the EXIF orientation was stored" in record.msg]
+    assert len(said) == (to == "kohya")
+    assert len(LatentDataset(root)) == 7
+    assert "exif_orientation" not in LatentDataset(root)[0]
+
+
+def test_kohya_says_how_many_names_sd_scripts_does_not_look_for(tmp_path, caplog):
+    root = write(tmp_path / "latents", ["a.png", "b.JPG", "c.tif", "row-00000003", "d.webp", "e.avif", "f"])
+    export_latents(root, tmp_path / "out", "kohya")
+    assert [record.args[:3] for record in caplog.records if "does not look for" in record.msg] == [(3, 7, "c.tif")]
 
 
 # ---- all formats ----

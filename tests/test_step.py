@@ -280,7 +280,7 @@ def test_gradients_are_found_in_fp16s_range(accelerator, perceptual):
     players.generator.optimizer.zero_grad()
     scale = 1024.0
     scaled = SimpleNamespace(
-        scaler=SimpleNamespace(get_scale=lambda: scale),
+        scaler=SimpleNamespace(scale=lambda loss: loss * scale),
         autocast=accelerator.autocast,
         reduce=accelerator.reduce,
         backward=lambda loss: (loss * scale).backward(),

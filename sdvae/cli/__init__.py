@@ -6,6 +6,7 @@ misspelt option do not wait for it.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if arguments else 2
     name, *rest = arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths may hold bytes that are not UTF-8
     _log_to_stderr()
     return exit_code("sdvae", lambda: _run(name, rest))
 

@@ -22,6 +22,7 @@ in for (`sdvae.model.plain`). At each call it checks that its geometry and metho
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ from sdvae.model.blocks import Upsample
 from sdvae.model.plain import has_geometry, is_conv, is_replaced
 from sdvae.model.posterior import at_least_fp32
 from sdvae.runtime import keep_freed_memory
+
+logger = logging.getLogger(__name__)
 
 TILE = 4  # F(4x4, 3x3): patches of 6x6
 CHUNK_BYTES = 8e6  # transformed patches held at once, to fit into a part of the last-level cache
@@ -67,8 +70,9 @@ def speed_up(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> None:
     are used for maps of the sizes where `winograd_pays` is true. It also gets slicing: without gradients, a batch is
     computed image by image, as those kernels do (`disable_slicing` undoes that). Every other VAE gets the channels-last
     layout, which its outputs then have too. Upsamplers whose conv does not use Winograd use four taps instead of nine,
-    except under `enable_tiling`. Deep copies, DDP and gradient checkpointing work as before. For other dtypes, on other
-    devices, and if a layer was changed afterwards, the ordinary layers are used.
+    except under `enable_tiling`. Deep copies, DDP and gradient checkpointing work as before. For other dtypes, after a
+    move to another device, and if a layer was changed afterwards, the ordinary layers are used. A VAE that is not on a
+    CPU is not changed.
 
     From now on the process also keeps the memory that it frees (`keep_freed_memory(False)` undoes that).
 
@@ -78,6 +82,9 @@ def speed_up(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> None:
         vae: a VAE whose weights have their final dtype.
         dtype: the dtype of its computation under autocast; by default the dtype of its weights.
     """
+    if vae.device.type != "cpu":
+        logger.warning("speed_up has kernels for CPUs alone; the VAE is on %s and stays as it is", vae.device)
+        return
     winograd = takes_winograd(vae, dtype)
     layout = torch.contiguous_format if winograd else torch.channels_last
     vae.use_slicing = vae.use_slicing or winograd

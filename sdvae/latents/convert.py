@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdvae.errors import InputError, first_few
-from sdvae.io import replacing
+from sdvae.io import printable, replacing
 from sdvae.latents.folder import LatentFolder, ShardFault
-from sdvae.latents.rows import OUR_COLUMNS, is_value
+from sdvae.latents.rows import ORIENTATION, OUR_COLUMNS, is_value
 from sdvae.model import DiagonalGaussian
 from sdvae.noise import sample_seed
 
@@ -40,6 +40,8 @@ CAPTION_COLUMNS = ("caption", "text", "txt")  # the first of these that exists b
 LABEL_COLUMNS = ("label", "cls")  # the first of these that exists becomes KEY.cls
 KEY_DIGITS = 15  # enough for a stream, whose part p has rows numbered from p · 2³² on
 SCALING_FACTORS = {"sd": 0.18215, "sdxl": 0.13025}  # sd-scripts: train_network.py, library/sdxl_model_util.py
+# What sd-scripts looks for in a folder of images: IMAGE_EXTENSIONS in library/train_util.py.
+KOHYA_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 LONGEST_NAME = 230  # bytes between two slashes: file systems allow 255, and kohya's ending has up to 24
 
 Shape = tuple[int, int, int]  # C, h, w
@@ -63,15 +65,16 @@ def export_latents(
               KEY.json with all other values; KEY.txt if there are captions, and KEY.cls if every row has a label.
             - «kohya»: the files that kohya-ss/sd-scripts writes with --cache_latents_to_disk, to be copied into the
               folder of the images. sd-scripts chooses image sizes itself and does not compare them, so encode with
-              --buckets none, and train with the same resolution and without buckets.
+              --buckets none, and train with the same resolution and without buckets. It ignores EXIF's orientation,
+              but these latents are those of upright images.
 
     Returns:
         The files; for kohya, which has one for each image, only the target folder.
 
     Raises:
         InputError: when the data set is not finished or is damaged; when the target is not empty; or, for kohya, when
-            the latents do not have 4 channels at 1/8 of the size, a name is not a path below the target, or the names
-            of two images differ only in the extension. Nothing is written then.
+            the latents do not have 4 channels at 1/8 of the size, a name is not UTF-8 or not a path below the target,
+            or the names of two images differ only in the extension. Nothing is written then.
         OSError: when writing fails. No partial target remains.
     """
     if to not in _WRITERS:
@@ -263,11 +266,14 @@ def _check_kohya(source: _Source) -> None:
         )
     unsafe: list[str] = []
     same: list[str] = []
+    unread: list[str] = []
     by_stem: dict[str, str] = {}  # sd-scripts too holds every name in memory
     for shard in source.shards:
         for name in source.column(shard, "name").to_pylist():
             if not _is_below(name):
                 unsafe.append(name)
+            if not name.lower().endswith(KOHYA_EXTENSIONS):
+                unread.append(name)
             stem = _stem(name)
             if stem in by_stem:
                 same += [by_stem[stem], name]
@@ -275,13 +281,39 @@ def _check_kohya(source: _Source) -> None:
                 by_stem[stem] = name
     if unsafe:
         raise InputError(
-            f"got images named {first_few([repr(name) for name in unsafe])}; need relative paths without "
-            f".. or backslashes, of at most {LONGEST_NAME} bytes a part, as names; choose another format"
+            f"got {len(unsafe)} of {source.num_rows} images with such names as "
+            f"{first_few([_quoted(name) for name in unsafe])}; need relative paths in UTF-8 without .. or backslashes, "
+            f"of at most {LONGEST_NAME} bytes a part; rename these and encode again, or choose another format"
         )
     if same:
         raise InputError(
-            f"got images whose names differ only in the extension ({first_few([repr(name) for name in same], 4)}); "
+            f"got images whose names differ only in the extension ({first_few([_quoted(name) for name in same], 4)}); "
             "need different names without it, since the cache's files have none; rename these and encode again"
+        )
+    if unread:
+        logger.warning(
+            "%d of %d images have names that sd-scripts does not look for, such as %s, so it does not use their "
+            "latents; it looks for %s",
+            *(len(unread), source.num_rows, printable(unread[0]), ", ".join(KOHYA_EXTENSIONS)),
+        )
+    _say_orientation(source)
+
+
+def _say_orientation(source: _Source) -> None:
+    """Warn of images that sd-scripts would train on as they lie in the file."""
+    if ORIENTATION not in source.schema.names:
+        logger.warning(
+            "these latents were encoded before the EXIF orientation was stored; if the images are turned by it, "
+            "sd-scripts may look for files with width and height exchanged in their names; encode again"
+        )
+        return
+    turned = [number for shard in source.shards for number in source.column(shard, ORIENTATION).to_pylist()]
+    count = sum(number > 1 for number in turned)
+    if count:
+        logger.warning(
+            "%d of %d images have an EXIF orientation, which sd-scripts ignores; with these files it trains on them "
+            "upright, and without them as they lie in the file",
+            *(count, len(turned)),
         )
 
 
@@ -303,7 +335,7 @@ def _write_kohya(source: _Source, target: Path, bar: tqdm) -> None:
     suffixes = suffixes or [name.removeprefix("sample") for name in source.values]
     for shard in source.shards:
         for row in source.rows(shard):
-            height, width = row["original_size"]
+            width, height = _kohya_size(row)
             file = target / f"{_stem(row['name'])}_{width:04d}x{height:04d}{ending}"
             file.parent.mkdir(parents=True, exist_ok=True)
             arrays: dict[str, Any] = {
@@ -312,11 +344,25 @@ def _write_kohya(source: _Source, target: Path, bar: tqdm) -> None:
             with file.open("xb") as opened:  # fails if two names differ only in case, on a disk that ignores case
                 np.savez(
                     opened,
-                    original_size=np.array((width, height)),
+                    original_size=np.array(row["original_size"][::-1]),
                     crop_ltrb=np.array(_crop_ltrb(row["original_size"], row["target_size"])),
                     **arrays,
                 )
             bar.update()
+
+
+def _kohya_size(row: Mapping[str, Any]) -> tuple[int, int]:
+    """The width and height in the name of a row's file.
+
+    sd-scripts finds a file either by the size in the image's header, which EXIF's orientation does not change, or by
+    its prefix alone; then it takes the size in the name for the image's, and chooses the bucket by it. For square
+    latents the bucket is always the same, so the header's size is right in both cases. Other latents fit only the
+    bucket of the upright size.
+    """
+    height, width = row["original_size"]
+    target_height, target_width = row["target_size"]
+    is_turned = row.get(ORIENTATION, 1) >= 5
+    return (height, width) if is_turned and target_height == target_width else (width, height)
 
 
 def _one_sample(row: Mapping[str, Any], suffix: str) -> Tensor:
@@ -345,6 +391,10 @@ def _crop_ltrb(original_size: Sequence[int], target_size: Sequence[int]) -> tupl
     inner_width, inner_height = (height * aspect, height) if is_narrower else (width, width / aspect)
     left, top = (width - inner_width) // 2, (height - inner_height) // 2
     return left, top, left + inner_width, top + inner_height
+
+
+def _quoted(name: str) -> str:
+    return f"'{printable(name)}'"
 
 
 def _stem(name: str) -> str:

@@ -33,7 +33,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
     A row is a dict with `latents` (C, h, w) fp32, scaled; `index`, `name` and `sha256` of the image; `mirrored`;
     `original_size`, `crop_top_left` and `target_size` (as (height, width) and (top, left), for SDXL's conditioning);
-    and the columns that were copied from the source.
+    `exif_orientation`; and the columns that were copied from the source.
 
     Args:
         folder: the folder of a finished data set.

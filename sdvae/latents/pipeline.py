@@ -202,6 +202,7 @@ class Pipeline:
                 original_size=decoded.original_size,
                 crop_top_left=decoded.placement.crop_top_left,
                 target_size=decoded.placement.target_size,
+                exif_orientation=decoded.exif_orientation,
                 values=value,
             )
             shard.rows.append((row, replace(image, read=bytes)))  # an image of a stream holds its file's bytes

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Features
 
-OUR_COLUMNS = ("index", "name", "sha256", "shape", "original_size", "crop_top_left", "target_size")
+ORIENTATION = "exif_orientation"  # data sets of format version 1 lack this column
+OUR_COLUMNS = ("index", "name", "sha256", "shape", "original_size", "crop_top_left", "target_size", ORIENTATION)
 VALUE_COLUMNS = ("mean", "logvar", "sample")  # each also with the ending _mirrored
 ROW_KEYS = ("latents", "mirrored")  # the keys that `LatentDataset` adds to a row
 PREFIX = "source_"  # of a column of the source whose name is one of the names above
@@ -47,12 +48,14 @@ class LatentRow:
 
     Attributes:
         index: the image's place in its source.
-        name: the image's name in its source.
+        name: the image's name in its source. The column holds it as `sdvae.io.utf8` writes it.
         sha256: the checksum of the image file.
         shape: the shape of the latents, (C, h, w).
-        original_size: height and width of the image, in pixels.
+        original_size: height and width of the upright image, in pixels.
         crop_top_left: top and left of the crop in the resized image, in pixels.
         target_size: height and width of the crop, which was encoded, in pixels.
+        exif_orientation: 1 to 8, how the file's pixels were turned to make the image upright. From 5 on, height and
+            width in the file are those of the image exchanged.
         values: column of latents -> the bytes of a contiguous (C, h, w) array in the stored dtype, little-endian.
     """
 
@@ -63,6 +66,7 @@ class LatentRow:
     original_size: Size
     crop_top_left: Size
     target_size: Size
+    exif_orientation: int
     values: dict[str, bytes]
 
 
@@ -152,6 +156,7 @@ def _features(others: Features, config: EncodeConfig) -> Features:
         "original_size": pair,
         "crop_top_left": pair,
         "target_size": pair,
+        ORIENTATION: datasets.Value("int32"),
         **{name: datasets.Value("binary") for name in value_columns(config)},
     }
     taken = {*OUR_COLUMNS, *ROW_KEYS}

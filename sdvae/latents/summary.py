@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sdvae.io import printable
 from sdvae.statistics import LatentMoments
 
 
@@ -58,7 +59,7 @@ tags:
 - latents
 ---
 
-# Latents of {os.path.basename(manifest["source"].rstrip("/")) or manifest["source"]}
+# Latents of {printable(os.path.basename(manifest["source"].rstrip("/")) or manifest["source"])}
 
 {manifest["rows"]} images ({manifest["skipped"]} skipped, see skipped.jsonl), encoded with `sdvae encode`, which the
 project's README describes. Unscaled {"posterior means and log-variances" if stored["what"] == "moments" else "samples"}

@@ -32,6 +32,7 @@ class DecodedImage:
     pixels: np.ndarray  # (H, W, C) uint8
     sha256: str  # of the file
     original_size: Size
+    exif_orientation: int
     placement: Placement
 
 
@@ -97,7 +98,8 @@ class EncodeTask:
         height, width = placement.target_size
         pixels = np.asarray(cover(decoded, width, height))
         pixels = pixels if pixels.ndim == 3 else pixels[:, :, None]
-        return DecodedImage(pixels, hashlib.sha256(data).hexdigest(), size, placement)
+        sha256 = hashlib.sha256(data).hexdigest()
+        return DecodedImage(pixels, sha256, size, decoded.info["orientation"], placement)
 
     @torch.inference_mode()
     def stored_values(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdvae.data import ImageError
 from sdvae.errors import InputError, one_line
+from sdvae.io import printable
 from sdvae.latents.folder import ShardFault
 from sdvae.latents.rows import from_bytes, value_columns
 from sdvae.latents.shards import SourceImage, raise_if_passing
@@ -127,7 +128,7 @@ def _encode_again(task: EncodeTask, sound: Mapping[int, int]) -> tuple[int, floa
             compared += 1
             worst = max(worst, difference)
             if fault is not None:
-                differing.setdefault(shard, f"row {image.index} ({image.name}) {fault}")
+                differing.setdefault(shard, f"row {image.index} ({printable(image.name)}) {fault}")
         if stored:
             differing.setdefault(shard, f"has rows of images that the source lacks: {sorted(stored)[:3]}")
     return compared, worst, differing
@@ -149,7 +150,7 @@ def _compare(task: EncodeTask, image: SourceImage, stored: dict[str, Any], std: 
         decoded = task.decode(image)
     except ImageError as error:  # no fault of the row
         raise_if_passing(error)
-        logger.warning("%s can no longer be read, so its row is not compared: %s", image.name, error)
+        logger.warning("%s can no longer be read, so its row is not compared: %s", printable(image.name), error)
         return None, 0.0
     if decoded.sha256 != stored["sha256"]:
         return "has another image file now", 0.0

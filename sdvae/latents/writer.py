@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from sdvae.errors import InputError, first_few
-from sdvae.io import changed_fields, utf8
+from sdvae.io import changed_fields, printable
 from sdvae.latents.folder import CARD, FORMAT, MANIFEST, RECORD, SHARDS, SKIPPED, VERSION, LatentFolder, entry_of
 from sdvae.latents.summary import card, statistics_of
 from sdvae.statistics import LatentMoments
@@ -37,8 +37,8 @@ from sdvae.storage import LocalStorage
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# What a fingerprint means that lacks these settings, because it was written before they were.
-BEFORE = {"images": {"color": "raw", "max_pixels": None}}
+# What a fingerprint of format version 1 means, which lacks these settings.
+VERSION_1 = {"images": {"color": "raw", "max_pixels": None}}
 ROW_GROUP_BYTES = 2**20  # at least so much is read for one row, which matters if rows are read in random order
 READERS = 32  # threads that read the shards' records; in a bucket each waits for its answer
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
@@ -74,7 +74,7 @@ class LatentWriter(LatentFolder):
         if isinstance(self.storage, LocalStorage) and self.storage.root.exists() and not self.storage.root.is_dir():
             raise InputError(f"{self.storage} is a file; need the path of a folder")
         if not self.storage.exists(MANIFEST):
-            strangers = sorted(utf8(name) for name in self._names() if not _is_temporary(name))
+            strangers = sorted(printable(name) for name in self._names() if not _is_temporary(name))
             if strangers:
                 raise InputError(
                     f"{self.storage} holds other files ({first_few(strangers)}) and no latents; need a new or empty "
@@ -83,7 +83,8 @@ class LatentWriter(LatentFolder):
             begun = {"format": FORMAT, "version": VERSION, "source": source, "vae_config": dict(vae_config)}
             self.storage.create(MANIFEST, _json({**begun, "fingerprint": dict(fingerprint), "complete": False}))
         self._read()
-        changes = changed_fields(self.manifest["fingerprint"], json.loads(json.dumps(fingerprint)), defaults=BEFORE)
+        defaults = VERSION_1 if self.manifest["version"] == 1 else None
+        changes = changed_fields(self.manifest["fingerprint"], json.loads(json.dumps(fingerprint)), defaults=defaults)
         if changes:
             raise InputError(
                 f"{self.storage} holds latents made in another way ({'; '.join(changes)}); choose another folder, "

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from scipy.stats import t as student
 
+from sdvae.io import printable
+
 ImageFigures = Sequence[Mapping[str, Any]]  # for each image its `index`, its `name` and numbers such as `psnr`
 
 # (key, heading, format, which is better: +1 a larger number, -1 a smaller one, 0 neither)
@@ -100,7 +102,7 @@ def markdown_table(results: Sequence[Mapping[str, Any]], lpips_name: str | None)
     lines = [f"| {' | '.join(['VAE', *titles])} |", "|" + "---|" * (len(keys) + 1)]
     best = {key: _best(results, key, better, lpips_name) for key, _, _, better in keys}
     for result in results:
-        cells = [result["vae"].replace("|", "\\|")]
+        cells = [printable(result["vae"]).replace("|", "\\|")]
         for key, _, form, _ in keys:
             number = _number(result, key, lpips_name)
             cell = "" if number is None else _written(number, form)
@@ -116,7 +118,8 @@ def csv_text(results: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.DictWriter(stream, ["vae", *keys], lineterminator="\n")
     writer.writeheader()
     for result in results:
-        writer.writerows({"vae": result["vae"], **row} for row in result["per_image"])
+        vae = printable(result["vae"])
+        writer.writerows({"vae": vae, **row, "name": printable(row["name"])} for row in result["per_image"])
     return stream.getvalue()
 
 

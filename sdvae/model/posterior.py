@@ -45,8 +45,7 @@ class DiagonalGaussian:
         Returns:
             (B, C, h, w) in the dtype of the parameters.
         """
-        noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.parameters.dtype)
-        return self.mean + self.std * noise
+        return self.mean + self.std * noise_like(self.mean, generator)
 
     def mode(self) -> Tensor:
         """The most likely latents, the Gaussian's mean: (B, C, h, w)."""
@@ -83,6 +82,21 @@ pytree.register_pytree_node(
     lambda children, _: DiagonalGaussian(*children),
     serialized_type_name="sdvae.model.posterior.DiagonalGaussian",
 )
+
+
+def noise_like(like: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """N(0, I) in the shape and dtype of `like`, on its device, drawn on the device of the generators.
+
+    From the CPU to a GPU the noise is copied out of pinned memory, without waiting for what the GPU still computes.
+
+    Args:
+        like: (B, …).
+        generator: one for the batch, a list with one for each image, or None for the device's own.
+    """
+    first = generator[0] if isinstance(generator, list) else generator
+    if like.device.type != "cuda" or first is None or first.device.type != "cpu":
+        return randn_tensor(like.shape, generator, like.device, like.dtype)
+    return randn_tensor(like.shape, generator, first.device, like.dtype).pin_memory().to(like.device, non_blocking=True)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

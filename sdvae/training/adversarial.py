@@ -40,7 +40,9 @@ def adaptively_weighted(
     """
     reconstruction = outputs[0]
     # fp16 rounds small gradients to 0, so they are computed from scaled losses and then divided by the scale
-    scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+    scale = nll.new_ones(())
+    if accelerator.scaler is not None:
+        scale = accelerator.scaler.scale(scale)  # `get_scale` would wait for the device
     nll_gradients = [gradient / scale for gradient in torch.autograd.grad(nll * scale, outputs)]
     g_gradient = torch.autograd.grad(g * scale, reconstruction)[0] / scale
 
@@ -52,7 +54,7 @@ def adaptively_weighted(
     nll_norm, g_norm = accelerator.reduce(torch.stack(layer_gradients), reduction="mean").flatten(1).norm(dim=1)
     values = reconstruction[0].numel()  # here nll is divided by C·H·W
     adaptive = (values * nll_norm / (g_norm + ADAPTIVE_EPS)).clamp(max=ADAPTIVE_MAX) / values
-    gan_weight = torch.tensor(weight, device=reconstruction.device) * adaptive
+    gan_weight = weight * adaptive
 
     gradients = [nll_gradients[0] + gan_weight * g_gradient, *nll_gradients[1:]]
     objective = reconstruction.new_zeros(())

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -147,9 +146,12 @@ def labels_of(source: ImageSource, config: TrainConfig) -> np.ndarray | None:
     return read_labels(source, config.data.label_column, config.model.num_classes)
 
 
-def conditioning_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """Inputs of encoder and decoder besides images and latents: `labels` (B,) int64 for a conditional VAE."""
-    return {"labels": batch["label"].to(device, non_blocking=True)} if "label" in batch else {}
+def conditioning_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Inputs of encoder and decoder besides images and latents: `labels` (B,) int64 for a conditional VAE.
+
+    They stay on the CPU, where the VAE can check them without waiting for the device.
+    """
+    return {"labels": batch["label"]} if "label" in batch else {}
 
 
 def evaluation_batches(source: ImageSource, config: TrainConfig, accelerator: Accelerator) -> DataLoader:

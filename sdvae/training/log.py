@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sdvae.errors import one_line
-from sdvae.io import flatten
+from sdvae.io import flatten, utf8
 from sdvae.training.config import TrainConfig
 from sdvae.training.run_folder import RunFolder, plain
 
@@ -108,7 +108,7 @@ class RunLog:
         if accelerator.log_with:
             flat = flatten(plain(config))
             # trackers take numbers and strings
-            recipe = {key: value if isinstance(value, int | float | str) else str(value) for key, value in flat.items()}
+            recipe = {key: value if isinstance(value, int | float) else utf8(str(value)) for key, value in flat.items()}
             # a continued run writes the steps after its checkpoint again; TensorBoard hides their first version
             options = {"tensorboard": {"purge_step": first_step + 1}} if first_step else {}
             try:

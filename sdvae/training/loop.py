@@ -254,10 +254,8 @@ class Training:
         """Findings from the first images of the run, which are the same on every process."""
         batch = first_batch(self.train_source, self.config, min(self.config.batch_size, PROBED_IMAGES))
         self.bad_images.add(batch["bad"])
-        device = self.accelerator.device
-        conditioning = conditioning_of(batch, device)
-        images = batch["image"].to(device)
-        return probe(self.vae, images, batch["noise_seed"], self.config, self.perceptual, **conditioning)
+        images = batch["image"].to(self.accelerator.device)
+        return probe(self.vae, images, batch["noise_seed"], self.config, self.perceptual, **conditioning_of(batch))
 
     def _batches(self) -> Generator[Batch, None, None]:
         """This process's micro-batches of the remaining steps. Closing the generator ends the loader.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdvae.io import HUB_ID, version
+from sdvae.io import HUB_ID, printable, version
 from sdvae.model import AutoencoderKL
 from sdvae.pictures import AMPLIFICATION
 from sdvae.training.config import TrainConfig
@@ -115,7 +115,7 @@ def model_card(
     )
     head = card_head(
         vae,
-        title(Path(config.output_dir).resolve().name, vae),
+        title(printable(Path(config.output_dir).resolve().name), vae),
         base_model=base_model(config.fine_tune.source),
         maker=f", trained with sdvae {version()}",
         origin_of_factor=f" is {origin}" + ("" if shift is None else f"; `shift_factor` {shift:.5f} is their mean"),
@@ -124,7 +124,7 @@ def model_card(
         [
             section(LOADING, loading_text(vae, "path/to/this/folder")),
             section(FIGURES, figures),
-            section("Data", f"Trained on `{config.data.source}`{describe_start(config)}.\n"),
+            section("Data", f"Trained on `{printable(config.data.source)}`{describe_start(config)}.\n"),
             section(RECIPE, f"```yaml\n{to_yaml(config)}```\n"),
         ]
     )
@@ -195,7 +195,7 @@ def figures_text(
         grid=GRID_NAME,
         conditions=conditions,
         count=len(result.per_image),
-        source=source,
+        source=printable(source),
         resolution=resolution,
         with_weights=with_weights,
         table="\n".join(

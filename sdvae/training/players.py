@@ -115,12 +115,6 @@ class Player:
             scaler.unscale_(self.optimizer)
         return nn.utils.clip_grad_norm_(self.trained, max_norm)
 
-    def step(self, scaler: Any) -> None:
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-
     def load_optimizer(self, state: dict[str, Any]) -> None:
         """Load the moments of an optimizer's state, and keep the settings of the present recipe."""
         groups = self.optimizer.param_groups

@@ -7,6 +7,7 @@ The others share state.json, in which each has its own keys.
 from __future__ import annotations
 
 import logging
+import os
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 from sdvae.data import BadImages, ImageSource
 from sdvae.errors import InputError
-from sdvae.io import utf8
 from sdvae.training.checkpoint import Checkpoint, checkpoint_name, prune, read_checkpoint, write_checkpoint
 from sdvae.training.config import TrainConfig
 from sdvae.training.log import Meter
@@ -239,4 +239,4 @@ def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str
 def digest_of_names(source: ImageSource) -> str:
     """A digest of up to 10,000 names spread over the source, which changes when images are added or removed."""
     step = max(1, len(source) // 10_000)
-    return f"{zlib.crc32(chr(10).join(utf8(source.name(i)) for i in range(0, len(source), step)).encode()):08x}"
+    return f"{zlib.crc32(os.fsencode(chr(10).join(source.name(i) for i in range(0, len(source), step)))):08x}"

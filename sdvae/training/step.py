@@ -103,9 +103,7 @@ class TrainStep:
             if config.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with self._gradients_of(players.generator, last=left == 0):
-                terms, real, fake = self.generator_pass(
-                    step, images, batch["noise_seed"], **conditioning_of(batch, device)
-                )
+                terms, real, fake = self.generator_pass(step, images, batch["noise_seed"], **conditioning_of(batch))
             if learns and players.discriminator is not None:
                 with self._gradients_of(players.discriminator, last=left == 0):
                     more, mean_logits = self.discriminator_pass(real, fake)
@@ -121,7 +119,7 @@ class TrainStep:
         real_and_fake = self._agree(result, values, logits, stop())
         if not result.skipped:
             for player in learners.values():
-                player.step(scaler)
+                player.optimizer.step()  # not through the scaler, which would wait to find again what `_agree` found
             if real_and_fake is not None:
                 players.lecam.update(*real_and_fake)
             players.ema.update(players.vae)
@@ -167,7 +165,7 @@ class TrainStep:
         if weight > 0 and players.discriminator is not None:
             with frozen(players.discriminator.network), self.accelerator.autocast():
                 g = generator_loss(players.discriminator.network(fake))
-            gan_weight = g.new_tensor(weight)
+            gan_weight = g.new_full((), weight)
             if config.discriminator.adaptive and config.discriminator.sees == "images":
                 last_layer = players.vae.decoder.conv_out.weight
                 nll_and_gan, gan_weight = adaptively_weighted(
@@ -232,7 +230,7 @@ class TrainStep:
         here = torch.stack([value.detach().float() for scalars in values for value in scalars.values()])
         broken = (~torch.isfinite(here)).any().float()
         mean_logits = torch.stack(logits).mean(dim=0) if logits else here.new_zeros(2)
-        shared = torch.cat([broken[None], here.new_tensor([float(stop)]), mean_logits])
+        shared = torch.cat([broken[None], here.new_full((1,), float(stop)), mean_logits])
         processes = self.accelerator.num_processes
         if processes > 1:
             shared = self.accelerator.reduce(shared, reduction="sum")

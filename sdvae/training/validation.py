@@ -79,7 +79,7 @@ def validate(
     autocast = nullcontext if full_precision else accelerator.autocast
     for batch in readable(batches, bad_images):
         images = batch["image"].to(accelerator.device)
-        conditioning = conditioning_of(batch, accelerator.device)
+        conditioning = conditioning_of(batch)
         with autocast():
             posterior = encode_images(vae, images, **conditioning)
             reconstruction = decode_images(vae, posterior.mode(), images.shape[2:], **conditioning)
@@ -124,7 +124,7 @@ def measure_latents(
     """Moments of the latents over every process's share of the images."""
     moments = LatentMoments(vae.config.latent_channels)
     for batch in readable(batches, bad_images):
-        conditioning = conditioning_of(batch, accelerator.device)
+        conditioning = conditioning_of(batch)
         with accelerator.autocast():
             moments.update(encode_images(vae, batch["image"].to(accelerator.device), **conditioning))
     return merged(gather_object([moments]))

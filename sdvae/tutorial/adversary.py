@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from sdvae.model import DiagonalGaussian
+from sdvae.model.posterior import noise_like
 from sdvae.noise import posterior_generators
 
 SLOPE = 0.2  # slope of the leaky ReLUs below zero
@@ -46,4 +46,4 @@ def prior_samples(like: Tensor, noise_seeds: Tensor) -> Tensor:
         like: a tensor of the shape, device and dtype that the result gets.
         noise_seeds: (B,) int64, one for each image.
     """
-    return randn_tensor(like.shape, posterior_generators(~noise_seeds), like.device, like.dtype)
+    return noise_like(like, posterior_generators(~noise_seeds))

@@ -107,5 +107,5 @@ class ConditionalAutoencoderKL(AutoencoderKL):
                 f"got labels of shape {tuple(labels.shape)}, {labels.dtype}, up to {labels.max().item()}; need {count} "
                 f"integers up to {null - 1}, or below 0 for no label"
             )
-        labels = labels.to(like.device)
+        labels = labels.to(like.device, non_blocking=True)
         return self.label_embedding(labels.where(labels >= 0, null))

@@ -19,6 +19,7 @@ from sdvae.data import ImageError, ReadOptions, read_image, to_image, to_tensor
 from sdvae.data.crops import RESAMPLING, cover
 from sdvae.data.reading import Color
 from sdvae.errors import InputError
+from sdvae.io import printable
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.image import image_metrics
 from sdvae.model import AutoencoderKL, DiagonalGaussian
@@ -151,23 +152,23 @@ def open_photograph(path: str | Path, max_side: int, color: Color = "srgb") -> t
         InputError: a line that starts with the file's name, when the file is not an image, is damaged, has too many
             pixels to be decoded safely, or a side that is too short.
     """
-    path = Path(path)
+    name = printable(Path(path).name)
     try:
         image = read_image(path, ReadOptions(min_side=SMALLEST_SIDE, color=color))
     except ImageError as error:
-        raise InputError(f"{path.name}: {error}; need a photograph (JPEG, PNG, WebP, TIFF, …)") from error
+        raise InputError(f"{name}: {error}; need a photograph (JPEG, PNG, WebP, TIFF, …)") from error
     width, height = image.size
     scale = min(1.0, max_side / max(width, height))
     size = (round(width * scale), round(height * scale))
     if min(size) < SMALLEST_SIDE:
         raise InputError(
-            f"{path.name}: {width} x {height} pixels, {size[0]} x {size[1]} after shrinking to {max_side}; "
+            f"{name}: {width} x {height} pixels, {size[0]} x {size[1]} after shrinking to {max_side}; "
             f"the shorter side needs {SMALLEST_SIDE}; crop it"
         )
     if scale == 1.0:
-        return image, f"{path.name}: {width} x {height} pixels"
+        return image, f"{name}: {width} x {height} pixels"
     shrunk = image.resize(size, RESAMPLING)
-    return shrunk, f"{path.name}: {width} x {height} pixels, shrunk to {size[0]} x {size[1]}"
+    return shrunk, f"{name}: {width} x {height} pixels, shrunk to {size[0]} x {size[1]}"
 
 
 @torch.inference_mode()

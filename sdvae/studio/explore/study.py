@@ -15,7 +15,7 @@ from torch import Tensor
 from sdvae.data import BadImages, EvaluationImages, ReadOptions, center_crop, open_source, read_image, to_tensor
 from sdvae.data.images import ImageError
 from sdvae.errors import InputError
-from sdvae.io import utf8
+from sdvae.io import printable, utf8
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.roundtrip import decode_images, encode_images
@@ -200,14 +200,14 @@ class Study:
             try:
                 image = read_image(path, self._reading)
             except ImageError as error:
-                raise InputError(f"{path}: {error}; need an image file") from error
+                raise InputError(f"{printable(name)}: {error}; need an image file") from error
             return to_tensor(center_crop(image, self.settings.resolution))
         images = self._images(self.settings.data)
         for index in range(len(images)):
             if name in (images.source.name(index), utf8(images.source.name(index))):
                 sample = images[index]
                 if sample["image"] is None:
-                    raise InputError(f"{name}: {sample['bad']}; need an image that can be read")
+                    raise InputError(f"{printable(name)}: {sample['bad']}; need an image that can be read")
                 return sample["image"]
         raise InputError(
             f"got {name!r} in --images; need an image file, or the name of an image in {self.settings.data!r}, "
@@ -217,7 +217,7 @@ class Study:
 
 def caption(name: str) -> str:
     """An image's name without folder and extension, for a picture."""
-    return Path(name).stem
+    return printable(Path(name).stem)
 
 
 def contrast(images: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdvae.data import BadImages
 from sdvae.errors import InputError
+from sdvae.io import printable
 from sdvae.metrics.image import image_figures
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderKL
@@ -93,8 +94,8 @@ def measure(
         trip = round_trip(vae, x)
         if not trip.reconstruction.isfinite().all():
             raise InputError(
-                f"the reconstruction of {batch['name'][0]} or of the {len(x) - 1} after it is not finite in fp32; "
-                "need finite images; take an earlier checkpoint"
+                f"the reconstruction of {printable(batch['name'][0])} or of the {len(x) - 1} after it is not finite in "
+                "fp32; need finite images; take an earlier checkpoint"
             )
         y, posterior = trip.reconstruction.clamp(-1, 1), trip.posterior
         if maps is None:
@@ -104,7 +105,7 @@ def measure(
         maps.update(posterior, generator)
         spectra = spectra + torch.stack([radial_power(x), radial_power(y)]).sum(dim=1)
         for i, figures in enumerate(image_figures(x, y, posterior, perceptual)):
-            gallery.add(batch["name"][i], x[i], y[i], figures)
+            gallery.add(printable(batch["name"][i]), x[i], y[i], figures)
             for key, value in figures.items():
                 sums[key] += value
             if len(first) < FIRST:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sdvae.data import BadImages, EvaluationImages, ReadOptions, evaluation_loader, open_source
 from sdvae.errors import InputError
-from sdvae.io import make_folder, replacing, utf8
+from sdvae.io import make_folder, printable, replacing
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.perceptual import Perceptual, perceptual_if_any
 from sdvae.model import AutoencoderKL
@@ -64,18 +64,18 @@ def write_report(options: ReportOptions) -> Path:
     bad_images = BadImages()
     measured = _measured(model, images, options.count, perceptual, bad_images)
     subject = Subject(
-        name=PACKAGED if vae is None else _name(vae),
+        name=PACKAGED if vae is None else printable(_name(vae)),
         model=model,
-        data=data,
+        data=printable(data),
         resolution=images.resolution,
         lpips_name=None if perceptual is None else perceptual.name,
-        bad_images=bad_images.items(),
+        bad_images=[(printable(name), reason) for name, reason in bad_images.items()],
         curves=curves,
         recipe=None if run is None else run.config.read_text(encoding="utf-8"),
     )
     logger.info("repeated round trips, half precision and strips, of the first %d images", len(measured.first))
     first = measured.first.to(model.device)
-    page = utf8(render(subject, measured, drift(model, first), deltas(model, first))).encode()
+    page = render(subject, measured, drift(model, first), deltas(model, first)).encode()
     with replacing(output) as temporary:
         temporary.write_bytes(page)
     print(f"wrote {output}: {measured.images} images, {len(page) / 1e6:.1f} MB")
