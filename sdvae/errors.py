@@ -85,8 +85,8 @@ def exit_code(program: str, run: Callable[[], object]) -> int:
     except InputError as error:
         print(f"{program}: error: {escaped(_without_worker_traceback(error))}", file=sys.stderr)
         return 2
-    except OSError as error:  # such as a full disk, or a folder that may not be written to
-        print(f"{program}: error: {escaped(str(error))}", file=sys.stderr)
+    except OSError as error:  # such as a full disk, a folder that may not be written to, a bucket that does not answer
+        print(f"{program}: error: {escaped(_without_worker_traceback(error))}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         print(f"{program}: {stopped}", file=sys.stderr)
@@ -97,7 +97,7 @@ def exit_code(program: str, run: Callable[[], object]) -> int:
     return 0
 
 
-def _without_worker_traceback(error: InputError) -> str:
+def _without_worker_traceback(error: Exception) -> str:
     """The error's message without the traceback that torch adds if it was raised in a worker of a DataLoader.
 
     From a worker, torch passes on only the exception's class and the text of its traceback

@@ -206,7 +206,9 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_inside(path: str | Path, folder: str | Path) -> bool:
-    """Whether `folder` is a folder that is there, and `path` is the same or lies below it."""
+    """Whether `folder` is a folder that is there, and `path` is the same or lies below it. URLs are only compared."""
+    if SCHEME.match(str(folder)):
+        return f"{path}/".startswith(f"{str(folder).rstrip('/')}/")
     inner, outer = Path(path).expanduser().resolve(), Path(folder).expanduser().resolve()
     return outer.is_dir() and (inner == outer or outer in inner.parents)
 

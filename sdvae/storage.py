@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
 # The schemes whose drivers have a conditional put.
 WRITABLE = frozenset(EXTRAS)
+AHEAD_BYTES = 8 * 2**20  # read at once from a file of a bucket; the drivers' own numbers go up to 50 MiB
 NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV})
 
 
@@ -55,8 +56,8 @@ class Storage(Protocol):
         """
         ...
 
-    def read(self, name: str) -> bytes:
-        """All bytes of a file.
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """The bytes of a file, or only `size` of them from `start` on.
 
         Raises:
             FileNotFoundError: when it does not exist.
@@ -113,6 +114,8 @@ def open_storage(path: str | os.PathLike[str], *, writable: bool = False) -> Sto
         raise InputError(f"got {text}; need two slashes after the colon, as a str: a Path keeps only one of them")
     if scheme in ("file", "local"):
         return LocalStorage(Path(rest))
+    if not rest.strip("/"):
+        raise InputError(f"got {text}; need the name of a bucket after the slashes")
     if writable and scheme not in WRITABLE:
         raise InputError(f"got {text}; need a path on this machine, or one of {', '.join(sorted(WRITABLE))}://")
     return BucketStorage(text)
@@ -139,8 +142,10 @@ class LocalStorage:
     def open(self, name: str) -> BinaryIO:
         return (self.root / name).open("rb")
 
-    def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        with (self.root / name).open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if size is None else size)
 
     def exists(self, name: str) -> bool:
         return (self.root / name).is_file()
@@ -248,9 +253,13 @@ class BucketStorage:
     def open(self, name: str) -> BinaryIO:
         return io.BufferedReader(self._opened(name, "readahead"), buffer_size=2**20)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        if size == 0:  # an empty range is refused by the servers
+            return b""
         with self._asking(name):
-            return self._fs.cat_file(self._key(name))
+            if size is None:
+                return self._fs.cat_file(self._key(name))
+            return self._fs.cat_file(self._key(name), start=start, end=start + size)
 
     def exists(self, name: str) -> bool:
         self._fs.invalidate_cache()
@@ -265,6 +274,26 @@ class BucketStorage:
         except FileNotFoundError:
             return {}
         return {entry["name"].rpartition("/")[2]: entry["size"] or 0 for entry in found if entry["type"] == "file"}
+
+    def files(self) -> dict[str, int]:
+        """All files below the folder, by one listing without regard to folders: name -> bytes.
+
+        Returns:
+            {"": bytes} if the URL is that of a file; nothing if nothing is there.
+
+        Raises:
+            FileNotFoundError: when the bucket does not exist.
+        """
+        self._fs.invalidate_cache()
+        with self._asking(""):
+            found = self._fs.find(self._root, detail=True)
+        self._fs.invalidate_cache()  # the driver keeps the listing, which is larger than the names
+        # A name that ends with a slash is an empty object that stands for a folder.
+        return {
+            name.removeprefix(self._root).removeprefix("/"): entry["size"] or 0
+            for name, entry in found.items()
+            if not name.endswith("/")
+        }
 
     def create(self, name: str, data: bytes) -> bool:
         try:
@@ -292,14 +321,19 @@ class BucketStorage:
 
     def _opened(self, name: str, cache: str) -> _BucketFile:
         with self._asking(name):
-            return _BucketFile(self._fs.open(self._key(name), "rb", cache_type=cache), partial(self._asking, name))
+            file = self._fs.open(self._key(name), "rb", block_size=AHEAD_BYTES, cache_type=cache)
+            return _BucketFile(file, partial(self._asking, name))
 
     @contextmanager
     def _asking(self, name: str) -> Iterator[None]:
         """Turn the exceptions of a driver into an OSError or an InputError that names the URL."""
         try:
             yield
-        except (FileNotFoundError, FileExistsError, StorageError, InputError):
+        except FileNotFoundError as error:
+            if str(error).strip("/") != self._key(name).strip("/"):  # often the message is only the name
+                raise
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.where(name)) from error
+        except (FileExistsError, StorageError, InputError):
             raise
         except PermissionError as error:
             raise InputError(

@@ -25,7 +25,7 @@ from PIL import Image
 
 from sdvae import InputError, load_vae, save_vae
 from sdvae.cli import main
-from sdvae.data import ImageError, ImageStream, center_crop, read_image, to_tensor
+from sdvae.data import HubStream, ImageError, center_crop, read_image, to_tensor
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.dataset import LatentDataset
 from sdvae.latents.encode import encode
@@ -198,22 +198,34 @@ def archives(folder: Path, files: list[Path]) -> Path:
     return folder
 
 
-def test_archives_give_captions_and_labels_and_are_not_streamed_from_this_disk(vae, photos, tmp_path):
+def test_archives_give_captions_and_labels_and_a_stream_of_them_gives_the_same(vae, photos, tmp_path):
     files = sorted(photos.iterdir())[:6]
     tars = archives(tmp_path / "tars", files)
     encode(options(tars, tmp_path / "out", vae))
     rows = rows_of(tmp_path / "out")
     assert [Path(name).name for name in sorted(rows)] == [path.name for path in files]
     assert all(row["caption"] == f"picture {row['label']}" for row in rows.values())
+    stream = encode(options(tars, tmp_path / "stream", vae, streaming=True, shard_rows=None))
+    assert stream.num_shards == 2
+    streamed = rows_of(tmp_path / "stream")
+    assert streamed.keys() == rows.keys()
+    for name, row in rows.items():
+        assert [streamed[name][key] for key in ("sha256", "caption", "label")] == [
+            row[key] for key in ("sha256", "caption", "label")
+        ]
+        assert close(streamed[name]["mean"], row["mean"])
+
+
+def test_image_files_are_not_streamed(vae, photos, tmp_path):
     with pytest.raises(InputError, match="read in place without streaming"):
-        encode(options(tars, tmp_path / "stream", vae, streaming=True, shard_rows=None))
+        encode(options(photos, tmp_path / "stream", vae, streaming=True, shard_rows=None))
 
 
 def test_a_webdataset_of_the_hub_streams_under_the_same_names(photos, tmp_path):
     tars = archives(tmp_path / "tars", sorted(photos.iterdir())[:6])
     data_files = {"train": [str(path) for path in sorted(tars.iterdir())]}
     hub = datasets.load_dataset("webdataset", data_files=data_files, split="train", streaming=True)
-    stream = ImageStream(hub.cast_column("png", datasets.Image(decode=False)), "png")
+    stream = HubStream(hub.cast_column("png", datasets.Image(decode=False)), "png", "owner/name")
     assert stream.num_parts == 2
     assert set(stream.features) == {"caption", "label"}
     name, read, others = list(stream.part(1))[2]

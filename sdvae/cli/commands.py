@@ -247,15 +247,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command(train),
-    "encode": Command(encode, urls=("output",)),
+    "train": Command(train, urls=("data.source", "data.validation_source")),
+    "encode": Command(encode, urls=("source", "output")),
     "convert": Command(convert, positional=("folder", "target"), urls=("folder",)),
     "export": Command(export, positional=("source", "target"), urls=("latents",)),
-    "fp16": Command(fp16, positional=("action", "vae", "target")),
+    "fp16": Command(fp16, positional=("action", "vae", "target"), urls=("images",)),
     "reconstruct": Command(reconstruct, positional=("files",)),
-    "evaluate": Command(evaluate, positional=("vaes",)),
-    "explore": Command(explore, positional=("what",), lists=("images", "sigmas")),
+    "evaluate": Command(evaluate, positional=("vaes",), urls=("data",)),
+    "explore": Command(explore, positional=("what",), lists=("images", "sigmas"), urls=("data", "anomalies")),
     "demo": Command(demo, positional=("vae",)),
-    "report": Command(report, positional=("vae",)),
-    "push": Command(push, positional=("vae", "repo_id"), urls=("message",)),
+    "report": Command(report, positional=("vae",), urls=("data",)),
+    "push": Command(push, positional=("vae", "repo_id"), urls=("message", "data")),
 }

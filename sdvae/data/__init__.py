@@ -1,6 +1,6 @@
 """Images: opening them, turning them into tensors, and the order in which training uses them."""
 
-from sdvae.data.base import ImageSource
+from sdvae.data.base import ImageSource, ImageStream
 from sdvae.data.crops import (
     adm_center_crop,
     center_crop,
@@ -31,11 +31,12 @@ from sdvae.data.reading import ReadOptions
 from sdvae.data.sources import (
     SKIMAGE_PHOTOGRAPHS,
     open_source,
+    open_source_or_stream,
     open_stream,
     split_off,
     subset,
 )
-from sdvae.data.streams import ImageStream
+from sdvae.data.streams import HubStream
 
 __all__ = [
     "SKIMAGE_PHOTOGRAPHS",
@@ -44,6 +45,7 @@ __all__ = [
     "EvaluationBatch",
     "EvaluationImages",
     "EvaluationSample",
+    "HubStream",
     "ImageError",
     "ImageSource",
     "ImageStream",
@@ -63,6 +65,7 @@ __all__ = [
     "evaluation_loader",
     "kinds_of",
     "open_source",
+    "open_source_or_stream",
     "open_stream",
     "random_crop",
     "read_image",

@@ -1,16 +1,28 @@
-"""What all kinds of image sources share: the interface, a part of a source, and names in one buffer."""
+"""What all kinds of image sources share: the interfaces, a part of a source, and names in one buffer."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
+
+from sdvae.data.reading import ImageError
+from sdvae.errors import InputError, one_line
+from sdvae.io import printable
+from sdvae.storage import Storage, StorageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Features
+
+logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = frozenset(
     (
@@ -50,6 +62,77 @@ class ImageSource(Protocol):
     def columns(self, indices: Sequence[int]) -> pa.Table:
         """The other columns of some images, in the order of `indices`."""
         ...
+
+
+StreamedImage = tuple[str, Callable[[], bytes], dict[str, Any]]  # name, function that returns its bytes, other columns
+
+
+class ImageStream(ABC):
+    """Images in parts. Each part is read from its start to its end; how many images it holds is not known before."""
+
+    @property
+    @abstractmethod
+    def num_parts(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def features(self) -> Features:
+        """The columns besides the image."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """The values that must be equal for two runs to find the same parts."""
+
+    @abstractmethod
+    def part(self, number: int) -> Iterator[StreamedImage]:
+        """The images of a part. The function of a bad image raises `ImageError`."""
+
+
+class FileStream(ImageStream):
+    """A stream whose parts are files: archives or tables.
+
+    Args:
+        storage: a folder above all of them.
+        files: name below it -> bytes, in order.
+    """
+
+    def __init__(self, storage: Storage, files: Mapping[str, int]):
+        self._storage = storage
+        self._files = list(files)
+        self._sizes = list(files.values())
+
+    @property
+    def num_parts(self) -> int:
+        return len(self._files)
+
+    def identity(self) -> dict[str, Any]:
+        # Neither the time of the last change nor the server's tag, which differ between copies of the same file.
+        digest = hashlib.sha256()
+        for file, size in zip(self._files, self._sizes, strict=True):
+            digest.update(os.fsencode(file) + b"\0%d\n" % size)
+        return {"files": len(self._files), "files_sha256": digest.hexdigest()}
+
+    def part(self, number: int) -> Iterator[StreamedImage]:
+        """The images of a file. If it is damaged or gone, one bad image stands for what cannot be read of it."""
+        import pyarrow as pa
+
+        try:
+            yield from self._images(number)
+        except (StorageError, InputError):
+            raise
+        except (OSError, tarfile.TarError, pa.ArrowException) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
+            where = printable(self._storage.where(self._files[number]))
+            logger.warning("%s cannot be read (%s); what follows in it is skipped", where, reason)
+            yield self._files[number], partial(_raise_unreadable, reason, error), {}
+
+    @abstractmethod
+    def _images(self, number: int) -> Iterator[StreamedImage]:
+        """The images of a file, as `part` yields them."""
+
+
+def _raise_unreadable(reason: str, error: Exception) -> NoReturn:
+    raise ImageError(f"this file cannot be read, or not to its end: {reason}") from error
 
 
 class Names:

@@ -1,16 +1,15 @@
-"""Image files below a folder, with their captions, classes and metadata."""
+"""Image files below a folder of this machine or of a bucket, with their captions, classes and metadata."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdvae.data.base import Names, arrow_table, is_lfs_pointer
-from sdvae.data.images import ImageError, read_file
+from sdvae.data.reading import ImageError, read_stored
 from sdvae.data.text import decode_text, warn_once
 from sdvae.io import printable, utf8
+from sdvae.storage import Storage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,7 +20,7 @@ class Files:
     """Image files below a folder.
 
     Args:
-        root: the folder.
+        storage: the folder.
         files: paths below it; "" for an image that is not there.
         names: the names of the images; by default these paths.
         captions: for each image the path of its caption, or "".
@@ -31,7 +30,7 @@ class Files:
 
     def __init__(
         self,
-        root: Path,
+        storage: Storage,
         files: Sequence[str],
         *,
         names: Sequence[str] | None = None,
@@ -39,7 +38,7 @@ class Files:
         classes: Mapping[str, str] | None = None,
         metadata: pa.Table | None = None,
     ):
-        self._root = str(root)
+        self._storage = storage
         self._files = Names(files)
         self._names = Names(names) if names is not None else self._files
         self._captions = Names(captions) if any(captions) else None
@@ -57,7 +56,7 @@ class Files:
     def read(self, index: int) -> bytes:
         if not (file := self._files[index]):
             raise ImageError("cannot be read: it is named in the metadata and is not there")
-        data = read_file(os.path.join(self._root, file))
+        data = read_stored(self._storage, file)
         if is_lfs_pointer(data):
             raise ImageError("is a Git LFS pointer; run «git lfs pull» to get the image")
         return data
@@ -90,7 +89,7 @@ class Files:
         if not file:
             return None
         try:
-            return decode_text(read_file(os.path.join(self._root, file)), file, self._root)
+            return decode_text(read_stored(self._storage, file), file, str(self._storage))
         except ImageError as error:
-            warn_once(self._root, "caption", f"caption {printable(file)}: {error}")
+            warn_once(str(self._storage), "caption", f"caption {printable(file)}: {error}")
             return None

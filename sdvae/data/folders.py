@@ -56,6 +56,7 @@ class Unused:
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[bool, str], list] = {}  # (deserves a warning, kind) -> count, first name
+        self._said: set[tuple[bool, str]] = set()
 
     def add(self, kind: str, names: Sequence[str], *, warn: bool) -> None:
         """Count things of one kind.
@@ -83,14 +84,19 @@ class Unused:
         return "; ".join(
             f"{kind}: {count}, such as {printable(name)}"
             for (level, kind), (count, name) in self._kinds.items()
-            if warn in (None, level)
+            if warn in (None, level) and (level, kind) not in self._said
         )
 
     def say(self, spec: str) -> None:
-        """Log what is not used: one warning, and one line of information for what is harmless."""
+        """Log what is not used: one warning, and one line of information for what is harmless. Each kind is said once.
+
+        Args:
+            spec: where it is.
+        """
         for warn, level in ((True, logging.WARNING), (False, logging.INFO)):
             if text := self.text(warn):
                 logger.log(level, "%s: not used: %s", printable(spec), text)
+        self._said |= self._kinds.keys()
 
 
 def walk(root: Path, unused: Unused) -> list[str]:
@@ -141,6 +147,19 @@ def walk(root: Path, unused: Unused) -> list[str]:
     return sorted(files)
 
 
+def visible(files: Iterable[str], unused: Unused) -> list[str]:
+    """The sorted files of a bucket without those that `walk` leaves out of a folder.
+
+    Args:
+        files: names of objects.
+        unused: gets what is left out.
+    """
+    hidden = re.compile(r"(?:.*/)?(?:\.|__[^/]*/).*", re.DOTALL)
+    names = sorted(files)
+    unused.add("hidden files or folders", [name for name in names if hidden.fullmatch(name)], warn=False)
+    return [name for name in names if not hidden.fullmatch(name)]
+
+
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
@@ -162,19 +181,18 @@ def matching(pattern: str) -> tuple[Path, list[str]]:
         return root, [Path(file).relative_to(root).as_posix() for file in found]
     first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     above = Path("/".join(parts[:first]) or ("/" if pattern.startswith("/") else "."))
-    names = [
-        name for name in (walk(above, Unused()) if above.is_dir() else []) if _fits(name.split("/"), parts[first:])
-    ]
+    names = [name for name in (walk(above, Unused()) if above.is_dir() else []) if fits(name.split("/"), parts[first:])]
     folder = os.path.commonpath([os.path.dirname(name) for name in names]) if names else ""
     return above / folder, [os.path.relpath(name, folder) if folder else name for name in names]
 
 
-def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
+def fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a pattern, in which `**` stands for any number of folders."""
     if not pattern:
         return not path
     if pattern[0] == "**":
-        return any(_fits(path[skipped:], pattern[1:]) for skipped in range(len(path) + 1))
-    return bool(path) and fnmatchcase(path[0], pattern[0]) and _fits(path[1:], pattern[1:])
+        return any(fits(path[skipped:], pattern[1:]) for skipped in range(len(path) + 1))
+    return bool(path) and fnmatchcase(path[0], pattern[0]) and fits(path[1:], pattern[1:])
 
 
 def by_kind(files: Iterable[str]) -> dict[str, list[str]]:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import io
 import posixpath
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdvae.errors import InputError, one_line
+from sdvae.storage import Storage, StorageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def read_metadata(root: Path, files: Sequence[str], image_column: str | None) -> tuple[list[str], pa.Table]:
+def read_metadata(storage: Storage, files: Sequence[str], image_column: str | None) -> tuple[list[str], pa.Table]:
     """Read metadata.csv, metadata.jsonl or metadata.parquet, of one folder or of several.
 
     Args:
-        root: a folder above all of them.
+        storage: a folder above all of them.
         files: paths below it.
         image_column: which column names the image: `image` stands for the column `file_name`, NAME for
             `NAME_file_name`. By default the only one of these.
 
     Returns:
-        For each row that names an image the image's path below `root`; and the other columns of these rows.
+        For each row that names an image the image's path below that folder; and the other columns of these rows.
 
     Raises:
         InputError: when a file cannot be read, or no column names images inside the folder of its metadata file.
@@ -34,39 +34,42 @@ def read_metadata(root: Path, files: Sequence[str], image_column: str | None) ->
     paths: list[str] = []
     tables = []
     for file in files:
-        table = _read(root / file)
-        column = _file_name_column(str(root / file), table, image_column)
+        table = _read(storage, file)
+        column = _file_name_column(storage.where(file), table, image_column)
         table = table.filter(table.column(column).is_valid())
         folder = posixpath.dirname(file)
-        paths += [_inside(name, folder, str(root / file)) for name in table.column(column).to_pylist()]
+        paths += [_inside(name, folder, storage.where(file)) for name in table.column(column).to_pylist()]
         tables.append(table.drop_columns([column]))
     try:
         return paths, pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(
-            f"the metadata files {[str(root / file) for file in files]} have columns of different types; "
+            f"the metadata files {[storage.where(file) for file in files]} have columns of different types; "
             f"need the same in all; {one_line(error)}"
         ) from error
 
 
-def _read(path: Path) -> pa.Table:
+def _read(storage: Storage, file: str) -> pa.Table:
     import pandas
     import pyarrow as pa
     import pyarrow.json
     import pyarrow.parquet
 
     try:
-        if path.suffix == ".parquet":
-            return pyarrow.parquet.read_table(path).replace_schema_metadata(None)
-        if path.suffix == ".jsonl":
+        data = storage.read(file)
+        if file.endswith(".parquet"):
+            return pyarrow.parquet.read_table(pa.BufferReader(data)).replace_schema_metadata(None)
+        if file.endswith(".jsonl"):
             # all in one block, since a row may not be longer than a block
-            options = pyarrow.json.ReadOptions(block_size=max(os.path.getsize(path), 2**16))
-            return pyarrow.json.read_json(path, read_options=options)
+            options = pyarrow.json.ReadOptions(block_size=max(len(data), 2**16))
+            return pyarrow.json.read_json(pa.BufferReader(data), read_options=options)
         # only an empty cell is null; pandas would also take words such as NA and None for that
-        frame = pandas.read_csv(path, encoding="utf-8-sig", keep_default_na=False, na_values=[""])
+        frame = pandas.read_csv(io.BytesIO(data), encoding="utf-8-sig", keep_default_na=False, na_values=[""])
         return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
+    except StorageError:
+        raise
     except (OSError, ValueError) as error:  # pandas' and pyarrow's exceptions for bad content are ValueErrors
-        raise InputError(f"metadata {str(path)!r} cannot be read; {one_line(error)}") from error
+        raise InputError(f"metadata {storage.where(file)!r} cannot be read; {one_line(error)}") from error
 
 
 def _file_name_column(path: str, table: pa.Table, image_column: str | None) -> str:

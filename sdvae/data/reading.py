@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, one_line
+from sdvae.storage import Storage, StorageError
 
 Color = Literal["srgb", "raw"]
 
@@ -15,6 +16,21 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte of RGB
 
 class ImageError(InputError):
     """A file cannot be used. The message is only the reason; the caller adds the name of the file."""
+
+
+def read_stored(storage: Storage, name: str, start: int = 0, size: int | None = None) -> bytes:
+    """The bytes of a file, or only `size` of them from `start` on.
+
+    Raises:
+        ImageError: when this file cannot be read.
+        StorageError: when a bucket does not answer, which says nothing about this file.
+    """
+    try:
+        return storage.read(name, start, size)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or one_line(error)}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Opening images: from a folder, a data set of the `datasets` library, tar archives, or scikit-image's photographs.
+"""Opening images: from a folder, a bucket, a data set of the `datasets` library, or scikit-image's photographs.
 
 A source returns the bytes of a file without decoding them, so that a bad file is one bad sample and does not end a run.
 Captions, labels and other columns come as a table.
@@ -13,14 +13,14 @@ import importlib.util
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sdvae.data.base import IMAGE_EXTENSIONS, ImageSource, Subset, is_lfs_pointer
+from sdvae.data.base import IMAGE_EXTENSIONS, ImageSource, ImageStream, Subset, is_lfs_pointer
 from sdvae.data.files import Files
 from sdvae.data.folders import (
     ARCHIVE_EXTENSIONS,
@@ -32,25 +32,30 @@ from sdvae.data.folders import (
     by_split,
     chosen_split,
     classes_of,
+    fits,
     grouped,
     matching,
     no_split,
     split_extension,
     split_of_folder,
+    visible,
     walk,
     without_masks,
 )
 from sdvae.data.metadata import read_metadata
-from sdvae.data.streams import ImageStream
-from sdvae.data.tables import TableImages
-from sdvae.data.tars import Tars
+from sdvae.data.streams import HubStream
+from sdvae.data.tables import BucketTable, TableImages, TableStream, table_features
+from sdvae.data.tars import Tars, TarStream, no_images
 from sdvae.errors import InputError, one_line
 from sdvae.io import HUB_ID
+from sdvae.storage import EXTRAS, BucketStorage, LocalStorage, Storage, is_url, open_storage
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 logger = logging.getLogger(__name__)
+
+BUCKETS = frozenset({*EXTRAS, "hf", "memory"})  # the schemes of URLs that images are read from
 
 # The photographs in scikit-image's wheel: file, width, height. Its drawings, masks, texts and crops of 100 pixels are
 # left out. The two motorcycles are a stereo pair, so both or neither should be held out.
@@ -85,6 +90,7 @@ def open_source(
             - a folder of .parquet or .arrow files or of .tar archives (webdataset), or one such file;
             - a folder that `datasets` wrote with `save_to_disk`;
             - a glob of any of these files;
+            - the URL of such a folder or file or a glob below one, s3://bucket/photos; file:// is this machine;
             - the id of a data set on the Hugging Face hub, with its owner.
         split: the split to open, of a source that has several. All of a source without splits is "train".
         image_column: the column of images, of raw bytes or of paths; by default the only one of images or of bytes. For
@@ -99,21 +105,18 @@ def open_source(
     """
     if spec == "skimage":
         return _open_skimage()
+    spec = _without_file_scheme(spec)
     path = Path(spec).expanduser()
-    unused = Unused()
-    if path.is_dir():
-        source = _open_folder(path, split, image_column, or_all, unused)
-    elif path.exists() or glob.has_magic(spec):
-        source = _open_named_files(spec, path, split, image_column, or_all, unused)
-    elif is_hub_id(spec):
+    if not is_url(spec) and path.is_dir() and _is_saved(path):
+        return _open_saved(path, split, image_column, or_all)
+    if is_url(spec) or path.exists() or glob.has_magic(spec):
+        return _open_found(_find(spec, split, or_all), image_column)
+    if is_hub_id(spec):
         import datasets
 
         with _refusing(spec, split):
             return _open_rows(spec, datasets.load_dataset(spec, split=split), image_column, None)
-    else:
-        raise InputError(_not_there(spec))
-    unused.say(spec)
-    return source
+    raise InputError(_not_there(spec))
 
 
 def subset(source: ImageSource, indices: Iterable[int]) -> ImageSource:
@@ -168,54 +171,67 @@ def _name_hash(seed: int, name: str) -> bytes:
 
 
 def open_stream(spec: str, *, split: str = "train", image_column: str | None = None) -> ImageStream:
-    """Open a data set of the `datasets` library that is read as a stream, without a copy on this disk.
+    """Open archives, tables or a data set of the hub as a stream, without an index and without a copy on this disk.
 
     Args:
-        spec: a folder or glob of .parquet or .arrow files, or the id of a data set on the hub.
+        spec: a folder, glob or URL of .tar, .parquet or .arrow files, or the id of a data set on the hub.
         split: the split to open, of a data set that has several.
         image_column: the column of images or of raw bytes; by default the only one of type `Image`.
 
     Returns:
-        The stream.
+        The stream. Each file is one of its parts.
 
     Raises:
         InputError: when it cannot be opened, or its columns cannot be found.
     """
+    spec = _without_file_scheme(spec)
+    if is_url(spec) or Path(spec).expanduser().exists() or glob.has_magic(spec):
+        return _stream_found(_find(spec, split, False), image_column)
+    if is_hub_id(spec):
+        return _stream_hub(spec, split, image_column)
+    raise InputError(_not_there(spec))
+
+
+def open_source_or_stream(
+    spec: str, *, split: str = "train", image_column: str | None = None
+) -> ImageSource | ImageStream:
+    """Open images as `open_source` does, except for archives and tables in a bucket, which are opened as a stream.
+
+    Args:
+        spec: as for `open_source`.
+        split: as for `open_source`.
+        image_column: as for `open_source`.
+
+    Raises:
+        InputError: when there is no such source or split, or it is empty.
+    """
+    if not is_url(_without_file_scheme(spec)):
+        return open_source(spec, split=split, image_column=image_column)
+    found = _find(spec, split, False)
+    return _open_found(found, image_column) if found.kind == "images" else _stream_found(found, image_column)
+
+
+def _without_file_scheme(spec: str) -> str:
+    """The path in a URL such as file:///photos, or `spec` itself."""
+    for scheme in ("file://", "local://"):
+        if spec.startswith(scheme):
+            return spec.removeprefix(scheme)
+    return spec
+
+
+def _stream_hub(spec: str, split: str, image_column: str | None) -> HubStream:
     import datasets
 
-    path = Path(spec).expanduser()
-    arguments: dict[str, Any] = {"path": spec, "split": split}
-    folder = None
-    if not is_hub_id(spec):
-        if not (path.exists() or glob.has_magic(spec)):
-            raise InputError(_not_there(spec))
-        unused = Unused()
-        root, files = (path, walk(path, unused)) if path.is_dir() else _named_files(spec, path)
-        kind, kinds = _only_kind(spec, root, files, unused)
-        if kind != "tables":
-            raise InputError(
-                f"{spec!r} cannot be streamed; need .parquet or .arrow files, or a hub id; "
-                "images and .tar on this disk are read in place without streaming"
-            )
-        tables = kinds["tables"]
-        if path.is_dir():
-            tables = _tables_of_split(path, tables, split, False, unused)
-        elif split != "train":
-            raise InputError(no_split(spec, split, []))
-        arguments = _table_arguments(spec, root, tables)
-        folder = _folder_of(root, tables)
-        unused.say(spec)
     with _refusing(spec, split):
-        dataset = datasets.load_dataset(**arguments, streaming=True)
+        dataset = datasets.load_dataset(spec, split=split, streaming=True)
         if dataset.features is None:
-            dataset = (
-                dataset._resolve_features()
-            )  # reads the first rows of a webdataset, whose columns are not known otherwise
-    column = _image_column(spec, dataset.features, image_column, paths=folder is not None)
+            # reads the first rows of a webdataset, whose columns are not known otherwise
+            dataset = dataset._resolve_features()
+    column = _image_column(spec, dataset.features, image_column, paths=False)
     for name, feature in dataset.features.items():  # `datasets` decodes nothing; only the images are decoded, later
         if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
             dataset = dataset.cast_column(name, type(feature)(decode=False))
-    return ImageStream(dataset, column, folder)
+    return HubStream(dataset, column, spec)
 
 
 def _open_skimage() -> ImageSource:
@@ -225,7 +241,7 @@ def _open_skimage() -> ImageSource:
     files = [file for file, _, _ in SKIMAGE_PHOTOGRAPHS.values()]
     if root is None or not all((root / file).is_file() for file in files):
         raise InputError('data source "skimage" needs the photographs of scikit-image; pip install "sdvae[quickstart]"')
-    return Files(root, files, names=list(SKIMAGE_PHOTOGRAPHS))
+    return Files(LocalStorage(root), files, names=list(SKIMAGE_PHOTOGRAPHS))
 
 
 def is_hub_id(spec: str) -> bool:
@@ -255,65 +271,162 @@ def _not_there(spec: str) -> str:
     return f"no such folder or file: {spec!r}; need an existing one{hub}; {perhaps}"
 
 
-def _open_folder(folder: Path, split: str, image_column: str | None, or_all: bool, unused: Unused) -> ImageSource:
-    if (folder / "dataset_dict.json").is_file() or all(
-        (folder / file).is_file() for file in ("dataset_info.json", "state.json")
-    ):
-        return _open_saved(folder, split, image_column, or_all)
-    spec = str(folder)
-    kind, kinds = _only_kind(spec, folder, walk(folder, unused), unused)
-    if kind == "tables":
-        tables = _tables_of_split(folder, kinds["tables"], split, or_all, unused)
-        return _open_tables(spec, folder, tables, image_column)
-    if kind == "tars":
-        splits = by_split(kinds["tars"], partly=True)
-        tars = chosen_split(kinds["tars"], splits, split, spec, unused, or_all)
-        return _open_tars(spec, folder, tars, image_column, unused)
-    if not kinds["metadata"]:
-        kinds["images"] = without_masks(kinds["images"], unused)
-    splits = by_split(kinds["images"], partly=False)
-    chosen = chosen_split(kinds["images"], splits, split, spec, unused, or_all)
-    return _open_images(spec, folder, chosen, kinds, split, image_column, unused)
+class _Found(NamedTuple):
+    """The files that a path, a pattern or a URL names."""
+
+    spec: str  # for messages
+    storage: Storage  # a folder above all of them
+    kind: str  # what they are: images, tables or tars
+    chosen: list[str]  # the files of that kind and of the wanted split
+    kinds: dict[str, list[str]]  # all files by kind
+    sizes: Mapping[str, int]  # of the files of a bucket, in bytes
+    split: str
+    unused: Unused
 
 
-def _open_named_files(
-    spec: str, path: Path, split: str, image_column: str | None, or_all: bool, unused: Unused
-) -> ImageSource:
-    """Open a file, or the files that a pattern matches. All of them are used."""
-    root, files = _named_files(spec, path)
-    if split != "train" and not or_all:
+def _find(spec: str, split: str, or_all: bool) -> _Found:
+    """Find the images, tables or archives of one split. What is not used is counted and not yet said."""
+    unused = Unused()
+    path = Path(spec).expanduser()
+    sizes: Mapping[str, int] = {}
+    if is_url(spec):
+        storage, sizes, is_folder = _objects(spec)
+        files = visible(sizes, unused)
+    elif is_folder := path.is_dir():
+        spec = str(path)
+        storage, files = LocalStorage(path), walk(path, unused)
+    else:
+        storage, files = _named_files(spec, path)
+    if not is_folder and split != "train" and not or_all:
         raise InputError(no_split(spec, split, []))
-    kind, kinds = _only_kind(spec, root, files, unused)
+    kind, kinds = _only_kind(spec, storage, files, unused)
+    if not is_folder:  # all files are used
+        if kind == "images":
+            kinds["captions"] = [
+                caption
+                for folder in sorted({os.path.dirname(file) for file in kinds["images"]})
+                for caption in by_kind(os.path.join(folder, name) for name in _names_in(storage, folder))["captions"]
+            ]
+            unused = Unused()  # what is beside named images was not asked for
+        return _Found(spec, storage, kind, kinds[kind], kinds, sizes, split, unused)
+    if kind == "images" and not kinds["metadata"]:
+        kinds["images"] = without_masks(kinds["images"], unused)
     if kind == "tables":
-        return _open_tables(spec, root, kinds["tables"], image_column)
-    if kind == "tars":
-        return _open_tars(spec, root, kinds["tars"], image_column, unused)
-    kinds["captions"] = [
-        caption
-        for folder in sorted({os.path.dirname(file) for file in kinds["images"]})
-        for caption in by_kind(os.path.join(folder, name) for name in os.listdir(root / folder))["captions"]
-    ]
-    return _open_images(spec, root, kinds["images"], kinds, "train", image_column, Unused())
+        splits = _splits_of_tables(storage, kinds["tables"], split)
+    else:
+        splits = by_split(kinds[kind], partly=kind == "tars")
+    chosen = chosen_split(kinds[kind], splits, split, spec, unused, or_all)
+    return _Found(spec, storage, kind, chosen, kinds, sizes, split, unused)
 
 
-def _named_files(spec: str, path: Path) -> tuple[Path, list[str]]:
+def _open_found(found: _Found, image_column: str | None) -> ImageSource:
+    source: ImageSource
+    if found.kind == "images":
+        source = _open_images(found, image_column)
+    elif found.kind == "tars":
+        source = Tars(found.storage, found.chosen, image_column, found.unused)
+        if len(source) == 0:
+            raise no_images(found.spec, found.unused)
+    elif isinstance(found.storage, LocalStorage):
+        source = _open_tables(found.spec, found.storage.root, found.chosen, image_column)
+    else:
+        source = _open_bucket_table(found, image_column)
+    found.unused.say(found.spec)
+    return source
+
+
+def _stream_found(found: _Found, image_column: str | None) -> ImageStream:
+    if found.kind == "images":
+        raise InputError(
+            f"{found.spec!r} cannot be streamed; need .tar, .parquet or .arrow files, or a hub id; "
+            "image files are read in place without streaming"
+        )
+    sizes = {
+        file: found.sizes[file] if file in found.sizes else os.path.getsize(found.storage.where(file))
+        for file in found.chosen
+    }
+    if found.kind == "tars":
+        stream: ImageStream = TarStream(found.storage, sizes, image_column)
+    else:
+        features = table_features(found.storage, found.chosen[0])
+        column = _image_column(found.spec, features, image_column, paths=True)
+        stream = TableStream(found.storage, sizes, column, features, _folder_of(found.storage, found.chosen))
+    found.unused.say(found.spec)
+    return stream
+
+
+def _open_bucket_table(found: _Found, image_column: str | None) -> BucketTable:
+    arrow = next((file for file in found.chosen if not file.lower().endswith(".parquet")), None)
+    if arrow is not None:
+        raise InputError(
+            f"{found.storage.where(arrow)!r} has no index by which single images could be read out of a bucket; need "
+            ".parquet, .tar or image files there, or a copy on this disk"
+        )
+    features = table_features(found.storage, found.chosen[0])
+    column = _image_column(found.spec, features, image_column, paths=True)
+    table = BucketTable(found.storage, found.chosen, column, features, _folder_of(found.storage, found.chosen))
+    if len(table) == 0:
+        raise InputError(f"data set {found.spec!r} has no rows; need at least one image")
+    return table
+
+
+def _objects(url: str) -> tuple[Storage, Mapping[str, int], bool]:
+    """The files that a URL names: a folder above them, name below it -> bytes, and whether the URL is a folder's."""
+    parts = url.split("/")
+    if parts[0].rstrip(":") not in BUCKETS:
+        known = ", ".join(sorted({*BUCKETS, "file"}))
+        raise InputError(f"got {url}; need a path, or a URL such as one of {known}://")
+    magic = next((place for place, part in enumerate(parts) if place > 2 and glob.has_magic(part)), None)
+    storage = open_storage("/".join(parts[:magic]))
+    assert isinstance(storage, BucketStorage)
+    try:
+        sizes = storage.files()
+    except FileNotFoundError as error:
+        raise InputError(f"no such folder or file: {url!r} ({one_line(error)}); check the URL") from error
+    if magic is not None:
+        names = [name for name in visible(sizes, Unused()) if fits(name.split("/"), parts[magic:])]
+        if not names:
+            raise InputError(f"no file matches {url!r}; need at least one; check the pattern")
+        folder = os.path.commonpath([os.path.dirname(name) for name in names])
+        below = {os.path.relpath(name, folder) if folder else name: sizes[name] for name in names}
+        return open_storage(storage.where(folder)), below, False
+    if set(sizes) == {""}:
+        above, _, name = url.rstrip("/").rpartition("/")
+        return open_storage(above), {name: sizes[""]}, False
+    if not sizes:
+        raise InputError(f"no such folder or file: {url!r}; need an existing one; check the URL")
+    return storage, sizes, True
+
+
+def _names_in(storage: Storage, folder: str) -> Iterable[str]:
+    return os.listdir(storage.where(folder)) if storage.is_local else storage.sizes(folder)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return (folder / "dataset_dict.json").is_file() or all(
+        (folder / file).is_file() for file in ("dataset_info.json", "state.json")
+    )
+
+
+def _named_files(spec: str, path: Path) -> tuple[LocalStorage, list[str]]:
     """A folder and paths below it, of a file or of those that a pattern matches."""
     if not path.exists():
         root, files = matching(str(path))
         if not files:
             raise InputError(f"no file matches {spec!r}; need at least one; check the pattern")
-        return root, files
+        return LocalStorage(root), files
     if not path.is_file():
         raise InputError(f"{spec!r} is not a regular file; need an image, a table or an archive")
-    return path.parent, [path.name]
+    return LocalStorage(path.parent), [path.name]
 
 
-def _only_kind(spec: str, root: Path, files: Sequence[str], unused: Unused) -> tuple[str, dict[str, list[str]]]:
+def _only_kind(spec: str, storage: Storage, files: Sequence[str], unused: Unused) -> tuple[str, dict[str, list[str]]]:
     """The one kind of data among files: `images`, `tables` or `tars`; and all files by kind.
 
     Args:
         spec: how the user named them.
-        root: the folder above them.
+        storage: the folder above them.
         files: paths below it.
         unused: gets the files of no kind that is used.
 
@@ -341,61 +454,51 @@ def _only_kind(spec: str, root: Path, files: Sequence[str], unused: Unused) -> t
         )
     if len(found) > 1:
         counts = " and ".join(f"{len(kinds[kind])} {kind}" for kind in found)
-        patterns = " or ".join(repr(_pattern_of(root, kinds[kind])) for kind in found)
+        patterns = " or ".join(repr(_pattern_of(storage, kinds[kind])) for kind in found)
         raise InputError(f"{spec!r} holds {counts}; need one kind; choose it by a pattern such as {patterns}")
     return found[0], kinds
 
 
-def _pattern_of(root: Path, files: Sequence[str]) -> str:
+def _pattern_of(storage: Storage, files: Sequence[str]) -> str:
     """A pattern that matches files, or those of their most common extension."""
     folder = os.path.commonpath([os.path.dirname(file) for file in files])
     extension = Counter(os.path.splitext(file)[1] for file in files).most_common(1)[0][0]
     nested = "" if all(os.path.dirname(file) == folder for file in files) else "**/"
-    return f"{glob.escape(str(root / folder))}/{nested}*{extension}"
+    return f"{glob.escape(storage.where(folder))}/{nested}*{extension}"
 
 
-def _open_images(
-    spec: str,
-    root: Path,
-    images: Sequence[str],
-    kinds: dict[str, list[str]],
-    split: str,
-    image_column: str | None,
-    unused: Unused,
-) -> ImageSource:
+def _open_images(found: _Found, image_column: str | None) -> ImageSource:
     """Open image files.
 
     Args:
-        spec: how the user named them.
-        root: a folder above all of them.
-        images: those to open, as paths below `root`.
-        kinds: all files below `root` by kind.
-        split: the split that `images` are of.
+        found: the files.
         image_column: for metadata with several images in a row.
-        unused: gets what is not used.
     """
+    spec, storage, images, kinds, unused = found.spec, found.storage, found.chosen, found.kinds, found.unused
     classes = classes_of(images, kinds["images"], spec)
     if not kinds["metadata"]:
         if image_column not in (None, "image"):
             raise InputError(f"got image_column {image_column!r}; {spec!r} holds image files without columns; omit it")
         captions = _captions(images, kinds, unused)
-        return Files(root, images, captions=captions, classes=classes)
+        return Files(storage, images, captions=captions, classes=classes)
     unused.add("folders as labels, since the metadata has the columns", sorted(classes), warn=False)
-    paths, table = read_metadata(root, kinds["metadata"], image_column)
+    paths, table = read_metadata(storage, kinds["metadata"], image_column)
     here, everywhere = set(images), set(kinds["images"])
     # an image that is not there is kept, to be a bad image; its folder tells the split
     rows = [
         row
         for row, path in enumerate(paths)
-        if path in here or (path not in everywhere and split_of_folder(os.path.dirname(path)) in (None, split))
+        if path in here or (path not in everywhere and split_of_folder(os.path.dirname(path)) in (None, found.split))
     ]
     if not rows:
-        raise InputError(f"the metadata in {spec!r} has no row of an image in split {split!r}; check its file_name")
+        raise InputError(
+            f"the metadata in {spec!r} has no row of an image in split {found.split!r}; check its file_name"
+        )
     names = [paths[row] for row in rows]
     unused.add("images that the metadata does not list", sorted(here - set(names)), warn=True)
     captions = [] if "caption" in table.column_names else _captions(names, kinds, unused)
     files = [name if name in here else "" for name in names]
-    return Files(root, files, names=names, captions=captions, metadata=table.take(rows))
+    return Files(storage, files, names=names, captions=captions, metadata=table.take(rows))
 
 
 def _captions(images: Sequence[str], kinds: dict[str, list[str]], unused: Unused) -> list[str]:
@@ -417,33 +520,26 @@ def _captions(images: Sequence[str], kinds: dict[str, list[str]], unused: Unused
     return captions
 
 
-def _open_tars(spec: str, root: Path, files: Sequence[str], image_column: str | None, unused: Unused) -> ImageSource:
-    tars = Tars(root, files, image_column, unused)
-    if len(tars) == 0:
-        there = f"; they hold {text}" if (text := unused.text()) else ""
-        raise InputError(f"{spec!r} holds no images; need .png, .jpg, … members in its archives{there}")
-    return tars
-
-
-def _tables_of_split(folder: Path, tables: Sequence[str], split: str, or_all: bool, unused: Unused) -> list[str]:
-    """The tables of one split. The folder's card (README.md) or their names tell the splits."""
+def _splits_of_tables(storage: Storage, tables: Sequence[str], split: str) -> dict[str | None, list[str]] | None:
+    """The tables by split, which the folder's card (README.md; only on this disk) or their names tell."""
     import datasets
 
-    splits = by_split(tables, partly=True)
-    if (folder / "README.md").is_file():
-        with _refusing(str(folder), split):
-            found = datasets.load_dataset_builder(str(folder)).config.data_files or {}
-        of_card = {os.path.relpath(file, folder): str(name) for name, files in found.items() for file in files}
-        splits = grouped(tables, [of_card.get(table) for table in tables])
-    return chosen_split(tables, splits, split, str(folder), unused, or_all)
+    if not isinstance(storage, LocalStorage) or not storage.exists("README.md"):
+        return by_split(tables, partly=True)
+    with _refusing(str(storage), split):
+        found = datasets.load_dataset_builder(str(storage)).config.data_files or {}
+    of_card = {os.path.relpath(file, storage.root): str(name) for name, files in found.items() for file in files}
+    return grouped(tables, [of_card.get(table) for table in tables])
 
 
-def _table_arguments(spec: str, root: Path, tables: Sequence[str]) -> dict[str, Any]:
-    """Arguments of `load_dataset` for tables, which are then its split "train".
+def _open_tables(spec: str, root: Path, tables: Sequence[str], image_column: str | None) -> ImageSource:
+    """Open tables with `datasets.load_dataset`, which keeps a memory-mapped Arrow copy in its cache.
 
-    If it got a folder, it would name its cached copy after the last part of the path, and might return the copy of
-    another folder of that name.
+    They become its split "train". If it got a folder, it would name its cached copy after the last part of the path,
+    and might return the copy of another folder of that name.
     """
+    import datasets
+
     builders = {os.path.splitext(table)[1].lower()[1:] for table in tables}
     if len(builders) > 1:
         raise InputError(f"{spec!r} holds .arrow and .parquet files; need one kind; choose it by a pattern")
@@ -453,22 +549,15 @@ def _table_arguments(spec: str, root: Path, tables: Sequence[str]) -> dict[str, 
             if is_lfs_pointer(opened.read(64)):
                 raise InputError(f"{file!r} is a Git LFS pointer; need the table itself; run «git lfs pull»")
     escaped = [glob.escape(file) for file in files]  # `datasets` takes them for patterns
-    return {"path": builders.pop(), "data_files": {"train": escaped}, "split": "train"}
-
-
-def _open_tables(spec: str, root: Path, tables: Sequence[str], image_column: str | None) -> ImageSource:
-    """Open tables with `datasets.load_dataset`, which keeps a memory-mapped Arrow copy in its cache."""
-    import datasets
-
-    arguments = _table_arguments(spec, root, tables)
     with _refusing(spec, "train"):
-        dataset = datasets.load_dataset(**arguments)
-    return _open_rows(spec, dataset, image_column, _folder_of(root, tables))
+        dataset = datasets.load_dataset(builders.pop(), data_files={"train": escaped}, split="train")
+    return _open_rows(spec, dataset, image_column, _folder_of(LocalStorage(root), tables))
 
 
-def _folder_of(root: Path, files: Sequence[str]) -> str:
+def _folder_of(storage: Storage, files: Sequence[str]) -> Storage:
     """The folder in which relative paths in tables begin: that of the tables, or the one above all of them."""
-    return os.path.abspath(root / os.path.commonpath([os.path.dirname(file) for file in files]))
+    where = storage.where(os.path.commonpath([os.path.dirname(file) for file in files]))
+    return LocalStorage(Path(os.path.abspath(where))) if storage.is_local else open_storage(where)
 
 
 @contextmanager
@@ -499,10 +588,10 @@ def _open_saved(folder: Path, split: str, image_column: str | None, or_all: bool
         saved = saved[split]
     elif split not in ("train", str(saved.split)) and not or_all:
         raise InputError(f"data set {str(folder)!r} was saved as one split, {saved.split}; got split {split!r}")
-    return _open_rows(str(folder), saved, image_column, str(folder))
+    return _open_rows(str(folder), saved, image_column, LocalStorage(folder))
 
 
-def _open_rows(spec: str, dataset: Dataset, image_column: str | None, folder: str | None) -> ImageSource:
+def _open_rows(spec: str, dataset: Dataset, image_column: str | None, folder: Storage | None) -> ImageSource:
     import datasets
 
     if len(dataset) == 0:

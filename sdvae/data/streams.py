@@ -1,30 +1,31 @@
-"""Images that are read as a stream."""
+"""Data sets of the Hugging Face hub that are read as a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sdvae.data.tables import image_bytes
+from sdvae.data.base import ImageStream, StreamedImage
+from sdvae.data.tables import image_bytes, nameless, stored_path
 
 if TYPE_CHECKING:
     from datasets import Features, IterableDataset
 
 
-class ImageStream:
-    """An iterable data set that is divided into parts by its files. Each part can be read separately, from its start.
+class HubStream(ImageStream):
+    """An iterable data set that is divided into parts by its files.
 
     Args:
         dataset: a data set of the `datasets` library.
         column: the column of the images.
-        folder: the folder that relative paths begin in; None if there is none, as for a data set of the hub.
+        spec: the data set's id.
     """
 
-    def __init__(self, dataset: IterableDataset, column: str, folder: str | None = None):
-        self._folder = folder
+    def __init__(self, dataset: IterableDataset, column: str, spec: str):
         self._dataset = dataset
         self._column = column
+        self._spec = spec
         names = {name: name for name in dataset.features if name != column}
         if "__key__" in names:  # a webdataset; its columns get the names that `Tars` gives them
             renamed = {"txt": "caption", "cls": "label"}
@@ -37,16 +38,16 @@ class ImageStream:
 
     @property
     def features(self) -> Features:
-        """The other columns."""
         import datasets
 
         return datasets.Features({new: self._dataset.features[old] for old, new in self._names.items()})
 
-    def part(self, number: int) -> Iterator[tuple[str, Callable[[], bytes], dict[str, Any]]]:
-        """(name, function that returns the image's bytes, other columns) of each row."""
+    def identity(self) -> dict[str, Any]:
+        return {"stream": self._spec, "parts": self.num_parts}
+
+    def part(self, number: int) -> Iterator[StreamedImage]:
         rows = self._dataset.shard(num_shards=self.num_parts, index=number)
         for position, row in enumerate(rows):
             value = row[self._column]
-            path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
             others = {new: row[old] for old, new in self._names.items()}
-            yield path or f"part-{number:05d}/row-{position:08d}", partial(image_bytes, value, self._folder), others
+            yield stored_path(value) or nameless(number, position), partial(image_bytes, value, None), others

@@ -26,7 +26,8 @@ class EncodeConfig:
 
     source: str
     """A folder of images (with NAME.txt beside them for captions, and folders for labels), a folder or glob of
-    Parquet, Arrow or .tar (webdataset) files, a data set saved by `datasets`, or one on the Hugging Face hub."""
+    Parquet, Arrow or .tar (webdataset) files, the URL of any of these (s3://bucket/photos), a data set saved by
+    `datasets`, or one on the Hugging Face hub."""
     output: str
     """Folder for the latents. If it holds unfinished ones, the same command continues them."""
     vae: str | None = None
@@ -42,7 +43,8 @@ class EncodeConfig:
     columns: tuple[str, ...] | None = None
     """Columns of the source to copy beside the latents; by default all except the image."""
     streaming: bool = False
-    """Read a data set as a stream, without a copy on this disk. Each of its files becomes a shard."""
+    """Read archives, tables or a data set of the hub as a stream: without an index, without a copy on this disk, and
+    each file becomes a shard. Archives and tables of a bucket are always read so."""
     resolution: int = 256
     """Pixels. Images are resized and cropped from the centre to a square with this side. With buckets: the side of a
     square of their area."""

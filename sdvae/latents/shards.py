@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdvae.data import ImageError, ImageSource, ImageStream
@@ -123,7 +122,6 @@ class StreamShards:
     Args:
         stream: the images.
         names: columns to carry through; None: all.
-        spec: how the user named the source.
 
     Raises:
         InputError: for a column that the source does not have.
@@ -131,20 +129,16 @@ class StreamShards:
 
     total: int | None = None
 
-    def __init__(self, stream: ImageStream, names: Sequence[str] | None, spec: str):
+    def __init__(self, stream: ImageStream, names: Sequence[str] | None):
         self._stream = stream
         self.features = chosen(stream.features, names)
-        self._spec = str(Path(spec)) if Path(spec).exists() else spec
 
     def __len__(self) -> int:
         return self._stream.num_parts
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "stream": self._spec,
-            "parts": len(self),
-            "columns": {name: str(feature) for name, feature in self.features.items()},
-        }
+        columns = {name: str(feature) for name, feature in self.features.items()}
+        return {**self._stream.identity(), "columns": columns}
 
     def count(self, shard: int) -> int | None:
         return None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdvae.data import ReadOptions, cover, open_source, open_stream, read_image
+from sdvae.data import ImageStream, ReadOptions, cover, open_source_or_stream, open_stream, read_image
 from sdvae.errors import InputError
 from sdvae.io import is_inside, utf8
 from sdvae.latents.buckets import Placement, Size, bucket_sizes, place
@@ -150,11 +150,13 @@ class EncodeTask:
         if is_inside(config.output, config.source):
             raise InputError(f"got output {config.output} inside the source {config.source}; choose another folder")
         arguments: dict[str, Any] = {"split": config.split, "image_column": config.image_column}
-        if config.streaming:
+        source = (open_stream if config.streaming else open_source_or_stream)(config.source, **arguments)
+        if isinstance(source, ImageStream):
             if config.shard_rows is not None:
-                raise InputError("got shard_rows with streaming; a stream is divided by its files; leave one out")
-            return StreamShards(open_stream(config.source, **arguments), config.columns, config.source)
-        source = open_source(config.source, **arguments)
+                raise InputError(
+                    "got shard_rows for a stream, of which each file becomes a shard; leave shard_rows out"
+                )
+            return StreamShards(source, config.columns)
         rows = config.shard_rows or rows_per_shard(len(source), self.row_bytes)
         return RangeShards(source, config.columns, rows)
 

@@ -57,7 +57,8 @@ class DataConfig:
 
     source: str = ""
     """Must be given: a folder (nested), a data set (owner/name on the hub, saved folder, .parquet, .arrow, webdataset
-    .tar), or «skimage»: the photographs inside scikit-image's wheel. docs/data.md says what each layout means."""
+    .tar), the URL of one (s3://bucket/photos), or «skimage»: the photographs inside scikit-image's wheel. docs/data.md
+    says what each layout means."""
     split: str = "train"
     """Split of the source. All of a source without splits is «train»."""
     image_column: str | None = None
