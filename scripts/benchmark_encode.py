@@ -90,7 +90,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
     task = prepared(arguments, scratch / "ours", str(scratch / "vae"))
     stock = vae.to_diffusers().eval().to(task.device)
     images = task.shards.images(0)
-    pixels = [task.decode(image).pixels for image in islice(images, arguments.batch)]
+    pixels = [task.reader.decode(image).pixels for image in islice(images, arguments.batch)]
     whole = count // arguments.batch * arguments.batch
 
     def ours() -> float:
