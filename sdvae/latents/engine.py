@@ -92,7 +92,7 @@ def encode_on_ray(config: EncodeConfig) -> LatentWriter:
     if not is_url(config.output):
         config = replace(config, output=os.path.abspath(config.output))
     with _connected(config.ray_address), _plain_errors():
-        encoders = _start_encoders(config)
+        encoders = start_encoders(config)
         begun = ray.get(encoders[0].begin.remote())
         said: set[Message] = set()
         _log(begun.messages, said)
@@ -104,14 +104,14 @@ def encode_on_ray(config: EncodeConfig) -> LatentWriter:
             return folder
         left = {number for number in range(folder.num_shards) if not folder.is_done(number)}
         with tqdm(total=begun.total, initial=begun.done, unit=" images", smoothing=0.05) as bar:
-            for report in _encode_all(encoders, left, config.num_workers):
+            for report in encode_all(encoders, left, config.num_workers):
                 bar.update(report.encoded + report.skipped)
                 _log(report.messages, said)
     finish(folder)
     return folder
 
 
-def _encode_all(encoders: Sequence[Any], left: set[int], shards_at_once: int) -> Iterator[Encoded]:
+def encode_all(encoders: Sequence[Any], left: set[int], shards_at_once: int) -> Iterator[Encoded]:
     """Have all shards encoded, and yield what became of each. The set of those that are left is emptied."""
     waiting = deque(sorted(left))
     idle = [encoder for _ in range(shards_at_once) for encoder in encoders]
@@ -144,7 +144,7 @@ def _begun_elsewhere(encoder: Any, calls: dict[ray.ObjectRef, tuple[Any, int]], 
     return None
 
 
-def _start_encoders(config: EncodeConfig) -> list[Any]:
+def start_encoders(config: EncodeConfig) -> list[Any]:
     """Start an encoder on each free GPU, or on each node if there is no GPU or the device is the CPU.
 
     Encoders reserve no CPU, so that decoders always find one.
