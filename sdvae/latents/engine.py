@@ -56,7 +56,8 @@ from sdvae.storage import is_url
 logger = logging.getLogger(__name__)
 
 AHEAD = 2  # batches that a decoder prepares before the encoder takes them
-RETRIES = 10  # times that the process or node of one shard may die; then something in the shard kills them
+DECODER_DEATHS = 10  # for one shard; after as many, something in the shard kills its decoders
+ENCODER_DEATHS = 100  # for one encoder, in the whole run
 CONNECT_SECONDS = 10
 
 Message = tuple[int, str]  # level and text of a line of the log
@@ -168,7 +169,9 @@ def start_encoders(config: EncodeConfig) -> list[Any]:
     return encoders
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=RETRIES)
+# Each attempt to reach an encoder whose node is dead or which is being restarted counts as a retry, one a second, so
+# their number is not limited.
+@ray.remote(num_cpus=0, max_restarts=ENCODER_DEATHS, max_task_retries=-1)
 class _Encoder:
     """A VAE on a device, which encodes several shards at once, one in each thread.
 
@@ -234,7 +237,7 @@ class _Encoder:
 Images = list[tuple[SourceImage, DecodedImage | ImageError]]
 
 
-@ray.remote(num_cpus=1, max_retries=RETRIES, _generator_backpressure_num_objects=AHEAD)
+@ray.remote(num_cpus=1, max_retries=DECODER_DEATHS, _generator_backpressure_num_objects=AHEAD)
 def _decode(reader: ImageReader, identity: str, directory: str, number: int) -> Iterator[tuple[Images, list[Message]]]:
     """Read and decode the images of a shard, and yield them in batches."""
     _enter(directory)
