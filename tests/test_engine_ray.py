@@ -38,6 +38,7 @@ def server():
 @pytest.fixture(scope="module")
 def cluster(server):
     """Two nodes with one CPU each, which inherit the environment for the S3 server."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # tests need no network
     from ray.cluster_utils import Cluster
 
     running = Cluster(initialize_head=True, head_node_args={**SMALL, "include_dashboard": False})
