@@ -2,13 +2,17 @@
 
     python scripts/benchmark_encode.py --images FOLDER                          # the packaged VAE, 256x256
     python scripts/benchmark_encode.py --images FOLDER --config configs/sd_f8c4.yaml --count 12 --batch 4
+    python scripts/benchmark_encode.py --images FOLDER --ray true               # also through Ray, on this machine
     python scripts/benchmark_encode.py --memory_rows 1000000
     python scripts/benchmark_encode.py --reader_rows 8192
 
 - bare encoder: the same weights, precision and batches, with images already decoded in memory; nothing is written.
 - plain loop: diffusers' class as loaded, torchvision's transforms, a DataLoader, and torch.save of one file per image.
 
-Each repetition runs all three, one after the other, and the ratios are taken within a repetition.
+- through Ray: `sdvae encode --engine ray` on a cluster of this machine alone, from the moment at which its processes
+  have started and have encoded one shard for each worker.
+
+Each repetition runs all of them, one after the other, and the ratios are taken within a repetition.
 
 --memory_rows N encodes N synthetic images of 16x16 pixels with a tiny VAE and prints the resident memory ten times.
 
@@ -90,7 +94,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
     task = prepared(arguments, scratch / "ours", str(scratch / "vae"))
     stock = vae.to_diffusers().eval().to(task.device)
     images = task.shards.images(0)
-    pixels = [task.decode(image).pixels for image in islice(images, arguments.batch)]
+    pixels = [task.reader.decode(image).pixels for image in islice(images, arguments.batch)]
     whole = count // arguments.batch * arguments.batch
 
     def ours() -> float:
@@ -115,10 +119,13 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
         return count / (time.perf_counter() - start)
 
     task.encoder.launch(pixels).moments()  # warm-up
-    sides: dict[str, list[float]] = {"sdvae encode": [], "bare encoder": [], "plain loop": []}
+    runs = {"sdvae encode": ours, "bare encoder": bare, "plain loop": plain}
+    if arguments.ray:
+        runs["through Ray"] = lambda: through_ray(arguments, paths, scratch)
+    sides: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(arguments.repeats):
-        for name, side in zip(sides, (ours, bare, plain), strict=True):
-            sides[name].append(side())
+        for name, run in runs.items():
+            sides[name].append(run())
     parameters = sum(p.numel() for p in vae.parameters()) / 1e6
     where = torch.cuda.get_device_name() if task.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(
@@ -131,6 +138,40 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
         ratios = [a / b for a, b in zip(sides["sdvae encode"], rates, strict=True)]
         spread = f"{min(ratios):.2f} – {max(ratios):.2f}"
         print(f"| {name} | {statistics.median(rates):.2f} | {statistics.median(ratios):.2f} | {spread} |")
+
+
+def through_ray(arguments: argparse.Namespace, paths: Sequence[Path], scratch: Path) -> float:
+    """Images per second through Ray, without the start of its processes."""
+    import ray
+
+    from sdvae.latents.engine import encode_all, start_encoders
+
+    shutil.rmtree(scratch / "engine", ignore_errors=True)
+    (scratch / "engine" / "images").mkdir(parents=True)
+    for path in paths:
+        (scratch / "engine" / "images" / path.name).symlink_to(path.resolve())
+    config = EncodeConfig(
+        source=str(scratch / "engine" / "images"),
+        output=str(scratch / "engine" / "out"),
+        vae=str(scratch / "vae"),
+        resolution=arguments.size,
+        batch_size=arguments.batch,
+        num_workers=arguments.workers,
+        shard_rows=2 * arguments.batch,
+        engine="ray",
+    )
+    ray.init(log_to_driver=False, logging_level="ERROR")
+    try:
+        encoders = start_encoders(config)
+        ray.get(encoders[0].begin.remote())
+        shards = range(-(-len(paths) // (2 * arguments.batch)))
+        first = len(encoders) * arguments.workers
+        list(encode_all(encoders, set(shards[:first]), arguments.workers))
+        start = time.perf_counter()
+        reports = list(encode_all(encoders, set(shards[first:]), arguments.workers))
+        return sum(report.encoded for report in reports) / (time.perf_counter() - start)
+    finally:
+        ray.shutdown()
 
 
 def prepared(arguments: argparse.Namespace, output: Path, vae: str) -> EncodeTask:
@@ -264,6 +305,7 @@ def main() -> None:
     parser.add_argument("--batch", type=PositiveInt, default=8)
     parser.add_argument("--workers", type=int, default=2, help="processes or threads that read images, on either side")
     parser.add_argument("--repeats", type=PositiveInt, default=3)
+    parser.add_argument("--ray", type=lambda text: text == "true", default=False, help="true: also through Ray")
     parser.add_argument(
         "--memory_rows",
         type=PositiveInt,

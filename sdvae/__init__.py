@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # «as» the same name marks a name as public for type checke
     from sdvae.latents.config import EncodeConfig as EncodeConfig
     from sdvae.latents.dataset import LatentDataset as LatentDataset
     from sdvae.latents.encode import encode as encode
+    from sdvae.latents.encoder import LatentEncoder as LatentEncoder
     from sdvae.model import AutoencoderKL as AutoencoderKL
     from sdvae.model import DiagonalGaussian as DiagonalGaussian
     from sdvae.roundtrip import crop_to as crop_to
@@ -44,6 +45,7 @@ _MODULE_OF = {
     "train": "sdvae.training.loop",
     "EncodeConfig": "sdvae.latents.config",
     "encode": "sdvae.latents.encode",
+    "LatentEncoder": "sdvae.latents.encoder",
     "LatentDataset": "sdvae.latents.dataset",
     "InputError": "sdvae.errors",
 }

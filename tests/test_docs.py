@@ -131,7 +131,13 @@ def test_a_pages_python_runs_and_its_claims_hold(page, desk, monkeypatch):
     names: dict[str, Any] = {}
     for block in blocks(page, "python"):
         exec(block, names)
-    claims = {"README.md": readme, "docs/inference.md": inference, "docs/latents.md": latents, "docs/vae.md": tutorial}
+    claims = {
+        "README.md": readme,
+        "docs/inference.md": inference,
+        "docs/latents.md": latents,
+        "docs/scale.md": scale,
+        "docs/vae.md": tutorial,
+    }
     if page in claims:
         claims[page](names)
 
@@ -156,6 +162,12 @@ def latents(names: dict[str, Any]) -> None:
     assert np.array_equal(names["mean"], unscaled[0]["latents"])
 
 
+def scale(names: dict[str, Any]) -> None:
+    assert names["batch"]["mean"].shape == names["batch"]["logvar"].shape == (2, 4, 32, 32)
+    assert names["batch"]["mean"].dtype == np.float16
+    assert names["batch"]["caption"] == ["a", "b"]
+
+
 def tutorial(names: dict[str, Any]) -> None:
     assert names["pictures"].shape == names["anything"].shape == (5, 1, 28, 28)
 
@@ -165,6 +177,7 @@ def test_the_pages_that_hold_python_are_all_run():
         "README.md",
         "docs/inference.md",
         "docs/latents.md",
+        "docs/scale.md",
         "docs/training.md",
         "docs/vae.md",
     }
@@ -236,6 +249,9 @@ def check(line: str) -> None:
         check_sdvae(arguments)
     elif program == "python":
         check_script(*arguments)
+    elif program == "sbatch":
+        wrapped = arguments[arguments.index("--wrap") + 1]
+        check(wrapped.replace("$SLURM_ARRAY_TASK_ID", "0").replace("$SLURM_ARRAY_TASK_COUNT", "64"))
     elif program == "make":
         assert re.search(rf"^{arguments[0]}:", text_of("Makefile"), re.MULTILINE)
     elif program == "pip":
@@ -281,6 +297,7 @@ def test_every_command_line_of_a_page_is_accepted_by_its_program(page, monkeypat
         "python scripts/mnist.py --parts tabel",
         "python scripts/streaming.py --seizes 512",
         "make tets",
+        "sbatch --wrap 'sdvae encode --source x --output y --prat 0/2'",
         "unknown --option",
     ],
 )

@@ -248,7 +248,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(train, urls=("data.source", "data.validation_source")),
-    "encode": Command(encode, urls=("source", "output")),
+    "encode": Command(encode, urls=("source", "output", "ray_address")),
     "convert": Command(convert, positional=("folder", "target"), urls=("folder",)),
     "export": Command(export, positional=("source", "target"), urls=("latents",)),
     "fp16": Command(fp16, positional=("action", "vae", "target"), urls=("images",)),

@@ -89,6 +89,14 @@ class EncodeConfig:
     """End with an error if more than this fraction of the images was skipped. The others are encoded and kept."""
     seed: int = 0
     """Seed of the noise for `store: sample`."""
+    engine: Literal["ray"] | None = None
+    """ray: run on a Ray cluster (the extra `ray`): CPUs of all nodes decode, and each GPU, or each node if there is no
+    GPU, encodes. `num_workers` is then the number of shards that are decoded at the same time for each encoder, each by
+    a process on one CPU. Every node must see the source, the VAE and the output under the same names. By default this
+    process, or those of a launcher, do everything."""
+    ray_address: str | None = None
+    """The cluster for `engine: ray`: auto, HOST:PORT or ray://HOST:PORT. By default that of RAY_ADDRESS, else one that
+    runs on this machine, else a new one for this command alone."""
     device: str | None = None
     """cpu, cuda, cuda:1, … By default the accelerator of this process's local rank, else the CPU."""
     verify: bool = False
@@ -102,14 +110,32 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
         _ = self.part_numbers
+        if self.engine is None:
+            if self.ray_address is not None:
+                raise InputError(f"got ray_address={self.ray_address} without an engine; add --engine ray")
+            return
+        if self.part is not None:
+            raise InputError(f"got part={self.part} with engine={self.engine}, which divides the work; leave out part")
+        if self.verify or self.repair:
+            raise InputError(f"got verify or repair with engine={self.engine}; need one process; leave out the engine")
+        if self.device not in (None, "cpu", "cuda"):
+            raise InputError(
+                f"got device={self.device} with engine={self.engine}, which assigns GPUs; need cpu or cuda"
+            )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(f"got engine={self.engine} in several processes; start it once, without a launcher")
 
     @property
     def part_numbers(self) -> tuple[int, int] | None:
         """(i, n): encode shards i, i + n, i + 2 n, …; None if processes divide the shards by locks.
 
+        Under an engine it is (0, 1): any process may be given any shard.
+
         Raises:
             InputError: when `part` is no part.
         """
+        if self.engine is not None:
+            return 0, 1
         if self.part is None:
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
             return (int(os.environ["RANK"]), world_size) if is_url(self.output) and world_size > 1 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, require
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.folder import LatentFolder
 from sdvae.latents.pipeline import Pipeline
@@ -30,6 +30,25 @@ def encode(config: EncodeConfig) -> LatentFolder:
             done: by the process that finished it, and by every later run. All rows are kept.
         OSError: when a shard cannot be written. Finished shards stay.
     """
+    folder = _encode_on_ray(config) if config.engine == "ray" else _encode_here(config)
+    if folder.is_complete:
+        rows, skipped = folder.manifest["rows"], folder.manifest["skipped"]
+        if skipped > config.max_bad_fraction * (rows + skipped):
+            raise InputError(
+                f"{config.output} is complete, but {folder.counts()}; need at most {config.max_bad_fraction:.2%} "
+                "skipped; raise max_bad_fraction, or mend the images and encode into another folder"
+            )
+    return folder
+
+
+def _encode_on_ray(config: EncodeConfig) -> LatentFolder:
+    require("ray", "engine=ray", "ray")
+    from sdvae.latents.engine import encode_on_ray
+
+    return encode_on_ray(config)
+
+
+def _encode_here(config: EncodeConfig) -> LatentFolder:
     task = EncodeTask(config)
     rereading = config.verify or config.repair
     if rereading:
@@ -44,11 +63,4 @@ def encode(config: EncodeConfig) -> LatentFolder:
         logger.info("%s is complete: %s", config.output, folder.counts())
     elif config.repair or not config.verify:
         Pipeline(task).run()
-    if folder.is_complete:
-        rows, skipped = folder.manifest["rows"], folder.manifest["skipped"]
-        if skipped > config.max_bad_fraction * (rows + skipped):
-            raise InputError(
-                f"{config.output} is complete, but {folder.counts()}; need at most {config.max_bad_fraction:.2%} "
-                "skipped; raise max_bad_fraction, or mend the images and encode into another folder"
-            )
     return folder

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sdvae.errors import InputError
-from sdvae.model import AutoencoderKL
+from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.runtime import DTYPES, accelerator_type, resolve_precision
+from sdvae.weights import load_vae
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,7 +47,7 @@ class PendingMoments:
 
 
 class MomentEncoder:
-    """The encoder of a VAE, in the precision and memory format in which it runs.
+    """The encoder of a VAE, in the precision and memory format in which it runs. Threads may share it.
 
     Args:
         vae: a VAE on the CPU, which is not changed. Its encoder is copied, its decoder is not.
@@ -55,6 +61,7 @@ class MomentEncoder:
         self._vae = _copied(encoder, DTYPES[precision], device)
         self._device = device
         self._mirror = mirror
+        self._lock = threading.Lock()  # one thread computes at a time: each computation uses all cores and much memory
         # For retries in fp32: a model in fp32, or, until one is needed, a model that shares its weights with `vae`.
         self._in_fp32 = self._vae if precision == "fp32" else None
         self._original = None if precision == "fp32" else encoder
@@ -63,14 +70,15 @@ class MomentEncoder:
     def launch(self, pixels: Sequence[np.ndarray]) -> PendingMoments:
         """Start encoding (H, W, C) uint8 images of one size. On a GPU this returns before they are computed."""
         batch = torch.from_numpy(np.stack(pixels))
-        if self._device.type != "cuda":
-            return PendingMoments(batch, self._encode(self._vae, batch).cpu(), None)
-        moments = self._encode(self._vae, batch.pin_memory())
-        on_cpu = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True)
-        on_cpu.copy_(moments, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
-        return PendingMoments(batch, on_cpu, ready)
+        with self._lock:
+            if self._device.type != "cuda":
+                return PendingMoments(batch, self._encode(self._vae, batch).cpu(), None)
+            moments = self._encode(self._vae, batch.pin_memory())
+            on_cpu = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True)
+            on_cpu.copy_(moments, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+            return PendingMoments(batch, on_cpu, ready)
 
     @torch.inference_mode()
     def again(self, pixels: Tensor) -> Tensor:
@@ -82,10 +90,11 @@ class MomentEncoder:
         Returns:
             (V, B, 2·latent_channels, h, w) on the CPU.
         """
-        if self._in_fp32 is None:
-            assert self._original is not None
-            self._in_fp32, self._original = _copied(self._original, torch.float32, self._device), None
-        return self._encode(self._in_fp32, pixels).cpu()
+        with self._lock:
+            if self._in_fp32 is None:
+                assert self._original is not None
+                self._in_fp32, self._original = _copied(self._original, torch.float32, self._device), None
+            return self._encode(self._in_fp32, pixels).cpu()
 
     def _encode(self, vae: AutoencoderKL, pixels: Tensor) -> Tensor:
         # Copying uint8 takes a quarter of the bytes of fp32, so values are scaled on the device, as in `to_tensor`.
@@ -93,6 +102,96 @@ class MomentEncoder:
         x = x.contiguous() if vae.encoder.conv_in.weight.is_contiguous() else x
         views = [x, x.flip(3)] if self._mirror else [x]
         return torch.stack([vae.encode(view.to(vae.dtype)).latent_dist.parameters for view in views])
+
+
+class LatentEncoder:
+    """Batches of images to posteriors, as a callable for a pipeline of your own: Ray Data, Spark, or a loop.
+
+        dataset.map_batches(LatentEncoder, fn_constructor_kwargs={"vae": "runs/quickstart/model"}, batch_size=32, …)
+
+    The VAE is opened at the first call, and is left out when the object is pickled.
+
+    Args:
+        vae: a folder, file or hub id, as `load_vae` takes; by default the small VAE in this package.
+        subfolder: the folder inside `vae` that holds the VAE.
+        vae_config: a config.json whose keys replace those of the VAE.
+        dtype: «fp16» or «fp32», the dtype of the result.
+        precision: «auto», «fp32», «bf16» or «fp16», that of the computation. auto: bf16 if the hardware computes in
+            it, else fp32.
+        device: such as «cpu» or «cuda»; by default the accelerator if there is one.
+    """
+
+    def __init__(
+        self,
+        vae: str | None = None,
+        *,
+        subfolder: str | None = None,
+        vae_config: str | None = None,
+        dtype: str = "fp16",
+        precision: str = "auto",
+        device: str | None = None,
+    ):
+        if dtype not in ("fp16", "fp32"):
+            raise InputError(f"got dtype={dtype}; need fp16 or fp32, since NumPy has no other")
+        if precision not in ("auto", *DTYPES):
+            raise InputError(f"got precision={precision}; need one of auto, {', '.join(DTYPES)}")
+        self._vae = {"source": vae, "subfolder": subfolder, "config": vae_config}
+        self._dtype, self._precision, self._device = dtype, precision, device
+        self._opened: tuple[AutoencoderKL, MomentEncoder] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Encode a batch.
+
+        Args:
+            batch: `image`: (B, H, W, 3) uint8, sRGB, with H and W multiples of the VAE's compression ratio. One
+                channel instead of three if the VAE has one. Other columns may be there.
+
+        Returns:
+            `mean` and `logvar`: (B, C, h, w), unscaled; and the other columns as they were. Images whose result is not
+            finite in `dtype` are computed again in fp32; what is not finite even then is a warning, and is left so.
+
+        Raises:
+            InputError: when the images have another dtype or shape.
+        """
+        if self._opened is None:
+            loaded = load_vae(**self._vae, dtype="file")
+            device = choose_device(self._device)
+            self._opened = loaded, MomentEncoder(loaded, device, choose_precision(self._precision, device), False)
+        vae, encoder = self._opened
+        images = np.asarray(batch["image"])
+        channels, ratio = vae.config.in_channels, vae.spatial_compression_ratio
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 4
+            or images.shape[3] != channels
+            or any(side % ratio for side in images.shape[1:3])
+        ):
+            raise InputError(
+                f"got images of shape {images.shape}, {images.dtype}; need (B, H, W, {channels}), uint8, with H and W "
+                f"multiples of {ratio}; crop or pad them to one size"
+            )
+        others = {name: values for name, values in batch.items() if name != "image"}
+        return {**others, **self._encoded(encoder, images)}
+
+    def _encoded(self, encoder: MomentEncoder, images: np.ndarray) -> dict[str, np.ndarray]:
+        pending = encoder.launch(list(images))
+        values = _in_dtype(pending.moments()[0], DTYPES[self._dtype])  # (2, B, C, h, w)
+        bad = ~values.isfinite().flatten(2).all(2).all(0)
+        if bad.any():
+            values[:, bad] = _in_dtype(encoder.again(pending.pixels[bad])[0], DTYPES[self._dtype])
+            left = int((~values.isfinite().flatten(2).all(2).all(0)).sum())
+            if left:
+                logger.warning("the latents of %d of %d images are not finite as %s", left, len(bad), self._dtype)
+        return {"mean": values[0].numpy(), "logvar": values[1].numpy()}
+
+
+def _in_dtype(moments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean and log-variance, (2, B, C, h, w), from moments (B, 2C, h, w)."""
+    posterior = DiagonalGaussian(moments)
+    return torch.stack([posterior.mean, posterior.logvar]).to(dtype)
 
 
 def _without_decoder(vae: AutoencoderKL) -> AutoencoderKL:

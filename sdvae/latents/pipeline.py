@@ -1,4 +1,4 @@
-"""Encoding the shards of a data set, with all stages running at the same time.
+"""Encoding the shards of a data set in one process, with all stages running at the same time.
 
     claim a shard -> read, decode, resize (threads) -> batches of one size -> encoder -> rows -> write (a thread)
 
@@ -27,7 +27,7 @@ from sdvae.latents.encoder import PendingMoments
 from sdvae.latents.rows import LatentRow, table_of
 from sdvae.latents.shards import SourceImage, raise_if_passing
 from sdvae.latents.task import DecodedImage, EncodeTask
-from sdvae.latents.writer import Claim
+from sdvae.latents.writer import Claim, LatentWriter
 from sdvae.model import DiagonalGaussian
 from sdvae.statistics import LatentMoments
 
@@ -72,15 +72,16 @@ class Batch(NamedTuple):
 
 
 class Pipeline:
-    """One process's part in encoding a data set.
+    """One process's part in encoding a data set: all of it with `run`, or shards decoded elsewhere with `encode`.
 
     Args:
         task: what to encode.
         batches_in_flight: the number of batches that are started before the first of them is read back. By default 2
             on a GPU, so that it always has work, else 1.
+        may_double: whether another process may encode the same shard on purpose; otherwise that is warned of.
     """
 
-    def __init__(self, task: EncodeTask, batches_in_flight: int | None = None):
+    def __init__(self, task: EncodeTask, batches_in_flight: int | None = None, may_double: bool = False):
         self.task = task
         self._is_main = os.environ.get("RANK", "0") == "0"
         self._batches_in_flight = batches_in_flight or (2 if task.device.type == "cuda" else 1)
@@ -89,7 +90,8 @@ class Pipeline:
         self._written: deque[Future[None]] = deque()
         self._held: dict[int, ClaimedShard] = {}  # the shards that this process has claimed
         self._num_skipped = 0
-        self._has_warned = False
+        self._has_warned = may_double
+        self._bar = tqdm(disable=True)
 
     def run(self) -> None:
         """Encode all shards that no other process encodes, and finish the data set if nothing is left.
@@ -99,30 +101,48 @@ class Pipeline:
         """
         self._bar = tqdm(
             total=self.task.shards.total,
-            initial=self._images_done(),
+            initial=self.task.images_done(),
             unit=" images",
             disable=not self._is_main,
             smoothing=0.05,
         )
-        self._decoders, self._writer = ThreadPoolExecutor(self.task.config.num_workers), ThreadPoolExecutor(1)
-        with self._bar, self._decoders, self._writer:
+        with self._bar, ThreadPoolExecutor(self.task.config.num_workers) as decoders:
             try:
-                for turn in self._ahead(self._turns()):
-                    if turn.image is None or turn.decoded is None:
-                        self._end(turn.shard)
-                    else:
-                        self._add(turn.shard, turn.image, turn.decoded)
-                self._collect(down_to=0)
-                while self._written:
-                    self._written.popleft().result()
+                self.encode(self._ahead(self._turns(decoders)))
             finally:
-                self._decoders.shutdown(cancel_futures=True)
-                self._writer.shutdown()
+                decoders.shutdown(cancel_futures=True)
                 for shard in self._held.values():
                     shard.claim.release()
-        self._finish()
+        finish(self.task.folder, is_main=self._is_main)
 
-    def _turns(self) -> Iterator[Turn]:
+    def claim(self, number: int) -> ClaimedShard | None:
+        """Take a shard, unless it is done or left to another process."""
+        claim = self.task.folder.claim(number)
+        if claim is None:
+            return None
+        shard = self._held[number] = ClaimedShard(number, claim, LatentMoments(self.task.latent_channels))
+        return shard
+
+    def encode(self, turns: Iterable[Turn]) -> None:
+        """Encode the images of claimed shards, and write each shard when it has ended.
+
+        Args:
+            turns: the images of each shard in order, and its end.
+
+        Raises:
+            OSError: when a shard cannot be written.
+        """
+        with ThreadPoolExecutor(1) as self._writer:
+            for turn in turns:
+                if turn.image is None or turn.decoded is None:
+                    self._end(turn.shard)
+                else:
+                    self._add(turn.shard, turn.image, turn.decoded)
+            self._collect(down_to=0)
+            while self._written:
+                self._written.popleft().result()
+
+    def _turns(self, decoders: ThreadPoolExecutor) -> Iterator[Turn]:
         """Claim shards, give each of their images to a thread, and yield the images and the end of each shard.
 
         Processes begin at different places, so that they seldom try to claim the same shard.
@@ -130,12 +150,11 @@ class Pipeline:
         count = len(self.task.shards)
         first = int(os.environ.get("RANK", "0")) * count // int(os.environ.get("WORLD_SIZE", "1"))
         for number in [*range(first, count), *range(first)]:
-            claim = self.task.folder.claim(number)
-            if claim is None:
+            shard = self.claim(number)
+            if shard is None:
                 continue
-            shard = self._held[number] = ClaimedShard(number, claim, LatentMoments(self.task.latent_channels))
             for image in self.task.shards.images(number):
-                yield Turn(shard, image, self._decoders.submit(self.task.decode, image))
+                yield Turn(shard, image, decoders.submit(self.task.reader.decode, image))
             yield Turn(shard)
 
     def _ahead(self, turns: Iterable[Turn]) -> Iterator[Turn]:
@@ -221,12 +240,14 @@ class Pipeline:
         table = table_of([row for row, _ in rows], others, task.shards.features, task.config)
         skipped = sorted(shard.skipped, key=lambda line: line["index"])
         is_new = task.folder.write_shard(shard.number, table, task.row_bytes, shard.moments, skipped)
-        if not is_new and shard.claim.is_locked and not self._has_warned:
+        if not is_new and not self._has_warned:
             self._has_warned = True
+            why = "although this one had locked it" if shard.claim.is_locked else "while this one encoded it"
             logger.warning(
-                "another process wrote shard %d although this one had locked it: the locks of this disk do not reach "
-                "all machines, so shards are encoded twice; give each process its part, --part i/n",
+                "another process wrote shard %d %s, so shards are encoded twice; give each process its own part, "
+                "--part i/n",
                 shard.number,
+                why,
             )
         shard.claim.release()
         del self._held[shard.number]
@@ -237,20 +258,17 @@ class Pipeline:
             self._num_skipped += skipped
             self._bar.set_postfix(skipped=self._num_skipped, refresh=False)
 
-    def _images_done(self) -> int:
-        folder, shards = self.task.folder, self.task.shards
-        return sum(shards.count(shard) or 0 for shard in range(len(shards)) if folder.is_done(shard))
 
-    def _finish(self) -> None:
-        folder, output = self.task.folder, self.task.config.output
-        is_finished = folder.finish()
-        if not self._is_main:
-            return
-        if is_finished:
-            factors = folder.manifest["statistics"]
-            logger.info("%s: %s", output, folder.counts())
-            logger.info("scaling_factor %s, shift_factor %s", factors["scaling_factor"], factors["shift_factor"])
-        else:
-            folder.refresh()
-            left = sum(not folder.is_done(shard) for shard in range(folder.num_shards))
-            logger.info("%d of %d shards are left to other processes", left, folder.num_shards)
+def finish(folder: LatentWriter, *, is_main: bool = True) -> None:
+    """Finish the data set if every shard is done, and say how far it is if this is the main process."""
+    is_finished = folder.finish()
+    if not is_main:
+        return
+    if is_finished:
+        factors = folder.manifest["statistics"]
+        logger.info("%s: %s", folder.storage, folder.counts())
+        logger.info("scaling_factor %s, shift_factor %s", factors["scaling_factor"], factors["shift_factor"])
+    else:
+        folder.refresh()
+        left = sum(not folder.is_done(shard) for shard in range(folder.num_shards))
+        logger.info("%d of %d shards are left to other processes", left, folder.num_shards)

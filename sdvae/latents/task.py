@@ -36,6 +36,55 @@ class DecodedImage:
     placement: Placement
 
 
+@dataclass(frozen=True)
+class ImageReader:
+    """How images are found and prepared for the encoder. It needs no VAE and can be sent to other processes.
+
+    Attributes:
+        sizes: height and width of the images for the encoder, in pixels.
+        row_bytes: bytes of the latents of an image.
+    """
+
+    config: EncodeConfig
+    options: ReadOptions
+    sizes: tuple[Size, ...]
+    row_bytes: int
+
+    def open_shards(self) -> Shards:
+        """Open the source and divide it into shards.
+
+        Raises:
+            InputError: when the source does not fit the options.
+        """
+        config = self.config
+        arguments: dict[str, Any] = {"split": config.split, "image_column": config.image_column}
+        source = (open_stream if config.streaming else open_source_or_stream)(config.source, **arguments)
+        if isinstance(source, ImageStream):
+            if config.shard_rows is not None:
+                raise InputError(
+                    "got shard_rows for a stream, of which each file becomes a shard; leave shard_rows out"
+                )
+            return StreamShards(source, config.columns)
+        rows = config.shard_rows or rows_per_shard(len(source), self.row_bytes)
+        return RangeShards(source, config.columns, rows)
+
+    def decode(self, image: SourceImage) -> DecodedImage:
+        """Read, decode, resize and crop an image.
+
+        Raises:
+            ImageError: when it cannot be used.
+        """
+        data = image.read()
+        decoded = read_image(data, self.options)
+        size = (decoded.height, decoded.width)
+        placement = place(size, self.sizes)
+        height, width = placement.target_size
+        pixels = np.asarray(cover(decoded, width, height))
+        pixels = pixels if pixels.ndim == 3 else pixels[:, :, None]
+        sha256 = hashlib.sha256(data).hexdigest()
+        return DecodedImage(pixels, sha256, size, decoded.info["orientation"], placement)
+
+
 class EncodeTask:
     """The VAE and the source of an encoding, opened, and the values that are stored for an image.
 
@@ -45,6 +94,7 @@ class EncodeTask:
         config: the options.
 
     Attributes:
+        reader: what finds and prepares the images.
         shards: the shards of the source.
         encoder: the VAE's encoder.
         folder: the data set that is written.
@@ -58,7 +108,7 @@ class EncodeTask:
         self.config = config
         # in the file's own dtype, since the fingerprint hashes the weights in that dtype
         vae = load_vae(config.vae, subfolder=config.subfolder, config=config.vae_config, dtype="file")
-        self.sizes = bucket_sizes(config, vae.spatial_compression_ratio)
+        sizes = bucket_sizes(config, vae.spatial_compression_ratio)
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
         reading = ReadOptions(
@@ -68,10 +118,12 @@ class EncodeTask:
             max_pixels=config.max_pixels,
             color=config.color,
         )
-        self.reading = reading.for_crops(config.resolution)
         self.latent_channels = vae.config.latent_channels
-        self.row_bytes = row_bytes(self.sizes, vae.spatial_compression_ratio, self.latent_channels, config)
-        self.shards = self._open_source()
+        self.row_bytes = row_bytes(sizes, vae.spatial_compression_ratio, self.latent_channels, config)
+        self.reader = ImageReader(config, reading.for_crops(config.resolution), sizes, self.row_bytes)
+        if is_inside(config.output, config.source):
+            raise InputError(f"got output {config.output} inside the source {config.source}; choose another folder")
+        self.shards = self.reader.open_shards()
         self.vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
         self.fingerprint = self._fingerprint(vae)
         self.encoder = MomentEncoder(vae, self.device, self.precision, config.mirror)
@@ -85,21 +137,10 @@ class EncodeTask:
         """
         self.folder.begin(self.fingerprint, utf8(self.config.source), self.vae_config)
 
-    def decode(self, image: SourceImage) -> DecodedImage:
-        """Read, decode, resize and crop an image.
-
-        Raises:
-            ImageError: when it cannot be used.
-        """
-        data = image.read()
-        decoded = read_image(data, self.reading)
-        size = (decoded.height, decoded.width)
-        placement = place(size, self.sizes)
-        height, width = placement.target_size
-        pixels = np.asarray(cover(decoded, width, height))
-        pixels = pixels if pixels.ndim == 3 else pixels[:, :, None]
-        sha256 = hashlib.sha256(data).hexdigest()
-        return DecodedImage(pixels, sha256, size, decoded.info["orientation"], placement)
+    def images_done(self) -> int:
+        """The images of the shards that were done when this process last looked, as far as their number is known."""
+        shards = range(len(self.shards))
+        return sum(self.shards.count(shard) or 0 for shard in shards if self.folder.is_done(shard))
 
     @torch.inference_mode()
     def stored_values(
@@ -145,21 +186,6 @@ class EncodeTask:
             return None
         return {name: to_bytes(values) for name, values in columns.items()}
 
-    def _open_source(self) -> Shards:
-        config = self.config
-        if is_inside(config.output, config.source):
-            raise InputError(f"got output {config.output} inside the source {config.source}; choose another folder")
-        arguments: dict[str, Any] = {"split": config.split, "image_column": config.image_column}
-        source = (open_stream if config.streaming else open_source_or_stream)(config.source, **arguments)
-        if isinstance(source, ImageStream):
-            if config.shard_rows is not None:
-                raise InputError(
-                    "got shard_rows for a stream, of which each file becomes a shard; leave shard_rows out"
-                )
-            return StreamShards(source, config.columns)
-        rows = config.shard_rows or rows_per_shard(len(source), self.row_bytes)
-        return RangeShards(source, config.columns, rows)
-
     def _fingerprint(self, vae: AutoencoderKL) -> dict[str, Any]:
         # Batch size and number of threads only change rounding, so they are left out.
         config = self.config
@@ -173,11 +199,11 @@ class EncodeTask:
                 **({"seed": config.seed} if config.store == "sample" else {}),
             },
             "images": {
-                "sizes": [list(size) for size in self.sizes],
+                "sizes": [list(size) for size in self.reader.sizes],
                 "background": list(config.background),
-                "min_side": self.reading.min_side,
-                "max_pixels": self.reading.max_pixels,
-                "color": self.reading.color,
+                "min_side": self.reader.options.min_side,
+                "max_pixels": self.reader.options.max_pixels,
+                "color": self.reader.options.color,
             },
             "source": {"split": config.split, "image_column": config.image_column, **self.shards.identity()},
             "shards": len(self.shards),

@@ -147,7 +147,7 @@ def _compare(task: EncodeTask, image: SourceImage, stored: dict[str, Any], std: 
         What is wrong with the row, or None, and its greatest difference in standard deviations.
     """
     try:
-        decoded = task.decode(image)
+        decoded = task.reader.decode(image)
     except ImageError as error:  # no fault of the row
         raise_if_passing(error)
         logger.warning("%s can no longer be read, so its row is not compared: %s", printable(image.name), error)

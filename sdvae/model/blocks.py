@@ -139,7 +139,7 @@ class MidBlock(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, num_groups, act_fn) for _ in range(2)])
         # None without attention, as in diffusers: users' own loops go through attentions and resnets in pairs
-        self.attentions = nn.ModuleList([SelfAttention(channels, num_groups) if add_attention else None])
+        self.attentions = nn.ModuleList([SelfAttention(channels, num_groups) if add_attention else None])  # type: ignore[list-item]
 
     def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
         x = self.resnets[0](hidden_states, temb)  # (B, C, H, W) -> (B, C, H, W)

@@ -42,10 +42,10 @@ class DiagonalGaussian(DiagonalGaussianDistribution):
         mean, logvar = at_least_fp32(self.mean), at_least_fp32(self.logvar)
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
 
-    def kl(self, other: DiagonalGaussian | None = None) -> Tensor:
+    def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
         """KL(q || other), by default against N(0, I), summed over each image's latents, in nats: (B,)."""
         if self.deterministic:
-            return super().kl(other)
+            return super().kl(other)  # type: ignore[arg-type]
         if other is None:
             return self.kl_map().sum(dim=(1, 2, 3))
         mean, logvar = at_least_fp32(self.mean), at_least_fp32(self.logvar)
