@@ -177,7 +177,7 @@ class LatentEncoder:
         return {**others, **self._encoded(encoder, images)}
 
     def _encoded(self, encoder: MomentEncoder, images: np.ndarray) -> dict[str, np.ndarray]:
-        pending = encoder.launch(images)
+        pending = encoder.launch(list(images))
         values = _in_dtype(pending.moments()[0], DTYPES[self._dtype])  # (2, B, C, h, w)
         bad = ~values.isfinite().flatten(2).all(2).all(0)
         if bad.any():
