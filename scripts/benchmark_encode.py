@@ -160,7 +160,7 @@ def through_ray(arguments: argparse.Namespace, paths: Sequence[Path], scratch: P
         shard_rows=2 * arguments.batch,
         engine="ray",
     )
-    ray.init(log_to_driver=False, logging_level="ERROR")
+    ray.init("local", log_to_driver=False, logging_level="ERROR")
     try:
         encoders = start_encoders(config)
         ray.get(encoders[0].begin.remote())

@@ -60,6 +60,8 @@ DECODER_DEATHS = 10  # for one shard; after as many, something in the shard kill
 ENCODER_DEATHS = 100  # for one encoder, in the whole run
 CONNECT_SECONDS = 10
 
+remote: Any = ray.remote  # whose annotations lack the limit on a generator's results
+
 Message = tuple[int, str]  # level and text of a line of the log
 
 
@@ -154,25 +156,25 @@ def start_encoders(config: EncodeConfig) -> list[Any]:
     if not nodes:
         raise InputError("got a Ray cluster without CPUs; need at least one, to decode images; add nodes")
     here = os.getcwd()
-    encoder: Any = _Encoder  # ray.remote gives the class other methods than type checkers see
+    actor: Any = _Encoder  # Ray's decorator adds `options`
     if config.device == "cuda" or (config.device is None and ray.cluster_resources().get("GPU", 0) >= 1):
         free = int(ray.available_resources().get("GPU", 0))
         if free == 0:
             raise InputError("got a Ray cluster without a free GPU; wait for one, add nodes, or add --device cpu")
-        on_gpu = encoder.options(num_gpus=1, max_concurrency=config.num_workers)
+        on_gpu = actor.options(num_gpus=1, max_concurrency=config.num_workers)
         return [on_gpu.remote(config, here, None) for _ in range(free)]
     config = replace(config, device="cpu")
     encoders = []
     for node in nodes:
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
-        on_node = encoder.options(scheduling_strategy=place, max_concurrency=config.num_workers)
+        on_node = actor.options(scheduling_strategy=place, max_concurrency=config.num_workers)
         encoders.append(on_node.remote(config, here, int(node["Resources"]["CPU"])))
     return encoders
 
 
 # Each attempt to reach an encoder whose node is dead or which is being restarted counts as a retry, one a second, so
 # their number is not limited.
-@ray.remote(num_cpus=0, max_restarts=ENCODER_DEATHS, max_task_retries=-1)
+@remote(num_cpus=0, max_restarts=ENCODER_DEATHS, max_task_retries=-1)
 class _Encoder:
     """A VAE on a device, which encodes several shards at once, one in each thread.
 
@@ -238,7 +240,7 @@ class _Encoder:
 Images = list[tuple[SourceImage, DecodedImage | ImageError]]
 
 
-@ray.remote(num_cpus=1, max_retries=DECODER_DEATHS, _generator_backpressure_num_objects=AHEAD)  # type: ignore[call-overload]
+@remote(num_cpus=1, max_retries=DECODER_DEATHS, _generator_backpressure_num_objects=AHEAD)
 def _decode(reader: ImageReader, identity: str, directory: str, number: int) -> Iterator[tuple[Images, list[Message]]]:
     """Read and decode the images of a shard, and yield them in batches."""
     _enter(directory)
