@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
@@ -80,8 +81,7 @@ def parse_options(
     try:
         arguments: Namespace = parser.parse_args([*(f"--config={file}" for file in files), *others])
     except ArgumentError as error:
-        reason = one_line(error).replace("Expected a typing.Literal", "need one of ")
-        raise InputError(f"{reason} (see {program} --help)") from error
+        raise InputError(f"{_plain(one_line(error))} (see {program} --help)") from error
     for key, text in _texts(arguments.as_dict()):
         if key not in urls:
             refuse_url(text, key)
@@ -90,6 +90,32 @@ def parse_options(
     instances = arguments if positional else parser.instantiate(arguments)
     values = {name: getattr(instances, name) for name in fields}
     return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+_WRONG_VALUE = re.compile(
+    r'Parser key "(?P<key>[^"]+)": '
+    r"(?:Expected a (?P<one>.+)\. Got value: |.*Subtypes: \[(?P<several>.+?)\] Errors: .* Given value: )(?P<value>.*)"
+)
+_TYPES = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "<class 'NoneType'>": "null",
+}
+
+
+def _plain(reason: str) -> str:
+    """jsonargparse's message about a value of a wrong type, without Python's names for types; others as they are."""
+    wrong = _WRONG_VALUE.fullmatch(reason)
+    if wrong is None:
+        return reason
+    need = wrong["one"] or wrong["several"].replace(", <class", " or <class")
+    for name, meaning in _TYPES.items():
+        need = need.replace(name, meaning)
+    need = need.replace("tuple with", "a list with")
+    need = re.sub(r"tuple\[\w+, \.\.\.\]", "a list such as '[a, b]'", need)
+    return f"got {wrong['key']}={wrong['value']}; need {need.replace('typing.Literal', 'one of ')}"
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str | Path]]:

@@ -117,7 +117,8 @@ def open_storage(path: str | os.PathLike[str], *, writable: bool = False) -> Sto
     if not rest.strip("/"):
         raise InputError(f"got {text}; need the name of a bucket after the slashes")
     if writable and scheme not in WRITABLE:
-        raise InputError(f"got {text}; need a path on this machine, or one of {', '.join(sorted(WRITABLE))}://")
+        known = ", ".join(f"{scheme}://" for scheme in sorted(WRITABLE))
+        raise InputError(f"got {text}; need a path on this machine, or a URL that begins with one of {known}")
     return BucketStorage(text)
 
 
@@ -224,9 +225,9 @@ class BucketStorage:
             fix = f'pip install "sdvae[{extra}]"' if extra else one_line(error)
             raise InputError(f"got {url}; need a driver for {scheme}://; {fix}") from error
         except ValueError as error:
-            known = ", ".join(sorted({*EXTRAS, "hf", "file"}))
+            known = ", ".join(f"{scheme}://" for scheme in sorted({*EXTRAS, "hf", "file"}))
             raise InputError(
-                f"got {url} ({one_line(error)}); need a path or a URL such as one of {known}://"
+                f"got {url} ({one_line(error)}); need a path, or a URL that begins with one of {known}"
             ) from error
 
     @property

@@ -445,7 +445,7 @@ def test_too_many_skipped_images_are_an_error_after_all_others_are_encoded(vae, 
     (photos / "0004.png").write_bytes(b"")
     Image.new("RGB", (12, 12)).save(photos / "0005.png")
     arguments = [f"--source={photos}", f"--output={tmp_path / 'out'}", f"--vae={vae}", "--resolution=32"]
-    said = "4 of 6 images have a row; 2 were skipped (1 the file is empty, 1 too small; see skipped.jsonl)"
+    said = "4 of 6 images have a row, and 2 have none (the file is empty: 1, too small: 1; see skipped.jsonl)"
     for again in ([], [], ["--verify=true"], ["--repair=true"]):  # every later run says it too
         assert main(["encode", *arguments, *again]) == 2
         assert f"{said}; need at most 1.00% skipped; raise max_bad_fraction" in capsys.readouterr().err

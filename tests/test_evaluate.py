@@ -192,7 +192,7 @@ def test_bad_images_are_named_and_the_others_measured(photographs, tmp_path):
     skipped = json.loads((tmp_path / "out" / "results.json").read_text())["skipped"]
     assert list(skipped) == ["05.png"]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["images"] == 10
-    said = "Means over 9 of 10 images (1 not an image of a known format) ± 95 %"
+    said = "Means over 9 of 10 images (not an image of a known format: 1) ± 95 %"
     assert said in (tmp_path / "out" / "table.md").read_text()
 
 

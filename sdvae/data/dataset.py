@@ -278,14 +278,14 @@ class BadImages:
 
 
 def kinds_of(reasons: Iterable[str]) -> str:
-    """How many images are bad for which reason, the most frequent first: «12 too large, 3 damaged PNG file».
+    """How many images are bad for which reason, the most frequent first: «too large: 12, damaged PNG file: 3».
 
     Args:
         reasons: of bad images; the kind of a reason is the text before its first colon.
     """
     counts = Counter(reason.partition(":")[0] for reason in reasons).most_common()
-    others = [f"{sum(count for _, count in counts[3:])} for other reasons"] if len(counts) > 3 else []
-    return ", ".join([f"{count} {kind}" for kind, count in counts[:3]] + others)
+    others = [f"other reasons: {sum(count for _, count in counts[3:])}"] if len(counts) > 3 else []
+    return ", ".join([f"{kind}: {count}" for kind, count in counts[:3]] + others)
 
 
 def collate_training(samples: Sequence[Sample]) -> Batch:

@@ -58,7 +58,7 @@ class Files:
             raise ImageError("cannot be read: it is named in the metadata and is not there")
         data = read_stored(self._storage, file)
         if is_lfs_pointer(data):
-            raise ImageError("is a Git LFS pointer; run «git lfs pull» to get the image")
+            raise ImageError("a Git LFS pointer: run «git lfs pull» to get the image")
         return data
 
     @property

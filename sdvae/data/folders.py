@@ -253,7 +253,7 @@ def without_masks(images: list[str], unused: Unused) -> list[str]:
         of_image = _MASK.fullmatch(stem)
         if (of_image and of_image["image"] in beside) or (last.lower() in _MASK_FOLDERS and (above, name) in around):
             masks.add(image)
-    unused.add("masks of other images; a pattern reads them", sorted(masks), warn=True)
+    unused.add("masks of other images, which only a pattern reads", sorted(masks), warn=True)
     return [image for image in images if image not in masks]
 
 
@@ -338,7 +338,7 @@ def chosen_split(
         raise InputError(no_split(spec, split, [name for name in splits if name]))
     for other, of_other in splits.items():
         if other is None:
-            unused.add("files in no split; a pattern reads them", of_other, warn=True)
+            unused.add("files in no split, which only a pattern reads", of_other, warn=True)
         elif other != split:
             unused.add(f"files of the split {other!r}", of_other, warn=False)
     return splits[split]

@@ -33,7 +33,7 @@ _OTHER = "not supported: {}; " + _PNG_OR_JPEG
 
 # Other files that lie among images, and what to say of them.
 _REFUSED: tuple[tuple[str, bytes], ...] = (
-    ("a Git LFS pointer, not the image; run `git lfs pull`", rb"version https://git-lfs\.github\.com/spec/"),
+    ("a Git LFS pointer: run «git lfs pull» to get the image", rb"version https://git-lfs\.github\.com/spec/"),
     ("a git-annex pointer, not the image; run `git annex get`", rb"/annex/objects/"),
     (
         "an HTML page, not an image; the download failed",

@@ -374,8 +374,8 @@ def _objects(url: str) -> tuple[Storage, Mapping[str, int], bool]:
     """The files that a URL names: a folder above them, name below it -> bytes, and whether the URL is a folder's."""
     parts = url.split("/")
     if parts[0].rstrip(":") not in BUCKETS:
-        known = ", ".join(sorted({*BUCKETS, "file"}))
-        raise InputError(f"got {url}; need a path, or a URL such as one of {known}://")
+        known = ", ".join(f"{scheme}://" for scheme in sorted({*BUCKETS, "file"}))
+        raise InputError(f"got {url}; need a path, or a URL that begins with one of {known}")
     magic = next((place for place, part in enumerate(parts) if place > 2 and glob.has_magic(part)), None)
     storage = open_storage("/".join(parts[:magic]))
     assert isinstance(storage, BucketStorage)

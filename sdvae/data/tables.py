@@ -326,7 +326,7 @@ def image_bytes(value: Any, folder: Storage | None) -> bytes:
         raise ImageError("cannot be read: not a regular file")
     data = read_stored(folder, value if folder.is_local else posixpath.normpath(value))
     if is_lfs_pointer(data):
-        raise ImageError("is a Git LFS pointer; run «git lfs pull» to get the image")
+        raise ImageError("a Git LFS pointer: run «git lfs pull» to get the image")
     return data
 
 

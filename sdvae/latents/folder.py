@@ -215,7 +215,7 @@ class LatentFolder:
         if not skipped:
             return f"{rows} rows"
         why = kinds_of(line["reason"] for lines in self.skipped_lines().values() for line in lines)
-        return f"{rows} of {rows + skipped} images have a row; {skipped} were skipped ({why}; see skipped.jsonl)"
+        return f"{rows} of {rows + skipped} images have a row, and {skipped} have none ({why}; see skipped.jsonl)"
 
     def factors(self, vae_config: Mapping[str, Any], encoder_sha256: str) -> dict[str, Any]:
         """The scaling that was measured on these latents, under the keys of a VAE's config.
