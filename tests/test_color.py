@@ -231,7 +231,7 @@ def test_cicp_names_display_p3_and_stands_above_the_profile():
 @pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
 def test_hdr_is_refused_unless_colours_are_taken_raw(transfer, name):
     data = with_chunk(encode(noise()), b"cICP", bytes([9, transfer, 0, 1]))
-    with pytest.raises(ImageError, match=rf"^HDR image \({name}\), which sRGB cannot show; convert it"):
+    with pytest.raises(ImageError, match=rf"^not supported: HDR \({name}\), which sRGB cannot show; convert it"):
         read_image(data)
     np.testing.assert_array_equal(pixels(data, RAW), np.asarray(noise()))
 

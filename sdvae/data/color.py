@@ -210,7 +210,7 @@ def _coded_profile(primaries: int, transfer: int) -> bytes | None:
     """The profile for codes of ITU-T H.273, or None for sRGB."""
     if transfer in HDR:
         raise ImageError(
-            f"HDR image ({HDR[transfer]}), which sRGB cannot show; convert it to 8-bit sRGB by a tone curve"
+            f"not supported: HDR ({HDR[transfer]}), which sRGB cannot show; convert it to 8-bit sRGB by a tone curve"
         )
     if primaries not in PRIMARIES or transfer not in CURVES:
         _warn(f"primaries {primaries} with transfer {transfer} of ITU-T H.273 are not supported")

@@ -3,9 +3,9 @@
     claim a shard -> read, decode, resize (threads) -> batches of one size -> encoder -> rows -> write (a thread)
 
 The images of the next shard are decoded while the last one is encoded and written. Processes share nothing except the
-folder or bucket (`LatentWriter.claim` says how they divide the shards), so there may be any number of processes on any
-number of machines, and each may die at any time. What a shard holds does not depend on that: batches are made within a
-shard, in the order of its images.
+folder or bucket (`sdvae/latents/writer.py` says how they divide the shards), so there may be any number of processes on
+any number of machines, and each may die at any time. What a shard holds does not depend on that: batches are made
+within a shard, in the order of its images.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ class Pipeline:
         others = task.shards.columns([image for _, image in rows])
         table = table_of([row for row, _ in rows], others, task.shards.features, task.config)
         skipped = sorted(shard.skipped, key=lambda line: line["index"])
-        is_new = task.folder.write_shard(shard.number, table, task.row_bytes, shard.moments, skipped)
+        is_new = task.folder.write_shard(shard.number, table, task.reader.row_bytes, shard.moments, skipped)
         if not is_new and not self._has_warned:
             self._has_warned = True
             why = "although this one had locked it" if shard.claim.is_locked else "while this one encoded it"

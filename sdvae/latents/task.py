@@ -119,8 +119,8 @@ class EncodeTask:
             color=config.color,
         )
         self.latent_channels = vae.config.latent_channels
-        self.row_bytes = row_bytes(sizes, vae.spatial_compression_ratio, self.latent_channels, config)
-        self.reader = ImageReader(config, reading.for_crops(config.resolution), sizes, self.row_bytes)
+        bytes_of_a_row = row_bytes(sizes, vae.spatial_compression_ratio, self.latent_channels, config)
+        self.reader = ImageReader(config, reading.for_crops(config.resolution), sizes, bytes_of_a_row)
         if is_inside(config.output, config.source):
             raise InputError(f"got output {config.output} inside the source {config.source}; choose another folder")
         self.shards = self.reader.open_shards()
@@ -130,7 +130,7 @@ class EncodeTask:
         self.folder = LatentWriter(config.output, config.part_numbers)
 
     def begin(self) -> None:
-        """Start the data set on disk, or continue it.
+        """Start the data set, or continue it.
 
         Raises:
             InputError: when the folder holds something else, or latents that were made with other options.
