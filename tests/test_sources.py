@@ -393,7 +393,7 @@ def test_split_by_name(thirty):
 
 
 def test_split_by_unknown_name_suggests_the_nearest(thirty):
-    with pytest.raises(InputError, match=r"no image named '7.png' to hold out.*perhaps .*'07.png'"):
+    with pytest.raises(InputError, match=r"validation_names with 7.png, which no image has.*perhaps .*07.png"):
         split_off(thirty, names=["03.png", "7.png"])
 
 

@@ -47,7 +47,7 @@ from sdvae.data.streams import HubStream
 from sdvae.data.tables import BucketTable, TableImages, TableStream, table_features
 from sdvae.data.tars import Tars, TarStream, no_images
 from sdvae.errors import InputError, one_line
-from sdvae.io import HUB_ID
+from sdvae.io import HUB_ID, printable
 from sdvae.storage import EXTRAS, BucketStorage, LocalStorage, Storage, is_url, open_storage
 
 if TYPE_CHECKING:
@@ -149,8 +149,9 @@ def split_off(
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
                 raise InputError(
-                    f"no image named {name!r} to hold out; need a name of the data set, "
-                    + (f"perhaps {' or '.join(map(repr, near))}" if near else f"such as {all_names[0]!r}")
+                    f"got data.validation_names with {printable(name)}, which no image has; need names of images, "
+                    f"{'perhaps' if near else 'such as'} {' or '.join(map(printable, near or all_names[:1]))}; "
+                    "or give [], to hold out data.validation_count images"
                 )
         wanted = set(names)
         held_out = {index for index, name in enumerate(all_names) if name in wanted}

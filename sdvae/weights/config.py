@@ -184,7 +184,8 @@ def infer_config(
         if odd:
             raise InputError(
                 f"{origin} has a level of width {odd[0]}, no multiple of {groups}, so the number of groups is unknown; "
-                'need it from you: give config={"norm_num_groups": …}, or a config.json (sdvae export --config FILE)'
+                'give config={"norm_num_groups": …} or the path of a config.json; '
+                "`sdvae export SOURCE FOLDER --config FILE` writes a folder that holds it"
             )
         config["norm_num_groups"] = groups
     found = None if "scaling_factor" in given else _factors(config, origin, keys, metadata or {})
