@@ -234,7 +234,7 @@ def test_two_machines_without_a_shared_disk_train_and_continue_like_one_machine(
     continued = torchrun_on_two_machines(machines, "none", 0, 0, *arguments)
     assert [code for code, _ in continued] == [0, 0], continued
     assert "continuing from run/checkpoints/step-00000002" in continued[0][1]
-    assert "steps 3 to 3 of 4 images; 2 process(es) on cpu in fp32" in continued[0][1]
+    assert "steps 3 to 3, each of 4 images; 2 process(es) on cpu in fp32" in continued[0][1]
 
     on_two = result(machines[0] / "run")
     assert len(on_two["state"]["meters"]) == 2

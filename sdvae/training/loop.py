@@ -290,7 +290,7 @@ class Training:
     def _announce(self) -> None:
         parameters = list(self.vae.parameters())
         logger.info(
-            "training %.2f M of %.2f M parameters on %d images, validating on %d; steps %d to %d of %d images; "
+            "training %.2f M of %.2f M parameters on %d images, validating on %d; steps %d to %d, each of %d images; "
             "%d process(es) on %s in %s",
             sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
             sum(p.numel() for p in parameters) / 1e6,
