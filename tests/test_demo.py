@@ -285,7 +285,7 @@ def test_a_vae_that_overflows_is_said_and_no_traceback(photographs, tmp_path):
     broken = Model("broken", load_vae(dtype=torch.float32))
     with torch.no_grad():
         broken.vae.decoder.conv_out.bias += float("nan")
-    handlers = demo_page.Handlers([broken], MAX_SIDE, tmp_path)
+    handlers = demo_page.Handlers([broken], MAX_SIDE, "srgb", tmp_path)
     with pytest.raises(gr.Error, match="holds NaN"):
         handlers.photograph(str(photographs[0]), None, 0.0, "linear", 0.0, None, [], demo_page.ALL)
     assert list(tmp_path.iterdir()) == [], "files that gradio is not given would not expire"

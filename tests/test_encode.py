@@ -31,7 +31,7 @@ from sdvae.latents.dataset import LatentDataset
 from sdvae.latents.encode import encode
 from sdvae.latents.encoder import MomentEncoder
 from sdvae.latents.pipeline import Pipeline
-from sdvae.latents.task import EncodeTask
+from sdvae.latents.task import EncodeTask, ImageReader
 from sdvae.latents.writer import LatentWriter
 from sdvae.model import DiagonalGaussian
 from sdvae.statistics import LatentMoments
@@ -348,7 +348,7 @@ def test_killed_ten_times_and_continued_by_other_numbers_of_processes_it_equals_
     photos = draw(tmp_path / "photos", 60)
     config = options(photos, tmp_path / "killed", vae, shard_rows=2, batch_size=2, mirror=True)
     encode(dataclasses.replace(config, output=str(tmp_path / "clean")))
-    decode, randomness = EncodeTask.decode, random.Random(0)
+    decode, randomness = ImageReader.decode, random.Random(0)
     kills = 0
     while kills < 10:
         left = iter(range(randomness.randint(1, 9), 0, -1))
@@ -359,7 +359,7 @@ def test_killed_ten_times_and_continued_by_other_numbers_of_processes_it_equals_
             return decode(self, row)
 
         with monkeypatch.context() as patch:
-            patch.setattr(EncodeTask, "decode", dying)  # in the child processes, each with its own count
+            patch.setattr(ImageReader, "decode", dying)  # in the child processes, each with its own count
             processes = [encode_in_process(config) for _ in range(1 + kills % 3)]
             for process in processes:
                 process.join()
@@ -664,7 +664,7 @@ def test_another_source_with_the_same_names_is_refused(vae, tmp_path):
 
 def test_a_fault_of_the_machine_is_no_bad_image(vae, tmp_path, monkeypatch):
     config = options(draw(tmp_path / "photos", 6), tmp_path / "out", vae)
-    decode = EncodeTask.decode
+    decode = ImageReader.decode
 
     def failing(self, row):
         if row.index == 3:
@@ -672,7 +672,7 @@ def test_a_fault_of_the_machine_is_no_bad_image(vae, tmp_path, monkeypatch):
         return decode(self, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(EncodeTask, "decode", failing)
+        patch.setattr(ImageReader, "decode", failing)
         with pytest.raises(OSError, match="Too many open files"):
             encode(config)
     assert encode(config).manifest["skipped"] == 0

@@ -195,7 +195,7 @@ def last_part(value: str) -> str:
 
 
 @torch.no_grad()
-def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int, color: Color) -> ValidationResult:
+def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int, color: Color = "srgb") -> ValidationResult:
     """Reconstruct images from the posterior's mode, in fp32.
 
     Args:
