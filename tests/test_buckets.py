@@ -175,7 +175,7 @@ def test_other_settings_are_refused(bucket, clean, vae):
         ("s3://nowhere/latents", "bucket does not exist"),
         ("foo://bucket/latents", "need a path"),
         ("gs://bucket/latents", r'pip install "sdvae\[gs\]"'),
-        ("https://example.com/latents", "need a path on this machine, or one of"),
+        ("https://example.com/latents", "need a path on this machine, or a URL that begins with one of"),
     ],
 )
 def test_an_output_that_cannot_be_is_one_line_and_no_folder(
