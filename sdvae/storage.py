@@ -167,6 +167,10 @@ class LocalStorage:
                 os.link(temporary, target)
             except FileExistsError:
                 return False
+            except FileNotFoundError:  # another process has finished the data set, and removed temporary files
+                if target.exists():
+                    return False
+                raise
             except OSError as error:
                 if error.errno not in NO_LINKS:
                     raise

@@ -328,6 +328,18 @@ def test_one_process_and_three_make_the_same_files(vae, photos, tmp_path):
     assert content(tmp_path / "three") == content(tmp_path / "one")
 
 
+@pytest.mark.slow
+def test_processes_that_finish_at_the_same_moment_do_not_disturb_each_other(vae, tmp_path):
+    photos = draw(tmp_path / "photos", 4)
+    encode(options(photos, tmp_path / "one", vae, shard_rows=2))
+    for number in range(8):
+        output = tmp_path / f"several-{number}"
+        for process in [encode_in_process(options(photos, output, vae, shard_rows=2)) for _ in range(4)]:
+            process.join()
+            assert process.exitcode == 0
+        assert content(output) == content(tmp_path / "one")
+
+
 @pytest.mark.parametrize("batches_in_flight", [2, 7])
 def test_batches_in_flight_change_no_file(vae, tmp_path, batches_in_flight):
     """Seven batches span shards of two or three, some of them with images that cannot be read."""

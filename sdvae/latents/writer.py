@@ -22,6 +22,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +123,8 @@ class LatentWriter(LatentFolder):
         if self.part is not None:
             number, count = self.part
             return Claim(None) if shard % count == number else None
-        self._progress.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._progress / f"{shard:05d}.lock", thread_local=False, fallback_to_soft=False)
         try:
-            lock.acquire(timeout=0)
+            lock = self._acquired(f"{shard:05d}.lock", timeout=0)
         except Timeout:
             return None
         except (NotImplementedError, OSError) as error:
@@ -174,8 +173,18 @@ class LatentWriter(LatentFolder):
         Raises:
             InputError: when no image has a row, or a shard is damaged.
         """
+        if self.part is not None:
+            return self._finished()
+        lock = self._acquired("finish.lock", timeout=-1)
+        try:
+            return self._finished()
+        finally:
+            lock.release()
+
+    def _finished(self) -> bool:
         self._read()
         if self.is_complete:
+            self._remove_progress()
             return True
         sizes = self.sizes()
         if None in sizes:
@@ -232,6 +241,23 @@ class LatentWriter(LatentFolder):
         """The part of the manifest that is there from the beginning."""
         return {key: self.manifest[key] for key in ("format", "version", "source", "vae_config", "fingerprint")}
 
+    def _acquired(self, name: str, timeout: float) -> FileLock:
+        """Take a lock, also if a process that finishes the data set is removing the folder of locks.
+
+        Args:
+            name: the lock's name.
+            timeout: seconds to wait for another process, -1 for any time.
+
+        Raises:
+            Timeout: when another process holds it for longer.
+        """
+        while True:
+            self._progress.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._progress / name, thread_local=False, fallback_to_soft=False)
+            with suppress(FileNotFoundError):
+                lock.acquire(timeout=timeout)
+                return lock
+
     @property
     def _progress(self) -> Path:
         assert isinstance(self.storage, LocalStorage)
@@ -241,8 +267,9 @@ class LatentWriter(LatentFolder):
         """Remove the locks, and the temporary files of processes that were killed."""
         if isinstance(self.storage, LocalStorage):
             shutil.rmtree(self._progress, ignore_errors=True)  # another process may remove it at the same time
-            for folder in ("", "data"):
-                self.storage.remove_unfinished(folder)
+            self.storage.remove_unfinished("data")
+            if self.part is None:  # under the lock of `finish`: no other process is writing these files
+                self.storage.remove_unfinished()
 
 
 class Claim:
