@@ -19,25 +19,38 @@ from safetensors import SafetensorError
 
 from sdvae.errors import InputError, escaped, one_line
 
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of a URL; two letters or more, since C:/ is a drive of Windows
+TEMPORARY = ".*.tmp-*"  # the names of files and folders that are not complete yet
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # «owner/name» on the Hugging Face hub
+
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters or more, since C:/ is a drive of Windows
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether the path begins with a scheme, such as s3://. A `Path` has already made one slash of the two."""
+    return _SCHEME.match(os.fspath(path)) is not None
 
 
 def refuse_url(text: str | Path, what: str) -> None:
     """Refuse a URL where only a path or a name is understood, so that it does not become a folder such as «s3:».
 
     Args:
-        text: what was given. A `Path` has already made one slash of the two in «://».
+        text: what was given.
         what: the option's name, for the message.
 
     Raises:
         InputError: when it begins with a scheme, such as s3:// or file://.
     """
-    if SCHEME.match(str(text)):
+    if is_url(text):
         raise InputError(
             f"got {what}={text}; need a local path or a name, since URLs are not supported here; mount or copy the "
             "data, and give the local path"
         )
+
+
+def temporary_beside(target: Path) -> Path:
+    """A new path in the same folder, for content that is to be renamed to `target` when it is complete."""
+    return target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
 
 
 def left_beside(target: Path) -> list[Path]:
@@ -77,7 +90,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     refuse_url(target, "target")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
+    temporary = temporary_beside(target)
     try:
         yield temporary
         _flush(temporary)
@@ -207,7 +220,7 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def is_inside(path: str | Path, folder: str | Path) -> bool:
     """Whether `folder` is a folder that is there, and `path` is the same or lies below it. URLs are only compared."""
-    if SCHEME.match(str(folder)):
+    if is_url(folder):
         return f"{path}/".startswith(f"{str(folder).rstrip('/')}/")
     inner, outer = Path(path).expanduser().resolve(), Path(folder).expanduser().resolve()
     return outer.is_dir() and (inner == outer or outer in inner.parents)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from sdvae.errors import InputError, one_line
-from sdvae.io import SCHEME, replacing, sync
+from sdvae.io import TEMPORARY, is_url, replacing, sync, temporary_beside
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -35,6 +34,14 @@ NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK,
 
 class StorageError(OSError):
     """A bucket did not answer as it should. The same request may succeed later."""
+
+
+def is_bad_content(error: Exception) -> bool:
+    """Whether an exception while a file was read blames its content, and not the disk or the bucket.
+
+    For damaged files pyarrow raises, among others, an OSError without a number.
+    """
+    return not isinstance(error, StorageError) and getattr(error, "errno", None) is None
 
 
 class Storage(Protocol):
@@ -89,11 +96,6 @@ class Storage(Protocol):
     def parquet(self, name: str) -> pq.ParquetFile:
         """Open a Parquet file, which is then read in pieces."""
         ...
-
-
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether the path begins with a scheme, such as s3://."""
-    return SCHEME.match(os.fspath(path)) is not None
 
 
 def open_storage(path: str | os.PathLike[str], *, writable: bool = False) -> Storage:
@@ -159,7 +161,7 @@ class LocalStorage:
     def create(self, name: str, data: bytes) -> bool:
         target = self.root / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
+        temporary = temporary_beside(target)
         try:
             temporary.write_bytes(data)
             sync(temporary)
@@ -198,7 +200,7 @@ class LocalStorage:
 
     def remove_unfinished(self, folder: str = "") -> None:
         """Remove the temporary files that killed processes left directly inside a folder."""
-        for left in (self.root / folder).glob(".*.tmp-*"):
+        for left in (self.root / folder).glob(TEMPORARY):
             left.unlink(missing_ok=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,10 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from sdvae import AutoencoderKL
+from sdvae.weights import save_vae
 from tests.browser import browser_page  # noqa: F401 - a fixture
+from tests.latents_tools import tiny_vae as vae_for_latents
+from tests.s3 import s3_server
 
 # Tests run in two processes on two cores, and some compare results bit by bit with a process of one thread.
 torch.set_num_threads(1)
@@ -21,6 +25,28 @@ torch.set_num_threads(1)
 def own_precision() -> None:
     """accelerate keeps the precision of a process's first Accelerator for all later ones; each file starts anew."""
     AcceleratorState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def server():
+    """An S3 server with an empty bucket s3://bucket."""
+    with s3_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    """The folder of a tiny VAE that encodes quickly."""
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    save_vae(vae_for_latents(), folder)
+    return folder
+
+
+@pytest.fixture
+def own_datasets_cache(tmp_path_factory, monkeypatch) -> None:
+    """`datasets` keeps its copies in a folder of the test, and asks no hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets-cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture

@@ -42,24 +42,10 @@ from sdvae.latents.pipeline import Pipeline
 from sdvae.latents.task import EncodeTask
 from sdvae.latents.writer import LatentWriter
 from sdvae.storage import LocalStorage, StorageError
-from sdvae.weights import save_vae
-from tests.latents_tools import content, draw, in_process, options, tiny_vae
+from tests.latents_tools import content, draw, in_process, options
 from tests.s3 import forget_connections, s3_server
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae") / "vae"
-    save_vae(tiny_vae(), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

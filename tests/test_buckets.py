@@ -21,29 +21,15 @@ from sdvae.latents.encode import encode
 from sdvae.latents.task import EncodeTask
 from sdvae.latents.writer import LatentWriter
 from sdvae.storage import BucketStorage, StorageError, open_storage
-from sdvae.weights import save_vae
-from tests.latents_tools import content, draw, in_process, options, tiny_vae
+from tests.latents_tools import content, draw, in_process, options
 from tests.s3 import objects, s3_server
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as running:
-        yield running
-
-
 @pytest.fixture
 def bucket(server, request):
     return f"s3://bucket/{request.node.name}"
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae") / "vae"
-    save_vae(tiny_vae(), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -50,13 +50,6 @@ HALF = 2**-11  # relative rounding of fp16
 
 
 @pytest.fixture(scope="module")
-def vae(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("vae") / "vae"
-    save_vae(tiny_vae(), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     return draw(tmp_path_factory.mktemp("photos") / "photos", 23, sizes=((40, 40), (50, 36), (30, 44)))
 

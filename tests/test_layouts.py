@@ -32,10 +32,7 @@ def png(seed: int) -> bytes:
 PNG = png(0)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache_and_no_network(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets-cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 @pytest.fixture(autouse=True)

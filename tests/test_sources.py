@@ -33,10 +33,7 @@ def contents(source) -> list[bytes]:
     return [source.read(index) for index in range(len(source))]
 
 
-@pytest.fixture(autouse=True)
-def _no_cache_outside_the_test_and_no_network(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets-cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 @pytest.fixture(autouse=True)

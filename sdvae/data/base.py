@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 
-from sdvae.data.reading import ImageError
+from sdvae.data.reading import ImageError, read_stored
 from sdvae.errors import InputError, one_line
 from sdvae.io import printable
 from sdvae.storage import Storage, StorageError
@@ -185,6 +185,19 @@ def arrow_table(values: dict[str, list], features: Features) -> pa.Table:
     import pyarrow as pa
 
     return pa.table(values, schema=features.arrow_schema)
+
+
+def read_image_file(storage: Storage, file: str) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageError: when it cannot be read, or was not downloaded.
+        StorageError: when a bucket does not answer.
+    """
+    data = read_stored(storage, file)
+    if is_lfs_pointer(data):
+        raise ImageError("a Git LFS pointer: run «git lfs pull» to get the image")
+    return data
 
 
 def is_lfs_pointer(data: bytes) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdvae.data.base import Names, arrow_table, is_lfs_pointer
+from sdvae.data.base import Names, arrow_table, read_image_file
 from sdvae.data.reading import ImageError, read_stored
 from sdvae.data.text import decode_text, warn_once
 from sdvae.io import printable, utf8
@@ -56,10 +56,7 @@ class Files:
     def read(self, index: int) -> bytes:
         if not (file := self._files[index]):
             raise ImageError("cannot be read: it is named in the metadata and is not there")
-        data = read_stored(self._storage, file)
-        if is_lfs_pointer(data):
-            raise ImageError("a Git LFS pointer: run «git lfs pull» to get the image")
-        return data
+        return read_image_file(self._storage, file)
 
     @property
     def features(self) -> Features:

@@ -47,8 +47,8 @@ from sdvae.data.streams import HubStream
 from sdvae.data.tables import BucketTable, TableImages, TableStream, table_features
 from sdvae.data.tars import Tars, TarStream, no_images
 from sdvae.errors import InputError, one_line
-from sdvae.io import HUB_ID, printable
-from sdvae.storage import EXTRAS, BucketStorage, LocalStorage, Storage, is_url, open_storage
+from sdvae.io import HUB_ID, is_url, printable
+from sdvae.storage import EXTRAS, BucketStorage, LocalStorage, Storage, open_storage
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

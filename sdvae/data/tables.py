@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from sdvae.data.base import FileStream, Names, StreamedImage, arrow_table, is_lfs_pointer
-from sdvae.data.reading import ImageError, read_stored
+from sdvae.data.base import FileStream, Names, StreamedImage, arrow_table, is_lfs_pointer, read_image_file
+from sdvae.data.reading import ImageError
 from sdvae.errors import InputError, one_line
 from sdvae.storage import LocalStorage, Storage, StorageError
 
@@ -85,13 +85,12 @@ class BucketTable:
     """
 
     def __init__(self, storage: Storage, files: Sequence[str], column: str, features: Features, folder: Storage):
-        import datasets
 
         self._storage = storage
         self._files = list(files)
         self._column = column
         self._folder = folder
-        self._features = datasets.Features({name: kind for name, kind in features.items() if name != column})
+        self._features = _without(column, features)
         with ThreadPoolExecutor(OPENERS) as threads:
             opened = list(threads.map(self._ends_and_paths, files))
         self._groups = [(file, group) for file, (ends, _) in enumerate(opened) for group in range(len(ends))]
@@ -196,12 +195,11 @@ class TableStream(FileStream):
     """
 
     def __init__(self, storage: Storage, files: Mapping[str, int], column: str, features: Features, folder: Storage):
-        import datasets
 
         super().__init__(storage, files)
         self._column = column
         self._folder = folder
-        self._features = datasets.Features({name: kind for name, kind in features.items() if name != column})
+        self._features = _without(column, features)
 
     @property
     def features(self) -> Features:
@@ -238,14 +236,21 @@ def _batches(storage: Storage, file: str) -> Iterator[pa.RecordBatch]:
                 yield from opened.iter_batches(BATCH_ROWS, row_groups=[group])
         return
     with storage.open(file) as opened:
-        try:
-            stream = pa.ipc.open_stream(opened)  # as `datasets` writes it
-        except pa.ArrowInvalid:
-            opened.seek(0)
-            arrow = pa.ipc.open_file(opened)  # with an index at its end
-            yield from (arrow.get_batch(number) for number in range(arrow.num_record_batches))
-            return
-        yield from stream
+        reader = _arrow_reader(opened)
+        if isinstance(reader, pa.ipc.RecordBatchFileReader):
+            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            yield from reader
+
+
+def _arrow_reader(opened: BinaryIO) -> pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader:
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_stream(opened)  # as `datasets` writes it
+    except pa.ArrowInvalid:
+        opened.seek(0)
+        return pa.ipc.open_file(opened)  # with an index at its end
 
 
 def table_features(storage: Storage, file: str) -> Features:
@@ -264,11 +269,7 @@ def table_features(storage: Storage, file: str) -> Features:
                 schema = opened.schema_arrow
         else:
             with storage.open(file) as opened:
-                try:
-                    schema = pa.ipc.open_stream(opened).schema
-                except pa.ArrowInvalid:
-                    opened.seek(0)
-                    schema = pa.ipc.open_file(opened).schema
+                schema = _arrow_reader(opened).schema
     except StorageError:
         raise
     except (OSError, pa.ArrowException) as error:
@@ -276,6 +277,12 @@ def table_features(storage: Storage, file: str) -> Features:
             raise InputError(f"{where!r} is a Git LFS pointer; need the table itself; run «git lfs pull»") from error
         raise InputError(f"{where!r} cannot be read as a table ({one_line(error)}); copy it again") from error
     return datasets.Features.from_arrow_schema(schema)
+
+
+def _without(column: str, features: Features) -> Features:
+    import datasets
+
+    return datasets.Features({name: kind for name, kind in features.items() if name != column})
 
 
 def check_columns(where: str, schema: pa.Schema, names: Sequence[str]) -> None:
@@ -324,10 +331,7 @@ def image_bytes(value: Any, folder: Storage | None) -> bytes:
     # opening a pipe would wait for its other end
     if folder.is_local and os.path.exists(path) and not os.path.isfile(path):
         raise ImageError("cannot be read: not a regular file")
-    data = read_stored(folder, value if folder.is_local else posixpath.normpath(value))
-    if is_lfs_pointer(data):
-        raise ImageError("a Git LFS pointer: run «git lfs pull» to get the image")
-    return data
+    return read_image_file(folder, value if folder.is_local else posixpath.normpath(value))
 
 
 def distinct_paths(columns: Iterator[pa.ChunkedArray]) -> Names | None:

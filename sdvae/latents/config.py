@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sdvae.errors import InputError, Ranges, check_ranges
-from sdvae.storage import is_url
+from sdvae.io import is_url
 
 RANGES: Ranges = (
     ("at least 1", lambda x: x >= 1, "resolution bucket_step batch_size num_workers shard_rows min_side max_pixels"),

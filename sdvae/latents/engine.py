@@ -46,12 +46,12 @@ from tqdm import tqdm
 
 from sdvae.data import ImageError
 from sdvae.errors import InputError, one_line
+from sdvae.io import is_url
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.pipeline import ClaimedShard, Pipeline, Turn, finish
 from sdvae.latents.shards import Shards, SourceImage, raise_if_passing
 from sdvae.latents.task import DecodedImage, EncodeTask, ImageReader
 from sdvae.latents.writer import LatentWriter
-from sdvae.storage import is_url
 
 logger = logging.getLogger(__name__)
 

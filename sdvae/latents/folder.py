@@ -28,7 +28,7 @@ import torch
 from sdvae.data import kinds_of
 from sdvae.errors import InputError, one_line
 from sdvae.runtime import DTYPES
-from sdvae.storage import StorageError, open_storage
+from sdvae.storage import is_bad_content, open_storage
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -151,8 +151,8 @@ class LatentFolder:
             with self.parquet(shard) as file:
                 return json.loads(file.metadata.metadata[RECORD])
         except (pa.ArrowException, ValueError, KeyError, TypeError, OSError) as error:
-            if isinstance(error, StorageError) or getattr(error, "errno", None) is not None:
-                raise  # pyarrow also raises OSError for damaged metadata, without a number
+            if not is_bad_content(error):
+                raise
             raise InputError(
                 f"{self.storage.where(self.shard_name(shard))} is damaged; encode it again with --repair true"
             ) from error

@@ -20,7 +20,7 @@ from sdvae.latents.shards import SourceImage, raise_if_passing
 from sdvae.latents.summary import statistics_of
 from sdvae.latents.task import EncodeTask
 from sdvae.latents.writer import LatentWriter
-from sdvae.storage import StorageError
+from sdvae.storage import is_bad_content
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +84,8 @@ def _check_content(folder: LatentWriter, shard: int, num_rows: int, columns: lis
             for batch in file.iter_batches(columns=["index", "shape", *columns]):
                 if fault := _first_not_finite(batch.to_pylist(), folder.dtype, columns):
                     raise ShardFault(fault)
-    # ValueError and RuntimeError for too many or few bytes; pyarrow raises OSError without a number for bad content
-    except (pa.ArrowException, RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, StorageError) or getattr(error, "errno", None) is not None:
+    except (pa.ArrowException, RuntimeError, ValueError, OSError) as error:  # the middle two: too many or few bytes
+        if not is_bad_content(error):
             raise
         raise ShardFault(f"cannot be read ({one_line(error)})") from error
 

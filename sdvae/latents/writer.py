@@ -22,14 +22,14 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from sdvae.errors import InputError, first_few
-from sdvae.io import changed_fields, printable
+from sdvae.io import TEMPORARY, changed_fields, printable
 from sdvae.latents.folder import CARD, FORMAT, MANIFEST, RECORD, SHARDS, SKIPPED, VERSION, LatentFolder, entry_of
 from sdvae.latents.summary import card, statistics_of
 from sdvae.statistics import LatentMoments
@@ -75,7 +75,7 @@ class LatentWriter(LatentFolder):
         if isinstance(self.storage, LocalStorage) and self.storage.root.exists() and not self.storage.root.is_dir():
             raise InputError(f"{self.storage} is a file; need the path of a folder")
         if not self.storage.exists(MANIFEST):
-            strangers = sorted(printable(name) for name in self._names() if not _is_temporary(name))
+            strangers = sorted(printable(name) for name in self._names() if not fnmatch(name, TEMPORARY))
             if strangers:
                 raise InputError(
                     f"{self.storage} holds other files ({first_few(strangers)}) and no latents; need a new or empty "
@@ -127,13 +127,6 @@ class LatentWriter(LatentFolder):
             lock = self._acquired(f"{shard:05d}.lock", timeout=0)
         except Timeout:
             return None
-        except (NotImplementedError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-                raise
-            raise InputError(
-                f"the disk of {self.storage} has no file locks, by which processes divide the work; give each of n "
-                "processes its part, --part 0/n to --part n-1/n, and a single one --part 0/1"
-            ) from error
         if self.storage.exists(self.shard_name(shard)):  # another process finished it before the lock was taken
             self._done.add(shard)
             lock.release()
@@ -250,13 +243,23 @@ class LatentWriter(LatentFolder):
 
         Raises:
             Timeout: when another process holds it for longer.
+            InputError: when the disk has no locks.
         """
         while True:
             self._progress.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self._progress / name, thread_local=False, fallback_to_soft=False)
-            with suppress(FileNotFoundError):
+            try:
                 lock.acquire(timeout=timeout)
                 return lock
+            except FileNotFoundError:
+                continue
+            except (NotImplementedError, OSError) as error:
+                if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in NO_LOCKS):
+                    raise
+                raise InputError(
+                    f"the disk of {self.storage} has no file locks, by which processes divide the work; give each of n "
+                    "processes its part, --part 0/n to --part n-1/n, and a single one --part 0/1"
+                ) from error
 
     @property
     def _progress(self) -> Path:
@@ -313,10 +316,6 @@ def _parquet(table: pa.Table, row_group_rows: int, record: Mapping[str, Any]) ->
         whole = {"rows": table.num_rows, **record, "data_bytes": size, "sha256": digest}
         writer.add_key_value_metadata({RECORD.decode(): json.dumps(whole)})
     return file.getvalue()
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and ".tmp-" in name
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from sdvae.errors import InputError
-from sdvae.io import changed_fields, left_beside, refuse_url, replacing
+from sdvae.io import TEMPORARY, changed_fields, left_beside, refuse_url, replacing
 from sdvae.training.checkpoint import Checkpoint, newest_whole
 from sdvae.training.config import TrainConfig
 from sdvae.training.recipe import BEFORE
@@ -195,7 +195,7 @@ class RunFolder:
                 target = folder / retired.name[1:].partition(".old-")[0]
                 if not target.exists():  # killed between the two renames that replace a folder
                     retired.rename(target)
-            for pattern in (".*.tmp-*", ".*.old", ".*.old-*"):
+            for pattern in (TEMPORARY, ".*.old", ".*.old-*"):
                 self._remove(*folder.glob(pattern))
 
     @staticmethod
