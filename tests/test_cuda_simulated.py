@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
@@ -47,14 +46,6 @@ def cuda() -> Iterator[Simulation]:
         yield simulation
     AcceleratorState._reset_state()
     PartialState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def trunk(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("trunk") / "squeeze.pth"
-    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), file)
-    return file
 
 
 def waits_of(cuda: Simulation) -> Counter[str]:
@@ -107,12 +98,25 @@ def test_tensors_of_two_devices_do_not_mix(cuda):
         (lambda x: torch.ones(2).pin_memory().to(x.device, non_blocking=True), 0),
         (lambda x: x.to("cuda") + x.new_zeros(()) + 1.5, 0),
         (lambda x: x.cpu().sum().item(), 1),
+        (lambda x: x[[1, 0]], 1),
     ],
 )
 def test_what_waits_is_counted(cuda, read, count):
     x = torch.ones(2, device="cuda")
     read(x)
     assert len(cuda.waits) == count
+
+
+def test_a_list_of_indices_has_its_values_on_the_device(cuda):
+    x = torch.tensor([5, 6, 7], device="cuda")
+    assert x[[2, 0]].tolist() == [7, 5]
+    assert x[None, [1]].tolist() == [[6]]
+    x[[0, 1]] = 1
+    assert x.tolist() == [1, 1, 7]
+
+
+def test_memory_without_values_is_not_zero_by_luck(cuda):
+    assert torch.empty(3, device="cuda").isnan().all()
 
 
 def test_an_asynchronous_copy_to_the_host_arrives_at_the_event(cuda):

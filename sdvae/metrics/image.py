@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
@@ -49,8 +50,8 @@ def image_metrics(
     }
     if perceptual is not None:
         columns[perceptual.name] = perceptual(reconstruction, images)
-    values = {name: column.tolist() for name, column in columns.items()}
-    return [{name: column[i] for name, column in values.items()} for i in range(len(images))]
+    rows = torch.stack(list(columns.values()), dim=1).tolist()  # at once, since each read waits for the device
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def image_figures(
