@@ -353,6 +353,7 @@ def simulated_cuda(free_bytes: int = 2**40) -> Iterator[Simulation]:
         (torch.cuda, "reset_peak_memory_stats"): lambda *_: None,
         (torch.cuda, "empty_cache"): lambda: None,
         (torch.cuda, "Event"): Event,
+        (torch.backends.cuda, "can_use_efficient_attention"): lambda *_: True,  # though the plain product is computed
         (torch.accelerator, "is_available"): lambda: True,
         (torch.accelerator, "device_count"): lambda: 1,
         (torch.accelerator, "current_accelerator"): lambda *_, **__: torch.device("cuda"),

@@ -7,11 +7,20 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdvae import AutoencoderKL, InputError, load_vae
 from sdvae.cpu import kernels as fast
 from sdvae.data import open_source, read_image, to_tensor
 from sdvae.model import tiling as streaming
+
+SD = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
 
 
 def vae_of(**changes) -> AutoencoderKL:
@@ -209,7 +218,7 @@ def test_a_budget_decides_on_strips_and_one_too_small_says_what_is_needed():
     vae = vae_of()
     z = torch.randn(1, 4, 32, 16)
     maps = streaming.map_bytes(vae, 1, 128, 64, torch.float32)
-    least = maps + 2 * streaming.STRIPS_AT_ONCE * streaming.row_bytes(vae, 1, 128, 64, torch.float32)
+    least = maps + 3 * streaming.STRIPS_AT_ONCE * streaming.row_bytes(vae, 1, 128, 64, torch.float32)
     with torch.no_grad():
         wanted = vae.decode(z).sample
         vae.enable_tiling(memory_bytes=least)
@@ -221,18 +230,32 @@ def test_a_budget_decides_on_strips_and_one_too_small_says_what_is_needed():
             vae.decode(z)
 
 
-def test_on_an_accelerator_maps_that_do_not_fit_go_to_the_host():
+def test_on_an_accelerator_maps_that_do_not_fit_go_to_the_host(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "can_use_efficient_attention", lambda _: True)
     vae = vae_of()
     gpu = torch.device("cuda")  # nothing is computed there
     shape = (1, 3, 512, 512)
     maps = streaming.map_bytes(vae, 1, 512, 512, torch.float32)
-    assert streaming.plan(vae, shape, gpu, torch.float32, 4 * maps).store == gpu
-    beside = streaming.plan(vae, shape, gpu, torch.float32, maps + streaming.STRIPS_AT_ONCE * 2**19)
-    assert beside.store == gpu, "with smaller strips they fit"
-    assert maps + streaming.STRIPS_AT_ONCE * beside.strip_bytes <= maps + streaming.STRIPS_AT_ONCE * 2**19
-    budget = streaming.plan(vae, shape, gpu, torch.float32, maps // 2)
+    rows = streaming.row_bytes(vae, 1, 512, 512, torch.float32)
+    with FakeTensorMode():
+        assert streaming.plan(vae, shape, gpu, torch.float32, 4 * maps).store == gpu
+        beside = streaming.plan(vae, shape, gpu, torch.float32, maps + streaming.STRIPS_AT_ONCE * 2**20)
+        assert beside.store == gpu, "with smaller strips they fit"
+        assert (
+            maps + streaming.STRIPS_AT_ONCE * (beside.strip_bytes + 2 * rows) <= maps + streaming.STRIPS_AT_ONCE * 2**20
+        )
+        budget = streaming.plan(vae, shape, gpu, torch.float32, maps // 2)
     assert budget.store == torch.device("cpu")
-    assert 0 < 2 * streaming.STRIPS_AT_ONCE * budget.strip_bytes <= maps // 2
+    assert 0 < streaming.STRIPS_AT_ONCE * budget.strip_bytes <= maps // 2
+
+
+@pytest.mark.parametrize("side", [4096, 8192])
+def test_a_budget_with_room_for_the_maps_is_accepted_however_large_the_image(side):
+    with torch.device("meta"):
+        vae = vae_of(**SD)
+    maps = streaming.map_bytes(vae, 1, side, side, torch.float32)
+    budget = streaming.plan(vae, (1, 3, side, side), torch.device("cpu"), torch.float32, 2 * maps)
+    assert budget.strip_bytes <= streaming.STRIP_BYTES
 
 
 @pytest.mark.parametrize(
