@@ -186,6 +186,7 @@ def test_a_conditional_vae_takes_labels_of_the_cpu_without_waiting(cuda):
     waits_of(cuda)
     posterior = gpu.encode(on_gpu, labels=pinned).latent_dist
     image = gpu.decode(posterior.mode(), labels=pinned).sample
+    gpu.decode(posterior.mode())
     assert not waits_of(cuda)
     assert equal(image, cpu.decode(cpu.encode(x, labels=labels).latent_dist.mode(), labels=labels).sample)
     assert equal(gpu.encode(on_gpu, labels=labels.to("cuda")).latent_dist.mode(), posterior.mode().cpu())

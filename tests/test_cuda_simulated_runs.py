@@ -41,7 +41,7 @@ AT_THE_START |= {"training/loop.py:_probe", "training/preflight.py:probe", "trai
 AT_THE_START |= {"training/players.py:load_optimizer"}
 AT_A_VALIDATION = {"training/validation.py:validate", "training/validation.py:measure_latents", "statistics.py:update"}
 AT_A_VALIDATION |= {"weights/read.py:<listcomp>", "model/autoencoder.py:save_pretrained"}
-AT_A_VALIDATION |= {"tutorial/conditional.py:_embedded", "model/posterior.py:noise_like"}
+AT_A_VALIDATION |= {"tutorial/conditional.py:_embedded"}
 AT_A_CHECKPOINT = {"training/checkpoint.py:<dictcomp>", "training/state.py:state_dict"}
 SOMETIMES = AT_THE_START | AT_A_VALIDATION | AT_A_CHECKPOINT
 
