@@ -3,8 +3,8 @@
     images --encoder--> scaled latents --decoder--> images
 
 A student computes what a VAE, its teacher, computes, with a fraction of the operations: no attention, no norms, one
-width, and nothing but 3x3 convolutions and ReLUs. `sdvae distil` trains one. It is enough for previews while a diffusion
-model samples, and for a light encoder. Three things differ from AutoencoderKL:
+width, and nothing but 3x3 convolutions and ReLUs. `sdvae distil` trains one. It is enough for previews while a
+diffusion model samples, and for a light encoder. Three things differ from AutoencoderKL:
 
 - There is no posterior. The encoder predicts the mean of the teacher's.
 - Its latents are those of diffusion models, (z - shift_factor) · scaling_factor of the teacher, of mean 0 and standard
@@ -12,9 +12,9 @@ model samples, and for a light encoder. Three things differ from AutoencoderKL:
 - The networks compute with images in [0, 1]; `encode` takes and `decode` returns [-1, 1], like every VAE here.
 
 Configuration keys and state-dict names are those of diffusers' AutoencoderTiny, so both classes read the same weights
-and config.json. The class here is a subclass of diffusers', because diffusers' pipelines require an instance of that. It
-inherits saving, loading, slicing and `forward`. The networks are here, and so is tiling, which gives the values of the
-whole image; diffusers' own tiles blend into each other, and take only 4 latent channels and fp32.
+and config.json. The class here is a subclass of diffusers', because diffusers' pipelines require an instance of that.
+It inherits saving, loading, slicing and `forward`. The networks are here, and so is tiling, which gives the values of
+the whole image; diffusers' own tiles blend into each other, and take only 4 latent channels and fp32.
 """
 
 from __future__ import annotations
