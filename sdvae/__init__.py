@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # «as» the same name marks a name as public for type checke
     from sdvae.weights import export_targets as export_targets
     from sdvae.weights import load_vae as load_vae
     from sdvae.weights import save_ldm as save_ldm
+    from sdvae.weights import save_taesd as save_taesd
     from sdvae.weights import save_vae as save_vae
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _MODULE_OF = {
     "load_vae": "sdvae.weights",
     "save_vae": "sdvae.weights",
     "save_ldm": "sdvae.weights",
+    "save_taesd": "sdvae.weights",
     "export_targets": "sdvae.weights",
     "TrainConfig": "sdvae.training.config",
     "train": "sdvae.training.loop",

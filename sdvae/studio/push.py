@@ -42,7 +42,7 @@ from sdvae.training.model_card import (
 from sdvae.training.run_folder import RunFolder
 from sdvae.training.save import grid_of
 from sdvae.training.validation import ValidationResult, validate
-from sdvae.weights import load_vae, save_ldm, save_vae
+from sdvae.weights import load_kl, save_ldm, save_vae
 
 GRID_IMAGES = 4  # rows in the grid
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -229,7 +229,7 @@ def _open(vae: AutoencoderKL | str | Path, subfolder: str | None) -> tuple[Autoe
     run = RunFolder(path)
     if run.config.is_file() and run.model.is_dir():
         path = run.model
-    model = load_vae(path, subfolder=subfolder, dtype="file")  # uploaded as it is
+    model = load_kl(path, subfolder=subfolder, dtype="file")  # uploaded as it is
     folder = path / (subfolder or "")
     return model, folder if (folder / "config.json").is_file() else None, base_model(str(vae))
 

@@ -22,7 +22,7 @@ from sdvae.errors import InputError
 from sdvae.io import printable
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.image import image_metrics
-from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.model import Autoencoder, DiagonalGaussian
 from sdvae.model.tiling import map_bytes
 from sdvae.pictures import amplified_difference, tile_grid
 from sdvae.roundtrip import check_image_channels, decode_images, encode_images
@@ -42,7 +42,7 @@ class Model:
     """A VAE and the name under which it is shown."""
 
     name: str
-    vae: AutoencoderKL
+    vae: Autoencoder
 
     @classmethod
     def load(cls, source: str | None) -> Model:
@@ -80,7 +80,7 @@ class Model:
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """(1, C, H, W) of any size -> the posterior over the latents of the padded image, on the CPU."""
         self._tile_if_large(x.shape[2], x.shape[3])
-        return DiagonalGaussian(encode_images(self.vae, x.to(self.vae.device)).parameters.cpu())
+        return encode_images(self.vae, x.to(self.vae.device)).to("cpu")
 
     def decode(self, z: Tensor, height: int, width: int) -> Tensor:
         """(1, c, ⌈H/f⌉, ⌈W/f⌉) -> (1, C, H, W) in about [-1, 1], on the CPU."""
@@ -91,7 +91,7 @@ class Model:
         """Use strips if the whole image would take gigabytes. They give the same result, and are slower."""
         ratio = self.vae.spatial_compression_ratio
         height, width = height + -height % ratio, width + -width % ratio  # as padded
-        self.vae.enable_tiling(map_bytes(self.vae, 1, height, width, torch.float32) > WHOLE_BYTES)
+        self.vae.use_tiling = map_bytes(self.vae, 1, height, width, torch.float32) > WHOLE_BYTES
 
 
 @dataclass(frozen=True)
@@ -200,15 +200,16 @@ def show(model: Model, encoded: Encoded, edits: Edits) -> View:
     y = model.decode(z, height, width)
     seconds = time.perf_counter() - start
     (merits,) = image_metrics(x, y, encoded.posterior, None)
-    nats = float(encoded.posterior.kl())
+    figures = {"PSNR": f"{merits['psnr']:.2f} dB", "SSIM": f"{merits['ssim']:.4f}"}
+    if not encoded.posterior.deterministic:
+        nats = float(encoded.posterior.kl())
+        figures["KL"] = f"{nats:,.0f} nats = {nats / math.log(2) / (height * width):.3f} bits per pixel"
     return View(
         original=to_image(x[0]),
         reconstruction=to_image(y[0]),
         difference=to_image(amplified_difference(x, y)[0]),
         figures={
-            "PSNR": f"{merits['psnr']:.2f} dB",
-            "SSIM": f"{merits['ssim']:.4f}",
-            "KL": f"{nats:,.0f} nats = {nats / math.log(2) / (height * width):.3f} bits per pixel",
+            **figures,
             "latents": " x ".join(str(side) for side in z.shape[1:]),
             "encode": f"{1000 * encoded.seconds:.0f} ms",
             "decode": f"{1000 * seconds:.0f} ms",
@@ -277,7 +278,9 @@ def draw_channels(z: Tensor, channel: int | None) -> Image.Image:
 
 
 def save_latents(model: Model, encoded: Encoded, path: Path) -> None:
-    """Write a safetensors file with `mean` and `logvar`, (1, c, h, w) float32 each: unscaled and not edited.
+    """Write a safetensors file with `mean` and `logvar`, (1, c, h, w) float32 each: as the encoder gives them.
+
+    There is no `logvar` if the encoder predicts no variance.
 
     Its metadata hold the VAE's name, its scaling_factor (and shift_factor, if it has one), and the image's width and
     height in pixels, to which the decoded image has to be cropped.
@@ -288,7 +291,9 @@ def save_latents(model: Model, encoded: Encoded, path: Path) -> None:
         metadata["shift_factor"] = repr(config.shift_factor)
     height, width = encoded.x.shape[-2:]
     metadata |= {"image_width": str(width), "image_height": str(height)}
-    tensors = {"mean": encoded.posterior.mean.contiguous(), "logvar": encoded.posterior.logvar.contiguous()}
+    tensors = {"mean": encoded.posterior.mean.contiguous()}
+    if not encoded.posterior.deterministic:
+        tensors["logvar"] = encoded.posterior.logvar.contiguous()
     save_file(tensors, path, metadata=metadata)
 
 
