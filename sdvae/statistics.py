@@ -481,7 +481,9 @@ class LatentRGB:
             z: (B, C, h, w), scaled as a diffusion model gets them.
             images: (B, 3, f·h, f·w) in [-1, 1].
         """
-        small = F.adaptive_avg_pool2d(images.detach().cpu().double(), tuple(z.shape[2:]))  # the mean of f x f pixels
+        small = F.adaptive_avg_pool2d(
+            images.detach().cpu().double(), (z.shape[2], z.shape[3])
+        )  # the mean of f x f pixels
         v = torch.cat([z.detach().cpu().double(), torch.ones_like(small[:, :1]), small], dim=1)
         v = v.transpose(0, 1).flatten(1)  # (C + 1 + colours, positions)
         self.sums += v @ v.T

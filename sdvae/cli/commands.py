@@ -26,6 +26,13 @@ def train(options: TrainConfig) -> None:
     train(options)
 
 
+def distil(options: TrainConfig) -> None:
+    """Train a small, fast student of a VAE: VAE --config FILE [--dotted.key=value …]"""
+    if options.distil.teacher is None:
+        raise InputError("got no VAE; need the one to learn from; sdvae distil VAE --config configs/tiny.yaml")
+    train(options)
+
+
 def encode(options: EncodeConfig) -> None:
     """Encode a data set of images to latents: --source DATA --output FOLDER [--vae SOURCE] [--mirror true …]"""
     from sdvae.latents.encode import encode
@@ -263,10 +270,12 @@ class Command(NamedTuple):
     positional: tuple[str, ...] = ()  # `parse_options` explains this, `lists` and `urls`
     lists: tuple[str, ...] = ()
     urls: tuple[str, ...] = ()  # the options that may hold a URL; the others refuse it
+    first: str = ""  # the option that the first argument gives, if it stands without a name
 
 
 COMMANDS = {
     "train": Command(train, urls=("data.source", "data.validation_source")),
+    "distil": Command(distil, urls=("data.source", "data.validation_source"), first="distil.teacher"),
     "encode": Command(encode, urls=("source", "output", "ray_address")),
     "convert": Command(convert, positional=("folder", "target"), urls=("folder",)),
     "export": Command(export, positional=("source", "target"), urls=("latents", "data")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import os
 import threading
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from sdvae.errors import InputError
 from sdvae.model import Autoencoder, DiagonalGaussian
 from sdvae.model.kinds import has_posterior
+from sdvae.model.state import sha256_of_weights
 from sdvae.roundtrip import encode_images
 from sdvae.runtime import DTYPES, accelerator_type, resolve_precision
 from sdvae.weights import load_vae
@@ -220,13 +220,8 @@ def _copied(vae: Autoencoder, dtype: torch.dtype, device: torch.device) -> Autoe
 
 def encoder_sha256(vae: Autoencoder) -> str:
     """A hash of name, dtype, shape and bytes of every weight that latents depend on, so not of the decoder's."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(vae.state_dict().items()):
-        if not name.startswith(("encoder.", "quant_conv.")):
-            continue
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    weights = vae.state_dict().items()
+    return sha256_of_weights({name: weight for name, weight in weights if name.startswith(("encoder.", "quant_conv."))})
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -164,3 +166,12 @@ def initialise(model: nn.Module, keys: list[str]) -> None:
         kept = {part: w.detach().clone() for part, w in layer.named_parameters() if f"{name}.{part}" not in keys}
         layer.reset_parameters()
         layer.load_state_dict(kept, strict=False)
+
+
+def sha256_of_weights(weights: Mapping[str, Tensor]) -> str:
+    """A hash of name, dtype, shape and bytes of every weight."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

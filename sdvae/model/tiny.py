@@ -101,6 +101,11 @@ class TinyDecoder(_Tiny):
         layers += [TinyBlock(width, act_fn) for _ in range(blocks[-1])]
         super().__init__([*layers, conv3x3(width, out_channels)])
 
+    @property
+    def conv_out(self) -> nn.Module:
+        """The last convolution, under the name that it has in AutoencoderKL's decoder."""
+        return self.layers[-1]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.run(torch.tanh(x / LATENT_BOUND) * LATENT_BOUND).mul(2).sub(1)
 

@@ -20,10 +20,11 @@ from torch import nn
 
 from sdvae.errors import InputError
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
-from sdvae.model import AutoencoderKL
+from sdvae.model import AutoencoderKL, AutoencoderTiny
 from sdvae.model.config import shape_of
 from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
 from sdvae.training.config import ModelConfig, TrainConfig
+from sdvae.training.distil import build_student
 from sdvae.training.initialise import initialise
 from sdvae.training.players import freeze_encoder
 from sdvae.training.processes import everywhere, from_main
@@ -104,8 +105,27 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
             *(tune.source, vae.likelihood, config.loss.reconstruction, likelihood),
         )
     vae.set_likelihood(likelihood)
+    return vae.train(), describing(config, vae)
+
+
+def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, AutoencoderKL, TrainConfig]:
+    """A student with new weights, its teacher, and the recipe with a model section that describes the teacher.
+
+    Both are in fp32 on the CPU.
+
+    Raises:
+        InputError: when the teacher cannot be read, or the student's shape does not fit it.
+    """
+    settings = config.distil
+    assert settings.teacher is not None
+    teacher = load_kl(settings.teacher, subfolder=settings.subfolder, config=settings.config, dtype=torch.float32)
+    return build_student(settings, teacher).train(), teacher, describing(config, teacher)
+
+
+def describing(config: TrainConfig, vae: AutoencoderKL) -> TrainConfig:
+    """The recipe with a model section that describes an existing VAE."""
     model = ModelConfig(**shape_of(vae.config), measure_shift=vae.config.shift_factor is not None)
-    return vae.train(), replace(config, model=model)
+    return replace(config, model=model)
 
 
 def build_vae(config: ModelConfig) -> AutoencoderKL:
@@ -116,8 +136,8 @@ def build_vae(config: ModelConfig) -> AutoencoderKL:
     return vae
 
 
-def lay_out(vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
-    """Move the VAE to its device, and give it the memory format and the kernels with which it trains fastest.
+def lay_out(vae: AutoencoderKL | AutoencoderTiny, config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
+    """Move a VAE or student to its device, and give it the memory format and the kernels with which it is fastest.
 
     Returns:
         The recipe, with `channels_last` as it was chosen here.
