@@ -33,6 +33,17 @@ from sdvae.statistics import LatentRGB, RGBFactors
 from sdvae.weights.save import RGB_FACTORS
 
 BATCH_SIZE = 4  # images
+PREVIEWS = "Previews"  # heading of the section in a model card
+PREVIEWS_TEXT = """The linear map from latents to RGB that comes nearest to images shrunk by {compression_ratio}
+(«latent RGB factors»), also in `{name}`. It takes latents as a diffusion model gets them,
+`(z - shift_factor) * scaling_factor`, and gives values from -1 to 1:
+
+| | {colours} |
+|---|{rules}
+{table}
+
+By least squares over {images} images at {resolution}x{resolution} pixels: {psnr:.1f} dB, R² {r2}.
+"""
 PATCH = 2  # Flux's pipelines pack 2 x 2 latents into one token
 
 Decoder = Autoencoder | RGBFactors
@@ -152,6 +163,25 @@ class Preview:
     def __str__(self) -> str:
         r2 = ", ".join(f"{value:.3f}" for value in self.map.r2.tolist())
         return f"{self.map.psnr:.1f} dB, R² {r2}, fitted to {self.about['images']} images"
+
+    def markdown(self) -> str:
+        """The content of a model card's section `PREVIEWS`, with the numbers as UIs take them."""
+        rows = [*self.map.factors.tolist(), self.map.bias.tolist()]
+        names = [*(f"channel {channel}" for channel in range(len(rows) - 1)), "bias"]
+        table = "\n".join(
+            f"| {name} | {' | '.join(f'{v:.4f}' for v in row)} |" for name, row in zip(names, rows, strict=True)
+        )
+        r2 = ", ".join(f"{value:.3f}" for value in self.map.r2.tolist())
+        colours = ("R", "G", "B") if len(rows[0]) == 3 else ("grey",)
+        return PREVIEWS_TEXT.format(
+            name=RGB_FACTORS,
+            colours=" | ".join(colours),
+            rules="---|" * len(colours),
+            table=table,
+            psnr=self.map.psnr,
+            r2=r2,
+            **self.about,
+        )
 
     def write_beside(self, vae: Path) -> Path:
         """Write it into a VAE's folder, or beside its file.

@@ -245,8 +245,8 @@ class PushOptions(ColorOption):
     message: str | None = None
     """Message of the commit."""
     data: str | None = None
-    """Images for the figures and the picture of the card: whatever `data.source` takes in training. By default the card
-    keeps its figures and its picture."""
+    """Images for the figures, the picture and the latent RGB factors of the card: whatever `data.source` takes in
+    training. By default the card keeps its own."""
     count: int = 50
     """Largest number of those images."""
     resolution: int = 256
