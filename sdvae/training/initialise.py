@@ -17,8 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sdvae.model import AutoencoderKL
+from sdvae.model import AutoencoderKL, AutoencoderTiny
 from sdvae.model.blocks import Downsample, ResnetBlock, SelfAttention, Upsample
+from sdvae.model.tiny import TinyBlock
 
 INITIAL_LOGVAR = -6.0  # std 0.05, against latents of std about 1
 SYMMETRY_NOISE = 0.3  # as a fraction of LeCun's standard deviation, 1/sqrt(fan_in)
@@ -52,6 +53,26 @@ def initialise(vae: AutoencoderKL) -> None:
     latent_channels = vae.config.latent_channels
     nn.init.zeros_(vae.get_parameter(f"{moments}.weight")[latent_channels:])
     nn.init.constant_(vae.get_parameter(f"{moments}.bias")[latent_channels:], INITIAL_LOGVAR)
+
+
+@torch.no_grad()
+def initialise_student(student: AutoencoderTiny) -> None:
+    """Set all weights in place, by the same rules: each block is relu(x), and resampling convolutions copy their input.
+
+    Then the decoder gives a coarse picture whose colours are random functions of the latents.
+    """
+    for network in (student.encoder, student.decoder):
+        convs = [layer for layer in network.layers if isinstance(layer, nn.Conv2d)]
+        for conv in convs:
+            (mix_channels if conv in (convs[0], convs[-1]) else pass_through)(conv)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+        for block in network.layers:
+            if isinstance(block, TinyBlock):
+                for conv in (block.conv[0], block.conv[2], block.conv[4]):
+                    nn.init.normal_(conv.weight, std=(2 / fan_in(conv.weight)) ** 0.5)  # He et al. 2015, for ReLUs
+                    nn.init.zeros_(conv.bias)
+                nn.init.zeros_(block.conv[4].weight)
 
 
 def fan_in(weight: Tensor) -> int:
