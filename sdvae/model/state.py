@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -81,10 +82,15 @@ def plain_weights(vae: Any) -> dict[str, Tensor]:
 def rebuilt(vae: Any, kind: type[Any]) -> Any:
     """A newly built model of class `kind`, with the configuration, the `plain_weights` and the mode of `vae`."""
     with torch.device("meta"):  # only shapes: no memory, no random initialisation
-        model = kind(**{key: value for key, value in vae.config.items() if not key.startswith("_")})
+        model = kind(**_arguments(vae))
     model.register_to_config(**{key: value for key, value in vae.config.items() if key != "_class_name"})
     model.load_state_dict(plain_weights(vae), assign=True)
     return model.train(vae.training)
+
+
+def _arguments(vae: Any) -> dict[str, Any]:
+    """The keys of a model's config that its class takes: not notes, nor what AutoencoderTiny adds by itself."""
+    return {key: vae.config[key] for key in inspect.signature(type(vae).__init__).parameters if key in vae.config}
 
 
 def _is_merged(module: nn.Module) -> bool:
@@ -95,7 +101,7 @@ def _is_merged(module: nn.Module) -> bool:
 
 def _check_names(weights: dict[str, Tensor], vae: Any) -> None:
     with torch.device("meta"):
-        expected = type(vae)(**{key: value for key, value in vae.config.items() if not key.startswith("_")})
+        expected = type(vae)(**_arguments(vae))
     shapes = {key: weight.shape for key, weight in expected.state_dict().items()}
     if (odd := sorted(weights.keys() - shapes.keys())) or shapes.keys() - weights.keys():
         for pattern, addition, remedy in _ADDITIONS:

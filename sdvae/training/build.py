@@ -30,7 +30,7 @@ from sdvae.training.players import freeze_encoder
 from sdvae.training.processes import everywhere, from_main
 from sdvae.training.run_folder import RunFolder
 from sdvae.tutorial.conditional import ConditionalAutoencoderKL
-from sdvae.weights import load_vae
+from sdvae.weights import load_kl
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
         vae = build_vae(config.model).train()
         vae.set_likelihood(likelihood)
         return vae, config
-    vae = load_vae(tune.source, subfolder=tune.subfolder, config=tune.config, dtype=torch.float32)
+    vae = load_kl(tune.source, subfolder=tune.subfolder, config=tune.config, dtype=torch.float32)
     if likelihood == "bernoulli" and vae.config.in_channels != 1:
         raise InputError(
             f"got loss.reconstruction=bce for {tune.source}, whose images have {vae.config.in_channels} channels; need "
@@ -118,7 +118,7 @@ def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, AutoencoderK
     """
     settings = config.distil
     assert settings.teacher is not None
-    teacher = load_vae(settings.teacher, subfolder=settings.subfolder, config=settings.config, dtype=torch.float32)
+    teacher = load_kl(settings.teacher, subfolder=settings.subfolder, config=settings.config, dtype=torch.float32)
     return build_student(settings, teacher).train(), teacher, describing(config, teacher)
 
 
