@@ -20,7 +20,7 @@ from torch import nn
 
 from sdvae.errors import InputError
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
-from sdvae.model import AutoencoderKL, AutoencoderTiny
+from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
 from sdvae.model.config import shape_of
 from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
 from sdvae.training.config import ModelConfig, TrainConfig
@@ -136,7 +136,7 @@ def build_vae(config: ModelConfig) -> AutoencoderKL:
     return vae
 
 
-def lay_out(vae: AutoencoderKL | AutoencoderTiny, config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
+def lay_out(vae: Autoencoder, config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
     """Move a VAE or student to its device, and give it the memory format and the kernels with which it is fastest.
 
     Returns:

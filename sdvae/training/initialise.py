@@ -62,17 +62,19 @@ def initialise_student(student: AutoencoderTiny) -> None:
     Then the decoder gives a coarse picture whose colours are random functions of the latents.
     """
     for network in (student.encoder, student.decoder):
-        convs = [layer for layer in network.layers if isinstance(layer, nn.Conv2d)]
-        for conv in convs:
-            (mix_channels if conv in (convs[0], convs[-1]) else pass_through)(conv)
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=(2 / fan_in(parameter)) ** 0.5)  # He et al. 2015, for ReLUs
+        resampling = [layer for layer in network.layers if isinstance(layer, nn.Conv2d)]
+        for conv in (resampling.pop(0), resampling.pop()):
+            mix_channels(conv)
+        for conv in resampling:
+            pass_through(conv)
         for block in network.layers:
             if isinstance(block, TinyBlock):
-                for conv in (block.conv[0], block.conv[2], block.conv[4]):
-                    nn.init.normal_(conv.weight, std=(2 / fan_in(conv.weight)) ** 0.5)  # He et al. 2015, for ReLUs
-                    nn.init.zeros_(conv.bias)
-                nn.init.zeros_(block.conv[4].weight)
+                nn.init.zeros_(block.get_parameter("conv.4.weight"))
 
 
 def fan_in(weight: Tensor) -> int:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from sdvae.data import BadImages, ImageSource
 from sdvae.data.dataset import Batch
 from sdvae.errors import one_line
-from sdvae.model import AutoencoderKL, AutoencoderTiny
+from sdvae.model import Autoencoder, AutoencoderKL
 from sdvae.training.build import build_accelerator, build_perceptual, lay_out, starting_student, starting_vae
 from sdvae.training.checkpoint import checkpoint_name
 from sdvae.training.config import TrainConfig, check_used
@@ -108,7 +108,7 @@ class Training:
         on_main(accelerator, self.run.check_ours)
         self.train_source, self.validation_source = everywhere(accelerator, self._open)
         torch.manual_seed(recipe.seed)  # for the initial weights
-        self.vae: AutoencoderKL | AutoencoderTiny
+        self.vae: Autoencoder
         self.teacher: Teacher | None = None
         if recipe.distil.teacher is None:
             self.vae, self.config = everywhere(accelerator, lambda: starting_vae(recipe))
@@ -295,6 +295,7 @@ class Training:
         images = batch["image"].to(self.accelerator.device)
         if self.teacher is not None:
             return probe_teacher(self.teacher, images, self.config)
+        assert isinstance(self.vae, AutoencoderKL)
         return probe(self.vae, images, batch["noise_seed"], self.config, self.perceptual, **conditioning_of(batch))
 
     def _batches(self) -> Generator[Batch, None, None]:
