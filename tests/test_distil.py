@@ -17,6 +17,7 @@ from sdvae.cli import main, parse_train_config
 from sdvae.data.dataset import EvaluationImages
 from sdvae.errors import Stopped
 from sdvae.metrics.image import psnr
+from sdvae.model.tiny import TinyBlock
 from sdvae.noise import posterior_generators
 from sdvae.training import loop, save
 from sdvae.training.build import build_accelerator, starting_student
@@ -267,6 +268,46 @@ def test_latents_that_are_not_scaled_to_one_are_found(teacher_folder, tmp_path):
         found = probe_teacher(Teacher(tiny_vae(scaling_factor=factor), accelerator), images(), config)
         assert [line for line in found if "scaling_factor" in line] == [] if right else any("std 4" in x for x in found)
         assert any("is it the right VAE?" in line for line in found), "whose weights are random"
+
+
+def test_a_student_to_start_from_keeps_its_weights_and_shape(teacher_folder, tmp_path, caplog):
+    caplog.set_level("INFO", logger="sdvae")
+    shape = {"encoder_block_out_channels": (8, 8), "num_encoder_blocks": (0, 1)}
+    shape |= {"decoder_block_out_channels": (4, 4), "num_decoder_blocks": (1, 0)}
+    first = StockAutoencoderTiny(**shape)
+    first.save_pretrained(tmp_path / "student")
+    student, *_ = starting_student(recipe(teacher_folder, student=str(tmp_path / "student")))
+    assert not differences(dict(student.state_dict()), dict(first.state_dict()))
+    assert student.training
+    assert "widths and blocks in the recipe are not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latent_channels": 16}, r"with 16 latent_channels; need 4, those of"),
+        ({"encoder_block_out_channels": (8,) * 3, "num_encoder_blocks": (1, 1, 1)}, r"compresses by 4; need 2, as"),
+    ],
+)
+def test_a_student_that_does_not_fit_the_teacher_is_refused(teacher_folder, tmp_path, change, message):
+    shape = {"encoder_block_out_channels": (8, 8), "num_encoder_blocks": (0, 1)}
+    shape |= {"decoder_block_out_channels": (4, 4), "num_decoder_blocks": (1, 0)}
+    StockAutoencoderTiny(**{**shape, **change}).save_pretrained(tmp_path / "student")
+    with pytest.raises(InputError, match=message):
+        starting_student(recipe(teacher_folder, student=str(tmp_path / "student")))
+    with pytest.raises(InputError, match="is no AutoencoderTiny; need a student"):
+        starting_student(recipe(teacher_folder, student=str(teacher_folder)))
+
+
+def test_blocks_of_a_new_student_are_relus_and_its_output_follows_the_latents(teacher_folder):
+    student, *_ = starting_student(recipe(teacher_folder, decoder_width=32))
+    x = torch.randn(1, 32, 8, 8)
+    for layer in student.decoder.layers:
+        if isinstance(layer, TinyBlock):
+            assert torch.equal(layer(x), x.relu())
+    with torch.no_grad():
+        first, other = (student.decode(torch.randn(1, 4, 8, 8)).sample for _ in range(2))
+    assert float((first - other).std()) > 0.1
 
 
 # ---------------------------------------------------------------- runs

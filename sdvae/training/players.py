@@ -213,6 +213,7 @@ def forward_of(vae: Autoencoder, config: TrainConfig) -> nn.Module:
     """The forward pass that a step of the VAE or student needs."""
     if isinstance(vae, AutoencoderKL):
         return TrainingForward(vae, config.loss.learn_logvar)
+    assert isinstance(vae, AutoencoderTiny)
     return StudentForward(vae)
 
 

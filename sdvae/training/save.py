@@ -14,7 +14,7 @@ from torch import Tensor
 from sdvae.data import BadImages, ImageSource
 from sdvae.io import replacing
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import Autoencoder, AutoencoderKL
+from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
 from sdvae.pictures import latent_plot, reconstruction_grid, student_grid, training_curves
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import evaluation_batches, first_images
@@ -112,6 +112,7 @@ class Validator:
         given = (batches, self.accelerator, self.perceptual, self.bad_images, keep)
         if isinstance(vae, AutoencoderKL):
             return validate(vae, *given, seed)
+        assert isinstance(vae, AutoencoderTiny)
         assert self.teacher is not None
         return validate_student(vae, self.teacher, *given)
 
@@ -179,6 +180,7 @@ def save_model(
     if isinstance(vae, AutoencoderKL):
         card = model_card(config, vae, result, step=step, images_seen=images_seen)
     else:
+        assert isinstance(vae, AutoencoderTiny)
         card = student_card(config, vae, result, step=step, images_seen=images_seen)
     with replacing(run.model) as folder:
         vae.save_pretrained(folder)
