@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdvae import AutoencoderKL, AutoencoderTiny, speed_up
+from sdvae import AutoencoderKL, AutoencoderTiny, load_vae, speed_up
 from sdvae.data import BadImages, center_crop, open_source, read_image, to_tensor
 from sdvae.errors import InputError, exit_code
 from sdvae.pictures import student_grid
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="run folder of sdvae distil")
     parser.add_argument("--best", action="store_true", help="take best_model/ instead of model/")
-    parser.add_argument("--count", type=int, default=1_000_000, help="largest number of validation images")
+    parser.add_argument("--count", type=int, help="number of validation images; default: the recipe's")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of times")
     parser.add_argument("--side", type=int, default=512, help="side in pixels of the image that is timed")
     parser.add_argument("--grid", type=Path, help="file for the picture, which needs scikit-image")
@@ -53,9 +53,11 @@ def main() -> None:
     recipe = read_recipe(run.config)
     if recipe.distil.teacher is None:
         raise InputError(f"the run in {run.root} trained no student; need a run of sdvae distil")
-    recipe = replace(recipe, mixed_precision="no", data=replace(recipe.data, validation_count=arguments.count))
+    if arguments.count is not None:
+        recipe = replace(recipe, data=replace(recipe.data, validation_count=arguments.count))
     _, vae, config = starting_student(recipe)
-    student = AutoencoderTiny.from_pretrained(run.best_model if arguments.best else run.model).eval()
+    student = load_vae(run.best_model if arguments.best else run.model, dtype=torch.float32)
+    assert isinstance(student, AutoencoderTiny)
 
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     teacher = Teacher(vae, accelerator)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -417,3 +419,21 @@ def test_a_step_with_nan_is_skipped_and_a_bad_image_left_out(teacher_folder, pho
     state = read_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[0]).state
     assert state["ema_updates"] == 4
     assert [name for name, _ in state["bad_images"]] == ["bad.png"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_the_figures_of_the_run(whole, monkeypatch, capsys):
+    script = Path(__file__).parents[1] / "scripts" / "benchmark_student.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(whole), "--rounds", "1", "--side", "32"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not ended.value.code
+    printed = capsys.readouterr().out
+    last = records(whole)[-1]
+    psnr_row = next(line for line in printed.splitlines() if line.startswith("| psnr |"))
+    shown = [float(cell) for cell in psnr_row.split("|")[2:5]]
+    wanted = [last[f"validation/{name}"] for name in ("teacher_psnr", "psnr", "psnr_to_teacher")]
+    assert shown == pytest.approx(wanted, abs=0.006)
+    student = StockAutoencoderTiny.from_pretrained(whole / "model")
+    assert f"| {sum(p.numel() for p in student.decoder.parameters()):,} |" in printed
+    assert len([line for line in printed.splitlines() if " ms |" in line]) == 4
