@@ -34,6 +34,7 @@ from sdvae.weights import load_vae
 from tests.conftest import draw_photographs, tiny_vae
 from tests.faults import Crash, blank, fault
 from tests.processes import launch, run_main
+from tests.test_processes import train_in_own_folder
 from tests.test_resume import differences
 
 SEEDS = torch.tensor([3, 4])
@@ -407,6 +408,20 @@ def test_two_processes_and_accumulation_learn_what_one_batch_learns(teacher_fold
             torch.testing.assert_close(other["weights"]["generator"][key], weight, rtol=1e-4, atol=1e-5, msg=key)
         for a, b in zip(one["metrics"], other["metrics"], strict=True):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_machines_whose_teachers_scale_latents_differently_are_refused(tmp_path):
+    given = []
+    for name, factor in (("first", 0.4), ("second", 0.5)):
+        (tmp_path / name).mkdir()
+        save_vae(tiny_vae(scaling_factor=factor), tmp_path / name / "vae")
+        draw_photographs(tmp_path / name / "photographs")
+        given.append(json.dumps([str(tmp_path / name), *arguments(Path("vae"), Path("photographs"), Path("run"))]))
+    finished = launch(train_in_own_folder, given, tmp_path, world_size=2)
+    assert finished.codes == [2, 2], finished.stderr[-3000:]
+    assert "would not train the same VAE (scaling of latents" in finished.stderr
+    assert not (tmp_path / "first" / "run").exists()
 
 
 @pytest.mark.slow

@@ -276,7 +276,7 @@ class Training:
     def _check_same_input(self) -> None:
         """Check that all processes have the same images, by their names, the same kind of VAE and the same precision.
 
-        The kind of a student's teacher is compared, too.
+        For a student, also that they have the same kind of teacher and student, and scale the latents alike.
 
         Raises:
             InputError: on every process, if not.
@@ -286,6 +286,10 @@ class Training:
             name: {"count": len(source), "digest of names": digest_of_names(source)} for name, source in sources.items()
         }
         facts = {**images, "model": plain(self.config)["model"], "precision": self.accelerator.mixed_precision}
+        if self.teacher is not None:
+            scaling = self.teacher.scaling
+            facts["scaling of latents"] = [part.flatten().tolist() for part in (scaling.shift, scaling.scale)]
+            facts["student"] = {key: str(value) for key, value in self.vae.config.items() if not key.startswith("_")}
         check_same(self.accelerator, facts)
 
     def _probe(self) -> list[str]:

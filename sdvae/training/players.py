@@ -170,7 +170,8 @@ class Players:
     def __init__(self, vae: Autoencoder, config: TrainConfig, accelerator: Accelerator):
         self.vae = vae
         self.ema = WeightAverage(vae, config.optimizer.ema_decay)  # copies the VAE, so this comes before wrapping it
-        if config.compile and isinstance(vae, AutoencoderKL):
+        if config.compile:
+            assert isinstance(vae, AutoencoderKL)  # a recipe that compiles a student is refused
             # block by block, because the adaptive weight needs the gradient of conv_out before the backward pass
             for block in (vae.encoder, vae.decoder.mid_block, *vae.decoder.up_blocks):
                 block.compile()
