@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdvae.errors import InputError
-from sdvae.model import Autoencoder, AutoencoderTiny, DiagonalGaussian
+from sdvae.model import Autoencoder, DiagonalGaussian
 from sdvae.model.autoencoder import check_floating
 from sdvae.model.kinds import has_posterior
 
@@ -111,19 +111,6 @@ def encode_images(vae: Autoencoder, images: Tensor, labels: Tensor | None = None
     """
     encoded: Any = vae.encode(pad_to_multiple(images, vae.spatial_compression_ratio), **_given(labels))
     return encoded.latent_dist if hasattr(encoded, "latent_dist") else DiagonalGaussian.point(encoded.latents)
-
-
-def encode_latents(student: AutoencoderTiny, images: Tensor) -> Tensor:
-    """The scaled latents of images of any size by a student, which has no posterior.
-
-    Args:
-        student: the student.
-        images: (B, C, H, W) float in [-1, 1], on the student's device and in its dtype.
-
-    Returns:
-        (B, c, ⌈H/f⌉, ⌈W/f⌉) with f the student's compression ratio; with gradients unless they are off.
-    """
-    return student.encode(pad_to_multiple(images, student.spatial_compression_ratio)).latents
 
 
 def decode_images(

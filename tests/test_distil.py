@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from sdvae.cli import main, parse_train_config
 from sdvae.data.dataset import EvaluationImages
 from sdvae.errors import Stopped
 from sdvae.metrics.image import psnr
+from sdvae.model.tiny import TinyBlock
 from sdvae.noise import posterior_generators
 from sdvae.training import loop, save
 from sdvae.training.build import build_accelerator, starting_student
@@ -31,6 +34,7 @@ from sdvae.weights import load_vae
 from tests.conftest import draw_photographs, tiny_vae
 from tests.faults import Crash, blank, fault
 from tests.processes import launch, run_main
+from tests.test_processes import train_in_own_folder
 from tests.test_resume import differences
 
 SEEDS = torch.tensor([3, 4])
@@ -198,7 +202,8 @@ def test_the_teacher_does_not_learn(teacher_folder):
     before = {name: weight.clone() for name, weight in teacher.vae.state_dict().items()}
     batch = {"index": torch.arange(2), "image": images(), "noise_seed": SEEDS, "bad": []}
     student = {name: weight.clone() for name, weight in step.players.vae.state_dict().items()}
-    step(0, iter([batch]))
+    for number in range(2):  # at first the blocks end in zero, which hides what is before
+        step(number, iter([batch]))
     assert all(torch.equal(before[name], weight) for name, weight in teacher.vae.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.vae.parameters())
     learned = step.players.vae.state_dict()
@@ -266,6 +271,46 @@ def test_latents_that_are_not_scaled_to_one_are_found(teacher_folder, tmp_path):
         found = probe_teacher(Teacher(tiny_vae(scaling_factor=factor), accelerator), images(), config)
         assert [line for line in found if "scaling_factor" in line] == [] if right else any("std 4" in x for x in found)
         assert any("is it the right VAE?" in line for line in found), "whose weights are random"
+
+
+def test_a_student_to_start_from_keeps_its_weights_and_shape(teacher_folder, tmp_path, caplog):
+    caplog.set_level("INFO", logger="sdvae")
+    shape = {"encoder_block_out_channels": (8, 8), "num_encoder_blocks": (0, 1)}
+    shape |= {"decoder_block_out_channels": (4, 4), "num_decoder_blocks": (1, 0)}
+    first = StockAutoencoderTiny(**shape)
+    first.save_pretrained(tmp_path / "student")
+    student, *_ = starting_student(recipe(teacher_folder, student=str(tmp_path / "student")))
+    assert not differences(dict(student.state_dict()), dict(first.state_dict()))
+    assert student.training
+    assert "widths and blocks in the recipe are not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latent_channels": 16}, r"with 16 latent_channels; need 4, those of"),
+        ({"encoder_block_out_channels": (8,) * 3, "num_encoder_blocks": (1, 1, 1)}, r"compresses by 4; need 2, as"),
+    ],
+)
+def test_a_student_that_does_not_fit_the_teacher_is_refused(teacher_folder, tmp_path, change, message):
+    shape = {"encoder_block_out_channels": (8, 8), "num_encoder_blocks": (0, 1)}
+    shape |= {"decoder_block_out_channels": (4, 4), "num_decoder_blocks": (1, 0)}
+    StockAutoencoderTiny(**{**shape, **change}).save_pretrained(tmp_path / "student")
+    with pytest.raises(InputError, match=message):
+        starting_student(recipe(teacher_folder, student=str(tmp_path / "student")))
+    with pytest.raises(InputError, match="is no AutoencoderTiny; need a student"):
+        starting_student(recipe(teacher_folder, student=str(teacher_folder)))
+
+
+def test_blocks_of_a_new_student_are_relus_and_its_output_follows_the_latents(teacher_folder):
+    student, *_ = starting_student(recipe(teacher_folder, decoder_width=32))
+    x = torch.randn(1, 32, 8, 8)
+    for layer in student.decoder.layers:
+        if isinstance(layer, TinyBlock):
+            assert torch.equal(layer(x), x.relu())
+    with torch.no_grad():
+        first, other = (student.decode(torch.randn(1, 4, 8, 8)).sample for _ in range(2))
+    assert float((first - other).std()) > 0.1
 
 
 # ---------------------------------------------------------------- runs
@@ -366,6 +411,20 @@ def test_two_processes_and_accumulation_learn_what_one_batch_learns(teacher_fold
 
 
 @pytest.mark.slow
+def test_machines_whose_teachers_scale_latents_differently_are_refused(tmp_path):
+    given = []
+    for name, factor in (("first", 0.4), ("second", 0.5)):
+        (tmp_path / name).mkdir()
+        save_vae(tiny_vae(scaling_factor=factor), tmp_path / name / "vae")
+        draw_photographs(tmp_path / name / "photographs")
+        given.append(json.dumps([str(tmp_path / name), *arguments(Path("vae"), Path("photographs"), Path("run"))]))
+    finished = launch(train_in_own_folder, given, tmp_path, world_size=2)
+    assert finished.codes == [2, 2], finished.stderr[-3000:]
+    assert "would not train the same VAE (scaling of latents" in finished.stderr
+    assert not (tmp_path / "first" / "run").exists()
+
+
+@pytest.mark.slow
 def test_a_step_with_nan_is_skipped_and_a_bad_image_left_out(teacher_folder, photographs, tmp_path, caplog):
     source = draw_photographs(tmp_path / "photographs")
     (source / "bad.png").write_bytes(b"not a picture")
@@ -375,3 +434,21 @@ def test_a_step_with_nan_is_skipped_and_a_bad_image_left_out(teacher_folder, pho
     state = read_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[0]).state
     assert state["ema_updates"] == 4
     assert [name for name, _ in state["bad_images"]] == ["bad.png"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_the_figures_of_the_run(whole, monkeypatch, capsys):
+    script = Path(__file__).parents[1] / "scripts" / "benchmark_student.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(whole), "--rounds", "1", "--side", "32"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not ended.value.code
+    printed = capsys.readouterr().out
+    last = records(whole)[-1]
+    psnr_row = next(line for line in printed.splitlines() if line.startswith("| psnr |"))
+    shown = [float(cell) for cell in psnr_row.split("|")[2:5]]
+    wanted = [last[f"validation/{name}"] for name in ("teacher_psnr", "psnr", "psnr_to_teacher")]
+    assert shown == pytest.approx(wanted, abs=0.006)
+    student = StockAutoencoderTiny.from_pretrained(whole / "model")
+    assert f"| {sum(p.numel() for p in student.decoder.parameters()):,} |" in printed
+    assert len([line for line in printed.splitlines() if " ms |" in line]) == 4

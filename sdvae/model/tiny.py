@@ -102,9 +102,9 @@ class TinyDecoder(_Tiny):
         super().__init__([*layers, conv3x3(width, out_channels)])
 
     @property
-    def conv_out(self) -> nn.Module:
+    def conv_out(self) -> nn.Conv2d:
         """The last convolution, under the name that it has in AutoencoderKL's decoder."""
-        return self.layers[-1]
+        return self.get_submodule(f"layers.{len(self.layers) - 1}")  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(torch.tanh(x / LATENT_BOUND) * LATENT_BOUND).mul(2).sub(1)
@@ -140,7 +140,7 @@ class AutoencoderTiny(StockAutoencoderTiny):
     config: Any  # diffusers' FrozenDict, with attribute access
     encoder: TinyEncoder  # type: ignore[assignment]
     decoder: TinyDecoder  # type: ignore[assignment]
-    _no_split_modules = ["TinyBlock"]
+    _no_split_modules = ["TinyBlock"]  # type: ignore[assignment]
     likelihood = "gaussian"  # what the decoder outputs: images; see `AutoencoderKL.likelihood`
 
     @register_to_config

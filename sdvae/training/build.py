@@ -20,17 +20,17 @@ from torch import nn
 
 from sdvae.errors import InputError
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
-from sdvae.model import AutoencoderKL, AutoencoderTiny
+from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
 from sdvae.model.config import shape_of
 from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
-from sdvae.training.config import ModelConfig, TrainConfig
+from sdvae.training.config import DistilConfig, ModelConfig, TrainConfig
 from sdvae.training.distil import build_student
 from sdvae.training.initialise import initialise
 from sdvae.training.players import freeze_encoder
 from sdvae.training.processes import everywhere, from_main
 from sdvae.training.run_folder import RunFolder
 from sdvae.tutorial.conditional import ConditionalAutoencoderKL
-from sdvae.weights import load_kl
+from sdvae.weights import load_kl, load_vae
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
 
 
 def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, AutoencoderKL, TrainConfig]:
-    """A student with new weights, its teacher, and the recipe with a model section that describes the teacher.
+    """A student before its first step, its teacher, and the recipe with a model section that describes the teacher.
 
     Both are in fp32 on the CPU.
 
@@ -119,7 +119,33 @@ def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, AutoencoderK
     settings = config.distil
     assert settings.teacher is not None
     teacher = load_kl(settings.teacher, subfolder=settings.subfolder, config=settings.config, dtype=torch.float32)
-    return build_student(settings, teacher).train(), teacher, describing(config, teacher)
+    student = build_student(settings, teacher) if settings.student is None else load_student(settings, teacher)
+    return student.train(), teacher, describing(config, teacher)
+
+
+def load_student(config: DistilConfig, teacher: AutoencoderKL) -> AutoencoderTiny:
+    """The student that the recipe starts from.
+
+    Raises:
+        InputError: when it cannot be read, is not a student, or does not fit the teacher's images and latents.
+    """
+    assert config.student is not None
+    student = load_vae(config.student, dtype=torch.float32)
+    if not isinstance(student, AutoencoderTiny):
+        raise InputError(f"got distil.student={config.student}, which is no AutoencoderTiny; need a student, or null")
+    for what in ("in_channels", "out_channels", "latent_channels"):
+        if student.config[what] != teacher.config[what]:
+            raise InputError(
+                f"got distil.student={config.student} with {student.config[what]} {what}; need {teacher.config[what]}, "
+                f"those of {config.teacher}"
+            )
+    if student.spatial_compression_ratio != teacher.spatial_compression_ratio:
+        raise InputError(
+            f"got distil.student={config.student}, which compresses by {student.spatial_compression_ratio}; need "
+            f"{teacher.spatial_compression_ratio}, as {config.teacher} does"
+        )
+    logger.info("the student has the shape of %s; widths and blocks in the recipe are not used", config.student)
+    return student
 
 
 def describing(config: TrainConfig, vae: AutoencoderKL) -> TrainConfig:
@@ -136,7 +162,7 @@ def build_vae(config: ModelConfig) -> AutoencoderKL:
     return vae
 
 
-def lay_out(vae: AutoencoderKL | AutoencoderTiny, config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
+def lay_out(vae: Autoencoder, config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
     """Move a VAE or student to its device, and give it the memory format and the kernels with which it is fastest.
 
     Returns:

@@ -285,6 +285,9 @@ class DistilConfig:
     """Folder inside teacher that holds the VAE."""
     config: str | None = None
     """A config.json for a teacher that is a single file. Its scaling_factor decides which latents the student takes."""
+    student: str | None = None
+    """A student to start from, whatever `load_vae` reads, such as a TAESD for a VAE that was fine-tuned since. It has
+    its own widths and blocks, and those below are not used. Null: new weights."""
     encoder_width: int = 64
     """Channels of all maps inside the encoder."""
     encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
@@ -396,9 +399,10 @@ class TrainConfig:
             raise InputError(f"got data.crop_scale=[{low}, {high}]; need 0 < low <= high <= 1")
 
     def _check_resolutions(self) -> None:
-        # the compression ratio of a VAE that is fine-tuned is known only when it has been loaded
+        # the compression ratio of a VAE or student that is trained further is known only when it has been loaded
         levels = len(self.model.block_out_channels if self.distil.teacher is None else self.distil.encoder_blocks)
-        factor = 2 ** (levels - 1) if self.fine_tune.source is None and not self.data.pad else 1
+        known = self.fine_tune.source is None and self.distil.student is None
+        factor = 2 ** (levels - 1) if known and not self.data.pad else 1
         for key in ("resolution", "validation_resolution"):
             side = getattr(self.data, key)
             if side is not None and side % factor:

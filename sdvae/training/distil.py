@@ -26,6 +26,7 @@ from sdvae.model.state import sha256_of_weights
 from sdvae.noise import posterior_generators
 from sdvae.roundtrip import decode_images, encode_images
 from sdvae.training.config import DistilConfig, TrainConfig
+from sdvae.training.initialise import initialise_student
 from sdvae.training.objective import Outcome, compare
 
 
@@ -147,7 +148,7 @@ def build_student(config: DistilConfig, teacher: AutoencoderKL) -> AutoencoderTi
             f"got distil.encoder_blocks and distil.decoder_blocks with {levels} levels, which compress by "
             f"{2 ** (levels - 1)}; need {ratio.bit_length()} levels, since {config.teacher} compresses by {ratio}"
         )
-    return AutoencoderTiny(
+    student = AutoencoderTiny(
         in_channels=teacher.config.in_channels,
         out_channels=teacher.config.out_channels,
         latent_channels=teacher.config.latent_channels,
@@ -156,3 +157,5 @@ def build_student(config: DistilConfig, teacher: AutoencoderKL) -> AutoencoderTi
         num_encoder_blocks=config.encoder_blocks,
         num_decoder_blocks=config.decoder_blocks,
     )
+    initialise_student(student)
+    return student

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from sdvae.data import BadImages, ImageSource
 from sdvae.data.dataset import Batch
 from sdvae.errors import one_line
-from sdvae.model import AutoencoderKL, AutoencoderTiny
+from sdvae.model import Autoencoder, AutoencoderKL
 from sdvae.training.build import build_accelerator, build_perceptual, lay_out, starting_student, starting_vae
 from sdvae.training.checkpoint import checkpoint_name
 from sdvae.training.config import TrainConfig, check_used
@@ -108,7 +108,7 @@ class Training:
         on_main(accelerator, self.run.check_ours)
         self.train_source, self.validation_source = everywhere(accelerator, self._open)
         torch.manual_seed(recipe.seed)  # for the initial weights
-        self.vae: AutoencoderKL | AutoencoderTiny
+        self.vae: Autoencoder
         self.teacher: Teacher | None = None
         if recipe.distil.teacher is None:
             self.vae, self.config = everywhere(accelerator, lambda: starting_vae(recipe))
@@ -276,7 +276,7 @@ class Training:
     def _check_same_input(self) -> None:
         """Check that all processes have the same images, by their names, the same kind of VAE and the same precision.
 
-        The kind of a student's teacher is compared, too.
+        For a student, also that they have the same kind of teacher and student, and scale the latents alike.
 
         Raises:
             InputError: on every process, if not.
@@ -286,6 +286,10 @@ class Training:
             name: {"count": len(source), "digest of names": digest_of_names(source)} for name, source in sources.items()
         }
         facts = {**images, "model": plain(self.config)["model"], "precision": self.accelerator.mixed_precision}
+        if self.teacher is not None:
+            scaling = self.teacher.scaling
+            facts["scaling of latents"] = [part.flatten().tolist() for part in (scaling.shift, scaling.scale)]
+            facts["student"] = {key: str(value) for key, value in self.vae.config.items() if not key.startswith("_")}
         check_same(self.accelerator, facts)
 
     def _probe(self) -> list[str]:
@@ -295,6 +299,7 @@ class Training:
         images = batch["image"].to(self.accelerator.device)
         if self.teacher is not None:
             return probe_teacher(self.teacher, images, self.config)
+        assert isinstance(self.vae, AutoencoderKL)
         return probe(self.vae, images, batch["noise_seed"], self.config, self.perceptual, **conditioning_of(batch))
 
     def _batches(self) -> Generator[Batch, None, None]:

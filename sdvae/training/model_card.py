@@ -55,7 +55,8 @@ STUDENT_LOADING_TEXT = """Any program that takes diffusers' `AutoencoderTiny` lo
 ```python
 from diffusers import AutoencoderTiny
 
-pipe.vae = AutoencoderTiny.from_pretrained("{place}")  # in the pipeline of a diffusion model for the teacher's latents
+student = AutoencoderTiny.from_pretrained("{place}")
+pipe.vae = student  # in the pipeline of a diffusion model for the teacher's latents
 ```
 """
 

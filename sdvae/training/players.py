@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdvae.errors import require
-from sdvae.model import AutoencoderKL, AutoencoderTiny, DiagonalGaussian
-from sdvae.roundtrip import decode_output, encode_images, encode_latents
+from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny, DiagonalGaussian
+from sdvae.roundtrip import decode_output, encode_images
 from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
 from sdvae.training.discriminator import LeCam, PatchDiscriminator
 from sdvae.training.ema import WeightAverage
@@ -116,7 +116,7 @@ class StudentForward(nn.Module):
             images: (B, C, H, W) in [-1, 1].
             z: (B, C_z, h, w), scaled latents of the teacher.
         """
-        latents = encode_latents(self.vae, images)
+        latents = encode_images(self.vae, images).mode()
         return StudentOutput(decode_output(self.vae, z, images.shape[2:]), latents)
 
 
@@ -167,10 +167,11 @@ class Players:
         accelerator: wraps the networks.
     """
 
-    def __init__(self, vae: AutoencoderKL | AutoencoderTiny, config: TrainConfig, accelerator: Accelerator):
+    def __init__(self, vae: Autoencoder, config: TrainConfig, accelerator: Accelerator):
         self.vae = vae
         self.ema = WeightAverage(vae, config.optimizer.ema_decay)  # copies the VAE, so this comes before wrapping it
-        if config.compile and isinstance(vae, AutoencoderKL):
+        if config.compile:
+            assert isinstance(vae, AutoencoderKL)  # a recipe that compiles a student is refused
             # block by block, because the adaptive weight needs the gradient of conv_out before the backward pass
             for block in (vae.encoder, vae.decoder.mid_block, *vae.decoder.up_blocks):
                 block.compile()
@@ -209,16 +210,15 @@ class Players:
         return rates
 
 
-def forward_of(vae: AutoencoderKL | AutoencoderTiny, config: TrainConfig) -> nn.Module:
+def forward_of(vae: Autoencoder, config: TrainConfig) -> nn.Module:
     """The forward pass that a step of the VAE or student needs."""
-    if isinstance(vae, AutoencoderTiny):
-        return StudentForward(vae)
-    return TrainingForward(vae, config.loss.learn_logvar)
+    if isinstance(vae, AutoencoderKL):
+        return TrainingForward(vae, config.loss.learn_logvar)
+    assert isinstance(vae, AutoencoderTiny)
+    return StudentForward(vae)
 
 
-def build_discriminator(
-    vae: AutoencoderKL | AutoencoderTiny, settings: DiscriminatorConfig, resolution: int
-) -> nn.Module:
+def build_discriminator(vae: Autoencoder, settings: DiscriminatorConfig, resolution: int) -> nn.Module:
     """A discriminator for the images or the latents of a VAE.
 
     Args:

@@ -89,7 +89,7 @@ def check_recipe(
         if side % compression_ratio and not config.data.pad:
             raise InputError(
                 f"got data.{key}={side}; need a multiple of {compression_ratio}, the compression ratio of "
-                f"{config.fine_tune.source}"
+                f"{config.fine_tune.source or config.distil.student}"
             )
     findings = []
     gan = config.loss.discriminator

@@ -14,7 +14,7 @@ from torch import Tensor
 from sdvae.data import BadImages, ImageSource
 from sdvae.io import replacing
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import AutoencoderKL, AutoencoderTiny
+from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
 from sdvae.pictures import latent_plot, reconstruction_grid, student_grid, training_curves
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import evaluation_batches, first_images
@@ -106,14 +106,15 @@ class Validator:
         on_main(self.accelerator, write)
         progress.validated = True
 
-    def _validate(self, vae: AutoencoderKL | AutoencoderTiny) -> ValidationResult:
+    def _validate(self, vae: Autoencoder) -> ValidationResult:
         batches = evaluation_batches(self.source, self.config, self.accelerator)
         keep, seed = self.config.grid_images, self.config.seed
-        if isinstance(vae, AutoencoderTiny):
-            assert self.teacher is not None
-            given = (batches, self.accelerator, self.perceptual, self.bad_images, keep)
-            return validate_student(vae, self.teacher, *given)
-        return validate(vae, batches, self.accelerator, self.perceptual, self.bad_images, keep, seed)
+        given = (batches, self.accelerator, self.perceptual, self.bad_images, keep)
+        if isinstance(vae, AutoencoderKL):
+            return validate(vae, *given, seed)
+        assert isinstance(vae, AutoencoderTiny)
+        assert self.teacher is not None
+        return validate_student(vae, self.teacher, *given)
 
 
 def is_better(metrics: dict[str, float], best: dict[str, Any], name: str, measured_on: str) -> bool:
@@ -164,7 +165,7 @@ def grid_of(result: ValidationResult) -> Image.Image:
 
 def save_model(
     run: RunFolder,
-    vae: AutoencoderKL | AutoencoderTiny,
+    vae: Autoencoder,
     config: TrainConfig,
     result: ValidationResult,
     step: int,
@@ -176,11 +177,14 @@ def save_model(
         InputError: when a weight is not finite.
     """
     check_tensors(vae.state_dict(), "the trained VAE")
-    card = model_card if isinstance(vae, AutoencoderKL) else student_card
-    text = card(config, vae, result, step=step, images_seen=images_seen)
+    if isinstance(vae, AutoencoderKL):
+        card = model_card(config, vae, result, step=step, images_seen=images_seen)
+    else:
+        assert isinstance(vae, AutoencoderTiny)
+        card = student_card(config, vae, result, step=step, images_seen=images_seen)
     with replacing(run.model) as folder:
         vae.save_pretrained(folder)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
         grid_of(result).save(folder / GRID_NAME)
 
 

@@ -19,7 +19,7 @@ from sdvae.metrics.image import image_metrics, psnr
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderKL, AutoencoderTiny
 from sdvae.noise import posterior_generators, sample_seed
-from sdvae.roundtrip import decode_images, decode_output, encode_images, encode_latents
+from sdvae.roundtrip import decode_images, encode_images
 from sdvae.statistics import LatentHealth, LatentMoments, merged
 from sdvae.training.data import conditioning_of
 from sdvae.training.distil import Teacher
@@ -135,9 +135,9 @@ def validate_student(
         lesson = teacher.lesson(images)
         assert lesson.picture is not None
         with accelerator.autocast():
-            latents = encode_latents(student, images)
-            reconstruction = decode_output(student, lesson.z, images.shape[2:])
-            round_trip = decode_output(student, latents, images.shape[2:])
+            latents = encode_images(student, images).mode()
+            reconstruction = decode_images(student, lesson.z, images.shape[2:])
+            round_trip = decode_images(student, latents, images.shape[2:])
         of_student = image_metrics(images, reconstruction, None, perceptual)
         of_teacher = image_metrics(images, lesson.picture, None, perceptual)
         between = image_metrics(lesson.picture.clamp(-1, 1), reconstruction, None, perceptual)
