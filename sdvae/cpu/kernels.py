@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sdvae.model import AutoencoderKL
+from sdvae.model import Autoencoder
 from sdvae.model.blocks import Upsample
 from sdvae.model.plain import METHODS, has_geometry, is_conv, is_replaced
 from sdvae.model.posterior import at_least_fp32
@@ -63,7 +63,7 @@ INPUT, KERNEL, OUTPUT = _both_axes(_BT), _both_axes(_G), _both_axes(_AT)  # (36,
 TAPS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 
 
-def speed_up(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> None:
+def speed_up(vae: Autoencoder, dtype: torch.dtype | None = None) -> None:
     """Make `vae` faster on a CPU, in place. Weights, state-dict names and, up to rounding, the function stay the same.
 
     A VAE for which `takes_winograd` is true (on many machines SD's VAE in fp32) gets Winograd's convolutions, which
@@ -121,7 +121,7 @@ def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
 
 
-def takes_winograd(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> bool:
+def takes_winograd(vae: Autoencoder, dtype: torch.dtype | None = None) -> bool:
     """Whether the VAE computes in fp32, with at least 64 channels at full resolution, on a machine where Winograd pays.
 
     The size of the images is not considered: below 128x128 pixels, SD's VAE has few maps for which Winograd pays.
