@@ -50,8 +50,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdvae import AutoencoderKL, keep_freed_memory, speed_up
 from sdvae.cli import parse_train_config
-from sdvae.cpu.kernels import FastConv3x3, FastUpsample, takes_winograd
 from sdvae.errors import exit_code
+from sdvae.kernels.speed import takes_winograd
+from sdvae.kernels.upsample import FastUpsample
+from sdvae.kernels.winograd import FastConv3x3
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.runtime import DTYPES, resolve_precision
 from sdvae.training.build import build_vae, lay_out
@@ -165,7 +167,7 @@ def one_pass(model: nn.Module, what: str, images: Tensor) -> Callable[[], object
 
 
 def undo_class(fast: type[nn.Module]) -> Callable[[AutoencoderKL], None]:
-    """A function that gives all modules of a class of sdvae/cpu/kernels.py their ordinary class back."""
+    """A function that gives all modules of a class of sdvae/kernels/ their ordinary class back."""
 
     def undo(vae: AutoencoderKL) -> None:
         for module in vae.modules():
@@ -182,7 +184,7 @@ def undo_in_place(vae: AutoencoderKL) -> None:
             module.register_forward_hook(lambda *_: None)
 
 
-# Each optimisation of sdvae/cpu/kernels.py and sdvae/model/blocks.py: how to undo it, and the passes that use it.
+# Each optimisation of sdvae/kernels/ and sdvae/model/blocks.py: how to undo it, and the passes that use it.
 # The upsamplers compute with four taps only in a VAE without Winograd convolutions.
 Rewrites = dict[str, tuple[Callable[[AutoencoderKL], object], Sequence[str]]]
 IN_PLACE: Rewrites = {"activations and sums in place": (undo_in_place, BOTH)}

@@ -206,7 +206,7 @@ def _copied(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> Aut
     copied = copy.deepcopy(vae).eval()
     nn.Module.to(copied, device, dtype)  # diffusers' own `to` warns about half precision
     if device.type == "cpu":
-        from sdvae.cpu.kernels import speed_up
+        from sdvae.kernels.speed import speed_up
 
         speed_up(copied)
     else:

@@ -58,7 +58,7 @@ class Model:
         check_image_channels(vae, source)
         device = torch.device(accelerator_type() or "cpu")
         if device.type == "cpu":
-            from sdvae.cpu.kernels import speed_up
+            from sdvae.kernels.speed import speed_up
 
             speed_up(vae)
         nn.Module.to(vae, device)  # the type hints of diffusers' own method allow dtypes only
