@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py                        # SD's 83.65 M parameters at 256x256
     python scripts/benchmark.py --config configs/quickstart.yaml --size 64 --batch 4 --perceptual FILE
+    python scripts/benchmark.py --device cuda          # another table, for GPUs: see scripts/benchmark_gpu.py
 
 The training rows compare a step of this package (sdvae/training/step.py) with a plain loop over diffusers' class that
 has the same losses: L1 + LPIPS + KL, and the same with a PatchGAN and LDM's adaptive weight. The loop is written as the
@@ -319,6 +320,11 @@ def plain_step(
 
 
 def main() -> None:
+    if any(argument.split("=")[0] == "--device" for argument in sys.argv[1:]):
+        import benchmark_gpu  # the rows that a GPU is asked for, with options of its own
+
+        benchmark_gpu.main()
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/sd_f8c4.yaml", help="recipe whose model is timed")
     parser.add_argument("--size", type=PositiveInt, default=256, help="side of the images in pixels")
