@@ -20,6 +20,8 @@ allocator, because this package's side keeps the memory that it frees (`keep_fre
   contiguous layout) and with channels last.
 - rewrites (on a CPU): the model with all of this package's optimisations against the model without one of them, and a
   process that keeps freed memory against one that does not.
+- calibration (on a CPU): the forms that `speed_up(vae, calibrate=)` measures to be the fastest against those of the
+  rules.
 - peak: the decoder's speed as a share of that of matrix products on this machine.
 - training: the training rows.
 
@@ -65,7 +67,7 @@ from sdvae.training.step import TrainStep
 
 BOTH = ("encode", "decode")
 PRODUCTS = 10  # matrix products per timing, one after the other like the convolutions of a pass
-PARTS = ("passes", "rewrites", "peak", "training")
+PARTS = ("passes", "rewrites", "calibration", "peak", "training")
 HEAD = "| | {} (s) | {} (s) | speed-up, median | range |\n|---|---|---|---|---|"
 
 
@@ -215,6 +217,20 @@ def compare_rewrites(vae: AutoencoderKL, images: Tensor, peer: Peer, repeats: in
     for what in BOTH:
         sides = warmed(one_pass(whole, what, images)), peer.timer(Request(what, ours=True))
         compare(f"{what}, freed memory kept", *sides, repeats)
+
+
+def compare_calibrated(vae: AutoencoderKL, images: Tensor, repeats: int) -> None:
+    """Rows of encode and decode in the forms that were measured, against those of the rules."""
+    calibrated, rules = (copy.deepcopy(vae).to(memory_format=torch.contiguous_format).eval() for _ in range(2))
+    height, width = images.shape[2:]
+    begun = time.perf_counter()
+    chosen = speed_up(calibrated, calibrate=(height, width))
+    print(f"calibrated in {time.perf_counter() - begun:.1f} s: {chosen}\nrules: {speed_up(rules)}\n")
+    print(HEAD.format("calibrated", "rules"))
+    for what in BOTH:
+        compare(
+            f"{what}, calibrated", *(warmed(one_pass(model, what, images)) for model in (calibrated, rules)), repeats
+        )
 
 
 @torch.no_grad()
@@ -377,6 +393,9 @@ def main() -> None:
         if "rewrites" in arguments.parts and device == "cpu":
             print("\n" + HEAD.format("with all", "without this one"))
             compare_rewrites(vae, images, peer, repeats)
+    if "calibration" in arguments.parts and device == "cpu":
+        print()
+        compare_calibrated(vae, images, repeats)
     if "peak" in arguments.parts:
         x = images.to(DTYPES[arguments.dtype])
         print("\n" + peak_line(nn.Module.to(copy.deepcopy(vae), x.dtype).eval(), x, arguments.gemm, repeats))

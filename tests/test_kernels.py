@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdvae import AutoencoderKL, InputError, speed_up
-from sdvae.kernels import calibration, group_norm, triton_norm
+from sdvae.kernels import calibration, group_norm, speed, triton_norm
 from sdvae.kernels.forms import FORMS, Forms, use
 from sdvae.kernels.group_norm import FastGroupNorm, FastResnetBlock
 from sdvae.kernels.upsample import FastUpsample, TransposedUpsample
@@ -299,6 +299,7 @@ def clock(monkeypatch) -> dict[type[nn.Module], float]:
         return took * (1.0 if x.is_contiguous(memory_format=torch.channels_last) else 1.2)
 
     monkeypatch.setattr(calibration, "_seconds", seconds)
+    monkeypatch.setattr(speed, "by_rules", lambda *_: Forms("channels_last"))
     return times
 
 
@@ -308,7 +309,7 @@ def wide_vae() -> AutoencoderKL:
 
 @torch.no_grad()
 @pytest.mark.skipif(not has_nnpack(), reason="no NNPACK")
-def test_the_fastest_forms_and_layout_are_kept(clock):
+def test_the_fastest_forms_and_layout_are_kept(clock, monkeypatch):
     vae, x = wide_vae(), randn(1, 3, 32, 40, seed=1)
     plain, wanted = copy.deepcopy(vae), copy.deepcopy(vae).double()(x.double()).sample
     state = torch.get_rng_state()
@@ -337,6 +338,15 @@ def test_the_fastest_forms_and_layout_are_kept(clock):
     assert type(again.decoder.up_blocks[0].upsamplers[0]) is Upsample
     speed_up(vae, forms=forms)
     assert type(vae.decoder.up_blocks[0].upsamplers[0]) is TransposedUpsample, "the choice of an earlier call"
+
+    def slow_as_a_whole(call: Any, device: torch.device) -> float:
+        transposed = any(type(module) is TransposedUpsample for module in call.func.modules())
+        return float(transposed) if isinstance(call.func, AutoencoderKL) else 1.0 - 0.5 * transposed
+
+    monkeypatch.setattr(calibration, "_seconds", slow_as_a_whole)
+    vae.disable_slicing()
+    assert speed_up(vae, calibrate=(32, 40)) == speed.by_rules(vae), "where the whole is faster by the rules"
+    assert not vae.use_slicing
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -366,10 +376,13 @@ def test_the_forms_are_chosen_for_each_size_of_maps(monkeypatch, caplog):
 
     def seconds(call: Any, device: torch.device) -> float:
         form, x = call.func, call.args[0]
+        if isinstance(form, AutoencoderKL):
+            return 9.0 - sum(isinstance(module, FastUpsample) for module in form.modules())
         layout = 1.0 if x.is_contiguous(memory_format=torch.channels_last) else 2.0
         return layout * (x.shape[2] if type(form) is not FastUpsample else 10 + x.shape[2] / 4)
 
     monkeypatch.setattr(calibration, "_seconds", seconds)
+    monkeypatch.setattr(speed, "by_rules", lambda *_: Forms("channels_last"))
     vae = tiny_vae(block_out_channels=(8, 8, 8), norm_num_groups=4, layers_per_block=1).eval()
     names = [f"decoder.up_blocks.{level}.upsamplers.0" for level in (0, 1)]
     assert speed_up(vae, calibrate=(32, 16)).layers == {names[1]: "four taps"}, "of 8 and 16 rows"

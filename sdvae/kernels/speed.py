@@ -7,7 +7,8 @@ import logging
 import torch
 from torch import nn
 
-from sdvae.kernels.calibration import fastest
+from sdvae.kernels.calibration import faster, fastest
+from sdvae.kernels.fitness import layout_of
 from sdvae.kernels.forms import FORMS, Forms, own_modules, use
 from sdvae.kernels.winograd import has_nnpack
 from sdvae.model import AutoencoderKL
@@ -35,9 +36,10 @@ def speed_up(
     `enable_tiling`. On a GPU nothing has been measured, so the rules change nothing there, and a warning says so.
 
     With `calibrate`, the forms are timed here, on maps of the sizes that an image of this height and width has, and
-    the fastest are kept. Which ones these are depends on the machine, and on what else it does at that time, so two
-    calls may choose differently; each choice computes the same function up to rounding. To use one choice again, or in
-    several processes, pass what was returned as `forms`.
+    the fastest are kept: those that were found layer by layer, or those of the rules if the whole VAE is faster in
+    them. Which ones these are depends on the machine, and on what else it does at that time, so two calls may choose
+    differently; each choice computes the same function up to rounding. To use one choice again, or in several
+    processes, pass what was returned as `forms`.
 
     Deep copies, DDP and gradient checkpointing work as before. Under torch.compile, for other dtypes, after a move to a
     device of another type, and if a layer was changed afterwards, the ordinary layers are used. A second call replaces
@@ -50,8 +52,8 @@ def speed_up(
     Args:
         vae: a VAE whose weights have their final dtype and are on their final device.
         dtype: the dtype of its computation under autocast; by default the dtype of its weights.
-        calibrate: height and width of the images, in pixels, for which the forms are timed, without gradients. It takes
-            about a second on a GPU, and on a CPU some seconds.
+        calibrate: height and width of the images, in pixels, for which the forms are timed, without gradients. On a CPU
+            it takes about as long as ten such images there and back. Hooks see random images meanwhile.
         forms: what an earlier call returned, for a VAE of the same configuration on the same type of device.
 
     Returns:
@@ -69,7 +71,10 @@ def speed_up(
         logger.warning("the VAE is on %s and stays as it is: %s", vae.device, reason)
         return Forms()
     if forms is None and calibrate is not None:
-        forms = fastest(vae, calibrate, dtype or vae.dtype)
+        slicing = vae.use_slicing
+        measured = fastest(vae, calibrate, dtype or vae.dtype)
+        forms = faster(vae, calibrate, dtype or vae.dtype, by_rules(vae, dtype), measured)
+        vae.use_slicing = slicing
     forms = by_rules(vae, dtype) if forms is None else forms
     use(vae, forms)
     logger.info("speed_up on %s: %s", vae.device, forms)
@@ -77,7 +82,10 @@ def speed_up(
 
 
 def by_rules(vae: AutoencoderKL, dtype: torch.dtype | None = None) -> Forms:
-    """The forms for a CPU that was not measured."""
+    """The forms for a machine that is not measured: on a CPU those of docs/speed.md, elsewhere the ordinary layers."""
+    if vae.device.type != "cpu":
+        last = layout_of(vae.decoder.conv_in.weight) == torch.channels_last
+        return Forms("channels_last" if last else "contiguous")
     winograd = takes_winograd(vae, dtype)
     layers = {name: "four taps" for name, module in own_modules(vae) if kind_of(module) is Upsample}
     if winograd:
