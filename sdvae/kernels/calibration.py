@@ -142,13 +142,16 @@ def _units(vae: AutoencoderKL, size: tuple[int, int]) -> Iterator[Unit]:
         twin.get_submodule(name).register_forward_pre_hook(partial(noted, name))
     image = torch.empty(1, vae.config.in_channels, *size, device="meta")
     twin.decode(twin.encode(image).latent_dist.mode())
+    weights = {key: weight.shape for key, weight in twin.state_dict().items()}
     for name, module in own_modules(vae):
         found: nn.Module | None = None
         if kind_of(module) in (ResnetBlock, Upsample, Downsample) or name in ("encoder.conv_in", "decoder.conv_in"):
             found = module
         elif name in ("encoder", "decoder"):
             found = Ending(module)
-        if found is not None and all(is_known(layer) or layer is found for layer in found.modules()):
+        if found is None or not all(is_known(layer) or layer is found for layer in found.modules()):
+            continue
+        if all(weights.get(f"{name}.{key}") == weight.shape for key, weight in found.state_dict().items()):
             yield Unit(name, found, shapes[f"{name}.conv_norm_out" if isinstance(found, Ending) else name])
 
 

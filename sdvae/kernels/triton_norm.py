@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DEVICE_TYPE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 TILE = 4096  # values that a program holds at a time
 PROGRAMS = 4096  # that find the moments of a map, at most: about thirty for each multiprocessor of an H100
 GROUP_TILE = 1024  # moments that a program of `_scale_and_shift` holds at a time
@@ -129,6 +128,9 @@ def _summed(
     value += tl.load(x + image * x_b + column * x_c + place * x_p, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(bias + column, mask=column < channels, other=0.0).to(tl.float32)
     tl.store(target, value.to(h.dtype.element_ty), mask=mask)
+
+
+DEVICE_TYPE = "cuda" if isinstance(_moments, triton.JITFunction) else "cpu"  # where the kernels run
 
 
 def scale_and_shift(
