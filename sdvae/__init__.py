@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # «as» the same name marks a name as public for type checkers
-    from sdvae.cpu.kernels import speed_up as speed_up
     from sdvae.errors import InputError as InputError
+    from sdvae.kernels.speed import speed_up as speed_up
     from sdvae.latents.config import EncodeConfig as EncodeConfig
     from sdvae.latents.dataset import LatentDataset as LatentDataset
     from sdvae.latents.encode import encode as encode
@@ -40,7 +40,7 @@ _MODULE_OF = {
     "pad_to_multiple": "sdvae.roundtrip",
     "Previews": "sdvae.previews",
     "crop_to": "sdvae.roundtrip",
-    "speed_up": "sdvae.cpu.kernels",
+    "speed_up": "sdvae.kernels.speed",
     "keep_freed_memory": "sdvae.runtime",
     "load_vae": "sdvae.weights",
     "save_vae": "sdvae.weights",

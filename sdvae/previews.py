@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdvae.cpu.kernels import speed_up
 from sdvae.data import EvaluationImages, ReadOptions, evaluation_loader, open_source, to_image
 from sdvae.data.reading import Color
 from sdvae.errors import InputError
 from sdvae.io import printable, read_json, replacing, with_section
+from sdvae.kernels.speed import speed_up
 from sdvae.latents.scaling import scaling_of
 from sdvae.model import Autoencoder
 from sdvae.roundtrip import compute_device, decode_images, encode_images, pad_to_multiple

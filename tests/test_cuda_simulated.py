@@ -16,7 +16,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
-from sdvae.cpu.kernels import FastConv3x3, FastUpsample, speed_up
+from sdvae.kernels.speed import speed_up
+from sdvae.kernels.upsample import FastUpsample
+from sdvae.kernels.winograd import FastConv3x3
 from sdvae.latents.encoder import MomentEncoder
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.model import AutoencoderKL

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdvae import AutoencoderKL, InputError, load_vae
-from sdvae.cpu import kernels as fast
 from sdvae.data import open_source, read_image, to_tensor
+from sdvae.kernels import winograd
+from sdvae.kernels.speed import speed_up
 from sdvae.model import tiling as streaming
 
 SD = {
@@ -144,11 +145,11 @@ def test_fast_layers_stream_as_well(widths, monkeypatch):
     vae = vae_of(block_out_channels=widths)
     plain = copy.deepcopy(vae).double()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(fast, "winograd_pays", lambda *shape: fast.has_nnpack() and min(shape[:2]) >= 96)
+    monkeypatch.setattr(winograd, "winograd_pays", lambda *shape: winograd.has_nnpack() and min(shape[:2]) >= 96)
     taken = []
-    own = fast._nnpack
-    monkeypatch.setattr(fast, "_nnpack", lambda *args: taken.append(1) or own(*args))
-    fast.speed_up(vae)
+    own = winograd._nnpack
+    monkeypatch.setattr(winograd, "_nnpack", lambda *args: taken.append(1) or own(*args))
+    speed_up(vae)
     x = torch.randn(1, 3, 128, 64, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(streaming, "STRIP_BYTES", 40 * widths[0] * 64 * 4)
     monkeypatch.setattr(streaming, "STRIPS_A_MAP", 1)
@@ -158,7 +159,7 @@ def test_fast_layers_stream_as_well(widths, monkeypatch):
         assert error(moments, plain.encode(x.double()).latent_dist.parameters) <= 5e-5
         z = moments[:, :4]
         assert error(vae.decode(z).sample, plain.decode(z.double()).sample) <= 5e-5
-    assert bool(taken) is (widths[0] >= 96 and fast.has_nnpack())
+    assert bool(taken) is (widths[0] >= 96 and winograd.has_nnpack())
 
 
 def test_maps_take_no_more_than_planned(monkeypatch):

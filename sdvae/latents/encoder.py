@@ -210,7 +210,7 @@ def _copied(vae: Autoencoder, dtype: torch.dtype, device: torch.device) -> Autoe
     copied = copy.deepcopy(vae).eval()
     nn.Module.to(copied, device, dtype)  # diffusers' own `to` warns about half precision
     if device.type == "cpu":
-        from sdvae.cpu.kernels import speed_up
+        from sdvae.kernels.speed import speed_up
 
         speed_up(copied)
     else:

@@ -41,6 +41,7 @@ from sdvae.model.blocks import (
     UpBlock,
     Upsample,
     activated_in_place,
+    fused_norm,
 )
 from sdvae.model.config import DOWN_BLOCK_TYPES, UP_BLOCK_TYPES, level_attention
 from sdvae.model.plain import has_geometry, is_conv, is_plain, kind_of
@@ -269,8 +270,8 @@ class Rows:
         for top in range(0, self.height, step):
             yield top, min(self.height, top + step)
 
-    def norm(self, norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
-        """Group norm with the statistics of the whole map, as a function that takes some rows of the map."""
+    def norm(self, norm: nn.GroupNorm, act: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
+        """Group norm with the statistics of the whole map, and then `act`, as a function of some rows of the map."""
         assert self._mean is not None
         assert self._square is not None
         rstd = (self._square / self._count + norm.eps).rsqrt()  # (B, groups)
@@ -278,12 +279,16 @@ class Rows:
         mean, rstd = (x.repeat_interleave(each, dim=1) for x in (self._mean, rstd))  # (B, C)
         scale = rstd * norm.weight.to(rstd)
         shift = norm.bias.to(rstd) - mean * scale
-        scale, shift = (x[:, :, None, None] for x in (scale, shift))
 
         def normalised(rows: Tensor) -> Tensor:
+            fused = fused_norm(norm, act, rows)
+            if fused is not None:
+                return fused.scaled_silu(rows, scale, shift)
             wide = at_least_fp32(rows)
+            factor, offset = (x[:, :, None, None].to(wide) for x in (scale, shift))
             own = None if wide is rows else wide  # a copy can be overwritten
-            return torch.addcmul(shift.to(wide), wide, scale.to(wide), out=own).to(rows.dtype)
+            h = torch.addcmul(offset, wide, factor, out=own).to(rows.dtype)
+            return h if act is None else activated_in_place(act, h)
 
         return normalised
 
@@ -371,23 +376,22 @@ class Streamed:
 
     def _resnet(self, x: Rows, temb: Tensor | None, block: ResnetBlock) -> Rows:
         conv1, conv2 = block.conv1, block.conv2
-        norm, act = x.norm(block.norm1), block.nonlinearity
+        normalised = x.norm(block.norm1, block.nonlinearity)
         h, residual = self._rows(x.height, normed=True), x
         if block.conv_shortcut is not None:
             residual = self._rows(x.height, normed=False)
         for top, bottom in x.strips(max(conv1.in_channels, conv1.out_channels)):
             rows = x[top - 1 : bottom + 1]
-            inner = _conv_rows(conv1, activated_in_place(act, norm(rows)), top > 0, bottom < x.height)
+            inner = _conv_rows(conv1, normalised(rows), top > 0, bottom < x.height)
             h.append(block.plus_embedding(inner, temb))
             if block.conv_shortcut is not None:
                 above = int(top > 0)
                 residual.append(block.conv_shortcut(rows[:, :, above : above + bottom - top]))
                 x.free_above(bottom - 1)
             del rows, inner
-        norm, out = h.norm(block.norm2), self._rows(x.height, normed=True)
+        normalised, out = h.norm(block.norm2, block.nonlinearity), self._rows(x.height, normed=True)
         for top, bottom in h.strips(conv2.in_channels):
-            rows = activated_in_place(act, norm(h[top - 1 : bottom + 1]))
-            rows = _conv_rows(conv2, rows, top > 0, bottom < h.height)
+            rows = _conv_rows(conv2, normalised(h[top - 1 : bottom + 1]), top > 0, bottom < h.height)
             out.append(rows.add_(residual[top:bottom]))
             h.free_above(bottom - 1)
             residual.free_above(bottom)
@@ -451,13 +455,13 @@ class Streamed:
         normed: bool = False,
     ) -> Rows:
         """A 3x3 or 1x1 conv, after norm and activation if they are given. `normed`: a group norm reads the output."""
-        normalised = None if norm is None else x.norm(norm)
+        normalised = None if norm is None else x.norm(norm, act)
         halo = conv.kernel_size[0] // 2
         out = self._rows(x.height, normed)
         for top, bottom in x.strips(max(conv.in_channels, conv.out_channels)):
             rows = x[top - halo : bottom + halo]
-            if normalised is not None and act is not None:
-                rows = activated_in_place(act, normalised(rows))
+            if normalised is not None:
+                rows = normalised(rows)
             above, below = halo and top > 0, halo and bottom < x.height
             out.append(_conv_rows(conv, rows, bool(above), bool(below)))
             x.free_above(bottom - halo)

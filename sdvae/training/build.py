@@ -172,7 +172,7 @@ def lay_out(vae: Autoencoder, config: TrainConfig, accelerator: Accelerator) -> 
     if accelerator.device.type == "cpu":
         keep_freed_memory()  # each step needs the memory that the last one freed
     if config.fast_convolutions and accelerator.device.type == "cpu":
-        from sdvae.cpu.kernels import speed_up, takes_winograd
+        from sdvae.kernels.speed import speed_up, takes_winograd
 
         dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16
         speed_up(vae, dtype)

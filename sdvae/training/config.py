@@ -345,7 +345,7 @@ class TrainConfig:
     """Keep activations in the channels-last memory format. On a CPU, fast_convolutions overrides this."""
     fast_convolutions: bool = True
     """On a CPU, use faster kernels, which compute the same function up to rounding: Winograd's algorithm for 3x3
-    convolutions of wide models in fp32, and upsampling with four taps instead of nine (sdvae/cpu/kernels.py)."""
+    convolutions of wide models in fp32, and upsampling with four taps instead of nine (sdvae/kernels/)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False

@@ -108,7 +108,7 @@ def _loaded(source: str | None) -> Autoencoder:
     check_image_channels(vae, source)
     device = torch.device(accelerator_type() or "cpu")
     if device.type == "cpu":
-        from sdvae.cpu.kernels import speed_up
+        from sdvae.kernels.speed import speed_up
 
         speed_up(vae)
     return nn.Module.to(vae, device)  # the type hints of diffusers' own method allow dtypes only
