@@ -24,7 +24,7 @@ from sdvae.cpu.kernels import speed_up
 from sdvae.data import EvaluationImages, ReadOptions, evaluation_loader, open_source, to_image
 from sdvae.data.reading import Color
 from sdvae.errors import InputError
-from sdvae.io import printable, read_json, replacing
+from sdvae.io import printable, read_json, replacing, with_section
 from sdvae.latents.scaling import scaling_of
 from sdvae.model import Autoencoder
 from sdvae.roundtrip import compute_device, decode_images, encode_images, pad_to_multiple
@@ -42,7 +42,7 @@ PREVIEWS_TEXT = """The linear map from latents to RGB that comes nearest to imag
 |---|{rules}
 {table}
 
-By least squares over {images} images at {resolution}x{resolution} pixels: {psnr:.1f} dB, R² {r2}.
+By least squares over {images} images at {resolution}x{resolution} pixels: {fit}.
 """
 PATCH = 2  # Flux's pipelines pack 2 x 2 latents into one token
 
@@ -160,9 +160,13 @@ class Preview:
     map: RGBFactors
     about: dict[str, Any]
 
+    @property
+    def fit(self) -> str:
+        """Text such as «22.2 dB, R² 0.926, 0.858, 0.822»."""
+        return f"{self.map.psnr:.1f} dB, R² {', '.join(f'{value:.3f}' for value in self.map.r2.tolist())}"
+
     def __str__(self) -> str:
-        r2 = ", ".join(f"{value:.3f}" for value in self.map.r2.tolist())
-        return f"{self.map.psnr:.1f} dB, R² {r2}, fitted to {self.about['images']} images"
+        return f"{self.fit}, fitted to {self.about['images']} images"
 
     def markdown(self) -> str:
         """The content of a model card's section `PREVIEWS`, with the numbers as UIs take them."""
@@ -171,20 +175,18 @@ class Preview:
         table = "\n".join(
             f"| {name} | {' | '.join(f'{v:.4f}' for v in row)} |" for name, row in zip(names, rows, strict=True)
         )
-        r2 = ", ".join(f"{value:.3f}" for value in self.map.r2.tolist())
         colours = ("R", "G", "B") if len(rows[0]) == 3 else ("grey",)
         return PREVIEWS_TEXT.format(
             name=RGB_FACTORS,
             colours=" | ".join(colours),
             rules="---|" * len(colours),
             table=table,
-            psnr=self.map.psnr,
-            r2=r2,
+            fit=self.fit,
             **self.about,
         )
 
     def write_beside(self, vae: Path) -> Path:
-        """Write it into a VAE's folder, or beside its file.
+        """Write it into a VAE's folder, or beside its file; and into the folder's model card, if it has one.
 
         The keys are those of ComfyUI's latent formats, which take the values as they are.
 
@@ -203,6 +205,11 @@ class Preview:
         }
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        card = vae / "README.md"
+        if card.is_file():
+            text = with_section(card.read_text(encoding="utf-8"), PREVIEWS, self.markdown())
+            with replacing(card) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         return path
 
 

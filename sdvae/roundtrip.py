@@ -36,7 +36,8 @@ class RoundTrip:
 
     Attributes:
         posterior: over the latents of the padded images, (B, c, ⌈H/f⌉, ⌈W/f⌉) with the compression ratio f; fp32.
-        latents: (B, c, ⌈H/f⌉, ⌈W/f⌉) fp32, the decoded latents: the posterior's mode or a sample, unscaled.
+        latents: (B, c, ⌈H/f⌉, ⌈W/f⌉) fp32, the decoded latents: the posterior's mode or a sample, unscaled. Those of a
+            student are scaled already.
         reconstruction: (B, C, H, W) fp32, nominally in [-1, 1] and not clamped.
         encode_seconds: time in the encoder, including the wait for the device.
         decode_seconds: time in the decoder, including the wait for the device.

@@ -106,6 +106,15 @@ def test_export_fits_the_factors_of_scaled_latents_and_writes_them(vae, tmp_path
     ours = read_preview(target / "latent_rgb_factors.json").decode(z)[0].movedim(0, -1)
     torch.testing.assert_close(ours, drawn)
 
+    # a model card in the folder gets the same numbers, once
+    (target / "README.md").write_text("# A VAE\n\n## Recipe\n\nlong\n")
+    for _ in range(2):
+        assert main(["export", str(target), str(target), *options]) == 0
+    card = (target / "README.md").read_text()
+    assert card.startswith("# A VAE\n\n## Recipe\n\nlong\n")
+    assert card.count("## Previews") == 1
+    assert f"| bias | {' | '.join(f'{v:.4f}' for v in written['latent_rgb_factors_bias'])} |" in card
+
     # another VAE in that folder has other factors, so the old ones do not stay
     assert main(["export", str(vae), str(target)]) == 0
     assert not (target / "latent_rgb_factors.json").exists()

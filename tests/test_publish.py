@@ -18,10 +18,11 @@ from PIL import Image
 from sdvae import AutoencoderKL, load_vae, save_vae
 from sdvae.cli import main
 from sdvae.data import center_crop, open_source, read_image, to_tensor
+from sdvae.io import with_section
 from sdvae.metrics.image import image_metrics
 from sdvae.previews import read_preview
 from sdvae.studio import push as publish_module
-from sdvae.studio.push import hub_card, push_to_hub, with_section, without_local_paths
+from sdvae.studio.push import hub_card, push_to_hub, without_local_paths
 from sdvae.training.model_card import base_model
 from tests.conftest import draw_photographs, tiny_arguments, tiny_vae
 from tests.hub import TOKEN, FakeHub

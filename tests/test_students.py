@@ -187,6 +187,13 @@ def test_half_a_student_is_refused_by_the_name_of_what_is_missing(tmp_path, caps
     assert not (tmp_path / "vae_decoder.safetensors").exists()
 
 
+def test_a_pair_that_would_come_back_as_another_student_is_not_written(tmp_path):
+    for change in ({"act_fn": "silu"}, {"upsample_fn": "bilinear"}, {"scaling_factor": 0.5}):
+        with pytest.raises(InputError, match=f"{next(iter(change))} .*cannot hold"):
+            save_taesd(student(**change), tmp_path / "taesd_decoder.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_needs_a_posterior_refuses_a_student_in_one_line(folder, tmp_path, capfd):
     with pytest.raises(InputError, match="without a posterior; need an AutoencoderKL"):
         load_kl(folder)

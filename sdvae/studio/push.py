@@ -21,7 +21,7 @@ from torch import nn
 from sdvae.data import BadImages, EvaluationImages, ReadOptions, evaluation_loader, open_source
 from sdvae.data.reading import Color
 from sdvae.errors import InputError, one_line
-from sdvae.io import HUB_ID, replacing, version
+from sdvae.io import HUB_ID, replacing, version, with_section
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.model import AutoencoderKL
 from sdvae.previews import PREVIEWS, Preview, fit_preview
@@ -37,7 +37,6 @@ from sdvae.training.model_card import (
     figures_text,
     ldm_programs,
     loading_text,
-    section,
     title,
 )
 from sdvae.training.run_folder import RunFolder
@@ -162,15 +161,6 @@ def hub_card(
         text = with_section(text, heading, content)
     card.text = without_local_paths(text)
     return card
-
-
-def with_section(text: str, heading: str, content: str) -> str:
-    """Markdown with the content of one second-level section replaced; a missing section is added at the end."""
-    new = section(heading, content)
-    pattern = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    if pattern.search(text):
-        return pattern.sub(lambda _: f"{new}\n", text, count=1).rstrip("\n") + "\n"
-    return f"{text.rstrip()}\n\n{new}"
 
 
 def without_local_paths(text: str) -> str:

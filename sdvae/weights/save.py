@@ -21,7 +21,7 @@ from sdvae.weights.config import metadata_of
 from sdvae.weights.load import STEM
 from sdvae.weights.names import to_ldm
 from sdvae.weights.read import SAFETENSORS_SUFFIXES, check_tensors
-from sdvae.weights.tiny import PARTS, names_of_pair, to_taesd
+from sdvae.weights.tiny import PARTS, check_told_by_shapes, names_of_pair, to_taesd
 
 RGB_FACTORS = "latent_rgb_factors.json"  # beside a VAE: the linear map that `sdvae export --data` fits to it
 
@@ -72,8 +72,8 @@ def save_taesd(student: Autoencoder, path: str | Path, *, dtype: torch.dtype | N
         The paths of encoder and decoder.
 
     Raises:
-        InputError: when the path has another name or ending, when the student has no plain weights, or when one is not
-            finite after the conversion to `dtype`.
+        InputError: when the path has another name or ending, when the student's configuration has what these files
+            cannot hold, when it has no plain weights, or when one is not finite after the conversion to `dtype`.
         OSError: when a file cannot be written.
     """
     files = names_of_pair(Path(path).expanduser())
@@ -82,6 +82,7 @@ def save_taesd(student: Autoencoder, path: str | Path, *, dtype: torch.dtype | N
         raise InputError(
             f"got an {type(model).__name__} for {path}; need a student (AutoencoderTiny); see sdvae distil"
         )
+    check_told_by_shapes(model.config)
     weights = _checked_weights(model, dtype)
     for part, file in files.items():
         own = {key: weight.cpu().contiguous() for key, weight in to_taesd(weights, part).items()}

@@ -22,6 +22,14 @@ from sdvae.weights.read import WEIGHT_SUFFIXES, is_weight_file
 PARTS = ("encoder", "decoder")
 # The name before _encoder and _decoder -> the diffusion models whose latents these files decode
 PUBLISHED = {"taesd": "SD 1 and 2", "taesdxl": "SDXL", "taesd3": "SD3", "taef1": "Flux.1"}
+# What the shapes of the weights do not tell, as in all published students
+UNSHAPED = {
+    "act_fn": "relu",
+    "upsample_fn": "nearest",
+    "upsampling_scaling_factor": 2,
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+}
 FIRST = {"encoder": 0, "decoder": 1}  # the number in TAESD's files of diffusers' layer 0
 _LAYER = re.compile(r"(\d+)\.(.*)")
 _ONLY_LAYERS = re.compile(r"\d+\.(conv\.\d+\.)?(weight|bias)")
@@ -131,6 +139,20 @@ def infer_tiny_config(weights: Mapping[str, Tensor], given: Mapping[str, Any], o
         config["in_channels" if part == "encoder" else "latent_channels"] = first.shape[1]
         config["latent_channels" if part == "encoder" else "out_channels"] = len(last)
     return {**config, **given}
+
+
+def check_told_by_shapes(config: Mapping[str, Any]) -> None:
+    """Check that a student's weights alone tell its configuration, so that a pair of files can hold it.
+
+    Raises:
+        InputError: with what they do not tell.
+    """
+    lost = [f"{key} {config[key]!r}" for key, wanted in UNSHAPED.items() if config[key] != wanted]
+    if lost:
+        raise InputError(
+            f"got a student with {', '.join(lost)}, which a pair of files cannot hold, and no previewer computes; need "
+            f"{', '.join(f'{key} {wanted!r}' for key, wanted in UNSHAPED.items())}; write a folder"
+        )
 
 
 def _numbers(keys: Iterable[str], pattern: str) -> list[int]:
