@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py                        # SD's 83.65 M parameters at 256x256
     python scripts/benchmark.py --config configs/quickstart.yaml --size 64 --batch 4 --perceptual FILE
+    python scripts/benchmark.py --device cuda          # another table, for GPUs: see scripts/benchmark_gpu.py
 
 The training rows compare a step of this package (sdvae/training/step.py) with a plain loop over diffusers' class that
 has the same losses: L1 + LPIPS + KL, and the same with a PatchGAN and LDM's adaptive weight. The loop is written as the
@@ -19,6 +20,8 @@ allocator, because this package's side keeps the memory that it frees (`keep_fre
   contiguous layout) and with channels last.
 - rewrites (on a CPU): the model with all of this package's optimisations against the model without one of them, and a
   process that keeps freed memory against one that does not.
+- calibration (on a CPU): the forms that `speed_up(vae, calibrate=)` measures to be the fastest against those of the
+  rules.
 - peak: the decoder's speed as a share of that of matrix products on this machine.
 - training: the training rows.
 
@@ -50,8 +53,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdvae import AutoencoderKL, keep_freed_memory, speed_up
 from sdvae.cli import parse_train_config
-from sdvae.cpu.kernels import FastConv3x3, FastUpsample, takes_winograd
 from sdvae.errors import exit_code
+from sdvae.kernels.speed import takes_winograd
+from sdvae.kernels.upsample import FastUpsample
+from sdvae.kernels.winograd import FastConv3x3
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.runtime import DTYPES, resolve_precision
 from sdvae.training.build import build_vae, lay_out
@@ -62,7 +67,7 @@ from sdvae.training.step import TrainStep
 
 BOTH = ("encode", "decode")
 PRODUCTS = 10  # matrix products per timing, one after the other like the convolutions of a pass
-PARTS = ("passes", "rewrites", "peak", "training")
+PARTS = ("passes", "rewrites", "calibration", "peak", "training")
 HEAD = "| | {} (s) | {} (s) | speed-up, median | range |\n|---|---|---|---|---|"
 
 
@@ -165,7 +170,7 @@ def one_pass(model: nn.Module, what: str, images: Tensor) -> Callable[[], object
 
 
 def undo_class(fast: type[nn.Module]) -> Callable[[AutoencoderKL], None]:
-    """A function that gives all modules of a class of sdvae/cpu/kernels.py their ordinary class back."""
+    """A function that gives all modules of a class of sdvae/kernels/ their ordinary class back."""
 
     def undo(vae: AutoencoderKL) -> None:
         for module in vae.modules():
@@ -182,7 +187,7 @@ def undo_in_place(vae: AutoencoderKL) -> None:
             module.register_forward_hook(lambda *_: None)
 
 
-# Each optimisation of sdvae/cpu/kernels.py and sdvae/model/blocks.py: how to undo it, and the passes that use it.
+# Each optimisation of sdvae/kernels/ and sdvae/model/blocks.py: how to undo it, and the passes that use it.
 # The upsamplers compute with four taps only in a VAE without Winograd convolutions.
 Rewrites = dict[str, tuple[Callable[[AutoencoderKL], object], Sequence[str]]]
 IN_PLACE: Rewrites = {"activations and sums in place": (undo_in_place, BOTH)}
@@ -212,6 +217,20 @@ def compare_rewrites(vae: AutoencoderKL, images: Tensor, peer: Peer, repeats: in
     for what in BOTH:
         sides = warmed(one_pass(whole, what, images)), peer.timer(Request(what, ours=True))
         compare(f"{what}, freed memory kept", *sides, repeats)
+
+
+def compare_calibrated(vae: AutoencoderKL, images: Tensor, repeats: int) -> None:
+    """Rows of encode and decode in the forms that were measured, against those of the rules."""
+    calibrated, rules = (copy.deepcopy(vae).to(memory_format=torch.contiguous_format).eval() for _ in range(2))
+    height, width = images.shape[2:]
+    begun = time.perf_counter()
+    chosen = speed_up(calibrated, calibrate=(height, width))
+    print(f"calibrated in {time.perf_counter() - begun:.1f} s: {chosen}\nrules: {speed_up(rules)}\n")
+    print(HEAD.format("calibrated", "rules"))
+    for what in BOTH:
+        compare(
+            f"{what}, calibrated", *(warmed(one_pass(model, what, images)) for model in (calibrated, rules)), repeats
+        )
 
 
 @torch.no_grad()
@@ -317,6 +336,11 @@ def plain_step(
 
 
 def main() -> None:
+    if any(argument.split("=")[0] == "--device" for argument in sys.argv[1:]):
+        import benchmark_gpu  # the rows that a GPU is asked for, with options of its own
+
+        benchmark_gpu.main()
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/sd_f8c4.yaml", help="recipe whose model is timed")
     parser.add_argument("--size", type=PositiveInt, default=256, help="side of the images in pixels")
@@ -369,6 +393,9 @@ def main() -> None:
         if "rewrites" in arguments.parts and device == "cpu":
             print("\n" + HEAD.format("with all", "without this one"))
             compare_rewrites(vae, images, peer, repeats)
+    if "calibration" in arguments.parts and device == "cpu":
+        print()
+        compare_calibrated(vae, images, repeats)
     if "peak" in arguments.parts:
         x = images.to(DTYPES[arguments.dtype])
         print("\n" + peak_line(nn.Module.to(copy.deepcopy(vae), x.dtype).eval(), x, arguments.gemm, repeats))

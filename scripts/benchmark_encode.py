@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import platform
 import shutil
 import statistics
 import sys
@@ -41,6 +40,7 @@ import diffusers
 import numpy as np
 import pyarrow as pa
 import torch
+from benchmark_gpu import where
 from jsonargparse.typing import PositiveInt
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -127,11 +127,10 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
         for name, run in runs.items():
             sides[name].append(run())
     parameters = sum(p.numel() for p in vae.parameters()) / 1e6
-    where = torch.cuda.get_device_name() if task.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(
         f"\n{arguments.config or 'packaged VAE'}: {parameters:.2f} M parameters, {count} images at {arguments.size}², "
-        f"batch {arguments.batch}, {task.precision}, {where}, torch {torch.__version__}, diffusers "
-        f"{diffusers.__version__}, {platform.machine()}\n"
+        f"batch {arguments.batch}, {task.precision}, {where(task.device)}, torch {torch.__version__}, diffusers "
+        f"{diffusers.__version__}\n"
     )
     print("| | images/s, median | sdvae encode against it, median | range |\n|---|---|---|---|")
     for name, rates in sides.items():
@@ -157,6 +156,7 @@ def through_ray(arguments: argparse.Namespace, paths: Sequence[Path], scratch: P
         resolution=arguments.size,
         batch_size=arguments.batch,
         num_workers=arguments.workers,
+        device=arguments.device,
         shard_rows=2 * arguments.batch,
         engine="ray",
     )
@@ -183,6 +183,7 @@ def prepared(arguments: argparse.Namespace, output: Path, vae: str) -> EncodeTas
         resolution=arguments.size,
         batch_size=arguments.batch,
         num_workers=arguments.workers,
+        device=arguments.device,
     )
     task = EncodeTask(config)
     first = subset(open_source(arguments.images), range(min(arguments.count, task.shards.total or 0)))
@@ -305,6 +306,7 @@ def main() -> None:
     parser.add_argument("--batch", type=PositiveInt, default=8)
     parser.add_argument("--workers", type=int, default=2, help="processes or threads that read images, on either side")
     parser.add_argument("--repeats", type=PositiveInt, default=3)
+    parser.add_argument("--device", default=None, help="cuda or cpu; default: a GPU if there is one")
     parser.add_argument("--ray", type=lambda text: text == "true", default=False, help="true: also through Ray")
     parser.add_argument(
         "--memory_rows",

@@ -1,11 +1,12 @@
 """Photographs -> latents -> a diffusion model -> new pictures, offline, on one CPU core.
 
-    python scripts/latent_diffusion.py [--output runs/latent_diffusion] [--vae SOURCE] [--steps N]
+    python scripts/latent_diffusion.py [--output runs/latent_diffusion] [--vae SOURCE] [--student SOURCE] [--steps N]
 
 Cuts 400 crops per class out of the photographs in scikit-image's wheel, encodes them as `sdvae encode` does, trains a
 small class-conditional UNet on `LatentDataset`, and samples it through a diffusers pipeline that decodes with the VAE.
-`samples.png` has a row per class: crops after the VAE beside new pictures. `pipeline/` can be loaded by
-`DiTPipeline.from_pretrained` without this package. Takes about 20 minutes of one core.
+`samples.png` has a row per class: crops after the VAE beside new pictures. `previews.png` shows what the model expects
+a picture to become, step by step, drawn by a student of the VAE or else by latent RGB factors. `pipeline/` can be
+loaded by `DiTPipeline.from_pretrained` without this package. Takes about 20 minutes of one core.
 """
 
 from __future__ import annotations
@@ -20,18 +21,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, UNet2DModel
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from jsonargparse.typing import PositiveInt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from sdvae import AutoencoderKL, InputError, load_vae
-from sdvae.data import open_source, read_image, to_image
+from sdvae.data import open_source, read_image, to_image, to_tensor
 from sdvae.errors import exit_code
 from sdvae.io import replacing
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.dataset import LatentDataset
 from sdvae.latents.encode import encode
+from sdvae.pictures import tile_grid
+from sdvae.previews import Decoder, Previews, fit_preview
+from sdvae.weights import load_kl
 
 SIDE = 128  # pixels of a crop after resizing
 # Class: photograph, side of its crops, and margins without crops, in pixels. `encode` numbers folders in this order.
@@ -48,6 +53,8 @@ GUIDANCE = 1.5  # v = v(no class) + GUIDANCE (v(class) - v(no class))
 DROP_LABEL = 0.1  # probability of NO_CLASS in training; Ho & Salimans 2022, «Classifier-free guidance», section 4
 WARM_UP, LOG_EVERY = 100, 100  # steps
 SHOWN_CROPS, SHOWN_SAMPLES = 3, 5  # per row of the grid
+SHOWN_STEPS = 6  # in previews.png
+PREVIEW_CROPS = 256  # to which the RGB factors are fitted
 GAP, CAPTION = 4, 24  # pixels
 
 
@@ -177,6 +184,51 @@ def draw(pipe: DiTPipeline, count: int, *, sampling_steps: int, seed: int) -> li
     return [images[label * count : (label + 1) * count] for label in range(len(CLASSES))]
 
 
+def watch(pipe: DiTPipeline, decoder: Decoder, *, sampling_steps: int, seed: int) -> dict[int, list[Image.Image]]:
+    """The picture of each class that the model expects in the end, while it draws.
+
+    Pipelines that take a callback get `callback_on_step_end=Previews(…)`. DiTPipeline takes none, so the scheduler
+    hands on what it predicts as the clean latents.
+
+    Args:
+        pipe: the pipeline.
+        decoder: a student of its VAE, the VAE itself, or latent RGB factors.
+        sampling_steps: of which SHOWN_STEPS are shown, or all if there are fewer.
+        seed: the seed of the noise.
+
+    Returns:
+        Step, from 0 -> a picture of each class.
+    """
+    shown: dict[int, list[Image.Image]] = {}
+    every = max(1, (sampling_steps - 1) // (SHOWN_STEPS - 1))
+    # under guidance the pipeline's batch has each picture twice
+    previews = Previews(decoder, lambda step, pictures: shown.update({step: pictures[: len(CLASSES)]}), every=every)
+
+    class Watched(DDIMScheduler):
+        def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> DDIMSchedulerOutput:
+            output = super().step(model_output, timestep, sample)
+            number = self.timesteps.tolist().index(int(timestep))
+            previews(pipe, number, timestep, {"latents": output.pred_original_sample})
+            return output
+
+    scheduler = pipe.scheduler
+    pipe.scheduler = Watched.from_config(scheduler.config)
+    try:
+        draw(pipe, 1, sampling_steps=sampling_steps, seed=seed)
+    finally:
+        pipe.scheduler = scheduler
+    return shown
+
+
+def strips(shown: dict[int, list[Image.Image]]) -> Image.Image:
+    """One row per class, one column per step that `watch` shows."""
+    rows = [
+        [to_tensor(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST)) for picture in of_class]
+        for of_class in zip(*shown.values(), strict=True)
+    ]
+    return tile_grid(rows, [f"step {step + 1}" for step in shown])
+
+
 def grid(crops: list[list[Image.Image]], samples: list[list[Image.Image]]) -> Image.Image:
     """One row per class: crops decoded by the VAE on the left, new pictures on the right."""
     tops = [CAPTION + row * (SIDE + GAP) for row in range(len(crops))]
@@ -197,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/latent_diffusion"))
     parser.add_argument("--vae", help="VAE, as load_vae takes it; default: the one inside this package")
+    parser.add_argument("--student", help="student of the VAE for the previews; default: latent RGB factors")
     parser.add_argument("--crops", type=PositiveInt, default=400, help="number of crops of each class")
     parser.add_argument("--steps", type=PositiveInt, default=1500)
     parser.add_argument("--batch_size", type=PositiveInt, default=32)
@@ -207,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
 
-    vae = load_vae(arguments.vae)
+    vae = load_kl(arguments.vae)
     if vae.config.shift_factor or vae.config.latents_mean:
         raise InputError("got a VAE with a shift; need one without: DiTPipeline only divides by scaling_factor")
 
@@ -227,9 +280,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = DiTPipeline(transformer=model, vae=vae.float(), scheduler=scheduler)
     samples = draw(pipe, SHOWN_SAMPLES, sampling_steps=arguments.sampling_steps, seed=arguments.seed)
     grid(decoded_crops(dataset, vae, SHOWN_CROPS), samples).save(arguments.output / "samples.png")
+    student = arguments.student and load_vae(arguments.student)
+    decoder = student or fit_preview(vae, str(crops), PREVIEW_CROPS, SIDE).map
+    shown = watch(pipe, decoder, sampling_steps=arguments.sampling_steps, seed=arguments.seed)
+    strips(shown).save(arguments.output / "previews.png")
     pipe.vae = vae.to_diffusers()  # the saved folder then loads without sdvae
     pipe.save_pretrained(arguments.output / "pipeline")
-    print(f"{arguments.output / 'samples.png'} and {arguments.output / 'pipeline'}")
+    print(f"{', '.join(str(arguments.output / name) for name in ('samples.png', 'previews.png', 'pipeline'))}")
 
 
 if __name__ == "__main__":

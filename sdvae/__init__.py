@@ -6,14 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # «as» the same name marks a name as public for type checkers
-    from sdvae.cpu.kernels import speed_up as speed_up
     from sdvae.errors import InputError as InputError
+    from sdvae.kernels.speed import speed_up as speed_up
     from sdvae.latents.config import EncodeConfig as EncodeConfig
     from sdvae.latents.dataset import LatentDataset as LatentDataset
     from sdvae.latents.encode import encode as encode
     from sdvae.latents.encoder import LatentEncoder as LatentEncoder
     from sdvae.model import AutoencoderKL as AutoencoderKL
+    from sdvae.model import AutoencoderTiny as AutoencoderTiny
     from sdvae.model import DiagonalGaussian as DiagonalGaussian
+    from sdvae.previews import Previews as Previews
     from sdvae.roundtrip import crop_to as crop_to
     from sdvae.roundtrip import pad_to_multiple as pad_to_multiple
     from sdvae.roundtrip import round_trip as round_trip
@@ -23,6 +25,7 @@ if TYPE_CHECKING:  # «as» the same name marks a name as public for type checke
     from sdvae.weights import export_targets as export_targets
     from sdvae.weights import load_vae as load_vae
     from sdvae.weights import save_ldm as save_ldm
+    from sdvae.weights import save_taesd as save_taesd
     from sdvae.weights import save_vae as save_vae
 
 __version__ = "0.1.0"
@@ -31,15 +34,18 @@ __version__ = "0.1.0"
 # misspelt, or only asks for help, need not wait for torch.
 _MODULE_OF = {
     "AutoencoderKL": "sdvae.model",
+    "AutoencoderTiny": "sdvae.model",
     "DiagonalGaussian": "sdvae.model",
     "round_trip": "sdvae.roundtrip",
     "pad_to_multiple": "sdvae.roundtrip",
+    "Previews": "sdvae.previews",
     "crop_to": "sdvae.roundtrip",
-    "speed_up": "sdvae.cpu.kernels",
+    "speed_up": "sdvae.kernels.speed",
     "keep_freed_memory": "sdvae.runtime",
     "load_vae": "sdvae.weights",
     "save_vae": "sdvae.weights",
     "save_ldm": "sdvae.weights",
+    "save_taesd": "sdvae.weights",
     "export_targets": "sdvae.weights",
     "TrainConfig": "sdvae.training.config",
     "train": "sdvae.training.loop",

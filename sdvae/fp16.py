@@ -14,7 +14,7 @@ from sdvae.errors import InputError
 from sdvae.model import AutoencoderKL
 from sdvae.model.fp16 import FP16_MAX, audit, fix
 from sdvae.roundtrip import pad_to_multiple, round_trip
-from sdvae.weights import load_vae, save_vae
+from sdvae.weights import load_kl, save_vae
 
 LAYERS_AFTER_FIX = 5  # number of layers with the largest values that are printed before and after a fix
 
@@ -36,7 +36,7 @@ def audit_vae(
     Raises:
         InputError: for a VAE or images that cannot be read.
     """
-    model = load_vae(vae, subfolder=subfolder, dtype=torch.float32)
+    model = load_kl(vae, subfolder=subfolder, dtype=torch.float32)
     _print_largest(audit(model, calibration_images(model, source, count, resolution, color)), layers)
 
 
@@ -57,14 +57,14 @@ def fix_vae(
     Raises:
         InputError: for a VAE or images that cannot be read, or when no rescaling can help.
     """
-    model = load_vae(vae, subfolder=subfolder, dtype=torch.float32)
+    model = load_kl(vae, subfolder=subfolder, dtype=torch.float32)
     images = calibration_images(model, source, count, resolution, color)
     _print_largest(audit(model, images), LAYERS_AFTER_FIX)
     before = [round_trip(model, x).reconstruction for x in images]
     done = fix(model, images)
     same = all(torch.equal(round_trip(model, x).reconstruction, y) for x, y in zip(images, before, strict=True))
     save_vae(model, target)
-    loaded = load_vae(target)
+    loaded = load_kl(target)
     after = [round_trip(loaded, x).reconstruction for x in images]
     change = max(float((x - y).abs().max()) for x, y in zip(after, before, strict=True))
     print(f"wrote {target}: {len(done.scales)} rescalings" + ("" if done.scales else "; nothing had to be done"))

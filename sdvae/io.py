@@ -229,3 +229,12 @@ def is_inside(path: str | Path, folder: str | Path) -> bool:
 def version() -> str:
     """The version of the installed package."""
     return metadata.version("sdvae")
+
+
+def with_section(text: str, heading: str, content: str) -> str:
+    """Markdown with the content of one second-level section replaced; a missing section is added at the end."""
+    new = f"## {heading}\n\n{content}"
+    pattern = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    if pattern.search(text):
+        return pattern.sub(lambda _: f"{new}\n", text, count=1).rstrip("\n") + "\n"
+    return f"{text.rstrip()}\n\n{new}"

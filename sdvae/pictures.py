@@ -37,6 +37,18 @@ def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Image.Image:
     return tile_grid(rows, ["original", "reconstruction", f"{AMPLIFICATION} x |difference|"])
 
 
+def student_grid(images: Tensor, teacher: Tensor, student: Tensor) -> Image.Image:
+    """A row for each image: original | teacher | student | amplified absolute difference of the last two.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1], C 1 or 3; values outside are clamped.
+        teacher: what a VAE makes of them, the same shape.
+        student: what its student makes of them, the same shape.
+    """
+    rows = list(zip(images, teacher, student, amplified_difference(teacher, student), strict=True))
+    return tile_grid(rows, ["original", "teacher", "student", f"{AMPLIFICATION} x |teacher - student|"])
+
+
 def amplified_difference(images: Tensor, reconstructions: Tensor) -> Tensor:
     """AMPLIFICATION times the absolute difference, as an image: -1, black, is no difference.
 

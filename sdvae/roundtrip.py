@@ -2,6 +2,9 @@
 
     images --pad--> encode --> posterior --mode or sample--> z --> decode --crop--> output --link--> images
 
+It takes every kind of autoencoder (`sdvae.model.kinds`). One whose encoder predicts no variance, such as a student, has
+a posterior that is a single point: `posterior.deterministic` is true, and mode and sample are the same.
+
 A VAE works on images whose sides are multiples of its compression ratio, so images are padded before the encoder and
 cropped after the decoder. What the decoder's output means depends on the VAE's `likelihood`. With «gaussian» (Stable
 Diffusion's VAEs, and the Laplace likelihood of an L1 loss) it is the image; with «bernoulli» it is the logit of each
@@ -10,17 +13,21 @@ value's brightness. `link` maps either to an image.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sdvae.errors import InputError
-from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.model import Autoencoder, DiagonalGaussian
 from sdvae.model.autoencoder import check_floating
+from sdvae.model.kinds import has_posterior
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ class RoundTrip:
 
     Attributes:
         posterior: over the latents of the padded images, (B, c, ⌈H/f⌉, ⌈W/f⌉) with the compression ratio f; fp32.
-        latents: (B, c, ⌈H/f⌉, ⌈W/f⌉) fp32, the decoded latents: the posterior's mode or a sample, unscaled.
+        latents: (B, c, ⌈H/f⌉, ⌈W/f⌉) fp32, the decoded latents: the posterior's mode or a sample, unscaled. Those of a
+            student are scaled already.
         reconstruction: (B, C, H, W) fp32, nominally in [-1, 1] and not clamped.
         encode_seconds: time in the encoder, including the wait for the device.
         decode_seconds: time in the decoder, including the wait for the device.
@@ -44,7 +52,7 @@ class RoundTrip:
 
 @torch.no_grad()
 def round_trip(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     images: Tensor,
     *,
     latents: Literal["mode", "sample"] = "mode",
@@ -70,7 +78,7 @@ def round_trip(
     device = compute_device(vae)
     start = _now(device)
     posterior = encode_images(vae, images.to(device, vae.dtype), labels)
-    posterior = DiagonalGaussian(posterior.parameters.float())
+    posterior = posterior.to(torch.float32)
     z = posterior.mode() if latents == "mode" else posterior.sample(generator)
     middle = _now(device)
     output = decode_output(vae, z.to(vae.dtype), images.shape[2:], labels)
@@ -79,7 +87,7 @@ def round_trip(
     return RoundTrip(posterior, z, reconstruction, middle - start, end - middle)
 
 
-def compute_device(vae: AutoencoderKL) -> torch.device:
+def compute_device(vae: Autoencoder) -> torch.device:
     """The device that the VAE computes on, which takes its inputs.
 
     accelerate's offloading keeps the weights elsewhere, so that the VAE's own `device` is «meta» or the host.
@@ -90,7 +98,7 @@ def compute_device(vae: AutoencoderKL) -> torch.device:
     return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
 
 
-def encode_images(vae: AutoencoderKL, images: Tensor, labels: Tensor | None = None) -> DiagonalGaussian:
+def encode_images(vae: Autoencoder, images: Tensor, labels: Tensor | None = None) -> DiagonalGaussian:
     """The posterior over the latents of images of any size, which are padded for the encoder.
 
     Args:
@@ -101,11 +109,12 @@ def encode_images(vae: AutoencoderKL, images: Tensor, labels: Tensor | None = No
     Returns:
         A posterior over (B, c, ⌈H/f⌉, ⌈W/f⌉) with f the VAE's compression ratio; with gradients unless they are off.
     """
-    return vae.encode(pad_to_multiple(images, vae.spatial_compression_ratio), **_given(labels)).latent_dist
+    encoded: Any = vae.encode(pad_to_multiple(images, vae.spatial_compression_ratio), **_given(labels))
+    return encoded.latent_dist if hasattr(encoded, "latent_dist") else DiagonalGaussian.point(encoded.latents)
 
 
 def decode_images(
-    vae: AutoencoderKL, z: Tensor, size: tuple[int, int] | torch.Size, labels: Tensor | None = None
+    vae: Autoencoder, z: Tensor, size: tuple[int, int] | torch.Size, labels: Tensor | None = None
 ) -> Tensor:
     """The images that latents decode to.
 
@@ -122,7 +131,7 @@ def decode_images(
 
 
 def decode_output(
-    vae: AutoencoderKL, z: Tensor, size: tuple[int, int] | torch.Size, labels: Tensor | None = None
+    vae: Autoencoder, z: Tensor, size: tuple[int, int] | torch.Size, labels: Tensor | None = None
 ) -> Tensor:
     """The decoder's output, cropped. `link` maps it to images, and a likelihood is computed from it.
 
@@ -132,7 +141,7 @@ def decode_output(
     return crop_to(vae.decode(z, **_given(labels)).sample, height, width)
 
 
-def link(vae: AutoencoderKL, output: Tensor) -> Tensor:
+def link(vae: Autoencoder, output: Tensor) -> Tensor:
     """Map the decoder's output to images in [-1, 1], according to the VAE's likelihood."""
     return bernoulli_mean(output) if vae.likelihood == "bernoulli" else output
 
@@ -164,7 +173,7 @@ def crop_to(images: Tensor, height: int, width: int) -> Tensor:
     return images if images.shape[-2:] == (height, width) else images[..., :height, :width]
 
 
-def check_image_channels(vae: AutoencoderKL, source: str | None) -> None:
+def check_image_channels(vae: Autoencoder, source: str | None) -> None:
     """Refuse a VAE whose images cannot be read from files or drawn.
 
     Args:
@@ -177,6 +186,18 @@ def check_image_channels(vae: AutoencoderKL, source: str | None) -> None:
     channels = (vae.config.in_channels, vae.config.out_channels)
     if channels not in ((1, 1), (3, 3)):
         raise InputError(f"got {source} with {channels} image channels; need 1 (grey) or 3 (RGB) in and out")
+
+
+def say_if_no_posterior(vae: Autoencoder, name: object, consequence: str) -> None:
+    """Log that a VAE's encoder predicts no variance, and what follows from that.
+
+    Args:
+        vae: the VAE.
+        name: its name, for the message.
+        consequence: the rest of the sentence.
+    """
+    if not has_posterior(vae):
+        logger.warning("%s is an %s, whose encoder predicts no variance: %s", name, type(vae).__name__, consequence)
 
 
 def _given(labels: Tensor | None) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@
 `LatentHealth`      the same with KL and log-variances, and a list of faults
 `LatentCovariance`  covariance between channels, and principal components
 `LatentMaps`        statistics by position in the image
+`LatentRGB`         the linear map from latents to small pictures
 
 `update` adds a batch of posteriors. `merged` adds up the moments or the health of several processes.
 """
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sdvae.errors import InputError
@@ -28,6 +30,7 @@ BLACK_HOLE_LOGVAR = LOGVAR_RANGE[0] + 0.5  # half a nat above the clamp; SD-1's 
 EXPLODED_STD = 50.0  # published VAEs have far less: SD-1 1/0.18215 = 5.5, SDXL 1/0.13025 = 7.7, SD3 1/1.5305 = 0.65
 PRIOR_LIKE_KL = 1.0  # nats; if a constant posterior has more, the KL term did not make it constant
 ROUNDING = 1e-12  # bound on the rounding error of E[x²] - E[x]² relative to E[x²] in float64
+LEAST_ERROR = 4e-10  # mean squared error of RGB factors that counts as exact: 100 dB
 NAMED_CHANNELS = 8  # the most channels that one complaint lists
 
 BINS = round(LOGVAR_RANGE[1] - LOGVAR_RANGE[0])  # of the histogram, one nat each
@@ -65,8 +68,8 @@ class LatentMoments:
         self.sums = torch.zeros(4, channels, dtype=torch.float64)
 
     def update(self, posterior: DiagonalGaussian) -> None:
-        mean = posterior.mean.detach().cpu().double()  # CPU first: MPS has no float64
-        var = posterior.logvar.detach().cpu().double().exp()
+        posterior = _in_float64(posterior)
+        mean, var = posterior.mean, posterior.var
         count = torch.full((mean.shape[1],), mean.numel() / mean.shape[1], dtype=torch.float64)
         over = (0, 2, 3)
         self.sums += torch.stack([count, mean.sum(over), mean.square().sum(over), var.sum(over)])
@@ -118,6 +121,9 @@ class LatentHealth:
     An element is «dead» when its KL is below DEAD_KL: it equals the prior, whatever the image. It is a «black hole»
     when its log-variance is at the lower clamp, where it gets no gradient; SD-1's VAE has some in every image.
 
+    Posteriors of an encoder that predicts no variance (`deterministic`) only add to the moments. Then there is no KL,
+    and nothing is dead or a black hole.
+
     Args:
         channels: C of the latents.
 
@@ -139,8 +145,10 @@ class LatentHealth:
         if posterior.mean.shape[1] != channels:
             got = posterior.mean.shape[1]
             raise InputError(f"got a posterior of {got} channels; need {channels}, or LatentHealth(channels={got})")
-        posterior = DiagonalGaussian(posterior.parameters.detach().cpu().double())  # CPU first: MPS has no float64
+        posterior = _in_float64(posterior)
         self.moments.update(posterior)
+        if posterior.deterministic:
+            return
         kl, logvar = posterior.kl_map(), posterior.logvar
         summed = (kl, logvar, kl < DEAD_KL, logvar <= BLACK_HOLE_LOGVAR)  # (B, C, h, w) each
         self.sums[KL:HISTOGRAM] += torch.stack([terms.double().sum(dim=(0, 2, 3)) for terms in summed])
@@ -152,6 +160,11 @@ class LatentHealth:
         moments = LatentMoments(self.sums.shape[1])
         moments.sums = self.sums[:KL]
         return moments
+
+    @property
+    def has_variance(self) -> bool:
+        """Whether the counted posteriors have a variance, and so a KL."""
+        return bool(self.sums[KL:].any())
 
     @property
     def channel_kl(self) -> Tensor:
@@ -196,15 +209,16 @@ class LatentHealth:
         return self.moments.channel_std > EXPLODED_STD
 
     def metrics(self) -> dict[str, float]:
-        """Scalars for logs; the KL is in nats per latent element.
+        """Scalars for logs; the KL is in nats per latent element. Without variance there are only the first two.
 
         Raises:
             InputError: when there was no update.
         """
         self._need_elements()
-        values = {
-            "active_channels": self.moments.active_channels,
-            "latent_std": self.moments.std,
+        values = {"active_channels": self.moments.active_channels, "latent_std": self.moments.std}
+        if not self.has_variance:
+            return values
+        values |= {
             "dead_fraction": self._mean_of(DEAD),
             "black_hole_fraction": self.black_hole_fraction,
             "logvar_mean": self._mean_of(LOGVAR),
@@ -236,12 +250,13 @@ class LatentHealth:
             found.append(f"{name}: {_named(collapsed)} {verb} not depend on the image, KL ≥ {kl:.2g} nats; {remedy}")
         if vanished.any():
             largest = float(std[vanished].max())
-            found.append(f"latents vanish: std {largest:.2g} or less in {_named(vanished)}; raise loss.kl_weight")
+            remedy = "; raise loss.kl_weight" if self.has_variance else ""
+            found.append(f"latents vanish: std {largest:.2g} or less in {_named(vanished)}{remedy}")
         if exploded.any():
             largest = float(std[exploded].max())
             found.append(
                 f"latents explode: std up to {largest:.3g} in {_named(exploded)}; "
-                "raise loss.kl_weight or lower optimizer.learning_rate"
+                f"{'raise loss.kl_weight or ' if self.has_variance else ''}lower optimizer.learning_rate"
             )
         if self.black_hole_fraction > 0:  # even a single one counts, since without a gradient it never recovers
             found.append(
@@ -370,7 +385,7 @@ class LatentMaps:
             posterior: over (B, C, h, w).
             generator: the generator of the samples that the histogram counts.
         """
-        posterior = DiagonalGaussian(posterior.parameters.detach().cpu().double())
+        posterior = _in_float64(posterior)
         mean, var = posterior.mean, posterior.var
         self.images += len(mean)
         self._kl += posterior.kl_map().sum(dim=(0, 1))
@@ -421,6 +436,81 @@ class LatentMaps:
         """
         std = moments.channel_std
         return self.covariance(moments) / (std[:, None] * std)
+
+
+@dataclass(frozen=True)
+class RGBFactors:
+    """An affine map from scaled latents to an image of their size, and how well it fits.
+
+    Attributes:
+        factors: (C, 3) float64: the rows of UIs' «latent RGB factors».
+        bias: (3,) float64.
+        r2: (3,): the share of each colour's variance that the map explains.
+        psnr: in dB, at most 100, over all pixels of all images at the latents' resolution; nothing is clamped.
+    """
+
+    factors: Tensor
+    bias: Tensor
+    r2: Tensor
+    psnr: float
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, C, h, w), scaled -> (B, 3, h, w), nominally in [-1, 1] and not clamped."""
+        return torch.einsum("bchw,ck->bkhw", z, self.factors.to(z)) + self.bias.to(z)[:, None, None]
+
+
+class LatentRGB:
+    """Sums for the best map from the latents at one position to the mean colour of its pixels, by least squares.
+
+    Args:
+        channels: C of the latents.
+        colours: 3 for RGB, 1 for grey.
+
+    Attributes:
+        sums: (C + 1 + colours,)² float64 on the CPU: Σ v vᵀ over all positions, with v = (latents, 1, colour).
+    """
+
+    def __init__(self, channels: int, colours: int = 3):
+        self.channels = channels
+        self.sums = torch.zeros((channels + 1 + colours,) * 2, dtype=torch.float64)
+
+    def update(self, z: Tensor, images: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            z: (B, C, h, w), scaled as a diffusion model gets them.
+            images: (B, 3, f·h, f·w) in [-1, 1].
+        """
+        small = F.adaptive_avg_pool2d(
+            images.detach().cpu().double(), (z.shape[2], z.shape[3])
+        )  # the mean of f x f pixels
+        v = torch.cat([z.detach().cpu().double(), torch.ones_like(small[:, :1]), small], dim=1)
+        v = v.transpose(0, 1).flatten(1)  # (C + 1 + colours, positions)
+        self.sums += v @ v.T
+
+    def fit(self) -> RGBFactors:
+        """The least-squares solution; that of least norm if some latents are constant or depend on others.
+
+        Raises:
+            InputError: when no image was counted, or all have one colour.
+        """
+        inputs = self.channels + 1
+        gram, products = self.sums[:inputs, :inputs], self.sums[:inputs, inputs:]  # of the normal equations
+        count = float(gram[-1, -1])
+        squares = self.sums[inputs:, inputs:].diagonal()
+        variation = squares - products[-1].square() / count
+        if not (variation > ROUNDING * squares).all():
+            raise InputError("got images of one colour to fit RGB factors to; need photographs; choose others")
+        weights = torch.linalg.lstsq(gram, products, driver="gelsd").solution  # (C + 1, colours)
+        residual = squares - 2 * (weights * products).sum(0) + (weights * (gram @ weights)).sum(0)
+        error = max(float(residual.mean()) / count, LEAST_ERROR)
+        psnr = 10 * math.log10(4 / error)  # values from -1 to 1: the peak is 2
+        return RGBFactors(weights[:-1], weights[-1], 1 - residual / variation, psnr)
+
+
+def _in_float64(posterior: DiagonalGaussian) -> DiagonalGaussian:
+    """A posterior on the CPU, without gradients."""
+    return DiagonalGaussian(posterior.parameters.detach().cpu().double(), posterior.deterministic)  # MPS lacks float64
 
 
 def _named(mask: Tensor) -> str:

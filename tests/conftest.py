@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+import torchvision
 from accelerate.state import AcceleratorState
 from PIL import Image
 
@@ -19,6 +21,9 @@ from tests.s3 import s3_server
 
 # Tests run in two processes on two cores, and some compare results bit by bit with a process of one thread.
 torch.set_num_threads(1)
+
+
+DIGITS_SIDE = 18  # pixels: with three levels, padded to 20
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,6 +45,36 @@ def vae(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vae") / "vae"
     save_vae(vae_for_latents(), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory) -> Path:
+    """A file with the random trunk of an LPIPS, since nothing is downloaded in tests."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("trunk") / "squeeze.pth"
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """scikit-learn's 1,797 digits as MNIST comes: a parquet file of PNGs and labels, 18 x 18 pixels."""
+    from sklearn.datasets import load_digits  # which takes a second, and one fixture needs it
+
+    found = load_digits()
+    rows = []
+    for values in found.images:
+        digit = Image.fromarray((values * 255 / 16).astype(np.uint8))
+        picture = digit.resize((DIGITS_SIDE, DIGITS_SIDE), Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        rows.append({"bytes": buffer.getvalue(), "path": None})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
+    )
+    path = tmp_path_factory.mktemp("digits") / "digits.parquet"
+    datasets.Dataset.from_dict({"image": rows, "label": found.target.tolist()}, features=features).to_parquet(path)
+    return path
 
 
 @pytest.fixture

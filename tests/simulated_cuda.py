@@ -47,6 +47,7 @@ READS = {
     aten._linalg_eigh,
     aten._linalg_svd,
 }
+EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 COPIES = {aten._to_copy, aten.copy_}
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
@@ -100,6 +101,13 @@ class OnGPU(Tensor):
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
+
+    # torch itself would put a list of indices on the device that it sees below Python, «meta», without values
+    def __getitem__(self, index: Any) -> Tensor:
+        return super().__getitem__(_with_tensors(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_with_tensors(index), value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnGPU:
         copied = OnGPU(self.host.clone())
@@ -197,6 +205,8 @@ class Simulation(TorchDispatchMode):
             host_kwargs["device"] = CPU
         pinned = host_kwargs.pop("pin_memory", False)
         result = function(*hosts, **host_kwargs)
+        if gpu and packet in EMPTY:
+            result.fill_(float("nan") if result.is_floating_point() or result.is_complex() else 1)  # never by luck zero
         if pinned and isinstance(result, Tensor):
             return self.pin(result)
         return _wrapped(result, of_gpu) if gpu else result
@@ -269,6 +279,13 @@ class Autocast(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def _with_tensors(index: Any) -> Any:
+    """An index in which each list is a tensor on the GPU, where CUDA's indexing copies it."""
+    if isinstance(index, tuple):
+        return tuple(_with_tensors(part) for part in index)
+    return torch.tensor(index, device=CUDA) if isinstance(index, list) else index
+
+
 def _host(x: Tensor) -> Tensor:
     return x.host if isinstance(x, OnGPU) else x
 
@@ -336,6 +353,7 @@ def simulated_cuda(free_bytes: int = 2**40) -> Iterator[Simulation]:
         (torch.cuda, "reset_peak_memory_stats"): lambda *_: None,
         (torch.cuda, "empty_cache"): lambda: None,
         (torch.cuda, "Event"): Event,
+        (torch.backends.cuda, "can_use_efficient_attention"): lambda *_: True,  # though the plain product is computed
         (torch.accelerator, "is_available"): lambda: True,
         (torch.accelerator, "device_count"): lambda: 1,
         (torch.accelerator, "current_accelerator"): lambda *_, **__: torch.device("cuda"),

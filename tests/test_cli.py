@@ -218,7 +218,7 @@ def text_options(options: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def arguments_with(name: str, key: str, hint: Any, text: str) -> list[str]:
     """A command's arguments with `text` for one option, and something for those that must be given."""
-    _, positional, lists, _ = COMMANDS[name]
+    _, positional, lists, *_ = COMMANDS[name]
     options = get_type_hints(COMMANDS[name].run)["options"]
     hints = get_type_hints(options)
     missing = [
@@ -235,7 +235,7 @@ def arguments_with(name: str, key: str, hint: Any, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "train" else []) for name in COMMANDS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("train", "distil") else []) for name in COMMANDS]
 )
 def test_every_option_refuses_a_url_in_one_line_and_makes_no_folder(name, tmp_path, monkeypatch, capsys):
     """Options are found by introspection, so that a new one is covered."""

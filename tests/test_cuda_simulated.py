@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
-from sdvae.cpu.kernels import FastConv3x3, FastUpsample, speed_up
+from sdvae.kernels.speed import speed_up
+from sdvae.kernels.upsample import FastUpsample
+from sdvae.kernels.winograd import FastConv3x3
 from sdvae.latents.encoder import MomentEncoder
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.model import AutoencoderKL
@@ -47,14 +48,6 @@ def cuda() -> Iterator[Simulation]:
         yield simulation
     AcceleratorState._reset_state()
     PartialState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def trunk(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("trunk") / "squeeze.pth"
-    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), file)
-    return file
 
 
 def waits_of(cuda: Simulation) -> Counter[str]:
@@ -107,12 +100,25 @@ def test_tensors_of_two_devices_do_not_mix(cuda):
         (lambda x: torch.ones(2).pin_memory().to(x.device, non_blocking=True), 0),
         (lambda x: x.to("cuda") + x.new_zeros(()) + 1.5, 0),
         (lambda x: x.cpu().sum().item(), 1),
+        (lambda x: x[[1, 0]], 1),
     ],
 )
 def test_what_waits_is_counted(cuda, read, count):
     x = torch.ones(2, device="cuda")
     read(x)
     assert len(cuda.waits) == count
+
+
+def test_a_list_of_indices_has_its_values_on_the_device(cuda):
+    x = torch.tensor([5, 6, 7], device="cuda")
+    assert x[[2, 0]].tolist() == [7, 5]
+    assert x[None, [1]].tolist() == [[6]]
+    x[[0, 1]] = 1
+    assert x.tolist() == [1, 1, 7]
+
+
+def test_memory_without_values_is_not_zero_by_luck(cuda):
+    assert torch.empty(3, device="cuda").isnan().all()
 
 
 def test_an_asynchronous_copy_to_the_host_arrives_at_the_event(cuda):
@@ -182,6 +188,7 @@ def test_a_conditional_vae_takes_labels_of_the_cpu_without_waiting(cuda):
     waits_of(cuda)
     posterior = gpu.encode(on_gpu, labels=pinned).latent_dist
     image = gpu.decode(posterior.mode(), labels=pinned).sample
+    gpu.decode(posterior.mode())
     assert not waits_of(cuda)
     assert equal(image, cpu.decode(cpu.encode(x, labels=labels).latent_dist.mode(), labels=labels).sample)
     assert equal(gpu.encode(on_gpu, labels=labels.to("cuda")).latent_dist.mode(), posterior.mode().cpu())

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import threading
+import time
 from pathlib import Path
 
 import gradio as gr
@@ -20,7 +21,7 @@ from playwright.sync_api import Page
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdvae import InputError, crop_to, load_vae, pad_to_multiple
+from sdvae import AutoencoderTiny, InputError, crop_to, load_vae, pad_to_multiple, save_vae
 from sdvae.cli import main
 from sdvae.data import center_crop, open_source, read_image, to_image, to_tensor
 from sdvae.pictures import GAP
@@ -37,6 +38,7 @@ from sdvae.studio.demo.view import (
     save_latents,
     show,
     show_latents,
+    show_preview,
 )
 from sdvae.studio.settings import DemoOptions
 
@@ -192,6 +194,59 @@ def test_large_photographs_are_shrunk_and_it_is_said(tmp_path):
 
 
 # The page itself
+
+
+@pytest.fixture(scope="module")
+def with_student(tmp_path_factory) -> Model:
+    """The packaged VAE with a student of random weights, whose pictures are others."""
+    torch.manual_seed(0)
+    small = {f"{part}_block_out_channels": (8,) * 4 for part in ("encoder", "decoder")}
+    folder = tmp_path_factory.mktemp("student") / "student"
+    save_vae(AutoencoderTiny(**small), folder)
+    return Model.load(None, str(folder))
+
+
+def test_a_student_shows_the_same_edited_latents_as_a_diffusion_model_gets_them(with_student, photographs):
+    image, _ = open_photograph(photographs[0], MAX_SIDE)
+    encoded, edits = encode(with_student, image), Edits(noise=0.3, seed=1)
+    original, preview = show_preview(with_student, encoded, edits)
+    assert original.size == preview.size == SIZE
+    vae = load_vae()
+    z = edit(encoded.posterior.mode(), None, edits, 1 / vae.config.scaling_factor)
+    with torch.no_grad():
+        y = with_student.student.decode(z * vae.config.scaling_factor).sample[0, :, : SIZE[1], : SIZE[0]]
+    assert levels(preview, to_image(y)) <= 1
+
+
+def test_a_student_of_another_latent_space_is_refused(tmp_path):
+    save_vae(AutoencoderTiny(latent_channels=16), tmp_path / "other")
+    with pytest.raises(InputError, match=r"\(3, 16, 8\); need the VAE's, \(3, 4, 8\)"):
+        Model.load(None, str(tmp_path / "other"))
+
+
+@pytest.mark.slow
+def test_a_student_follows_the_slider_until_the_vae_has_decoded(with_student, photographs, browser_page):
+    image = Image.open(photographs[0])
+    encoded = encode(with_student, image)
+    slow = with_student.vae.decoder.register_forward_pre_hook(lambda *_: time.sleep(1.5))
+    try:
+        with serving(with_student) as url:
+            page = browser_page.page
+            page.goto(url)
+            page.set_input_files("#first input[type=file]", photographs[0])
+            page.wait_for_selector(".figures table")
+            for noise in ("0.5", "0.6", "0.7"):  # the VAE is still decoding the first
+                page.fill("#noise input[type=range]", noise)
+                wait_for_picture(page, show_preview(with_student, encoded, Edits(noise=float(noise)))[1])
+            slow.remove()
+            wait_for_picture(page, show(with_student, encoded, Edits(noise=0.7)).reconstruction)
+            page.wait_for_timeout(500)
+            assert levels(pictures(page)[1], show(with_student, encoded, Edits(noise=0.7)).reconstruction) <= 1, (
+                "it stays"
+            )
+    finally:
+        slow.remove()
+    assert faults(browser_page) == []
 
 
 @pytest.mark.slow

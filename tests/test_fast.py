@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdvae import AutoencoderKL
-from sdvae.cpu import kernels as fast
+from sdvae.kernels import upsample
+from sdvae.kernels import winograd as fast
+from sdvae.kernels.speed import speed_up
+from sdvae.kernels.upsample import FastUpsample, TransposedUpsample
+from sdvae.kernels.winograd import FastConv3x3
 from sdvae.latents.encoder import MomentEncoder
 from sdvae.model.blocks import Upsample
 from sdvae.training.build import build_accelerator, lay_out
@@ -59,11 +63,11 @@ def outputs_and_gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str
 )
 def test_conv_and_its_gradients_equal_float64(channels, out_channels, size, winograd, monkeypatch):
     if not winograd:  # as on a machine without NNPACK
-        monkeypatch.setattr(fast, "has_nnpack", lambda: False)
+        monkeypatch.setattr(torch, "_nnpack_available", lambda: False)
     torch.manual_seed(0)
     plain = nn.Conv2d(channels, out_channels, 3, padding=1)
     layer = copy.deepcopy(plain)
-    layer.__class__ = fast.FastConv3x3
+    layer.__class__ = FastConv3x3
     batch, height, width = size
     x, grad = randn(batch, channels, height, width, seed=1), randn(batch, out_channels, height, width, seed=2)
     want = outputs_and_gradients(plain.double(), x.double(), grad.double())
@@ -81,11 +85,12 @@ def test_weight_gradient_equals_float64(size):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [(1, 8, 1, 1), (2, 8, 5, 3), (2, 8, 4, 6)])
-def test_upsampling_and_its_gradients_equal_float64(size, layout):
+@pytest.mark.parametrize("form", [FastUpsample, TransposedUpsample])
+def test_upsampling_and_its_gradients_equal_float64(size, layout, form):
     torch.manual_seed(0)
     plain = Upsample(8)
     layer = copy.deepcopy(plain)
-    layer.__class__ = fast.FastUpsample
+    layer.__class__ = form
     x, grad = randn(*size, seed=1).contiguous(memory_format=layout), randn(*size[:2], 2 * size[2], 2 * size[3], seed=2)
     want = outputs_and_gradients(plain.double(), x.double(), grad.double())
     for name, got in outputs_and_gradients(layer, x, grad).items():
@@ -108,7 +113,7 @@ def test_vae_and_its_gradients_equal_the_plain_one(checkpointing, winograd_on_sm
     want = loss_and_gradients(copy.deepcopy(vae).double())
     if checkpointing:
         vae.enable_gradient_checkpointing()
-    fast.speed_up(vae)
+    speed_up(vae)
     got = loss_and_gradients(vae)
     assert got.keys() == want.keys()
     for name in want:
@@ -119,7 +124,7 @@ def test_vae_and_its_gradients_equal_the_plain_one(checkpointing, winograd_on_sm
 
 def test_frozen_weights_get_no_gradient_and_pass_it_on(winograd_on_small_maps):
     vae = small_vae()
-    fast.speed_up(vae)
+    speed_up(vae)
     vae.decoder.requires_grad_(False)
     loss_and_gradients(vae)
     assert all(p.grad is None for p in vae.decoder.parameters())
@@ -129,8 +134,8 @@ def test_frozen_weights_get_no_gradient_and_pass_it_on(winograd_on_small_maps):
 def test_state_dict_and_copies_stay():
     vae = small_vae()
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
-    fast.speed_up(vae)
-    fast.speed_up(vae)  # a second call changes nothing
+    speed_up(vae)
+    speed_up(vae)  # a second call changes nothing
     copied = copy.deepcopy(vae)
     for after in (vae.state_dict(), copied.state_dict(), vae.to_diffusers().state_dict()):
         assert after.keys() == before.keys()
@@ -142,7 +147,7 @@ def test_state_dict_and_copies_stay():
 
 @pytest.mark.parametrize("shape", [(512, 512, 32, 32), (128, 256, 128, 128), (64, 64, 300, 256)])
 def test_winograd_is_for_wide_convs_on_large_maps(shape, monkeypatch):
-    monkeypatch.setattr(fast, "has_nnpack", lambda: True)
+    monkeypatch.setattr(torch, "_nnpack_available", lambda: True)
     channels, out_channels, height, width = shape
     assert fast.winograd_pays(*shape)
     assert fast.winograd_pays(out_channels, channels, height, width), "the gradient of x is the same conv turned round"
@@ -151,14 +156,14 @@ def test_winograd_is_for_wide_convs_on_large_maps(shape, monkeypatch):
 
 
 def test_a_narrow_vae_takes_channels_last_and_a_wide_one_does_not(monkeypatch):
-    monkeypatch.setattr(fast, "has_nnpack", lambda: True)
+    monkeypatch.setattr(torch, "_nnpack_available", lambda: True)
     narrow, wide = tiny_vae(block_out_channels=(8, 16), norm_num_groups=4), small_vae()
     nn.Module.to(wide, memory_format=torch.channels_last)
     for vae, last in ((narrow, True), (wide, False)):
-        fast.speed_up(vae)
+        speed_up(vae)
         classes = {type(module) for module in vae.modules()}
-        assert fast.FastUpsample in classes
-        assert (fast.FastConv3x3 in classes) is not last
+        assert FastUpsample in classes
+        assert (FastConv3x3 in classes) is not last
         assert vae.use_slicing is not last
         weight = vae.decoder.mid_block.resnets[0].conv1.weight
         assert weight.is_contiguous(memory_format=torch.channels_last) is last
@@ -187,10 +192,10 @@ ZEN_4 = {"cpu_name": "AMD EPYC", "avx512_bf16": True, "avx_vnni": False}
 def test_winograd_is_for_machines_that_multiply_256_bits(capability, features, nnpack, winograd, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
-    monkeypatch.setattr(fast, "has_nnpack", lambda: nnpack)
+    monkeypatch.setattr(torch, "_nnpack_available", lambda: nnpack)
     vae = small_vae()
-    fast.speed_up(vae)
-    assert (fast.FastConv3x3 in {type(module) for module in vae.modules()}) is winograd
+    speed_up(vae)
+    assert (FastConv3x3 in {type(module) for module in vae.modules()}) is winograd
     assert vae.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last) is not winograd
 
 
@@ -202,10 +207,10 @@ def test_a_vae_in_bf16_takes_four_taps_and_channels_last_and_is_as_exact_as_plai
     image = plain.decode(moments[:, :4]).sample
     plain.to(torch.bfloat16)
     vae = copy.deepcopy(plain)
-    fast.speed_up(vae)
+    speed_up(vae)
     classes = {type(module) for module in vae.modules()}
-    assert fast.FastConv3x3 not in classes
-    assert fast.FastUpsample in classes
+    assert FastConv3x3 not in classes
+    assert FastUpsample in classes
     assert vae.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     z = moments[:, :4].bfloat16()
     got, by_nine_taps = vae.decode(z).sample, plain.decode(z).sample
@@ -218,11 +223,11 @@ def test_a_vae_in_bf16_takes_four_taps_and_channels_last_and_is_as_exact_as_plai
 @pytest.mark.parametrize("widths", [(8, 16), (128, 128)])
 def test_the_layers_that_should_take_their_own_path_do(widths, monkeypatch):
     taken = set()
-    for name in ("_nnpack", "upsample_conv", "weight_gradient"):
-        own = getattr(fast, name)
-        monkeypatch.setattr(fast, name, lambda *args, own=own, name=name: taken.add(name) or own(*args))
+    for module, name in ((fast, "_nnpack"), (upsample, "upsample_conv"), (fast, "weight_gradient")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, own=own, name=name: taken.add(name) or own(*args))
     vae = tiny_vae(block_out_channels=widths, norm_num_groups=4).train()
-    fast.speed_up(vae)
+    speed_up(vae)
     vae.decode(randn(1, 4, 96, 96, seed=1)).sample.sum().backward()
     winograd = widths[0] == 128 and fast.has_nnpack()
     assert taken == ({"_nnpack", "weight_gradient"} if winograd else {"upsample_conv"})
@@ -230,12 +235,12 @@ def test_the_layers_that_should_take_their_own_path_do(widths, monkeypatch):
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_an_upsampler_takes_four_taps_where_its_map_is_too_small_for_winograd(gradients, monkeypatch):
-    monkeypatch.setattr(fast, "has_nnpack", lambda: True)
+    monkeypatch.setattr(torch, "_nnpack_available", lambda: True)
     calls = []
-    monkeypatch.setattr(fast, "upsample_conv", lambda *args: calls.append("four taps"))
+    monkeypatch.setattr(upsample, "upsample_conv", lambda *args: calls.append("four taps"))
     monkeypatch.setattr(Upsample, "forward", lambda *args: calls.append("plain"))
     layer = Upsample(128)
-    layer.__class__, layer.conv.__class__ = fast.FastUpsample, fast.FastConv3x3
+    layer.__class__, layer.conv.__class__ = FastUpsample, FastConv3x3
     with torch.set_grad_enabled(gradients):
         layer(randn(1, 128, 63, 64, seed=1))
         layer(randn(1, 128, 64, 64, seed=1))
@@ -246,7 +251,7 @@ def test_autocast_and_other_dtypes_take_the_plain_path(winograd_on_small_maps):
     torch.manual_seed(0)
     plain = nn.Conv2d(96, 96, 3, padding=1)
     layer = copy.deepcopy(plain)
-    layer.__class__ = fast.FastConv3x3
+    layer.__class__ = FastConv3x3
     x = randn(1, 96, 32, 32, seed=1)
     assert (type(layer(x).grad_fn).__name__ == "_Conv3x3Backward") is fast.has_nnpack()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -259,7 +264,7 @@ def test_autocast_and_other_dtypes_take_the_plain_path(winograd_on_small_maps):
 def test_inference_equals_float64(mode, widths):
     vae = tiny_vae(block_out_channels=widths, norm_num_groups=8).eval()
     exact, plain = copy.deepcopy(vae).double(), copy.deepcopy(vae)
-    fast.speed_up(vae)
+    speed_up(vae)
     x = randn(2, 3, 184, 176, seed=4)
     with mode():
         moments, wanted = vae.encode(x).latent_dist.parameters, exact.encode(x.double()).latent_dist.parameters
@@ -276,7 +281,7 @@ def test_a_compiler_gets_the_ordinary_layers_in_one_graph(widths, winograd_on_sm
     vae = tiny_vae(block_out_channels=widths, norm_num_groups=4).eval()
     x = randn(1, 3, 16, 16, seed=4)
     wanted = vae(x).sample
-    fast.speed_up(vae)
+    speed_up(vae)
     torch._dynamo.reset()
     found = torch.compile(vae, fullgraph=True, backend="eager")(x).sample
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
@@ -289,14 +294,14 @@ def test_training_and_data_sets_take_the_layers_that_gain(widths, winograd_on_sm
     vae = tiny_vae(block_out_channels=widths, norm_num_groups=4)
     recipe = TrainConfig(mixed_precision="no")
     config = lay_out(vae, recipe, build_accelerator(recipe))
-    assert (fast.FastConv3x3 in {type(module) for module in vae.modules()}) is wide
+    assert (FastConv3x3 in {type(module) for module in vae.modules()}) is wide
     assert config.channels_last is not wide
-    assert fast.FastUpsample in {type(module) for module in vae.modules()}
+    assert FastUpsample in {type(module) for module in vae.modules()}
 
     vae = tiny_vae(block_out_channels=widths, norm_num_groups=4)
     exact = copy.deepcopy(vae).double()
     encoder = MomentEncoder(vae, torch.device("cpu"), "fp32", mirror=True)
-    assert (fast.FastConv3x3 in {type(module) for module in encoder._vae.modules()}) is wide
+    assert (FastConv3x3 in {type(module) for module in encoder._vae.modules()}) is wide
     pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 48, 3), dtype=np.uint8)
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).double() / 127.5 - 1
     for moments, view in zip(encoder.launch(list(pixels)).moments(), (x, x.flip(3)), strict=True):

@@ -13,7 +13,7 @@ from torch.nn.utils import spectral_norm
 
 from sdvae import AutoencoderKL, InputError, load_vae, save_vae
 from sdvae.cli import main
-from sdvae.cpu.kernels import speed_up
+from sdvae.kernels.speed import speed_up
 from sdvae.model.fp16 import FP16_MAX, audit, fix
 
 IMAGES = [torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in range(2)]

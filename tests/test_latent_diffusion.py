@@ -24,7 +24,9 @@ from scripts.latent_diffusion import (
     main,
     new_denoiser,
     new_scheduler,
+    strips,
     train,
+    watch,
 )
 from sdvae import AutoencoderKL, InputError, load_vae, save_vae
 from sdvae.data import to_image
@@ -138,6 +140,24 @@ def oracle(z: torch.Tensor, scheduler: DDIMScheduler):
     return forward
 
 
+@pytest.mark.parametrize("sampling_steps", [2, 13])
+def test_what_the_model_expects_is_shown_at_every_step_from_the_first(latents, denoiser, vae, sampling_steps):
+    """A denoiser that knows the latents expects them from the first step on; the pictures are the VAE's own."""
+    dataset = LatentDataset(latents, sample=False, mirror=0.0)
+    z = torch.stack([dataset[i]["latents"] for i in range(0, len(dataset), 2)])
+    denoiser.forward = oracle(z, new_scheduler())
+    pipe = pipeline(denoiser, vae)
+    scheduler = pipe.scheduler
+    shown = watch(pipe, vae, sampling_steps=sampling_steps, seed=0)
+    assert list(shown) == list(range(0, sampling_steps, max(1, (sampling_steps - 1) // 5)))
+    assert pipe.scheduler is scheduler
+    with torch.inference_mode():
+        wanted = [np.array(to_image(x), dtype=int) for x in vae.decode(dataset.scaling.denormalize(z)).sample]
+    for pictures in shown.values():
+        assert all(np.abs(np.array(picture) - x).max() <= 1 for picture, x in zip(pictures, wanted, strict=True))
+    assert strips(shown).width >= len(shown) * SIDE
+
+
 def test_the_crops_of_the_grid_are_those_of_their_class(latents, crops, vae):
     rows = decoded_crops(LatentDataset(latents, sample=False, mirror=0.0), vae, count=2)
     for name, pictures in zip(CLASSES, rows, strict=True):
@@ -173,8 +193,9 @@ def test_the_script_leaves_a_grid_and_a_pipeline(tmp_path, capsys):
     main(["--output", str(output), *small])
     said = capsys.readouterr().out
     assert "6 latents of (4, 16, 16)" in said
-    with Image.open(output / "samples.png") as picture:
-        assert np.array(picture).std() > 10
+    for name in ("samples.png", "previews.png"):
+        with Image.open(output / name) as picture:
+            assert np.array(picture).std() > 10
     assert (output / "pipeline" / "model_index.json").is_file()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import math
 import re
@@ -11,7 +10,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -62,31 +60,13 @@ from sdvae.tutorial.likelihood import (
     log_likelihood,
     probabilities,
 )
+from tests.conftest import DIGITS_SIDE as SIDE
 from tests.faults import Crash, blank, fault
 
 ROOT = Path(__file__).parents[1]
-SIDE = 18  # pixels: with three levels, padded to 20
 SHAPE = ModelConfig(in_channels=1, block_out_channels=(4, 8, 16), layers_per_block=1, norm_num_groups=4)
 CONDITIONAL = replace(SHAPE, num_classes=10)
 FAST = OptimizerConfig(kind="adamw_fused", learning_rate=3e-3, betas=(0.9, 0.99))
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Path:
-    """scikit-learn's 1,797 digits as MNIST comes: a parquet file of PNGs and labels, 18 x 18 pixels."""
-    found = load_digits()
-    rows = []
-    for values in found.images:
-        picture = Image.fromarray((values * 255 / 16).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        rows.append({"bytes": buffer.getvalue(), "path": None})
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
-    )
-    path = tmp_path_factory.mktemp("digits") / "digits.parquet"
-    datasets.Dataset.from_dict({"image": rows, "label": found.target.tolist()}, features=features).to_parquet(path)
-    return path
 
 
 @pytest.fixture(autouse=True)

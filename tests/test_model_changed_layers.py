@@ -23,7 +23,8 @@ from torch.nn.utils.parametrizations import spectral_norm as spectral_parametriz
 from torch.nn.utils.parametrizations import weight_norm
 
 from sdvae import AutoencoderKL
-from sdvae.cpu import kernels as fast
+from sdvae.kernels import winograd
+from sdvae.kernels.speed import speed_up
 from sdvae.model import tiling
 from tests.conftest import tiny_vae
 
@@ -160,11 +161,11 @@ def strips(vae: AutoencoderKL) -> None:
 
 
 def cpu_kernels(vae: AutoencoderKL) -> None:
-    fast.speed_up(vae)
+    speed_up(vae)
 
 
 def cpu_kernels_and_strips(vae: AutoencoderKL) -> None:
-    fast.speed_up(vae)
+    speed_up(vae)
     vae.enable_tiling()
 
 
@@ -172,7 +173,7 @@ def cpu_kernels_and_strips(vae: AutoencoderKL) -> None:
 def every_way_is_taken(monkeypatch) -> None:
     """Winograd on small maps, strips of a few rows."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(fast, "winograd_pays", lambda *shape: fast.has_nnpack() and min(shape[:2]) >= 96)
+    monkeypatch.setattr(winograd, "winograd_pays", lambda *shape: winograd.has_nnpack() and min(shape[:2]) >= 96)
     monkeypatch.setattr(tiling, "STRIP_BYTES", 2**12)
     monkeypatch.setattr(tiling, "STRIPS_A_MAP", 4)
 
@@ -235,7 +236,7 @@ def test_what_a_hook_has_kept_stays_as_it_was(kind):
 
 def test_gradients_are_seen_by_hooks_on_an_upsamplers_conv(every_way_is_taken):
     vae = tiny_vae().train()
-    fast.speed_up(vae)
+    speed_up(vae)
     seen = []
     upsampler_conv(vae).register_full_backward_hook(lambda *arguments: seen.append(1))
     vae.decode(torch.randn(1, 4, 8, 8)).sample.sum().backward()

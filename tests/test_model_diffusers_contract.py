@@ -23,9 +23,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from sdvae.cpu.kernels import speed_up
 from sdvae.data import BadImages
 from sdvae.errors import InputError
+from sdvae.kernels.speed import speed_up
 from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.model.plain import is_replaced
 from sdvae.model.tiling import can_stream

@@ -18,9 +18,11 @@ from PIL import Image
 from sdvae import AutoencoderKL, load_vae, save_vae
 from sdvae.cli import main
 from sdvae.data import center_crop, open_source, read_image, to_tensor
+from sdvae.io import with_section
 from sdvae.metrics.image import image_metrics
+from sdvae.previews import read_preview
 from sdvae.studio import push as publish_module
-from sdvae.studio.push import hub_card, push_to_hub, with_section, without_local_paths
+from sdvae.studio.push import hub_card, push_to_hub, without_local_paths
 from sdvae.training.model_card import base_model
 from tests.conftest import draw_photographs, tiny_arguments, tiny_vae
 from tests.hub import TOKEN, FakeHub
@@ -155,6 +157,16 @@ def test_figures_and_grid_are_measured_on_data(hub, vae, tmp_path):
         "measuring in fp32 changes nothing of what is uploaded"
     )
     assert Image.open(folder / "reconstructions.png").height > 3 * 64
+    factors = read_preview(folder / "latent_rgb_factors.json")
+    first = " | ".join(f"{value:.4f}" for value in factors.factors[0].tolist())
+    assert "## Previews\n\nThe linear map from latents to RGB" in card
+    assert f"| channel 0 | {first} |" in card
+    assert f"over 3 images at 64x64 pixels: {factors.psnr:.1f} dB" in card
+
+    again = tmp_path / "again"  # a push without data keeps the card's sections and the files beside it
+    assert main(["push", str(folder), "me/again", "--dry_run", str(again)]) == 0
+    assert "## Previews" in (again / "README.md").read_text()
+    assert read_preview(again / "latent_rgb_factors.json").psnr == factors.psnr
 
 
 def test_figures_are_of_fp32_after_a_training_in_bf16(vae, monkeypatch):
@@ -172,7 +184,7 @@ def test_what_programs_load_is_written_for_them_and_named(hub, vae, tmp_path, mo
             block_out_channels=(128, 256, 512, 512),
             layers_per_block=2,
         )
-    text = hub_card(sd, "me/vae", None, base=None, license=None, figures=None).text
+    text = hub_card(sd, "me/vae", None, base=None, license=None, sections={}).text
     for words in ("models/vae`", "models/VAE`", "--vae vae.safetensors", "LDM's layout"):
         assert words in text
     monkeypatch.setattr(publish_module, "ldm_programs", lambda vae: ["comfyui"])

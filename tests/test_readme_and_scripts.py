@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -24,6 +25,7 @@ from tests.processes import launch, run_script
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+CUDA = torch.cuda.is_available()
 # of scripts/benchmark.py
 LAYOUTS = ("against as loaded", "against channels_last")
 LAYOUTS += ("both in bf16, channels_last", "bf16, channels_last, against as loaded")
@@ -61,6 +63,7 @@ def script(tmp_path) -> Callable[..., str]:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        *[("benchmark.py --device cuda", "benchmark: error: got --device cuda; need a GPU")] * (not CUDA),
         ("streaming.py --sizes 256 70", "streaming: error: --sizes: got 70; need positive multiples of 8"),
         ("plain_baseline.py --output {output} --data.source ./nowhere", "plain_baseline: error: "),
     ],
@@ -100,6 +103,7 @@ def test_the_benchmark_prints_a_ratio_for_each_row(script):
         *(f"{what}, {label}" for label in LAYOUTS for what in ("encode", "decode")),
         *(f"training step, {losses}, fp32 against fp32" for losses in ("L1 + LPIPS + KL", "with the PatchGAN")),
         *(f"{what}, {label}" for label, passes in REWRITES.items() for what in passes),
+        *("encode, calibrated", "decode, calibrated"),
     ]
     assert int(re.search(r"; share (\d+)%", printed)[1]) > 0
     for row in rows:
@@ -107,6 +111,34 @@ def test_the_benchmark_prints_a_ratio_for_each_row(script):
         assert ours > 0
         assert theirs > 0
         assert 0.01 < ratio < 100
+
+
+def test_the_benchmark_of_a_gpu_prints_every_row_of_its_table(tmp_path, script):
+    """On the CPU: that each row runs, and that the two sides compute the same."""
+    recipe = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    recipe["model"] |= {"block_out_channels": [8, 8], "norm_num_groups": 4}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    small = ["--device", "cpu", "--small", "true", "--config", tmp_path / "tiny.yaml", "--repeats", 1]
+    of_each_kind = ["--only", "decode_1024", "tiled_4096", "training_gan", "parity"]
+    printed = script("benchmark.py", *small, *of_each_kind)
+    tables = [[line.split("|")[1:-1] for line in table.splitlines() if line.startswith("|")]
+              for table in printed.split("\n\n")[1:]]  # fmt: skip
+    sides = ["", ", channels_last", ", compiled", ", channels_last, compiled"]
+    passes = [f"stock{side}" for side in sides] + ["ours", "ours, channels_last", "ours, calibrated"]
+    passes += ["ours, compiled", "ours, channels_last, compiled"]
+    steps = [f"{name}{side}" for name in ("loop on stock", "ours") for side in sides]
+    tiles = ["stock, tiled", "ours, whole", "ours, strips", "ours, strips, calibrated"]
+    models = ("stock", "ours", "ours, calibrated", "ours, calibrated, strips")
+    parity = [f"{name}, {dtype}" for dtype in ("float32", "bfloat16", "float16") for name in models]
+    wanted = [passes, tiles, steps, parity]
+    assert [[row[0].strip() for row in table[2:]] for table in tables] == wanted
+    for table in tables[:-1]:
+        for row in table[2:]:
+            assert float(row[1]) > 0
+            assert float(row[3]) > 0
+            assert row[6].strip() == "" or float(row[6]) < 0.3, "bf16"
+    for row in tables[-1][2:]:
+        assert max(float(error) for error in row[1:3]) < (1e-4 if "float32" in row[0] else 0.3), row
 
 
 def test_the_encoding_benchmark_prints_both_tables(photographs, script):

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torchvision
 from accelerate import Accelerator
 
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
@@ -37,12 +36,8 @@ def accelerator() -> Accelerator:
 
 
 @pytest.fixture(scope="module")
-def perceptual(tmp_path_factory) -> Perceptual:
-    """LPIPS with a random trunk, from a file, since nothing is downloaded in tests."""
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("trunk") / "squeeze.pth"
-    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), file)
-    return load_perceptual("squeeze", file, heads="uniform")
+def perceptual(trunk) -> Perceptual:
+    return load_perceptual("squeeze", trunk, heads="uniform")
 
 
 def recipe(**loss) -> TrainConfig:

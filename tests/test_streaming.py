@@ -7,11 +7,21 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdvae import AutoencoderKL, InputError, load_vae
-from sdvae.cpu import kernels as fast
 from sdvae.data import open_source, read_image, to_tensor
+from sdvae.kernels import winograd
+from sdvae.kernels.speed import speed_up
 from sdvae.model import tiling as streaming
+
+SD = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
 
 
 def vae_of(**changes) -> AutoencoderKL:
@@ -135,11 +145,11 @@ def test_fast_layers_stream_as_well(widths, monkeypatch):
     vae = vae_of(block_out_channels=widths)
     plain = copy.deepcopy(vae).double()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(fast, "winograd_pays", lambda *shape: fast.has_nnpack() and min(shape[:2]) >= 96)
+    monkeypatch.setattr(winograd, "winograd_pays", lambda *shape: winograd.has_nnpack() and min(shape[:2]) >= 96)
     taken = []
-    own = fast._nnpack
-    monkeypatch.setattr(fast, "_nnpack", lambda *args: taken.append(1) or own(*args))
-    fast.speed_up(vae)
+    own = winograd._nnpack
+    monkeypatch.setattr(winograd, "_nnpack", lambda *args: taken.append(1) or own(*args))
+    speed_up(vae)
     x = torch.randn(1, 3, 128, 64, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(streaming, "STRIP_BYTES", 40 * widths[0] * 64 * 4)
     monkeypatch.setattr(streaming, "STRIPS_A_MAP", 1)
@@ -149,7 +159,7 @@ def test_fast_layers_stream_as_well(widths, monkeypatch):
         assert error(moments, plain.encode(x.double()).latent_dist.parameters) <= 5e-5
         z = moments[:, :4]
         assert error(vae.decode(z).sample, plain.decode(z.double()).sample) <= 5e-5
-    assert bool(taken) is (widths[0] >= 96 and fast.has_nnpack())
+    assert bool(taken) is (widths[0] >= 96 and winograd.has_nnpack())
 
 
 def test_maps_take_no_more_than_planned(monkeypatch):
@@ -209,7 +219,7 @@ def test_a_budget_decides_on_strips_and_one_too_small_says_what_is_needed():
     vae = vae_of()
     z = torch.randn(1, 4, 32, 16)
     maps = streaming.map_bytes(vae, 1, 128, 64, torch.float32)
-    least = maps + 2 * streaming.STRIPS_AT_ONCE * streaming.row_bytes(vae, 1, 128, 64, torch.float32)
+    least = maps + 3 * streaming.STRIPS_AT_ONCE * streaming.row_bytes(vae, 1, 128, 64, torch.float32)
     with torch.no_grad():
         wanted = vae.decode(z).sample
         vae.enable_tiling(memory_bytes=least)
@@ -221,18 +231,32 @@ def test_a_budget_decides_on_strips_and_one_too_small_says_what_is_needed():
             vae.decode(z)
 
 
-def test_on_an_accelerator_maps_that_do_not_fit_go_to_the_host():
+def test_on_an_accelerator_maps_that_do_not_fit_go_to_the_host(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "can_use_efficient_attention", lambda _: True)
     vae = vae_of()
     gpu = torch.device("cuda")  # nothing is computed there
     shape = (1, 3, 512, 512)
     maps = streaming.map_bytes(vae, 1, 512, 512, torch.float32)
-    assert streaming.plan(vae, shape, gpu, torch.float32, 4 * maps).store == gpu
-    beside = streaming.plan(vae, shape, gpu, torch.float32, maps + streaming.STRIPS_AT_ONCE * 2**19)
-    assert beside.store == gpu, "with smaller strips they fit"
-    assert maps + streaming.STRIPS_AT_ONCE * beside.strip_bytes <= maps + streaming.STRIPS_AT_ONCE * 2**19
-    budget = streaming.plan(vae, shape, gpu, torch.float32, maps // 2)
+    rows = streaming.row_bytes(vae, 1, 512, 512, torch.float32)
+    with FakeTensorMode():
+        assert streaming.plan(vae, shape, gpu, torch.float32, 4 * maps).store == gpu
+        beside = streaming.plan(vae, shape, gpu, torch.float32, maps + streaming.STRIPS_AT_ONCE * 2**20)
+        assert beside.store == gpu, "with smaller strips they fit"
+        assert (
+            maps + streaming.STRIPS_AT_ONCE * (beside.strip_bytes + 2 * rows) <= maps + streaming.STRIPS_AT_ONCE * 2**20
+        )
+        budget = streaming.plan(vae, shape, gpu, torch.float32, maps // 2)
     assert budget.store == torch.device("cpu")
-    assert 0 < 2 * streaming.STRIPS_AT_ONCE * budget.strip_bytes <= maps // 2
+    assert 0 < streaming.STRIPS_AT_ONCE * budget.strip_bytes <= maps // 2
+
+
+@pytest.mark.parametrize("side", [4096, 8192])
+def test_a_budget_with_room_for_the_maps_is_accepted_however_large_the_image(side):
+    with torch.device("meta"):
+        vae = vae_of(**SD)
+    maps = streaming.map_bytes(vae, 1, side, side, torch.float32)
+    budget = streaming.plan(vae, (1, 3, side, side), torch.device("cpu"), torch.float32, 2 * maps)
+    assert budget.strip_bytes <= streaming.STRIP_BYTES
 
 
 @pytest.mark.parametrize(

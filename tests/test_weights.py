@@ -597,7 +597,7 @@ def test_a_file_of_several_dtypes_counts_as_the_widest(vae, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"_class_name": "AutoencoderTiny"}, "is for AutoencoderTiny"),
+        ({"_class_name": "AutoencoderDC"}, "is for AutoencoderDC"),
         ({"laten_channels": 4}, "did you mean 'latent_channels'"),
         ({"some_new_switch": True}, "unknown key 'some_new_switch'"),
         ({"layers_per_block": "2"}, "layers_per_block = '2'"),

@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL as StockAutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdvae.cpu.kernels import speed_up
 from sdvae.errors import InputError
+from sdvae.kernels.speed import speed_up
 from sdvae.model import AutoencoderKL
 from sdvae.tutorial.conditional import ConditionalAutoencoderKL
 from sdvae.weights import from_ldm, load_vae, save_ldm, save_vae

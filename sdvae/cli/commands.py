@@ -26,6 +26,13 @@ def train(options: TrainConfig) -> None:
     train(options)
 
 
+def distil(options: TrainConfig) -> None:
+    """Train a small, fast student of a VAE: VAE --config FILE [--dotted.key=value …]"""
+    if options.distil.teacher is None:
+        raise InputError("got no VAE; need the one to learn from; sdvae distil VAE --config configs/tiny.yaml")
+    train(options)
+
+
 def encode(options: EncodeConfig) -> None:
     """Encode a data set of images to latents: --source DATA --output FOLDER [--vae SOURCE] [--mirror true …]"""
     from sdvae.latents.encode import encode
@@ -54,13 +61,15 @@ def convert(options: ConvertOptions) -> None:
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(ColorOption):
     """Options of `sdvae export`."""
 
     source: str
     """The VAE to read: a diffusers folder, an id on the Hugging Face hub, or a .safetensors or .ckpt file."""
     target: str
-    """FILE.safetensors (or .sft) for ComfyUI, A1111 and kohya, or a folder for diffusers."""
+    """FILE.safetensors (or .sft) for ComfyUI, A1111 and kohya, or a folder for diffusers. A student becomes the pair
+    NAME_encoder and NAME_decoder: give the path of either, such as taesd_decoder.safetensors for ComfyUI's previews, or
+    taesd_decoder.pth for A1111's."""
     subfolder: str | None = None
     """Folder inside the source that holds the VAE."""
     config: str | None = None
@@ -70,15 +79,26 @@ class ExportOptions:
     latents: str | None = None
     """A folder that `sdvae encode` wrote. The scaling_factor measured there is written with the VAE, and the
     shift_factor as well if the VAE has one."""
+    data: str | None = None
+    """Images, whatever `data.source` takes in training: fit «latent RGB factors» to them, the linear map that previews
+    latents without a decoder, and write latent_rgb_factors.json into the folder or beside the file."""
+    count: int = 64
+    """With `data`: number of images, the first ones."""
+    resolution: int = 256
+    """With `data`: side in pixels of the square that is cropped from the centre of each image."""
 
     def __post_init__(self) -> None:
-        if self.target.lower().endswith((".ckpt", ".pt", ".pth", ".bin")):
-            raise InputError(f"got target {self.target}; need FILE.safetensors or a folder: pickles are not written")
+        name = self.target.lower()
+        if name.endswith((".ckpt", ".pt", ".pth", ".bin")) and not name.endswith(("_encoder.pth", "_decoder.pth")):
+            raise InputError(
+                f"got target {self.target}; need FILE.safetensors or a folder: pickles are not written, except a "
+                "student's NAME_decoder.pth"
+            )
 
 
 def export(options: ExportOptions) -> None:
-    """Write a VAE in another format: SOURCE TARGET [--dtype fp16]"""
-    from sdvae.weights import export_targets, load_vae, save_ldm, save_vae
+    """Write a VAE in another format: SOURCE TARGET [--dtype fp16] [--data DATA]"""
+    from sdvae.weights import export_targets, load_vae, save_as
 
     source = partial(load_vae, options.source, subfolder=options.subfolder, config=options.config)
     vae = source(dtype=options.dtype)
@@ -89,9 +109,15 @@ def export(options: ExportOptions) -> None:
         factors = LatentFolder(options.latents).factors(vae.config, encoder_sha256(source(dtype="file")))
         vae.register_to_config(**factors)
         print(", ".join(f"{key} {value}" for key, value in factors.items()))
-    save = save_ldm if options.target.lower().endswith((".safetensors", ".sft")) else save_vae
-    save(vae, options.target)
-    print(f"wrote {options.target}")
+    preview = None
+    if options.data is not None:
+        from sdvae.previews import fit_preview
+
+        preview = fit_preview(vae, options.data, options.count, options.resolution, options.color)
+    written = save_as(vae, options.target)
+    print(f"wrote {' and '.join(map(str, written))}")
+    if preview is not None:
+        print(f"wrote {preview.write_beside(written[-1])}: {preview}")
     for program, reason in export_targets(vae).items():
         print(f"  {program:10} {'loads it' if reason is None else 'will not load it: ' + reason}")
 
@@ -219,8 +245,8 @@ class PushOptions(ColorOption):
     message: str | None = None
     """Message of the commit."""
     data: str | None = None
-    """Images for the figures and the picture of the card: whatever `data.source` takes in training. By default the card
-    keeps its figures and its picture."""
+    """Images for the figures, the picture and the latent RGB factors of the card: whatever `data.source` takes in
+    training. By default the card keeps its own."""
     count: int = 50
     """Largest number of those images."""
     resolution: int = 256
@@ -244,13 +270,15 @@ class Command(NamedTuple):
     positional: tuple[str, ...] = ()  # `parse_options` explains this, `lists` and `urls`
     lists: tuple[str, ...] = ()
     urls: tuple[str, ...] = ()  # the options that may hold a URL; the others refuse it
+    first: str = ""  # the option that the first argument gives, if it stands without a name
 
 
 COMMANDS = {
     "train": Command(train, urls=("data.source", "data.validation_source")),
+    "distil": Command(distil, urls=("data.source", "data.validation_source"), first="distil.teacher"),
     "encode": Command(encode, urls=("source", "output", "ray_address")),
     "convert": Command(convert, positional=("folder", "target"), urls=("folder",)),
-    "export": Command(export, positional=("source", "target"), urls=("latents",)),
+    "export": Command(export, positional=("source", "target"), urls=("latents", "data")),
     "fp16": Command(fp16, positional=("action", "vae", "target"), urls=("images",)),
     "reconstruct": Command(reconstruct, positional=("files",)),
     "evaluate": Command(evaluate, positional=("vaes",), urls=("data",)),

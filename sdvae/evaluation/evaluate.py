@@ -43,10 +43,10 @@ from sdvae.metrics.image import image_figures
 from sdvae.metrics.memory import with_peak_memory
 from sdvae.metrics.perceptual import Perceptual, perceptual_if_any
 from sdvae.metrics.table import csv_text, differences, jsonable, markdown_table, means
-from sdvae.model import AutoencoderKL
+from sdvae.model import Autoencoder
 from sdvae.noise import sample_seed
 from sdvae.pictures import tile_grid
-from sdvae.roundtrip import RoundTrip, check_image_channels, round_trip
+from sdvae.roundtrip import RoundTrip, check_image_channels, round_trip, say_if_no_posterior
 from sdvae.runtime import DTYPES, accelerator_type
 from sdvae.statistics import LatentHealth, merged
 from sdvae.weights import load_vae
@@ -107,7 +107,7 @@ class Bench:
     originals: list[tuple[int, Tensor]] = field(default_factory=list)
     bad: BadImages = field(default_factory=BadImages)
 
-    def result(self, name: str, vae: AutoencoderKL, first: bool) -> dict[str, Any]:
+    def result(self, name: str, vae: Autoencoder, first: bool) -> dict[str, Any]:
         """All results of one VAE, the same on every process.
 
         Args:
@@ -159,7 +159,7 @@ class Bench:
         """Images to be measured, over all processes."""
         return len(self.source) if self.config.count is None else min(self.config.count, len(self.source))
 
-    def _measure(self, name: str, vae: AutoencoderKL, first: bool) -> Measurements:
+    def _measure(self, name: str, vae: Autoencoder, first: bool) -> Measurements:
         """The measurements on this process's images. The arguments are those of `result`."""
         measured = Measurements(LatentHealth(vae.config.latent_channels))
         for batch in self._batches(name):
@@ -200,7 +200,7 @@ class Bench:
                 yield batch
 
     @torch.inference_mode()
-    def _round_trip(self, vae: AutoencoderKL, x: Tensor, indices: Sequence[int]) -> RoundTrip:
+    def _round_trip(self, vae: Autoencoder, x: Tensor, indices: Sequence[int]) -> RoundTrip:
         """Encode and decode. A sample's noise depends on the seed and the image's place in the data, not its batch."""
         seeds = [sample_seed(self.config.seed, 0, index, "evaluation") for index in indices]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -248,6 +248,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         fid = _fid(config, state)
     for name, vae in vaes.items():
         check_image_channels(vae, name)
+        say_if_no_posterior(vae, name, "it has no KL, and its latents are decoded as they are")
     channels = {vae.config.in_channels for vae in vaes.values()}
     if len(channels) > 1:
         raise InputError(f"the VAEs take images of {sorted(channels)} channels; need one kind; evaluate them apart")

@@ -57,9 +57,10 @@ class EncodeConfig:
     """The largest ratio of the longer to the shorter side of `area` buckets."""
     mirror: bool = False
     """Also encode the left-right mirror image of each image, since mirrored latents do not decode to it."""
-    store: Literal["moments", "sample"] = "moments"
+    store: Literal["moments", "sample", "mean"] = "moments"
     """moments: mean and log-variance of the posterior, from which any number of samples can be drawn. sample: one
-    sample, at half the size."""
+    sample, at half the size. mean: the mean alone, which is all that there is if the VAE is a student; then moments
+    means this too."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """The dtype of the stored values."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -366,9 +366,14 @@ def _kohya_size(row: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _one_sample(row: Mapping[str, Any], suffix: str) -> Tensor:
-    """A sample (C, h, w) in fp32: the stored one, or one drawn with a seed that depends on the row's index."""
+    """A sample (C, h, w) in fp32: the stored one, or one drawn with a seed that depends on the row's index.
+
+    Without a stored log-variance it is the mean.
+    """
     if f"sample{suffix}" in row:
         return row[f"sample{suffix}"].float()
+    if f"logvar{suffix}" not in row:
+        return row[f"mean{suffix}"].float()
     moments = torch.cat([row[f"mean{suffix}"], row[f"logvar{suffix}"]])[None].float()
     generator = torch.Generator().manual_seed(sample_seed(0, 0, row["index"], f"kohya{suffix}"))
     return DiagonalGaussian(moments).sample(generator)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from sdvae.latents.scaling import LatentScaling, channel_scaling, identity_scali
 from sdvae.model.config import LOGVAR_RANGE
 from sdvae.noise import sample_seeds
 
+logger = logging.getLogger(__name__)
+
 NUMBERS = ("index", "mirrored", "original_size", "crop_top_left", "target_size")
 
 
@@ -41,7 +44,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
             the factors that were measured on these latents; «channels»: each channel to mean 0 and standard deviation
             1; «none»: not at all.
         sample: draw a new z from the posterior each time (Kingma & Welling 2014, section 2.4); False takes the
-            posterior's mode. This has no effect if the data set stores samples instead of moments.
+            posterior's mode. This has no effect if the data set stores samples instead of moments. If it stores means
+            alone, `latents` is the mean, and True gives a warning.
         mirror: probability of the mirror image; by default 1/2 if mirror images were encoded, else 0.
         seed: the seed for samples, mirror images and order.
 
@@ -74,7 +78,10 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self.scaling = _scaling(scaling, manifest)
         self.sample = sample
         self.seed = seed
-        self._has_moments = stored["what"] == "moments"
+        self._column = "sample" if stored["what"] == "sample" else "mean"
+        self._has_variance = stored["what"] == "moments"
+        if sample and stored["what"] == "mean":
+            logger.warning("%s stores means without variances, so latents are not sampled: sample=False", folder)
         self._groups = _row_groups(self._folder.shards)
         self._starts = np.array([group[2] for group in self._groups], dtype=np.int64)
         self._reader = Reader(self._folder)
@@ -122,7 +129,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
             random = generator.manual_seed(next(seeds)) if isinstance(key, SampleKey) else None
             mirrored = self.mirror > 0 and float(torch.rand((), generator=random)) < self.mirror
             suffixes.append("_mirrored" if mirrored else "")
-            if self._has_moments and self.sample:
+            if self._has_variance and self.sample:
                 own.normal_(generator=random)
 
         for shape, numbers in of_shape.items():
@@ -144,13 +151,11 @@ class LatentDataset(Dataset[dict[str, Any]]):
             data = np.concatenate([group.value(column + suffix, offset) for group, offset, suffix in rows])
             return torch.from_numpy(data).view(self._folder.dtype).float().reshape(z.shape)
 
-        if not self._has_moments:
-            z.copy_(stored("sample"))
-        elif self.sample:
+        if self._has_variance and self.sample:
             std = stored("logvar").clamp_(*LOGVAR_RANGE).mul_(0.5).exp_()
             z.mul_(std).add_(stored("mean"))
         else:
-            z.copy_(stored("mean"))
+            z.copy_(stored(self._column))
         z.sub_(self.scaling.shift).mul_(self.scaling.scale)
 
     def loader(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import os
 import threading
@@ -16,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.errors import InputError
-from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.model import Autoencoder, DiagonalGaussian
+from sdvae.model.kinds import has_posterior
+from sdvae.model.state import sha256_of_weights
+from sdvae.roundtrip import encode_images
 from sdvae.runtime import DTYPES, accelerator_type, resolve_precision
 from sdvae.weights import load_vae
 
@@ -56,7 +58,7 @@ class MomentEncoder:
         mirror: also encode the left-right mirror image.
     """
 
-    def __init__(self, vae: AutoencoderKL, device: torch.device, precision: str, mirror: bool):
+    def __init__(self, vae: Autoencoder, device: torch.device, precision: str, mirror: bool):
         encoder = _without_decoder(vae)
         self._vae = _copied(encoder, DTYPES[precision], device)
         self._device = device
@@ -96,12 +98,12 @@ class MomentEncoder:
                 self._in_fp32, self._original = _copied(self._original, torch.float32, self._device), None
             return self._encode(self._in_fp32, pixels).cpu()
 
-    def _encode(self, vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    def _encode(self, vae: Autoencoder, pixels: Tensor) -> Tensor:
         # Copying uint8 takes a quarter of the bytes of fp32, so values are scaled on the device, as in `to_tensor`.
         x = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-        x = x.contiguous() if vae.encoder.conv_in.weight.is_contiguous() else x
+        x = x.contiguous() if next(vae.encoder.parameters()).is_contiguous() else x
         views = [x, x.flip(3)] if self._mirror else [x]
-        return torch.stack([vae.encode(view.to(vae.dtype)).latent_dist.parameters for view in views])
+        return torch.stack([encode_images(vae, view.to(vae.dtype)).parameters for view in views])
 
 
 class LatentEncoder:
@@ -137,7 +139,7 @@ class LatentEncoder:
             raise InputError(f"got precision={precision}; need one of auto, {', '.join(DTYPES)}")
         self._vae = {"source": vae, "subfolder": subfolder, "config": vae_config}
         self._dtype, self._precision, self._device = dtype, precision, device
-        self._opened: tuple[AutoencoderKL, MomentEncoder] | None = None
+        self._opened: tuple[Autoencoder, MomentEncoder] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
@@ -150,7 +152,8 @@ class LatentEncoder:
                 channel instead of three if the VAE has one. Other columns may be there.
 
         Returns:
-            `mean` and `logvar`: (B, C, h, w), unscaled; and the other columns as they were. Images whose result is not
+            `mean` and `logvar`: (B, C, h, w), unscaled; and the other columns as they were. A student, whose encoder
+            predicts no variance, gives `mean` alone. Images whose result is not
             finite in `dtype` are computed again in fp32; what is not finite even then is a warning, and is left so.
 
         Raises:
@@ -174,7 +177,8 @@ class LatentEncoder:
                 f"multiples of {ratio}; crop or pad them to one size"
             )
         others = {name: values for name, values in batch.items() if name != "image"}
-        return {**others, **self._encoded(encoder, images)}
+        encoded = self._encoded(encoder, images)
+        return {**others, **(encoded if has_posterior(vae) else {"mean": encoded["mean"]})}
 
     def _encoded(self, encoder: MomentEncoder, images: np.ndarray) -> dict[str, np.ndarray]:
         pending = encoder.launch(list(images))
@@ -194,19 +198,19 @@ def _in_dtype(moments: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([posterior.mean, posterior.logvar]).to(dtype)
 
 
-def _without_decoder(vae: AutoencoderKL) -> AutoencoderKL:
+def _without_decoder(vae: Autoencoder) -> Autoencoder:
     """A second model that shares the parameters of `vae` and has no decoder."""
     encoder = copy.copy(vae)
     encoder._modules = {**vae._modules, "decoder": nn.Identity()}
     return encoder
 
 
-def _copied(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
+def _copied(vae: Autoencoder, dtype: torch.dtype, device: torch.device) -> Autoencoder:
     """A copy in evaluation mode, in the memory format and with the kernels that encode fastest."""
     copied = copy.deepcopy(vae).eval()
     nn.Module.to(copied, device, dtype)  # diffusers' own `to` warns about half precision
     if device.type == "cpu":
-        from sdvae.cpu.kernels import speed_up
+        from sdvae.kernels.speed import speed_up
 
         speed_up(copied)
     else:
@@ -214,15 +218,10 @@ def _copied(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> Aut
     return copied
 
 
-def encoder_sha256(vae: AutoencoderKL) -> str:
+def encoder_sha256(vae: Autoencoder) -> str:
     """A hash of name, dtype, shape and bytes of every weight that latents depend on, so not of the decoder's."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(vae.state_dict().items()):
-        if not name.startswith(("encoder.", "quant_conv.")):
-            continue
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    weights = vae.state_dict().items()
+    return sha256_of_weights({name: weight for name, weight in weights if name.startswith(("encoder.", "quant_conv."))})
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -229,8 +229,10 @@ class LatentFolder:
             and a scaling_factor of 1.
 
         Raises:
-            InputError: when another VAE made these latents, or they do not vary.
+            InputError: when another VAE made these latents, or they do not vary, or for a student.
         """
+        if "latents_mean" not in vae_config:
+            raise InputError("got latents for a student, whose own latents are scaled already; leave the latents out")
         self.open(finished=True)
         if self.manifest["fingerprint"]["vae"]["encoder_sha256"] != encoder_sha256:
             raise InputError(f"the latents in {self.storage} were made by another encoder; need those of this VAE")

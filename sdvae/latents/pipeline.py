@@ -28,7 +28,6 @@ from sdvae.latents.rows import LatentRow, table_of
 from sdvae.latents.shards import SourceImage, raise_if_passing
 from sdvae.latents.task import DecodedImage, EncodeTask
 from sdvae.latents.writer import Claim, LatentWriter
-from sdvae.model import DiagonalGaussian
 from sdvae.statistics import LatentMoments
 
 logger = logging.getLogger(__name__)
@@ -207,7 +206,7 @@ class Pipeline:
         shard, config = batch.shard, self.task.config
         values, moments = self.task.stored_values(batch.moments, [image.index for image, _ in batch.images])
         kept = [i for i, value in enumerate(values) if value is not None]
-        shard.moments.update(DiagonalGaussian(moments[kept]))
+        shard.moments.update(self.task.posterior(moments[kept]))
         self._count(encoded=len(kept), skipped=len(values) - len(kept))
         for (image, decoded), value in zip(batch.images, values, strict=True):
             if value is None:

@@ -1,8 +1,8 @@
 """The columns of a latent data set.
 
-`mean` and `logvar` (or `sample`), each also with the ending `_mirrored`, are binary: the bytes of a contiguous
-(C, h, w) array, little-endian, in the dtype that manifest.json has under fingerprint.stored.dtype. The column `shape`
-is [C, h, w]. To read them without this package:
+`mean` and `logvar` (or `mean` alone, or `sample`), each also with the ending `_mirrored`, are binary: the bytes of a
+contiguous (C, h, w) array, little-endian, in the dtype that manifest.json has under fingerprint.stored.dtype. The
+column `shape` is [C, h, w]. To read them without this package:
 
     row = pyarrow.parquet.read_table("data/train-00000-of-00001.parquet").to_pylist()[0]
     np.frombuffer(row["mean"], "<f2").reshape(row["shape"])                             # fp16; "<f4" for fp32
@@ -72,7 +72,7 @@ class LatentRow:
 
 def value_columns(config: EncodeConfig) -> list[str]:
     """The names of the columns of latents for these options."""
-    names = ["mean", "logvar"] if config.store == "moments" else ["sample"]
+    names = ["mean", "logvar"] if config.store == "moments" else [config.store]
     return names + [f"{name}_mirrored" for name in names if config.mirror]
 
 
@@ -94,11 +94,14 @@ def posterior_values(posterior: DiagonalGaussian, dtype: torch.dtype, suffix: st
     """The columns of one image's posterior.
 
     Args:
-        posterior: the posterior of one image.
+        posterior: the posterior of one image; one without variance has no log-variance to store.
         dtype: the dtype to store.
         suffix: the end of the columns' names.
     """
-    return {f"mean{suffix}": posterior.mean.to(dtype), f"logvar{suffix}": posterior.logvar.to(dtype)}
+    values = (
+        {"mean": posterior.mean} if posterior.deterministic else {"mean": posterior.mean, "logvar": posterior.logvar}
+    )
+    return {f"{name}{suffix}": value.to(dtype) for name, value in values.items()}
 
 
 def to_bytes(values: Tensor) -> bytes:

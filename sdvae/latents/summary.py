@@ -12,6 +12,9 @@ import torch
 from sdvae.io import printable
 from sdvae.statistics import LatentMoments
 
+# `store` of the options -> what the columns of latents hold
+STORED = {"moments": "posterior means and log-variances", "sample": "samples", "mean": "posterior means"}
+
 
 def statistics_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The statistics of all rows, under the keys of a VAE's config.
@@ -62,7 +65,7 @@ tags:
 # Latents of {printable(os.path.basename(manifest["source"].rstrip("/")) or manifest["source"])}
 
 {manifest["rows"]} images ({manifest["skipped"]} skipped, see skipped.jsonl), encoded with `sdvae encode`, which the
-project's README describes. Unscaled {"posterior means and log-variances" if stored["what"] == "moments" else "samples"}
+project's README describes. Unscaled {STORED[stored["what"]]}
 in {stored["dtype"]}{", also of the mirror images" if stored["mirror"] else ""}.
 
 - VAE: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}, scaling_factor {scaling_factor}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,10 @@ from sdvae.latents.encoder import MomentEncoder, PendingMoments, choose_device, 
 from sdvae.latents.rows import posterior_values, row_bytes, to_bytes
 from sdvae.latents.shards import RangeShards, Shards, SourceImage, StreamShards, rows_per_shard
 from sdvae.latents.writer import LatentWriter
-from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.model import Autoencoder, DiagonalGaussian
+from sdvae.model.kinds import has_posterior
 from sdvae.noise import sample_seed
+from sdvae.roundtrip import say_if_no_posterior
 from sdvae.runtime import DTYPES
 from sdvae.weights import load_vae
 
@@ -105,9 +107,14 @@ class EncodeTask:
     """
 
     def __init__(self, config: EncodeConfig):
-        self.config = config
         # in the file's own dtype, since the fingerprint hashes the weights in that dtype
         vae = load_vae(config.vae, subfolder=config.subfolder, config=config.vae_config, dtype="file")
+        if not has_posterior(vae):
+            if config.store == "sample":
+                raise InputError(f"got store=sample with {config.vae}, which predicts no variance; need store=mean")
+            say_if_no_posterior(vae, config.vae, "the latents that it gives are stored alone, in the column mean")
+            config = replace(config, store="mean")
+        self.config = config
         sizes = bucket_sizes(config, vae.spatial_compression_ratio)
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
@@ -166,6 +173,14 @@ class EncodeTask:
             values.append(columns)
         return values, moments[0]
 
+    def posterior(self, moments: Tensor) -> DiagonalGaussian:
+        """The posterior of which values are stored: without variance if only its mean is.
+
+        Args:
+            moments: (B, 2·latent_channels, h, w).
+        """
+        return DiagonalGaussian(moments, deterministic=self.config.store == "mean")
+
     def _columns(self, moments: Tensor, index: int) -> dict[str, bytes] | None:
         """The columns of latents of one image, or None if a value is not finite in the stored dtype.
 
@@ -176,8 +191,8 @@ class EncodeTask:
         dtype = DTYPES[self.config.dtype]
         columns: dict[str, Tensor] = {}
         for view, suffix in zip(moments, ("", "_mirrored"), strict=False):
-            posterior = DiagonalGaussian(view[None])
-            if self.config.store == "moments":
+            posterior = self.posterior(view[None])
+            if self.config.store != "sample":
                 columns |= posterior_values(posterior, dtype, suffix)
             else:
                 seed = sample_seed(self.config.seed, 0, index, f"latents{suffix}")
@@ -186,10 +201,11 @@ class EncodeTask:
             return None
         return {name: to_bytes(values) for name, values in columns.items()}
 
-    def _fingerprint(self, vae: AutoencoderKL) -> dict[str, Any]:
+    def _fingerprint(self, vae: Autoencoder) -> dict[str, Any]:
         # Batch size and number of threads only change rounding, so they are left out.
         config = self.config
-        network = {key: self.vae_config[key] for key in ("norm_num_groups", "act_fn")}  # the weights determine the rest
+        # the weights determine the rest
+        network = {key: self.vae_config[key] for key in ("norm_num_groups", "act_fn") if key in self.vae_config}
         return {
             "vae": {"encoder_sha256": encoder_sha256(vae), **network, "precision": self.precision},
             "stored": {

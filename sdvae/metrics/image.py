@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
@@ -19,7 +20,7 @@ PEAK_PSNR = 100.0  # dB; stands for an exact reconstruction, whose PSNR is infin
 
 
 def image_metrics(
-    images: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian, perceptual: Perceptual | None
+    images: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian | None, perceptual: Perceptual | None
 ) -> list[dict[str, float]]:
     """PSNR, SSIM, LPIPS and KL of each image.
 
@@ -29,12 +30,12 @@ def image_metrics(
     Args:
         images: (B, C, H, W) in [-1, 1].
         reconstruction: the same shape; clamped to [-1, 1] first.
-        posterior: the posterior of the images.
+        posterior: the posterior of the images; None leaves the KL out.
         perceptual: LPIPS; None leaves it out.
 
     Returns:
         For each image: `psnr` in dB, `ssim`, the perceptual distance under `perceptual.name`, and `kl` in nats divided
-        by C·H·W.
+        by C·H·W, which is left out if the posterior has no variance.
     """
     images, reconstruction = images.float(), reconstruction.float().clamp(-1, 1)
     x, y = (images + 1) / 2, (reconstruction + 1) / 2
@@ -45,12 +46,13 @@ def image_metrics(
     columns = {
         "psnr": psnr(images, reconstruction),
         "ssim": inside.mean(dim=(1, 2, 3)),
-        "kl": posterior.kl() / images[0].numel(),
     }
+    if posterior is not None and not posterior.deterministic:
+        columns["kl"] = posterior.kl() / images[0].numel()
     if perceptual is not None:
         columns[perceptual.name] = perceptual(reconstruction, images)
-    values = {name: column.tolist() for name, column in columns.items()}
-    return [{name: column[i] for name, column in values.items()} for i in range(len(images))]
+    rows = torch.stack(list(columns.values()), dim=1).tolist()  # at once, since each read waits for the device
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def image_figures(
@@ -65,16 +67,17 @@ def image_figures(
         perceptual: LPIPS; None leaves it out.
 
     Returns:
-        For each image: `psnr`, `ssim` and the perceptual distance as in `image_metrics`; the KL as `kl_nats`, in nats
-        for the whole image, and as `bits_per_pixel`; and `bias_0`, `bias_1`, …, the mean of reconstruction - image in
-        each channel, in 8-bit levels.
+        For each image: `psnr`, `ssim` and the perceptual distance as in `image_metrics`; the KL, if there is one, as
+        `kl_nats`, in nats for the whole image, and as `bits_per_pixel`; and `bias_0`, `bias_1`, …, the mean of
+        reconstruction - image in each channel, in 8-bit levels.
     """
     _, channels, height, width = images.shape
     bias = 127.5 * (reconstruction.clamp(-1, 1) - images).mean(dim=(2, 3))  # (B, C)
     figures = image_metrics(images, reconstruction, posterior, perceptual)
     for of_image, of_channels in zip(figures, bias.tolist(), strict=True):
-        nats = of_image.pop("kl") * channels * height * width
-        of_image |= {"kl_nats": nats, "bits_per_pixel": nats / math.log(2) / (height * width)}
+        if "kl" in of_image:
+            nats = of_image.pop("kl") * channels * height * width
+            of_image |= {"kl_nats": nats, "bits_per_pixel": nats / math.log(2) / (height * width)}
         of_image |= {f"bias_{channel}": value for channel, value in enumerate(of_channels)}
     return figures
 

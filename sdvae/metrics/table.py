@@ -64,14 +64,15 @@ def means(per_image: ImageFigures) -> dict[str, MeanEstimate]:
 
 
 def differences(per_image: ImageFigures, baseline: ImageFigures) -> dict[str, MeanEstimate]:
-    """The mean of each figure minus the baseline's on the same image.
+    """The mean of each figure that both have minus the baseline's on the same image.
 
     The mean of paired differences varies less than the difference of two means, because how hard an image is affects
     both figures of a pair.
     """
     other = {image["index"]: image for image in baseline}
     pairs = [(image, other[image["index"]]) for image in per_image]
-    return {key: estimate_mean([a[key] - b[key] for a, b in pairs]) for key in _figure_names(per_image)}
+    shared = [key for key in _figure_names(per_image) if key in baseline[0]]
+    return {key: estimate_mean([a[key] - b[key] for a, b in pairs]) for key in shared}
 
 
 def jsonable(value: Any) -> Any:
@@ -112,8 +113,8 @@ def markdown_table(results: Sequence[Mapping[str, Any]], lpips_name: str | None)
 
 
 def csv_text(results: Sequence[Mapping[str, Any]]) -> str:
-    """CSV with a line for each image and VAE."""
-    keys = list(results[0]["per_image"][0])
+    """CSV with a line for each image and VAE; a figure that a VAE lacks is left empty."""
+    keys = list(dict.fromkeys(key for result in results for key in result["per_image"][0]))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, ["vae", *keys], lineterminator="\n")
     writer.writeheader()

@@ -8,14 +8,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sdvae.model.autoencoder import AutoencoderForwardOutput, AutoencoderKL
     from sdvae.model.blocks import Decoder, Encoder
+    from sdvae.model.kinds import Autoencoder
     from sdvae.model.posterior import DiagonalGaussian
+    from sdvae.model.tiny import AutoencoderTiny
 
-__all__ = ["AutoencoderForwardOutput", "AutoencoderKL", "Decoder", "DiagonalGaussian", "Encoder"]
+__all__ = [
+    "Autoencoder",
+    "AutoencoderForwardOutput",
+    "AutoencoderKL",
+    "AutoencoderTiny",
+    "Decoder",
+    "DiagonalGaussian",
+    "Encoder",
+]
 
 # Imported on first use: recipes read sdvae.model.config, which does not need torch.
 _HOMES = {
+    "Autoencoder": "kinds",
     "AutoencoderForwardOutput": "autoencoder",
     "AutoencoderKL": "autoencoder",
+    "AutoencoderTiny": "tiny",
     "Decoder": "blocks",
     "DiagonalGaussian": "posterior",
     "Encoder": "blocks",

@@ -317,8 +317,17 @@ def only(temb: Tensor | None) -> tuple[Tensor, ...]:
 
 def activated(norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
     """act(norm(x)). In inference the activation overwrites the norm's output, which saves a pass over memory."""
-    h = norm(x)
-    return activated_in_place(act, h) if not _may_keep_outputs() and is_plain(norm, nn.GroupNorm) else act(h)
+    if _may_keep_outputs() or not is_plain(norm, nn.GroupNorm):
+        return act(norm(x))
+    fused = fused_norm(norm, act, x)
+    return activated_in_place(act, norm(x)) if fused is None else fused.then_silu(x)
+
+
+def fused_norm(norm: nn.Module, act: nn.Module | None, x: Tensor) -> Any:
+    """The norm, if it has a kernel that computes it and then the activation (`sdvae.kernels.group_norm`), or None."""
+    fits = getattr(norm, "fits", None)
+    both = fits is not None and is_plain(norm, nn.GroupNorm) and is_plain(act, nn.SiLU) and fits(x)
+    return norm if both else None
 
 
 def activated_in_place(act: nn.Module, h: Tensor) -> Tensor:

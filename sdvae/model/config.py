@@ -12,7 +12,8 @@ from typing import Any
 from sdvae.errors import InputError
 
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")  # those that diffusers' get_activation knows
-CLASS_NAMES = ("AutoencoderKL", "ConditionalAutoencoderKL")  # `_class_name` in the config.json of this package's VAEs
+# `_class_name` in the config.json of this package's autoencoders
+CLASS_NAMES = ("AutoencoderKL", "ConditionalAutoencoderKL", "AutoencoderTiny")
 LOGVAR_RANGE = (-30.0, 20.0)  # of a posterior; LDM, ldm/modules/distributions/distributions.py
 LIKELIHOODS = ("gaussian", "bernoulli")
 # diffusers' names for levels without and with self-attention, which some levels of LDM's f16 and f32 models have

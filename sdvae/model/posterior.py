@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+from sdvae.model.config import LOGVAR_RANGE
 
 
 class DiagonalGaussian(DiagonalGaussianDistribution):
@@ -21,6 +24,15 @@ class DiagonalGaussian(DiagonalGaussianDistribution):
         parameters: (B, 2C, h, w) float, the encoder's output: mean and log-variance stacked along channels.
         deterministic: as in diffusers: `std` and `var` are zero, and so are `kl` and `nll`, of shape (1,).
     """
+
+    @classmethod
+    def point(cls, latents: Tensor) -> DiagonalGaussian:
+        """The latents (B, C, h, w) of an encoder that predicts no variance: every sample is equal to them."""
+        return cls(torch.cat([latents, torch.full_like(latents, LOGVAR_RANGE[0])], dim=1), deterministic=True)
+
+    def to(self, *args: Any) -> DiagonalGaussian:
+        """The same on another device or in another dtype, given as to `Tensor.to`."""
+        return DiagonalGaussian(self.parameters.to(*args), self.deterministic)
 
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """z = mean + std · eps with eps ~ N(0, I): the reparametrisation trick (Kingma & Welling 2014, 2.4).

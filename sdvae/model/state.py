@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,10 +82,15 @@ def plain_weights(vae: Any) -> dict[str, Tensor]:
 def rebuilt(vae: Any, kind: type[Any]) -> Any:
     """A newly built model of class `kind`, with the configuration, the `plain_weights` and the mode of `vae`."""
     with torch.device("meta"):  # only shapes: no memory, no random initialisation
-        model = kind(**{key: value for key, value in vae.config.items() if not key.startswith("_")})
+        model = kind(**_arguments(vae))
     model.register_to_config(**{key: value for key, value in vae.config.items() if key != "_class_name"})
     model.load_state_dict(plain_weights(vae), assign=True)
     return model.train(vae.training)
+
+
+def _arguments(vae: Any) -> dict[str, Any]:
+    """The keys of a model's config that its class takes: not notes, nor what AutoencoderTiny adds by itself."""
+    return {key: vae.config[key] for key in inspect.signature(type(vae).__init__).parameters if key in vae.config}
 
 
 def _is_merged(module: nn.Module) -> bool:
@@ -93,7 +101,7 @@ def _is_merged(module: nn.Module) -> bool:
 
 def _check_names(weights: dict[str, Tensor], vae: Any) -> None:
     with torch.device("meta"):
-        expected = type(vae)(**{key: value for key, value in vae.config.items() if not key.startswith("_")})
+        expected = type(vae)(**_arguments(vae))
     shapes = {key: weight.shape for key, weight in expected.state_dict().items()}
     if (odd := sorted(weights.keys() - shapes.keys())) or shapes.keys() - weights.keys():
         for pattern, addition, remedy in _ADDITIONS:
@@ -158,3 +166,12 @@ def initialise(model: nn.Module, keys: list[str]) -> None:
         kept = {part: w.detach().clone() for part, w in layer.named_parameters() if f"{name}.{part}" not in keys}
         layer.reset_parameters()
         layer.load_state_dict(kept, strict=False)
+
+
+def sha256_of_weights(weights: Mapping[str, Tensor]) -> str:
+    """A hash of name, dtype, shape and bytes of every weight."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -41,14 +41,16 @@ from sdvae.model.blocks import (
     UpBlock,
     Upsample,
     activated_in_place,
+    fused_norm,
 )
+from sdvae.model.config import DOWN_BLOCK_TYPES, UP_BLOCK_TYPES, level_attention
 from sdvae.model.plain import has_geometry, is_conv, is_plain, kind_of
 from sdvae.model.posterior import at_least_fp32
 from sdvae.runtime import give_back
 
 STRIP_BYTES = 64 * 2**20  # size of a strip of a layer's wider map; with taller strips fewer halo rows are recomputed
 STRIPS_A_MAP = 64  # least number of strips in a map; larger strips would take more memory than they save
-STRIPS_AT_ONCE = 6  # strips that a layer holds: read, normalised, activated, computed, the residual, one for kernels
+STRIPS_AT_ONCE = 6  # the most strips that a layer holds, of which one and more are left for kernels' workspaces
 FREE_SHARE = 0.7  # share of an accelerator's free memory that maps may take if no budget is given
 
 CONVS = ({"kernel": 3, "padding": 1}, {"kernel": 3, "stride": 2}, {"kernel": 1})
@@ -102,27 +104,40 @@ def plan(
         InputError: when the maps, or a strip of one row, do not fit.
     """
     batch, _, height, width = shape
-    maps = map_bytes(vae, batch, height, width, dtype)
-    rows = row_bytes(vae, batch, height, width, dtype)
+    rows = row_bytes(vae, batch, height, width, dtype)  # a layer also reads one above and one below its strip
+    fused = _attention_is_fused(vae, device, dtype)
+    attention = attention_bytes(vae, batch, height, width, dtype, fused)
+    maps = max(map_bytes(vae, batch, height, width, dtype), 2 * attention)  # attention's own two maps are no larger
     on_host = device.type == "cpu"
     if memory_bytes is None:
-        free = FREE_SHARE * _free_bytes(device)
         strip = max(rows, min(STRIP_BYTES, maps // STRIPS_A_MAP))
+        fits = on_host or maps + STRIPS_AT_ONCE * (strip + 2 * rows) <= FREE_SHARE * _free_bytes(device)
     else:
-        free = memory_bytes
-        left = memory_bytes - maps if on_host else memory_bytes
-        strip = min(STRIP_BYTES, left // (2 * STRIPS_AT_ONCE))
-        beside = (memory_bytes - maps) // STRIPS_AT_ONCE
-        if max(rows, strip // 4) <= beside:  # smaller strips, if they allow the maps to stay on the device
-            strip = min(strip, beside)
+
+        def strip_beside(held: int) -> int:
+            return min(max(STRIP_BYTES, rows), (memory_bytes - held) // STRIPS_AT_ONCE - 2 * rows)
+
+        least_held = maps if on_host else attention
+        strip = strip_beside(least_held)
         if strip < rows:
-            least = 2 * STRIPS_AT_ONCE * rows + (maps if on_host else 0)
+            least = least_held + 3 * STRIPS_AT_ONCE * rows
             raise InputError(
                 f"got memory_bytes={memory_bytes} for images of {height} x {width}, batch {batch}; "
                 f"need at least {least}; raise it, or use a smaller batch or dtype"
             )
-    fits = on_host or maps + STRIPS_AT_ONCE * strip <= free
-    return Budget(work=device, store=device if fits else torch.device("cpu"), strip_bytes=int(strip))
+        fits = strip_beside(maps) >= max(rows, strip // 4)  # smaller strips, if the maps can then stay on the device
+        strip = strip_beside(maps) if fits else strip
+    return Budget(device, device if fits else torch.device("cpu"), int(strip), fused)
+
+
+def _attention_is_fused(vae: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has a kernel for the lowest level's attention that does not build the matrix of scores."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    few = torch.empty(1, 1, 8, vae.config.block_out_channels[-1], device=device, dtype=dtype)
+    case = torch.backends.cuda.SDPAParams(few, few, few, None, 0.0, False, False)
+    kernels = (torch.backends.cuda.can_use_flash_attention, torch.backends.cuda.can_use_efficient_attention)
+    return any(can_use(case) for can_use in kernels)
 
 
 def _free_bytes(device: torch.device) -> float:
@@ -155,14 +170,35 @@ def map_bytes(vae: Any, batch: int, height: int, width: int, dtype: torch.dtype)
 def row_bytes(vae: Any, batch: int, height: int, width: int, dtype: torch.dtype) -> int:
     """The most bytes that a strip of one row takes in a layer. The arguments are those of `map_bytes`.
 
-    An upsampler makes two rows of twice the width from one. Keys and values of attention are computed for all positions
-    at once; their size is counted here too, divided among the strips that a layer holds.
+    An upsampler makes two rows of twice the width from one. It has the channels of the level that it comes from.
     """
     widths = list(vae.config.block_out_channels)
-    rows = [2 * channels * (width >> level) for level, channels in enumerate(widths)]
-    lowest = len(widths) - 1
-    attention = 3 * widths[-1] * (height >> lowest) * (width >> lowest) // (2 * STRIPS_AT_ONCE)
-    return max(*rows, attention) * batch * dtype.itemsize
+    wider = [*widths[1:], widths[-1]]
+    rows = [2 * max(pair) * (width >> level) for level, pair in enumerate(zip(widths, wider, strict=True))]
+    return max(rows) * batch * dtype.itemsize
+
+
+def attention_bytes(vae: Any, batch: int, height: int, width: int, dtype: torch.dtype, fused: bool) -> int:
+    """The bytes of what attention needs of all positions at once, on the device that computes: keys and values.
+
+    The other arguments are those of `map_bytes`; `fused` is that of `Budget`. Where torch builds the matrix of scores,
+    it computes in fp32, for which it converts keys and values, and scales the keys.
+    """
+    each = 2 * dtype.itemsize + (0 if fused else 3 * 4)
+    return each * batch * _attended(vae, height, width)
+
+
+def _attended(vae: Any, height: int, width: int) -> int:
+    """The most elements of a map of one image that attention reads; 0 if there is no attention."""
+    config, levels = vae.config, len(vae.config.block_out_channels)
+    down = level_attention("down_block_types", config.down_block_types, DOWN_BLOCK_TYPES, levels)
+    up = level_attention("up_block_types", config.up_block_types, UP_BLOCK_TYPES, levels)
+    has_it = [any(kinds) for kinds in zip(down, reversed(up), strict=True)]
+    has_it[-1] |= config.mid_block_add_attention
+    sizes = [
+        channels * (height >> level) * (width >> level) for level, channels in enumerate(config.block_out_channels)
+    ]
+    return max((size for size, there in zip(sizes, has_it, strict=True) if there), default=0)
 
 
 @dataclass(frozen=True)
@@ -173,11 +209,13 @@ class Budget:
         work: the device that computes.
         store: the device that keeps the maps.
         strip_bytes: size of a strip of the wider of a layer's two maps.
+        fused: whether torch computes attention without building the matrix of scores.
     """
 
     work: torch.device
     store: torch.device
     strip_bytes: int
+    fused: bool
 
 
 class Rows:
@@ -232,8 +270,8 @@ class Rows:
         for top in range(0, self.height, step):
             yield top, min(self.height, top + step)
 
-    def norm(self, norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
-        """Group norm with the statistics of the whole map, as a function that takes some rows of the map."""
+    def norm(self, norm: nn.GroupNorm, act: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
+        """Group norm with the statistics of the whole map, and then `act`, as a function of some rows of the map."""
         assert self._mean is not None
         assert self._square is not None
         rstd = (self._square / self._count + norm.eps).rsqrt()  # (B, groups)
@@ -241,11 +279,16 @@ class Rows:
         mean, rstd = (x.repeat_interleave(each, dim=1) for x in (self._mean, rstd))  # (B, C)
         scale = rstd * norm.weight.to(rstd)
         shift = norm.bias.to(rstd) - mean * scale
-        scale, shift = (x[:, :, None, None] for x in (scale, shift))
 
         def normalised(rows: Tensor) -> Tensor:
+            fused = fused_norm(norm, act, rows)
+            if fused is not None:
+                return fused.scaled_silu(rows, scale, shift)
             wide = at_least_fp32(rows)
-            return torch.addcmul(shift.to(wide), wide, scale.to(wide)).to(rows.dtype)
+            factor, offset = (x[:, :, None, None].to(wide) for x in (scale, shift))
+            own = None if wide is rows else wide  # a copy can be overwritten
+            h = torch.addcmul(offset, wide, factor, out=own).to(rows.dtype)
+            return h if act is None else activated_in_place(act, h)
 
         return normalised
 
@@ -333,23 +376,22 @@ class Streamed:
 
     def _resnet(self, x: Rows, temb: Tensor | None, block: ResnetBlock) -> Rows:
         conv1, conv2 = block.conv1, block.conv2
-        norm, act = x.norm(block.norm1), block.nonlinearity
+        normalised = x.norm(block.norm1, block.nonlinearity)
         h, residual = self._rows(x.height, normed=True), x
         if block.conv_shortcut is not None:
             residual = self._rows(x.height, normed=False)
         for top, bottom in x.strips(max(conv1.in_channels, conv1.out_channels)):
             rows = x[top - 1 : bottom + 1]
-            inner = _conv_rows(conv1, activated_in_place(act, norm(rows)), top > 0, bottom < x.height)
+            inner = _conv_rows(conv1, normalised(rows), top > 0, bottom < x.height)
             h.append(block.plus_embedding(inner, temb))
             if block.conv_shortcut is not None:
                 above = int(top > 0)
                 residual.append(block.conv_shortcut(rows[:, :, above : above + bottom - top]))
                 x.free_above(bottom - 1)
             del rows, inner
-        norm, out = h.norm(block.norm2), self._rows(x.height, normed=True)
+        normalised, out = h.norm(block.norm2, block.nonlinearity), self._rows(x.height, normed=True)
         for top, bottom in h.strips(conv2.in_channels):
-            rows = activated_in_place(act, norm(h[top - 1 : bottom + 1]))
-            rows = _conv_rows(conv2, rows, top > 0, bottom < h.height)
+            rows = _conv_rows(conv2, normalised(h[top - 1 : bottom + 1]), top > 0, bottom < h.height)
             out.append(rows.add_(residual[top:bottom]))
             h.free_above(bottom - 1)
             residual.free_above(bottom)
@@ -357,24 +399,28 @@ class Streamed:
 
     def _attention(self, x: Rows, block: SelfAttention) -> Rows:
         norm = x.norm(block.group_norm)
-        keys, values = [], []
+        some = x[0:1]  # (B, C, 1, W)
+        batch, _, _, columns = some.shape
+        k, v = (
+            some.new_empty(batch, 1, x.height * columns, block.to_k.out_features) for _ in range(2)
+        )  # (B, 1, HW, C)
         for top, bottom in x.strips(block.to_k.out_features):
             tokens = norm(x[top:bottom]).flatten(2).transpose(1, 2)  # (B, n, C)
-            keys.append(block.to_k(tokens))
-            values.append(block.to_v(tokens))
-        k, v = (torch.cat(parts, dim=1).unsqueeze(1) for parts in (keys, values))  # (B, 1, HW, C)
-        del keys, values
+            positions = slice(top * columns, bottom * columns)
+            k[:, 0, positions], v[:, 0, positions] = block.to_k(tokens), block.to_v(tokens)
         out = self._rows(x.height, normed=True)
-        # On some devices and for some widths, torch's kernels build the whole matrix of scores, (n, HW). Fewer queries
-        # at a time keep it below the size of a strip. On the CPU there is always a kernel that does not build it.
-        chunk = max(1, self._budget.strip_bytes // (k.shape[0] * k.shape[2] * k.element_size()))
-        chunk = k.shape[2] if k.device.type == "cpu" else chunk
+        # Where torch builds the matrix of scores, (n, HW) in fp32 and a few copies of it, fewer queries at a time keep
+        # these below the size of a strip. Elsewhere a few queries would not keep a GPU busy.
+        chunk = k.shape[2]
+        if not self._budget.fused:
+            chunk = max(1, self._budget.strip_bytes // (3 * 4 * batch * chunk))
         for top, bottom in x.strips(block.to_q.out_features):
             rows = x[top:bottom]
-            q = block.to_q(norm(rows).flatten(2).transpose(1, 2)).unsqueeze(1)  # (B, 1, n, C)
-            found = [F.scaled_dot_product_attention(part, k, v) for part in q.split(chunk, dim=2)]
-            tokens = block.to_out[0](torch.cat(found, dim=2).squeeze(1))  # (B, n, C)
-            out.append(tokens.transpose(1, 2).reshape(rows.shape) + rows)
+            tokens = block.to_q(norm(rows).flatten(2).transpose(1, 2)).unsqueeze(1)  # (B, 1, n, C)
+            tokens = torch.cat([F.scaled_dot_product_attention(q, k, v) for q in tokens.split(chunk, dim=2)], dim=2)
+            tokens = block.to_out[0](tokens.squeeze(1))  # (B, n, C)
+            out.append(tokens.transpose(1, 2).reshape(rows.shape).add_(rows))
+            del rows, tokens
             x.free_above(bottom)
         return out
 
@@ -409,13 +455,13 @@ class Streamed:
         normed: bool = False,
     ) -> Rows:
         """A 3x3 or 1x1 conv, after norm and activation if they are given. `normed`: a group norm reads the output."""
-        normalised = None if norm is None else x.norm(norm)
+        normalised = None if norm is None else x.norm(norm, act)
         halo = conv.kernel_size[0] // 2
         out = self._rows(x.height, normed)
         for top, bottom in x.strips(max(conv.in_channels, conv.out_channels)):
             rows = x[top - halo : bottom + halo]
-            if normalised is not None and act is not None:
-                rows = activated_in_place(act, normalised(rows))
+            if normalised is not None:
+                rows = normalised(rows)
             above, below = halo and top > 0, halo and bottom < x.height
             out.append(_conv_rows(conv, rows, bool(above), bool(below)))
             x.free_above(bottom - halo)

@@ -6,7 +6,7 @@ import copy
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from torch import nn
 from sdvae.data import BadImages, EvaluationImages, ReadOptions, evaluation_loader, open_source
 from sdvae.data.reading import Color
 from sdvae.errors import InputError, one_line
-from sdvae.io import HUB_ID, replacing, version
+from sdvae.io import HUB_ID, replacing, version, with_section
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.model import AutoencoderKL
+from sdvae.previews import PREVIEWS, Preview, fit_preview
 from sdvae.runtime import accelerator_type
 from sdvae.training.model_card import (
     FIGURES,
@@ -36,13 +37,13 @@ from sdvae.training.model_card import (
     figures_text,
     ldm_programs,
     loading_text,
-    section,
     title,
 )
 from sdvae.training.run_folder import RunFolder
 from sdvae.training.save import grid_of
 from sdvae.training.validation import ValidationResult, validate
-from sdvae.weights import load_vae, save_ldm, save_vae
+from sdvae.weights import load_kl, save_ldm, save_vae
+from sdvae.weights.save import RGB_FACTORS
 
 GRID_IMAGES = 4  # rows in the grid
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -81,8 +82,8 @@ def push_to_hub(
         license: an id that the hub accepts, such as "apache-2.0"; by default that of the card.
         revision: branch, which is created if it does not exist; by default main.
         message: the message of the commit.
-        data: a source for `open_source`, with images for the figures and the grid. By default figures and grid of the
-            VAE's folder are used, if it has any.
+        data: a source for `open_source`, with images for the figures, the grid and the latent RGB factors. By default
+            those of the VAE's folder are used, if it has any.
         count: number of those images, at most.
         resolution: side of their centre crops in pixels.
         color: as in `ReadOptions`.
@@ -106,21 +107,28 @@ def push_to_hub(
 
     model, folder, origin = _open(vae, subfolder)
     measured = None if data is None else measure_on(model, data, count, resolution, color)
-    figures = None
-    if data is not None and measured is not None:
-        figures = figures_text(measured, "Means over", data, resolution)
-    card = hub_card(model, repo_id, folder, base=origin, license=license, figures=figures)
+    preview = None if data is None else fit_preview(model, data, count, resolution, color)
+    sections = {}
+    if data is not None and measured is not None and preview is not None:
+        sections = {FIGURES: figures_text(measured, "Means over", data, resolution), PREVIEWS: preview.markdown()}
+    card = hub_card(model, repo_id, folder, base=origin, license=license, sections=sections)
     with tempfile.TemporaryDirectory() as temporary:
         written = target or Path(temporary) / "vae"
         with replacing(written) as beside:
-            _write(model, card, folder, measured, beside)
+            _write(model, card, folder, measured, preview, beside)
         if target is not None:
             return str(target)
         return _upload(written, repo_id, private, revision, message or f"Upload {model.__class__.__name__}", token)
 
 
 def hub_card(
-    vae: AutoencoderKL, repo_id: str, folder: Path | None, *, base: str | None, license: str | None, figures: str | None
+    vae: AutoencoderKL,
+    repo_id: str,
+    folder: Path | None,
+    *,
+    base: str | None,
+    license: str | None,
+    sections: Mapping[str, str],
 ) -> ModelCard:
     """The model card.
 
@@ -130,7 +138,7 @@ def hub_card(
         folder: the VAE's folder. If it has a README.md, the card is made from it.
         base: the hub id of the VAE that this one was made from; only a new card needs it.
         license: an id that the hub accepts; None keeps that of the card.
-        figures: replaces the card's section of figures; None keeps it.
+        sections: heading -> content of sections that are replaced or added; the card's others stay.
 
     Raises:
         InputError: when the head of the card in the folder is not YAML.
@@ -148,19 +156,11 @@ def hub_card(
     if license is not None:
         card.data["license"] = license
     loading = loading_text(vae, repo_id, what="this repository", programs=ldm_programs(vae))
-    text = with_section(card.text, LOADING, loading)
-    text = text if figures is None else with_section(text, FIGURES, figures)
+    text = card.text
+    for heading, content in {LOADING: loading, **sections}.items():
+        text = with_section(text, heading, content)
     card.text = without_local_paths(text)
     return card
-
-
-def with_section(text: str, heading: str, content: str) -> str:
-    """Markdown with the content of one second-level section replaced; a missing section is added at the end."""
-    new = section(heading, content)
-    pattern = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    if pattern.search(text):
-        return pattern.sub(lambda _: f"{new}\n", text, count=1).rstrip("\n") + "\n"
-    return f"{text.rstrip()}\n\n{new}"
 
 
 def without_local_paths(text: str) -> str:
@@ -229,13 +229,18 @@ def _open(vae: AutoencoderKL | str | Path, subfolder: str | None) -> tuple[Autoe
     run = RunFolder(path)
     if run.config.is_file() and run.model.is_dir():
         path = run.model
-    model = load_vae(path, subfolder=subfolder, dtype="file")  # uploaded as it is
+    model = load_kl(path, subfolder=subfolder, dtype="file")  # uploaded as it is
     folder = path / (subfolder or "")
     return model, folder if (folder / "config.json").is_file() else None, base_model(str(vae))
 
 
 def _write(
-    vae: AutoencoderKL, card: ModelCard, source: Path | None, measured: ValidationResult | None, folder: Path
+    vae: AutoencoderKL,
+    card: ModelCard,
+    source: Path | None,
+    measured: ValidationResult | None,
+    preview: Preview | None,
+    folder: Path,
 ) -> None:
     """Write all files into the new folder `folder`. Pictures that the card shows are copied from `source`."""
     save_vae(vae, folder)
@@ -246,6 +251,10 @@ def _write(
             shutil.copy2(picture, folder)
     if measured is not None:
         grid_of(measured).save(folder / GRID_NAME)
+    if preview is not None:
+        preview.write_beside(folder)
+    elif source is not None and (source / RGB_FACTORS).is_file():
+        shutil.copy2(source / RGB_FACTORS, folder)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
 
 

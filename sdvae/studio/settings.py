@@ -49,6 +49,9 @@ class DemoOptions(ColorOption):
     """The VAE: whatever `sdvae export` takes as its source. By default the one inside this package."""
     compare: str | None = None
     """A second VAE, shown beside the first."""
+    student: str | None = None
+    """A student of the first VAE (`sdvae distil`), given as the VAE is. Its picture is shown while a setting changes,
+    until the VAE's own is there."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 lets other machines use the page."""
     port: int = 7860

@@ -20,16 +20,17 @@ from torch import nn
 
 from sdvae.errors import InputError
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
-from sdvae.model import AutoencoderKL
+from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
 from sdvae.model.config import shape_of
 from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
-from sdvae.training.config import ModelConfig, TrainConfig
+from sdvae.training.config import DistilConfig, ModelConfig, TrainConfig
+from sdvae.training.distil import build_student
 from sdvae.training.initialise import initialise
 from sdvae.training.players import freeze_encoder
 from sdvae.training.processes import everywhere, from_main
 from sdvae.training.run_folder import RunFolder
 from sdvae.tutorial.conditional import ConditionalAutoencoderKL
-from sdvae.weights import load_vae
+from sdvae.weights import load_kl, load_vae
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
         vae = build_vae(config.model).train()
         vae.set_likelihood(likelihood)
         return vae, config
-    vae = load_vae(tune.source, subfolder=tune.subfolder, config=tune.config, dtype=torch.float32)
+    vae = load_kl(tune.source, subfolder=tune.subfolder, config=tune.config, dtype=torch.float32)
     if likelihood == "bernoulli" and vae.config.in_channels != 1:
         raise InputError(
             f"got loss.reconstruction=bce for {tune.source}, whose images have {vae.config.in_channels} channels; need "
@@ -104,8 +105,53 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
             *(tune.source, vae.likelihood, config.loss.reconstruction, likelihood),
         )
     vae.set_likelihood(likelihood)
+    return vae.train(), describing(config, vae)
+
+
+def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, AutoencoderKL, TrainConfig]:
+    """A student before its first step, its teacher, and the recipe with a model section that describes the teacher.
+
+    Both are in fp32 on the CPU.
+
+    Raises:
+        InputError: when the teacher cannot be read, or the student's shape does not fit it.
+    """
+    settings = config.distil
+    assert settings.teacher is not None
+    teacher = load_kl(settings.teacher, subfolder=settings.subfolder, config=settings.config, dtype=torch.float32)
+    student = build_student(settings, teacher) if settings.student is None else load_student(settings, teacher)
+    return student.train(), teacher, describing(config, teacher)
+
+
+def load_student(config: DistilConfig, teacher: AutoencoderKL) -> AutoencoderTiny:
+    """The student that the recipe starts from.
+
+    Raises:
+        InputError: when it cannot be read, is not a student, or does not fit the teacher's images and latents.
+    """
+    assert config.student is not None
+    student = load_vae(config.student, dtype=torch.float32)
+    if not isinstance(student, AutoencoderTiny):
+        raise InputError(f"got distil.student={config.student}, which is no AutoencoderTiny; need a student, or null")
+    for what in ("in_channels", "out_channels", "latent_channels"):
+        if student.config[what] != teacher.config[what]:
+            raise InputError(
+                f"got distil.student={config.student} with {student.config[what]} {what}; need {teacher.config[what]}, "
+                f"those of {config.teacher}"
+            )
+    if student.spatial_compression_ratio != teacher.spatial_compression_ratio:
+        raise InputError(
+            f"got distil.student={config.student}, which compresses by {student.spatial_compression_ratio}; need "
+            f"{teacher.spatial_compression_ratio}, as {config.teacher} does"
+        )
+    logger.info("the student has the shape of %s; widths and blocks in the recipe are not used", config.student)
+    return student
+
+
+def describing(config: TrainConfig, vae: AutoencoderKL) -> TrainConfig:
+    """The recipe with a model section that describes an existing VAE."""
     model = ModelConfig(**shape_of(vae.config), measure_shift=vae.config.shift_factor is not None)
-    return vae.train(), replace(config, model=model)
+    return replace(config, model=model)
 
 
 def build_vae(config: ModelConfig) -> AutoencoderKL:
@@ -116,8 +162,8 @@ def build_vae(config: ModelConfig) -> AutoencoderKL:
     return vae
 
 
-def lay_out(vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
-    """Move the VAE to its device, and give it the memory format and the kernels with which it trains fastest.
+def lay_out(vae: Autoencoder, config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
+    """Move a VAE or student to its device, and give it the memory format and the kernels with which it is fastest.
 
     Returns:
         The recipe, with `channels_last` as it was chosen here.
@@ -126,7 +172,7 @@ def lay_out(vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator) -
     if accelerator.device.type == "cpu":
         keep_freed_memory()  # each step needs the memory that the last one freed
     if config.fast_convolutions and accelerator.device.type == "cpu":
-        from sdvae.cpu.kernels import speed_up, takes_winograd
+        from sdvae.kernels.speed import speed_up, takes_winograd
 
         dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16
         speed_up(vae, dtype)

@@ -6,10 +6,11 @@ Only the standard library is imported here, so that a misspelt key is refused be
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from sdvae.errors import InputError, Ranges, check_ranges
+from sdvae.io import changed_fields
 from sdvae.metrics import SMALLEST_LPIPS_SIDE, SMALLEST_SIDE
 from sdvae.model.config import ModelShape
 
@@ -20,7 +21,8 @@ RANGES: Ranges = (
         "steps batch_size gradient_accumulation_steps log_every validate_every max_skipped_steps scale_images "
         "grid_images data.validation_count data.resolution data.validation_resolution optimizer.learning_rate "
         "optimizer.grad_clip_norm data.max_pixels checkpoint.every_steps checkpoint.keep_last "
-        "loss.discriminator.layers loss.discriminator.width loss.discriminator.learning_rate",
+        "loss.discriminator.layers loss.discriminator.width loss.discriminator.learning_rate "
+        "distil.encoder_width distil.decoder_width distil.latent_weight",
     ),
     (
         "0 or more",
@@ -28,16 +30,25 @@ RANGES: Ranges = (
         "data.num_workers data.cache_mib loss.lpips_weight loss.kl_weight loss.kl_warmup_steps loss.free_bits "
         "loss.discriminator.weight loss.discriminator.start_step loss.discriminator.warmup_steps "
         "loss.discriminator.ramp_steps loss.discriminator.r1_weight loss.discriminator.lecam_weight "
-        "loss.equivariance.weight optimizer.warmup_steps optimizer.weight_decay",
+        "loss.equivariance.weight optimizer.warmup_steps optimizer.weight_decay distil.encoder_blocks "
+        "distil.decoder_blocks",
     ),
     (
         "a number from 0 to 1",
         lambda x: 0 <= x <= 1,
-        "data.flip data.color_jitter data.max_bad_fraction data.label_dropout optimizer.ema_decay",
+        "data.flip data.color_jitter data.max_bad_fraction data.label_dropout optimizer.ema_decay "
+        "distil.teacher_weight",
     ),
     ("numbers from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.betas loss.discriminator.betas"),
     ("factors above 0 and up to 1", lambda x: 0 < x <= 1, "loss.equivariance.scales"),
     ("three numbers from 0 to 255", lambda x: 0 <= x <= 255, "data.background"),
+)
+
+# What a student does not use (`sdvae distil`). A recipe that sets one of these is refused.
+NOT_OF_A_STUDENT_SECTIONS = ("model.", "fine_tune.", "loss.equivariance.")
+NOT_OF_A_STUDENT = frozenset(
+    {"loss.kl_weight", "loss.kl_warmup_steps", "loss.free_bits", "loss.learn_logvar", "loss.discriminator.sees"}
+    | {"scale_images", "compile", "data.label_column", "data.label_dropout"}
 )
 
 
@@ -261,6 +272,42 @@ class FineTuneConfig:
 
 
 @dataclass(frozen=True)
+class DistilConfig:
+    """Train a student instead of a VAE: a small, fast AutoencoderTiny that computes what a VAE, its teacher, computes.
+
+    Its decoder learns images from the teacher's latents, and its encoder learns the teacher's latents from images. The
+    widths and blocks here are its shape (sdvae/model/tiny.py); number of channels and likelihood are the teacher's.
+    """
+
+    teacher: str | None = None
+    """The VAE to learn from, which does not change: whatever `load_vae` reads. Null: an ordinary run, no student."""
+    subfolder: str | None = None
+    """Folder inside teacher that holds the VAE."""
+    config: str | None = None
+    """A config.json for a teacher that is a single file. Its scaling_factor decides which latents the student takes."""
+    student: str | None = None
+    """A student to start from, whatever `load_vae` reads, such as a TAESD for a VAE that was fine-tuned since. It has
+    its own widths and blocks, and those below are not used. Null: new weights."""
+    encoder_width: int = 64
+    """Channels of all maps inside the encoder."""
+    encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    """Blocks in each level of the encoder, whose first level has the image's resolution. n levels compress by 2^(n-1),
+    which must be the teacher's ratio."""
+    decoder_width: int = 64
+    """Channels of all maps inside the decoder."""
+    decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    """Blocks in each level of the decoder, whose first level has the latents' resolution."""
+    latents: Literal["sample", "mode"] = "sample"
+    """What the decoder learns from: samples of the teacher's posterior, which diffusion models learn too, or its mode.
+    The encoder always learns the mode."""
+    teacher_weight: float = 0.5
+    """What the decoder's output is compared with: the image (0), the teacher's decoded picture (1), or the weighted sum
+    of both errors. The discriminator's real pictures are the images, or with 1 the teacher's."""
+    latent_weight: float = 1.0
+    """Weight of the encoder's error: the mean squared error of latents whose standard deviation is about 1."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints, from which an interrupted run continues, and the choice of the best model."""
 
@@ -270,7 +317,7 @@ class CheckpointConfig:
     """Number of checkpoints to keep; an old one is removed only when the new one is complete."""
     best_metric: str = "psnr"
     """The validation metric by which best_model/ is chosen: psnr, ssim, lpips_… or (only with «bce») nelbo. The last
-    two are better when lower."""
+    two are better when lower. For a student also psnr_to_teacher and psnr_round_trip."""
     accept_changed_config: bool = False
     """Continue a run with a changed recipe instead of refusing it."""
 
@@ -298,7 +345,7 @@ class TrainConfig:
     """Keep activations in the channels-last memory format. On a CPU, fast_convolutions overrides this."""
     fast_convolutions: bool = True
     """On a CPU, use faster kernels, which compute the same function up to rounding: Winograd's algorithm for 3x3
-    convolutions of wide models in fp32, and upsampling with four taps instead of nine (sdvae/cpu/kernels.py)."""
+    convolutions of wide models in fp32, and upsampling with four taps instead of nine (sdvae/kernels/)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
@@ -328,6 +375,8 @@ class TrainConfig:
     """Optimizer."""
     fine_tune: FineTuneConfig = field(default_factory=FineTuneConfig)
     """Starting weights."""
+    distil: DistilConfig = field(default_factory=DistilConfig)
+    """A student of a VAE."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
 
@@ -335,6 +384,7 @@ class TrainConfig:
         check_ranges(self, RANGES)
         if not self.loss.equivariance.scales:
             raise InputError("got loss.equivariance.scales=[]; need one factor or more")
+        self._check_student()
         self._check_likelihood()
         self._check_labels()
         self._check_resolutions()
@@ -349,14 +399,16 @@ class TrainConfig:
             raise InputError(f"got data.crop_scale=[{low}, {high}]; need 0 < low <= high <= 1")
 
     def _check_resolutions(self) -> None:
-        # the compression ratio of a VAE that is fine-tuned is known only when it has been loaded
-        factor = self.model.compression_ratio if self.fine_tune.source is None and not self.data.pad else 1
+        # the compression ratio of a VAE or student that is trained further is known only when it has been loaded
+        levels = len(self.model.block_out_channels if self.distil.teacher is None else self.distil.encoder_blocks)
+        known = self.fine_tune.source is None and self.distil.student is None
+        factor = 2 ** (levels - 1) if known and not self.data.pad else 1
         for key in ("resolution", "validation_resolution"):
             side = getattr(self.data, key)
             if side is not None and side % factor:
                 raise InputError(
                     f"got data.{key}={side}; need a positive multiple of {factor}, the compression ratio of "
-                    f"{len(self.model.block_out_channels)} levels"
+                    f"{levels} levels"
                 )
             if side is not None and side < SMALLEST_SIDE:
                 raise InputError(f"got data.{key}={side}; need at least {SMALLEST_SIDE}, or SSIM has no window")
@@ -374,6 +426,19 @@ class TrainConfig:
             raise InputError(
                 f"got loss.equivariance.scales={list(equivariance.scales)} on crops of {side}; need images of "
                 f"{SMALLEST_LPIPS_SIDE} pixels or more for LPIPS; take larger factors or crops"
+            )
+
+    def _check_student(self) -> None:
+        settings = self.distil
+        if settings.teacher is None and (changed := changed_fields(asdict(DistilConfig()), asdict(settings))):
+            raise InputError(
+                f"got distil.{changed[0].partition(':')[0]} without a teacher; need a VAE to learn from; give "
+                "distil.teacher, or use sdvae distil"
+            )
+        if len(settings.encoder_blocks) != len(settings.decoder_blocks) or not settings.encoder_blocks:
+            raise InputError(
+                f"got distil.encoder_blocks={list(settings.encoder_blocks)} and "
+                f"distil.decoder_blocks={list(settings.decoder_blocks)}; need the same number of levels in both"
             )
 
     def _check_likelihood(self) -> None:
@@ -404,3 +469,24 @@ class TrainConfig:
             raise InputError("got model.num_classes with fine_tune.source, which has no labels; need one of the two")
         if self.compile:
             raise InputError("got compile=true with model.num_classes; a conditional VAE is not compiled; leave it out")
+
+
+def check_used(config: TrainConfig) -> None:
+    """Refuse settings that a student does not use. (A VAE has no use for the section distil, which is checked above.)
+
+    Args:
+        config: the recipe, as the user wrote it.
+
+    Raises:
+        InputError: with the settings, if the recipe is for a student.
+    """
+    if config.distil.teacher is None:
+        return
+    changed = [line.partition(":")[0] for line in changed_fields(asdict(TrainConfig()), asdict(config))]
+    unused = [key for key in changed if key in NOT_OF_A_STUDENT or key.startswith(NOT_OF_A_STUDENT_SECTIONS)]
+    if config.loss.reconstruction == "bce":
+        unused.append("loss.reconstruction=bce")
+    if unused:
+        raise InputError(
+            f"got {', '.join(unused)} with distil.teacher; need a recipe of what a student uses; leave out these"
+        )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sdvae.model import AutoencoderKL
+from sdvae.model import Autoencoder
 
 
 def ema_decay_at(update: int, decay: float) -> float:
@@ -28,13 +28,13 @@ class WeightAverage:
         updates: how many times the average was updated.
     """
 
-    def __init__(self, model: AutoencoderKL, decay: float):
+    def __init__(self, model: Autoencoder, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.updates = 0
 
     @torch.no_grad()
-    def update(self, model: AutoencoderKL) -> None:
+    def update(self, model: Autoencoder) -> None:
         step = 1.0 - ema_decay_at(self.updates, self.decay)
         for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(weight, step)

@@ -17,8 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sdvae.model import AutoencoderKL
+from sdvae.model import AutoencoderKL, AutoencoderTiny
 from sdvae.model.blocks import Downsample, ResnetBlock, SelfAttention, Upsample
+from sdvae.model.tiny import TinyBlock
 
 INITIAL_LOGVAR = -6.0  # std 0.05, against latents of std about 1
 SYMMETRY_NOISE = 0.3  # as a fraction of LeCun's standard deviation, 1/sqrt(fan_in)
@@ -52,6 +53,28 @@ def initialise(vae: AutoencoderKL) -> None:
     latent_channels = vae.config.latent_channels
     nn.init.zeros_(vae.get_parameter(f"{moments}.weight")[latent_channels:])
     nn.init.constant_(vae.get_parameter(f"{moments}.bias")[latent_channels:], INITIAL_LOGVAR)
+
+
+@torch.no_grad()
+def initialise_student(student: AutoencoderTiny) -> None:
+    """Set all weights in place, by the same rules: each block is relu(x), and resampling convolutions copy their input.
+
+    Then the decoder gives a coarse picture whose colours are random functions of the latents.
+    """
+    for network in (student.encoder, student.decoder):
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=(2 / fan_in(parameter)) ** 0.5)  # He et al. 2015, for ReLUs
+        resampling = [layer for layer in network.layers if isinstance(layer, nn.Conv2d)]
+        for conv in (resampling.pop(0), resampling.pop()):
+            mix_channels(conv)
+        for conv in resampling:
+            pass_through(conv)
+        for block in network.layers:
+            if isinstance(block, TinyBlock):
+                nn.init.zeros_(block.get_parameter("conv.4.weight"))
 
 
 def fan_in(weight: Tensor) -> int:

@@ -68,9 +68,10 @@ class Meter:
         if not self._sums:
             return {}
         means = [self._sums[name] / np.float32(self._counts[name]) for name in self._sums]
-        stacked = torch.tensor(means, dtype=torch.float32, device=self._accelerator.device)
-        reduced = self._accelerator.reduce(stacked, reduction="mean")
-        return dict(zip(self._sums, reduced.tolist(), strict=True))
+        stacked = torch.tensor(means, dtype=torch.float32)
+        if self._accelerator.num_processes > 1:  # one process alone need not wait for its device
+            stacked = self._accelerator.reduce(stacked.to(self._accelerator.device), reduction="mean")
+        return dict(zip(self._sums, stacked.tolist(), strict=True))
 
     def rates(self) -> dict[str, float]:
         """images_per_second of all processes together, and the share of time that this process waited for data."""

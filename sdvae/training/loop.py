@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from sdvae.data import BadImages, ImageSource
 from sdvae.data.dataset import Batch
 from sdvae.errors import one_line
-from sdvae.training.build import build_accelerator, build_perceptual, lay_out, starting_vae
+from sdvae.model import Autoencoder, AutoencoderKL
+from sdvae.training.build import build_accelerator, build_perceptual, lay_out, starting_student, starting_vae
 from sdvae.training.checkpoint import checkpoint_name
-from sdvae.training.config import TrainConfig
+from sdvae.training.config import TrainConfig, check_used
 from sdvae.training.data import (
     check_output_outside,
     conditioning_of,
@@ -32,9 +33,10 @@ from sdvae.training.data import (
     stop_if_too_many_are_bad,
     training_batches,
 )
+from sdvae.training.distil import Teacher
 from sdvae.training.log import Meter, RunLog, progress_bar
 from sdvae.training.players import Players
-from sdvae.training.preflight import PROBED_IMAGES, check_main_is_newest, check_recipe, probe
+from sdvae.training.preflight import PROBED_IMAGES, check_main_is_newest, check_recipe, probe, probe_teacher
 from sdvae.training.processes import check_same, everywhere, from_main, on_main
 from sdvae.training.run_folder import FREE_ON_A_MACHINE, RunFolder, plain
 from sdvae.training.save import Validator
@@ -50,7 +52,7 @@ WORKER_DIED = "DataLoader worker"  # in the text of torch's RuntimeError for thi
 
 @torch.enable_grad()  # restores the caller's setting at the end, even if an interruption left `no_grad` on
 def train(config: TrainConfig) -> Path:
-    """Train by a recipe: from the start, or from the last checkpoint in output_dir.
+    """Train a VAE or a student by a recipe: from the start, or from the last checkpoint in output_dir.
 
     Under `torchrun` or `accelerate launch`, every process calls it. The run folder is on the machine of process 0.
 
@@ -65,6 +67,7 @@ def train(config: TrainConfig) -> Path:
         Stopped: after SIGTERM or SIGINT, when the checkpoint is written.
         OSError: for a fault of the machine, such as a full disk, or a loader process that died for lack of memory.
     """
+    check_used(config)
     accelerator = build_accelerator(config)
     training = Training(config, accelerator)
     try:
@@ -87,8 +90,10 @@ class Training:
 
     Attributes:
         recipe: the recipe as the user wrote it. It is stored, and compared when the run is continued.
-        config: the recipe with what was decided on this machine: the model section of the VAE that is fine-tuned, and
-            the memory format.
+        config: the recipe with what was decided on this machine: the model section of the VAE that is fine-tuned or
+            the teacher's, and the memory format.
+        vae: the VAE or student that learns.
+        teacher: the VAE that a student learns from; None when a VAE learns.
     """
 
     def __init__(self, recipe: TrainConfig, accelerator: Accelerator):
@@ -103,10 +108,18 @@ class Training:
         on_main(accelerator, self.run.check_ours)
         self.train_source, self.validation_source = everywhere(accelerator, self._open)
         torch.manual_seed(recipe.seed)  # for the initial weights
-        self.vae, self.config = everywhere(accelerator, lambda: starting_vae(recipe))
+        self.vae: Autoencoder
+        self.teacher: Teacher | None = None
+        if recipe.distil.teacher is None:
+            self.vae, self.config = everywhere(accelerator, lambda: starting_vae(recipe))
+        else:
+            self.vae, teacher, self.config = everywhere(accelerator, lambda: starting_student(recipe))
+            self.teacher = everywhere(accelerator, lambda: Teacher(teacher, accelerator))
         self._check_same_input()
-        # a VAE that is fine-tuned may have other weights on another machine, and DDP does not reach their average
+        # a VAE that is read may have other weights on another machine, and DDP does not reach their average
         self.vae.load_state_dict(from_main(accelerator, self.vae.state_dict()))
+        if self.teacher is not None:
+            self.teacher.vae.load_state_dict(from_main(accelerator, self.teacher.vae.state_dict()))
         self.perceptual = build_perceptual(recipe, accelerator)
         self.findings = check_recipe(
             self.config,
@@ -126,6 +139,8 @@ class Training:
         accelerator, run, vae = self.accelerator, self.run, self.vae
         check_main_is_newest(run, accelerator)
         found = on_main(accelerator, lambda: run.find(self.recipe, self.images_per_step))
+        if self.teacher is not None:
+            lay_out(self.teacher.vae, self.config, accelerator)
         self.config = config = lay_out(vae, self.config, accelerator)
         if found is None:
             self.findings += everywhere(accelerator, self._probe)
@@ -136,6 +151,7 @@ class Training:
             train_images=len(self.train_source),
             train_names=digest_of_names(self.train_source),
             perceptual=self.perceptual.name if self.perceptual is not None else None,
+            teacher=self.teacher.sha256() if self.teacher is not None else None,
         )
         self.state = RunState(origin, players, self.progress, self.meter, self.bad_images, accelerator)
         if found is not None:
@@ -145,7 +161,7 @@ class Training:
         for finding in self.findings:
             logger.warning("check: %s", finding)
         self.log = RunLog(run, config, accelerator, self.progress.step)
-        self.step = TrainStep(config, players, self.perceptual, accelerator)
+        self.step = TrainStep(config, players, self.perceptual, accelerator, self.teacher)
         self.skipped = SkippedSteps(self.train_source, self.progress, self.meter, accelerator)
         self.validate = Validator(
             config,
@@ -157,6 +173,7 @@ class Training:
             run,
             self.log,
             accelerator,
+            self.teacher,
         )
         self._announce()
 
@@ -259,6 +276,8 @@ class Training:
     def _check_same_input(self) -> None:
         """Check that all processes have the same images, by their names, the same kind of VAE and the same precision.
 
+        For a student, also that they have the same kind of teacher and student, and scale the latents alike.
+
         Raises:
             InputError: on every process, if not.
         """
@@ -267,6 +286,10 @@ class Training:
             name: {"count": len(source), "digest of names": digest_of_names(source)} for name, source in sources.items()
         }
         facts = {**images, "model": plain(self.config)["model"], "precision": self.accelerator.mixed_precision}
+        if self.teacher is not None:
+            scaling = self.teacher.scaling
+            facts["scaling of latents"] = [part.flatten().tolist() for part in (scaling.shift, scaling.scale)]
+            facts["student"] = {key: str(value) for key, value in self.vae.config.items() if not key.startswith("_")}
         check_same(self.accelerator, facts)
 
     def _probe(self) -> list[str]:
@@ -274,6 +297,9 @@ class Training:
         batch = first_batch(self.train_source, self.config, min(self.config.batch_size, PROBED_IMAGES))
         self.bad_images.add(batch["bad"])
         images = batch["image"].to(self.accelerator.device)
+        if self.teacher is not None:
+            return probe_teacher(self.teacher, images, self.config)
+        assert isinstance(self.vae, AutoencoderKL)
         return probe(self.vae, images, batch["noise_seed"], self.config, self.perceptual, **conditioning_of(batch))
 
     def _batches(self) -> Generator[Batch, None, None]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdvae.io import HUB_ID, printable, version
-from sdvae.model import AutoencoderKL
+from sdvae.model import AutoencoderKL, AutoencoderTiny
 from sdvae.pictures import AMPLIFICATION
 from sdvae.training.config import TrainConfig
 from sdvae.training.run_folder import to_yaml
@@ -33,6 +33,37 @@ library_name: diffusers
 An image VAE that compresses {factor}x{factor} pixels to one position of {latent_channels} latent channels
 ({parameters:.2f} M parameters){maker}. `scaling_factor` {scaling_factor:.5f}{origin_of_factor}.
 
+"""
+
+STUDENT_CARD = """---
+library_name: diffusers
+{base_model}tags:
+- vae
+- taesd
+- sdvae
+---
+
+# {title}
+
+A small, fast encoder and decoder for the latents of `{teacher}` ({parameters:.2f} M parameters together), trained with
+sdvae {version}. Its latents are those of a diffusion model: `scaling_factor` is 1, and nothing has to be scaled.
+
+"""
+
+STUDENT_LOADING_TEXT = """Any program that takes diffusers' `AutoencoderTiny` loads this folder:
+
+```python
+from diffusers import AutoencoderTiny
+
+student = AutoencoderTiny.from_pretrained("{place}")
+pipe.vae = student  # in the pipeline of a diffusion model for the teacher's latents
+```
+"""
+
+STUDENT_NOTE = """
+`psnr` and the like compare the images with what the student decodes from the teacher's latents; `…_to_teacher` compares
+the teacher's pictures with it, and `teacher_…` the images with the teacher's pictures. `psnr_round_trip` takes the
+latents from the student's own encoder. `latents` is that encoder's mean squared error.
 """
 
 LOADING_TEXT = """Any program that takes diffusers' `AutoencoderKL` loads {what}:
@@ -73,7 +104,7 @@ LDM_PROGRAMS = {
     "kohya": f"kohya's scripts: `--vae {LDM_NAME}`",
 }
 
-FIGURES_TEXT = """![original, reconstruction, {amplification} times their difference]({grid})
+FIGURES_TEXT = """![{drawing}]({grid})
 
 {conditions} {count} images of `{source}` at {resolution}x{resolution} pixels (resize, centre crop), reconstructed from
 the posterior's mode{with_weights}.
@@ -130,6 +161,43 @@ def model_card(
     )
 
 
+def student_card(
+    config: TrainConfig, student: AutoencoderTiny, result: ValidationResult, *, step: int, images_seen: int
+) -> str:
+    """The card of a student: the figures beside its teacher's, the data and the whole recipe.
+
+    Arguments are those of `model_card`.
+    """
+    assert config.distil.teacher is not None
+    teacher = printable(config.distil.teacher)
+    data = config.data
+    figures = figures_text(
+        result,
+        f"After {step} steps over {images_seen} image crops; means over",
+        data.validation_source or data.source,
+        data.evaluation_resolution,
+        drawing=f"original, teacher, student, {AMPLIFICATION} times the difference of the last two",
+        with_weights=", with the EMA weights",
+    )
+    base = base_model(config.distil.teacher)
+    head = STUDENT_CARD.format(
+        base_model="" if base is None else f"base_model: {base}\n",
+        title=f"{printable(Path(config.output_dir).resolve().name)}: a small student of {teacher}",
+        teacher=teacher,
+        parameters=sum(p.numel() for p in student.parameters()) / 1e6,
+        version=version(),
+    )
+    loading = STUDENT_LOADING_TEXT.format(place="path/to/this/folder")
+    return head + "\n".join(
+        [
+            section(LOADING, loading),
+            section(FIGURES, figures + STUDENT_NOTE),
+            section("Data", f"Trained on `{printable(data.source)}`.\n"),
+            section(RECIPE, f"```yaml\n{to_yaml(config)}```\n"),
+        ]
+    )
+
+
 def card_head(
     vae: AutoencoderKL, heading: str, *, base_model: str | None = None, maker: str = "", origin_of_factor: str = ""
 ) -> str:
@@ -178,7 +246,13 @@ def loading_text(vae: AutoencoderKL, place: str, *, what: str = "this folder", p
 
 
 def figures_text(
-    result: ValidationResult, conditions: str, source: str, resolution: int, *, with_weights: str = ""
+    result: ValidationResult,
+    conditions: str,
+    source: str,
+    resolution: int,
+    *,
+    drawing: str = f"original, reconstruction, {AMPLIFICATION} times their difference",
+    with_weights: str = "",
 ) -> str:
     """The section with the grid of images and the table of figures.
 
@@ -187,11 +261,12 @@ def figures_text(
         conditions: the beginning of the sentence below the grid, up to «means over».
         source: where the images come from.
         resolution: side of the images, in pixels.
+        drawing: the columns of the grid, in words.
         with_weights: the end of that sentence.
     """
     random_names = [name for name in result.metrics if name.endswith("_random")]
     return FIGURES_TEXT.format(
-        amplification=AMPLIFICATION,
+        drawing=drawing,
         grid=GRID_NAME,
         conditions=conditions,
         count=len(result.per_image),

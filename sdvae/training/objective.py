@@ -138,6 +138,29 @@ def compare(images: Tensor, output: Tensor, kind: str, perceptual: Perceptual | 
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What the step needs of a forward pass of a VAE or of a student.
+
+    The objective is `nll` + `rest`, and the discriminator's term.
+
+    Attributes:
+        nll: a scalar, the terms of the objective that depend on `outputs`.
+        rest: a scalar, the other terms.
+        outputs: the outputs on which `nll` depends; the decoder's is first.
+        real: real inputs of the discriminator, without gradients.
+        fake: fake inputs of the discriminator, with gradients.
+        values: scalars for the log.
+    """
+
+    nll: Tensor
+    rest: Tensor
+    outputs: list[Tensor]
+    real: Tensor
+    fake: Tensor
+    values: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Transformation:
     """A transformation of images and latents: rotate by `quarter_turns` · 90 degrees, then shrink by `scale`."""
 

@@ -1,4 +1,4 @@
-"""The two networks that learn, VAE and discriminator, each with its optimizer."""
+"""The two networks that learn, VAE (or student) and discriminator, each with its optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdvae.errors import require
-from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny, DiagonalGaussian
 from sdvae.roundtrip import decode_output, encode_images
 from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
 from sdvae.training.discriminator import LeCam, PatchDiscriminator
@@ -87,6 +87,39 @@ class TrainingForward(nn.Module):
         return VAEOutput(reconstruction, posterior.parameters, transformed, self.logvar)
 
 
+class StudentOutput(NamedTuple):
+    """The outputs of a student in a training step.
+
+    Attributes:
+        reconstruction: (B, C, H, W), the image that its decoder makes of the teacher's latents, nominally in [-1, 1].
+        latents: (B, C_z, h, w), the scaled latents that its encoder makes of the image.
+    """
+
+    reconstruction: Tensor
+    latents: Tensor
+
+
+class StudentForward(nn.Module):
+    """All computations of a step that have a gradient in a student, in one forward pass.
+
+    Its two halves learn independently: no gradient goes from the decoder to the encoder.
+    """
+
+    def __init__(self, student: AutoencoderTiny):
+        super().__init__()
+        self.vae = student
+
+    def forward(self, images: Tensor, z: Tensor) -> StudentOutput:
+        """Encode the images, and decode the teacher's latents.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+            z: (B, C_z, h, w), scaled latents of the teacher.
+        """
+        latents = encode_images(self.vae, images).mode()
+        return StudentOutput(decode_output(self.vae, z, images.shape[2:]), latents)
+
+
 class Player:
     """A network that learns, with its optimizer.
 
@@ -125,23 +158,24 @@ class Player:
 
 
 class Players:
-    """The VAE, the moving average of its weights, and the discriminator, if there is one.
+    """The VAE or student, the moving average of its weights, and the discriminator, if there is one.
 
     Args:
-        vae: the VAE on the accelerator's device. Parameters that do not train must be frozen already, since DDP
-            expects a gradient from all others.
+        vae: the VAE or student on the accelerator's device. Parameters that do not train must be frozen already, since
+            DDP expects a gradient from all others.
         config: the recipe.
         accelerator: wraps the networks.
     """
 
-    def __init__(self, vae: AutoencoderKL, config: TrainConfig, accelerator: Accelerator):
+    def __init__(self, vae: Autoencoder, config: TrainConfig, accelerator: Accelerator):
         self.vae = vae
         self.ema = WeightAverage(vae, config.optimizer.ema_decay)  # copies the VAE, so this comes before wrapping it
         if config.compile:
+            assert isinstance(vae, AutoencoderKL)  # a recipe that compiles a student is refused
             # block by block, because the adaptive weight needs the gradient of conv_out before the backward pass
             for block in (vae.encoder, vae.decoder.mid_block, *vae.decoder.up_blocks):
                 block.compile()
-        forward = TrainingForward(vae, config.loss.learn_logvar).to(accelerator.device)
+        forward = forward_of(vae, config).to(accelerator.device)
         optimizer = build_optimizer(forward, config.optimizer, config.optimizer.betas)
         self.generator = Player(forward, accelerator.prepare(forward), optimizer)
 
@@ -176,7 +210,15 @@ class Players:
         return rates
 
 
-def build_discriminator(vae: AutoencoderKL, settings: DiscriminatorConfig, resolution: int) -> nn.Module:
+def forward_of(vae: Autoencoder, config: TrainConfig) -> nn.Module:
+    """The forward pass that a step of the VAE or student needs."""
+    if isinstance(vae, AutoencoderKL):
+        return TrainingForward(vae, config.loss.learn_logvar)
+    assert isinstance(vae, AutoencoderTiny)
+    return StudentForward(vae)
+
+
+def build_discriminator(vae: Autoencoder, settings: DiscriminatorConfig, resolution: int) -> nn.Module:
     """A discriminator for the images or the latents of a VAE.
 
     Args:

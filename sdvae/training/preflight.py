@@ -1,7 +1,8 @@
 """Checks before the first step. Each finding is one line with its numbers and, where there is one, a remedy.
 
 config.py checks the recipe on its own. `check_main_is_newest` compares the checkpoints that the processes see,
-`check_recipe` the recipe with the VAE, the data and LPIPS's trunk. `probe` runs the VAE on the first images.
+`check_recipe` the recipe with the VAE, the data and LPIPS's trunk. `probe` runs the VAE on the first images, and
+`probe_teacher` the VAE that a student learns from.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sdvae.noise import posterior_generators
 from sdvae.roundtrip import decode_images, decode_output, encode_images
 from sdvae.training.checkpoint import checkpoint_name, newest_step
 from sdvae.training.config import TrainConfig
+from sdvae.training.distil import Teacher
 from sdvae.training.objective import loss_terms
 from sdvae.training.processes import place
 from sdvae.training.run_folder import RunFolder
@@ -27,6 +29,7 @@ LARGE = 20e6  # parameters; a VAE as large as SD's has 84 million
 LARGE_LEARNING_RATE = 1e-3  # LDM takes 4.5e-6 times the images in a step: 1.1e-4 for its batch of 24
 FEW_IMAGES = 1_000
 FEW_VALIDATION_IMAGES = 8
+SCALED_LATENT_STD = (0.5, 2.0)  # diffusion models expect 1; the student's decoder bends latents near 3 and beyond
 SMALLEST_LATENT_STD, LARGEST_LATENT_STD = 1e-3, 1e3
 RECOGNISABLE_PSNR = 15.0  # dB; LDM's kl-f8 reaches 23.4 dB on COCO
 PROBED_IMAGES = 4
@@ -76,6 +79,7 @@ def check_recipe(
     """
     metrics = ["psnr", "ssim"] + ([perceptual] if perceptual is not None else [])
     metrics += ["nelbo"] if config.loss.reconstruction == "bce" else []
+    metrics += ["psnr_to_teacher", "psnr_round_trip"] if config.distil.teacher is not None else []
     if config.checkpoint.best_metric not in metrics:
         raise InputError(
             f"got checkpoint.best_metric={config.checkpoint.best_metric!r}; need one of {', '.join(metrics)}"
@@ -85,7 +89,7 @@ def check_recipe(
         if side % compression_ratio and not config.data.pad:
             raise InputError(
                 f"got data.{key}={side}; need a multiple of {compression_ratio}, the compression ratio of "
-                f"{config.fine_tune.source}"
+                f"{config.fine_tune.source or config.distil.student}"
             )
     findings = []
     gan = config.loss.discriminator
@@ -172,8 +176,33 @@ def probe(
         )
     if config.fine_tune.source is not None:
         reconstruction = decode_images(vae, posterior.mode(), images.shape[2:], **conditioning)
-        mean_db = float(psnr(images, reconstruction).mean())
-        if mean_db < RECOGNISABLE_PSNR:
-            source = config.fine_tune.source
-            findings.append(f"{source} reconstructs the first images at only {mean_db:.1f} dB: is it the right VAE?")
+        findings += unlike_images(images, reconstruction, config.fine_tune.source)
     return findings
+
+
+def probe_teacher(teacher: Teacher, images: Tensor, config: TrainConfig) -> list[str]:
+    """Findings from one forward pass of the VAE that a student learns from.
+
+    Args:
+        teacher: the teacher.
+        images: (B, C, H, W) in [-1, 1], some training images; PROBED_IMAGES are enough.
+        config: the recipe.
+    """
+    lesson = teacher.lesson(images)
+    assert lesson.picture is not None
+    std, (low, high) = float(lesson.mode.std()), SCALED_LATENT_STD
+    findings = unlike_images(images, lesson.picture, config.distil.teacher)
+    if not low <= std <= high:
+        findings.append(
+            f"the scaled latents of {config.distil.teacher} have std {std:.3g} on the first images, and diffusion "
+            "models expect 1: is its scaling_factor right? give a config.json that has it with distil.config"
+        )
+    return findings
+
+
+def unlike_images(images: Tensor, reconstruction: Tensor, source: str | None) -> list[str]:
+    """A finding if a VAE that was read from `source` does not reconstruct images, (B, C, H, W) in [-1, 1]."""
+    mean_db = float(psnr(images, reconstruction).mean())
+    if mean_db >= RECOGNISABLE_PSNR:
+        return []
+    return [f"{source} reconstructs the first images at only {mean_db:.1f} dB: is it the right VAE?"]

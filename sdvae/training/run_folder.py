@@ -34,7 +34,14 @@ BATCH_FIELDS = frozenset({"batch_size", "gradient_accumulation_steps"})
 # names, and all processes get the weights of the main process.
 FREE_ON_A_MACHINE = frozenset(
     {"output_dir", "data.source", "data.validation_source", "data.num_workers", "data.cache_mib"}
-    | {"fine_tune.source", "fine_tune.config", "loss.perceptual.weights"}
+    | {
+        "fine_tune.source",
+        "fine_tune.config",
+        "distil.teacher",
+        "distil.config",
+        "distil.student",
+        "loss.perceptual.weights",
+    }
 )
 
 

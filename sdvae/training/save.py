@@ -9,21 +9,23 @@ from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image
+from torch import Tensor
 
 from sdvae.data import BadImages, ImageSource
 from sdvae.io import replacing
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import AutoencoderKL
-from sdvae.pictures import latent_plot, reconstruction_grid, training_curves
+from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
+from sdvae.pictures import latent_plot, reconstruction_grid, student_grid, training_curves
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import evaluation_batches, first_images
+from sdvae.training.distil import Teacher
 from sdvae.training.log import RunLog
-from sdvae.training.model_card import GRID_NAME, model_card
+from sdvae.training.model_card import GRID_NAME, model_card, student_card
 from sdvae.training.players import Players
 from sdvae.training.processes import on_main
 from sdvae.training.run_folder import RunFolder
 from sdvae.training.state import Progress, digest_of_names
-from sdvae.training.validation import ValidationResult, measure_latents, validate
+from sdvae.training.validation import ValidationResult, measure_latents, validate, validate_student
 from sdvae.weights.read import check_tensors
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ SMALLEST_TILE = 96  # pixels: room for a caption
 
 @dataclass
 class Validator:
-    """Validates the moving average of the weights, and saves it.
+    """Validates the moving average of the weights of a VAE or student, and saves it.
 
     Attributes:
         config: the recipe, with the model section of the VAE that is trained.
@@ -46,6 +48,7 @@ class Validator:
         run: the folder of pictures and models.
         log: the log of the figures.
         accelerator: the run's Accelerator.
+        teacher: the VAE that a student learns from; None when a VAE is validated.
     """
 
     config: TrainConfig
@@ -57,6 +60,7 @@ class Validator:
     run: RunFolder
     log: RunLog
     accelerator: Accelerator
+    teacher: Teacher | None = None
 
     def __post_init__(self) -> None:
         config, source = self.config, self.source
@@ -80,7 +84,8 @@ class Validator:
             self.players.vae.train()
         result = self._validate(average)
         self.log.report("validation", result.metrics, step)
-        if not config.fine_tune.freeze_encoder:  # a frozen encoder keeps the latents and so the factors
+        # a frozen encoder keeps the latents and so the factors, and a student's latents are scaled
+        if isinstance(average, AutoencoderKL) and not config.fine_tune.freeze_encoder:
             batches = evaluation_batches(self._measured, config, self.accelerator)
             moments = measure_latents(average, batches, self.accelerator, self.bad_images)
             scaling_factor, shift_factor = moments.factors(with_shift=config.model.measure_shift)
@@ -91,7 +96,7 @@ class Validator:
             progress.best = {"metric": name, "value": result.metrics[name], "step": step, "on": self._measured_on}
 
         def write() -> None:
-            for complaint in result.health.complaints():
+            for complaint in result.health.complaints() if result.health is not None else ():
                 logger.warning("latents: %s", complaint)
             self.log.picture("reconstructions", draw(result, self.run, step), step)
             save_model(self.run, average, config, result, step, progress.position)
@@ -101,10 +106,15 @@ class Validator:
         on_main(self.accelerator, write)
         progress.validated = True
 
-    def _validate(self, vae: AutoencoderKL) -> ValidationResult:
+    def _validate(self, vae: Autoencoder) -> ValidationResult:
         batches = evaluation_batches(self.source, self.config, self.accelerator)
         keep, seed = self.config.grid_images, self.config.seed
-        return validate(vae, batches, self.accelerator, self.perceptual, self.bad_images, keep, seed)
+        given = (batches, self.accelerator, self.perceptual, self.bad_images, keep)
+        if isinstance(vae, AutoencoderKL):
+            return validate(vae, *given, seed)
+        assert isinstance(vae, AutoencoderTiny)
+        assert self.teacher is not None
+        return validate_student(vae, self.teacher, *given)
 
 
 def is_better(metrics: dict[str, float], best: dict[str, Any], name: str, measured_on: str) -> bool:
@@ -134,23 +144,28 @@ def draw(result: ValidationResult, run: RunFolder, step: int) -> Image.Image:
     """
     grid = grid_of(result)
     grid.save(run.images / f"step-{step:08d}.png")
-    latent_plot(result.health).save(run.images / f"latents-{step:08d}.png")
+    if result.health is not None:
+        latent_plot(result.health).save(run.images / f"latents-{step:08d}.png")
     training_curves(run.metrics, run.curves)
     return grid
 
 
 def grid_of(result: ValidationResult) -> Image.Image:
-    """The reconstruction grid. Small images, such as MNIST's, are enlarged."""
+    """The reconstruction grid; for a student with its teacher's. Small images, such as MNIST's, are enlarged."""
     times = -(-SMALLEST_TILE // result.images.shape[-1])
-    larger = [
-        x.repeat_interleave(times, 2).repeat_interleave(times, 3) for x in (result.images, result.reconstructions)
-    ]
-    return reconstruction_grid(*larger)
+
+    def larger(x: Tensor) -> Tensor:
+        return x.repeat_interleave(times, 2).repeat_interleave(times, 3)
+
+    images, reconstructions = larger(result.images), larger(result.reconstructions)
+    if result.pictures is None:
+        return reconstruction_grid(images, reconstructions)
+    return student_grid(images, larger(result.pictures), reconstructions)
 
 
 def save_model(
     run: RunFolder,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     config: TrainConfig,
     result: ValidationResult,
     step: int,
@@ -162,7 +177,11 @@ def save_model(
         InputError: when a weight is not finite.
     """
     check_tensors(vae.state_dict(), "the trained VAE")
-    card = model_card(config, vae, result, step=step, images_seen=images_seen)
+    if isinstance(vae, AutoencoderKL):
+        card = model_card(config, vae, result, step=step, images_seen=images_seen)
+    else:
+        assert isinstance(vae, AutoencoderTiny)
+        card = student_card(config, vae, result, step=step, images_seen=images_seen)
     with replacing(run.model) as folder:
         vae.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")

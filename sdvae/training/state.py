@@ -74,6 +74,7 @@ class Origin:
         train_images: number of training images, which with the seed gives their order.
         train_names: digest of the names of the training images.
         perceptual: LPIPS's name, which says its trunk; None without LPIPS.
+        teacher: digest of the VAE that a student learns from; None when a VAE learns.
     """
 
     config: dict[str, Any]
@@ -81,12 +82,13 @@ class Origin:
     train_images: int
     train_names: str
     perceptual: str | None
+    teacher: str | None = None
 
     def check(self, state: dict[str, Any], accept_changed_config: bool) -> None:
         """Compare with the state.json of a checkpoint. The recipe is left out: `RunFolder.find` has compared it.
 
         Raises:
-            InputError: when images or trunk differ.
+            InputError: when images, trunk or teacher differ.
         """
         if state["train_images"] != self.train_images:
             raise InputError(
@@ -104,6 +106,11 @@ class Origin:
             raise InputError(
                 f"the run began with {state['perceptual']} and would go on with {self.perceptual}; give the same trunk "
                 "with loss.perceptual.weights, or continue with --checkpoint.accept_changed_config=true"
+            )
+        if state.get("teacher") != self.teacher:  # earlier versions had no students
+            raise InputError(
+                "distil.teacher has other weights or other factors of its latents than when the run began; restore it, "
+                "start anew with --overwrite=true, or continue with --checkpoint.accept_changed_config=true"
             )
 
 

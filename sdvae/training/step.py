@@ -1,4 +1,4 @@
-"""One optimizer step of the VAE and its discriminator, on the same images: `TrainStep.__call__`.
+"""One optimizer step of the VAE (or a student) and its discriminator, on the same images: `TrainStep.__call__`.
 
 The discriminator is frozen during the backward pass of the VAE's loss, and its own input, the reconstruction (or the
 latents), is detached, so neither network gets gradients from the other's loss. All processes share whether every loss
@@ -30,7 +30,8 @@ from sdvae.training.discriminator import (
     generator_weight_at,
     r1_penalty,
 )
-from sdvae.training.objective import kl_weight_at, loss_terms, transformation_at
+from sdvae.training.distil import StudentObjective, Teacher
+from sdvae.training.objective import Outcome, kl_weight_at, loss_terms, transformation_at
 from sdvae.training.players import Player, Players, VAEOutput, frozen
 from sdvae.tutorial.adversary import LatentDiscriminator, posterior_and_prior_samples
 
@@ -64,13 +65,24 @@ class TrainStep:
         players: the networks and their optimizers.
         perceptual: LPIPS; None if the loss has none.
         accelerator: the run's Accelerator.
+        teacher: the VAE that a student learns from; None when a VAE learns.
     """
 
-    def __init__(self, config: TrainConfig, players: Players, perceptual: Perceptual | None, accelerator: Accelerator):
+    def __init__(
+        self,
+        config: TrainConfig,
+        players: Players,
+        perceptual: Perceptual | None,
+        accelerator: Accelerator,
+        teacher: Teacher | None = None,
+    ):
         self.config = config
         self.players = players
         self.perceptual = perceptual
         self.accelerator = accelerator
+        self._outcome: Callable[..., Outcome] = self._vae_outcome
+        if teacher is not None:
+            self._outcome = StudentObjective(config, players.generator.wrapped, teacher, perceptual)
 
     def __call__(
         self,
@@ -90,7 +102,8 @@ class TrainStep:
         """
         config, players, device = self.config, self.players, self.accelerator.device
         result = StepResult(state=players.set_learning_rates(step, config))
-        result.state["kl_weight"] = kl_weight_at(step, config.loss)
+        if config.distil.teacher is None:
+            result.state["kl_weight"] = kl_weight_at(step, config.loss)
         learns = discriminator_learns_at(step, config.loss.discriminator)
         values: list[dict[str, Tensor]] = []
         logits: list[Tensor] = []
@@ -132,7 +145,7 @@ class TrainStep:
     def generator_pass(
         self, step: int, images: Tensor, noise_seeds: Tensor, **conditioning: Tensor
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Forward and backward pass of the VAE.
+        """Forward and backward pass of the VAE or the student.
 
         Args:
             step: counted from 0.
@@ -144,6 +157,29 @@ class TrainStep:
             Scalars for the log, and the real and the fake inputs of the discriminator, without gradients.
         """
         config, players = self.config.loss, self.players
+        outcome = self._outcome(step, images, noise_seeds, **conditioning)
+        nll, values = outcome.nll, outcome.values
+        loss = objective = nll + outcome.rest
+        weight = generator_weight_at(step, config.discriminator)
+        if weight > 0 and players.discriminator is not None:
+            with frozen(players.discriminator.network), self.accelerator.autocast():
+                g = generator_loss(players.discriminator.network(outcome.fake))
+            gan_weight = g.new_full((), weight)
+            if config.discriminator.adaptive and config.discriminator.sees == "images":
+                last_layer = players.vae.decoder.conv_out.weight
+                nll_and_gan, gan_weight = adaptively_weighted(
+                    outcome.outputs, nll, g, weight, last_layer, self.accelerator
+                )
+                loss, objective = loss.detach() + gan_weight * g.detach(), nll_and_gan + outcome.rest
+            else:
+                loss = objective = loss + gan_weight * g
+            values |= {"generator": g, "gan_weight": gan_weight}
+        self.accelerator.backward(objective / self.config.gradient_accumulation_steps)
+        return {"loss": loss, **values}, outcome.real, outcome.fake.detach()
+
+    def _vae_outcome(self, step: int, images: Tensor, noise_seeds: Tensor, **conditioning: Tensor) -> Outcome:
+        """The forward pass of the VAE, with the arguments of `generator_pass`."""
+        config, players = self.config.loss, self.players
         transformation = transformation_at(step, self.config.seed, config.equivariance)
         output: VAEOutput = players.generator.wrapped(
             images, posterior_generators(noise_seeds), transformation, **conditioning
@@ -154,29 +190,17 @@ class TrainStep:
         terms = loss_terms(
             images, output.reconstruction, output.posterior, config, self.perceptual, pair, output.logvar
         )
-        values = terms.logged(self.perceptual)
-        nll, kl = terms.nll(config), kl_weight_at(step, config) * terms.kl_penalty
-        loss = objective = nll + kl
-
         real, fake = images, output.reconstruction
         if config.discriminator.sees == "latents":
             fake, real = posterior_and_prior_samples(output.posterior, noise_seeds)
-        weight = generator_weight_at(step, config.discriminator)
-        if weight > 0 and players.discriminator is not None:
-            with frozen(players.discriminator.network), self.accelerator.autocast():
-                g = generator_loss(players.discriminator.network(fake))
-            gan_weight = g.new_full((), weight)
-            if config.discriminator.adaptive and config.discriminator.sees == "images":
-                last_layer = players.vae.decoder.conv_out.weight
-                nll_and_gan, gan_weight = adaptively_weighted(
-                    output.nll_depends_on, nll, g, weight, last_layer, self.accelerator
-                )
-                loss, objective = loss.detach() + gan_weight * g.detach(), nll_and_gan + kl
-            else:
-                loss = objective = loss + gan_weight * g
-            values |= {"generator": g, "gan_weight": gan_weight}
-        self.accelerator.backward(objective / self.config.gradient_accumulation_steps)
-        return {"loss": loss, **values}, real, fake.detach()
+        return Outcome(
+            nll=terms.nll(config),
+            rest=kl_weight_at(step, config) * terms.kl_penalty,
+            outputs=output.nll_depends_on,
+            real=real,
+            fake=fake,
+            values=terms.logged(self.perceptual),
+        )
 
     def discriminator_pass(self, real_inputs: Tensor, fake_inputs: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Forward and backward pass of the discriminator.

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from sdvae.data import BadImages
 from sdvae.errors import InputError
-from sdvae.metrics.image import image_metrics
+from sdvae.metrics.image import image_metrics, psnr
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import AutoencoderKL
+from sdvae.model import AutoencoderKL, AutoencoderTiny
 from sdvae.noise import posterior_generators, sample_seed
 from sdvae.roundtrip import decode_images, encode_images
 from sdvae.statistics import LatentHealth, LatentMoments, merged
 from sdvae.training.data import conditioning_of
+from sdvae.training.distil import Teacher
 from sdvae.tutorial.likelihood import elbo
 
 
@@ -31,17 +32,19 @@ class ValidationResult:
 
     Attributes:
         metrics: means over the validation images, and figures of their latents.
-        health: statistics of their latents.
+        health: statistics of their latents; None for a student, which has no posterior.
         per_image: the figures of each image, with its `index` and `name`.
         images: the first few images, (N, C, R, R) in [-1, 1], fp32 on the CPU.
         reconstructions: their reconstructions, the same shape.
+        pictures: the teacher's reconstructions, the same shape; None unless a student was validated.
     """
 
     metrics: dict[str, float]
-    health: LatentHealth
+    health: LatentHealth | None
     per_image: list[dict[str, Any]]
     images: Tensor
     reconstructions: Tensor
+    pictures: Tensor | None = None
 
 
 @torch.no_grad()
@@ -75,7 +78,7 @@ def validate(
     """
     health = LatentHealth(vae.config.latent_channels)
     rows: list[dict[str, Any]] = []
-    kept: list[tuple[int, Tensor, Tensor]] = []
+    kept: list[tuple[int, list[Tensor]]] = []
     autocast = nullcontext if full_precision else accelerator.autocast
     for batch in readable(batches, bad_images):
         images = batch["image"].to(accelerator.device)
@@ -96,25 +99,85 @@ def validate(
         for i, metrics in enumerate(image_metrics(images, reconstruction, posterior, perceptual)):
             rows.append({"index": batch["index"][i], "name": batch["name"][i], **figures[i], **metrics})
             if len(kept) < keep:
-                kept.append((batch["index"][i], images[i].float().cpu(), reconstruction[i].float().cpu()))
+                kept.append((batch["index"][i], [images[i].float().cpu(), reconstruction[i].float().cpu()]))
 
+    rows, metrics, pictures = _of_all_processes(rows, kept, keep)
+    health = merged(gather_object([health]))
+    return ValidationResult({**metrics, **health.metrics()}, health, rows, *pictures)
+
+
+@torch.no_grad()
+def validate_student(
+    student: AutoencoderTiny,
+    teacher: Teacher,
+    batches: Iterable[dict[str, Any]],
+    accelerator: Accelerator,
+    perceptual: Perceptual | None,
+    bad_images: BadImages,
+    keep: int,
+) -> ValidationResult:
+    """Compare a student with the images and with its teacher, on each process's share, and average over all processes.
+
+    Arguments and errors are those of `validate`.
+
+    Returns:
+        The metrics are
+        - `psnr`, `ssim` and the perceptual distance of what the student decodes from the mode of the teacher's
+          posterior, compared with the images; with `_to_teacher` compared with what the teacher decodes from it;
+        - `teacher_psnr` and so on: what the teacher decodes, compared with the images;
+        - `psnr_round_trip`: what the student decodes from its own encoder's latents, compared with the images;
+        - `latents`: the mean squared error of its encoder's latents, which are scaled.
+    """
+    rows: list[dict[str, Any]] = []
+    kept: list[tuple[int, list[Tensor]]] = []
+    for batch in readable(batches, bad_images):
+        images = batch["image"].to(accelerator.device)
+        lesson = teacher.lesson(images)
+        assert lesson.picture is not None
+        with accelerator.autocast():
+            latents = encode_images(student, images).mode()
+            reconstruction = decode_images(student, lesson.z, images.shape[2:])
+            round_trip = decode_images(student, latents, images.shape[2:])
+        of_student = image_metrics(images, reconstruction, None, perceptual)
+        of_teacher = image_metrics(images, lesson.picture, None, perceptual)
+        between = image_metrics(lesson.picture.clamp(-1, 1), reconstruction, None, perceptual)
+        psnr_round_trip = psnr(images, round_trip).tolist()
+        errors = (latents.float() - lesson.mode).square().mean(dim=(1, 2, 3)).tolist()
+        for i in range(len(images)):
+            row: dict[str, Any] = {"index": batch["index"][i], "name": batch["name"][i], **of_student[i]}
+            row |= {f"{name}_to_teacher": value for name, value in between[i].items()}
+            row |= {f"teacher_{name}": value for name, value in of_teacher[i].items()}
+            rows.append({**row, "psnr_round_trip": psnr_round_trip[i], "latents": errors[i]})
+            if len(kept) < keep:
+                tiles = [tensor[i].float().cpu() for tensor in (images, reconstruction, lesson.picture)]
+                kept.append((batch["index"][i], tiles))
+    rows, metrics, pictures = _of_all_processes(rows, kept, keep)
+    return ValidationResult(metrics, None, rows, *pictures)
+
+
+def _of_all_processes(
+    rows: list[dict[str, Any]], kept: list[tuple[int, list[Tensor]]], keep: int
+) -> tuple[list[dict[str, Any]], dict[str, float], list[Tensor]]:
+    """The figures of all images in order, their means, and the first `keep` images of each kind.
+
+    Args:
+        rows: this process's figures of each image, with its `index` and `name`.
+        kept: for some images of this process its index, and pictures of it, (C, R, R) each.
+        keep: how many images are returned as tensors.
+
+    Raises:
+        InputError: when no image could be read, or when a figure is not finite.
+    """
     rows = sorted(gather_object(rows), key=lambda row: row["index"])
     kept = sorted(gather_object(kept), key=lambda entry: entry[0])[:keep]
     if not rows:
         raise InputError("no validation image can be read; give others with data.validation_source or …_names")
-    health = merged(gather_object([health]))
     names = [name for name in rows[0] if name not in ("index", "name")]
     metrics = {name: sum(row[name] for row in rows) / len(rows) for name in names}
     broken = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
         raise InputError(f"the run has diverged: validation gives {', '.join(broken)}; lower optimizer.learning_rate")
-    return ValidationResult(
-        metrics={**metrics, **health.metrics()},
-        health=health,
-        per_image=rows,
-        images=torch.stack([entry[1] for entry in kept]),
-        reconstructions=torch.stack([entry[2] for entry in kept]),
-    )
+    return rows, metrics, [torch.stack(tiles) for tiles in zip(*(tiles for _, tiles in kept), strict=True)]
 
 
 @torch.no_grad()

@@ -1,7 +1,17 @@
-"""Reading and writing VAEs: diffusers folders, and single files in LDM's or diffusers' layout."""
+"""Reading and writing VAEs: diffusers folders, and single files in LDM's, TAESD's or diffusers' layout."""
 
-from sdvae.weights.load import load_vae
+from sdvae.weights.load import load_kl, load_vae
 from sdvae.weights.names import from_ldm, to_ldm
-from sdvae.weights.save import export_targets, save_ldm, save_vae
+from sdvae.weights.save import export_targets, save_as, save_ldm, save_taesd, save_vae
 
-__all__ = ["export_targets", "from_ldm", "load_vae", "save_ldm", "save_vae", "to_ldm"]
+__all__ = [
+    "export_targets",
+    "from_ldm",
+    "load_kl",
+    "load_vae",
+    "save_as",
+    "save_ldm",
+    "save_taesd",
+    "save_vae",
+    "to_ldm",
+]

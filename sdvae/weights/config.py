@@ -15,16 +15,15 @@ from torch import Tensor
 
 from sdvae.errors import InputError
 from sdvae.io import read_json
-from sdvae.model import AutoencoderKL
+from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
 from sdvae.model.config import CLASS_NAMES, LIKELIHOODS, ModelShape, block_types
+from sdvae.model.kinds import KINDS
 from sdvae.weights.family import FLUX, SD, family_of
 
 log = logging.getLogger(__name__)
 
-# key -> default, whose type says what kind of value the key takes
-DEFAULTS = {
-    name: p.default for name, p in inspect.signature(AutoencoderKL.__init__).parameters.items() if name != "self"
-}
+# Keys that diffusers' AutoencoderTiny writes into config.json by itself, from others.
+DERIVED = ("block_out_channels",)
 
 # What the shapes of the weights do not tell. `save_ldm` writes these into the metadata of its file.
 UNSHAPED = (
@@ -34,39 +33,64 @@ UNSHAPED = (
 METADATA_KEY = "sdvae.config"
 
 
-def checked_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The keys of a config.json that `AutoencoderKL` takes, with lists as tuples.
-
-    Keys that begin with "_", except `_likelihood`, are notes and left out.
+def kind_of(config: Mapping[str, Any], origin: str) -> type[Autoencoder]:
+    """The class that a config.json is for.
 
     Args:
         config: the content of the file.
         origin: the file's name, for messages.
 
     Raises:
-        InputError: for the config of another class, an unknown key, or a value of the wrong kind.
+        InputError: when it is for another one.
     """
     class_name = config.get("_class_name", "AutoencoderKL")
-    if class_name != "AutoencoderKL":
+    if class_name not in KINDS:
         other = class_name in CLASS_NAMES
         hint = (
             f"load it with sdvae.tutorial.conditional.{class_name}.from_pretrained" if other else "give a VAE's folder"
         )
-        raise InputError(f"{origin} is for {class_name}; need an AutoencoderKL; {hint}")
+        raise InputError(f"{origin} is for {class_name}; need an {' or '.join(KINDS)}; {hint}")
+    return KINDS[class_name]
+
+
+def defaults_of(kind: type[Autoencoder]) -> dict[str, Any]:
+    """The keys that a class takes, each with its default, whose type says what kind of value the key takes."""
+    parameters = inspect.signature(kind.__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+
+
+def checked_config(config: Mapping[str, Any], origin: str, kind: type[Autoencoder]) -> dict[str, Any]:
+    """The keys of a config.json that the class takes, with lists as tuples.
+
+    Keys that begin with "_", except `_likelihood`, are notes and left out.
+
+    Args:
+        config: the content of the file.
+        origin: the file's name, for messages.
+        kind: the class.
+
+    Raises:
+        InputError: for the config of another class, an unknown key, or a value of the wrong kind.
+    """
+    if "_class_name" in config and kind_of(config, origin) is not kind:
+        raise InputError(f"{origin} is for {config['_class_name']}, but the weights are of an {kind.__name__}")
+    defaults = defaults_of(kind)
     known: dict[str, Any] = {}
     for key, value in config.items():
-        if key == "_likelihood":
+        if kind is AutoencoderTiny and key in DERIVED:
+            continue
+        if key == "_likelihood" and kind is AutoencoderKL:
             if value not in LIKELIHOODS:
                 raise InputError(f"{origin} has {key} = {value!r}; need one of {', '.join(LIKELIHOODS)}; correct it")
             known[key] = value
             continue
         if key.startswith("_"):
             continue
-        if key not in DEFAULTS:
-            close = difflib.get_close_matches(key, DEFAULTS, n=1)
+        if key not in defaults:
+            close = difflib.get_close_matches(key, defaults, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "remove it if you know that it changes nothing"
-            raise InputError(f"{origin} has the unknown key {key!r}; need keys of AutoencoderKL; {hint}")
-        default = DEFAULTS[key]
+            raise InputError(f"{origin} has the unknown key {key!r}; need keys of {kind.__name__}; {hint}")
+        default = defaults[key]
         known[key] = tuple(value) if isinstance(default, tuple) and isinstance(value, list) else value
         if need := _fault(default, known[key]):
             raise InputError(f"{origin} has {key} = {value!r}; need {need}; correct it")
@@ -76,24 +100,26 @@ def checked_config(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def _fault(default: Any, value: Any) -> str | None:
     """The kind of value that a key with this default needs, or None if `value` is of that kind."""
     if isinstance(default, tuple):
-        kind = type(default[0])
-        fits = isinstance(value, tuple) and value and all(isinstance(item, kind) for item in value)
-        return None if fits else f"a list of {'widths' if kind is int else 'block names'}, one for each level"
+        item = type(default[0])
+        fits = isinstance(value, tuple) and value and all(isinstance(part, item) for part in value)
+        return None if fits else f"a list of {'numbers' if item is int else 'block names'}, one for each level"
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
     if isinstance(default, int):
         fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
         return None if fits else "a positive integer"
     if isinstance(default, float):
-        return None if isinstance(value, (int, float)) and value > 0 else "a positive number"
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return None if fits and (value > 0 or default == 0) else "a positive number"
     return None
 
 
-def read_config(source: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
+def read_config(source: Mapping[str, Any] | str | Path | None, kind: type[Autoencoder]) -> dict[str, Any]:
     """The checked keys of a config: a dict, the path of a config.json, or None for no keys.
 
     Args:
         source: the argument `config` of `load_vae`.
+        kind: the class that takes them.
 
     Raises:
         InputError: as `checked_config` does, or when the file cannot be read.
@@ -101,8 +127,8 @@ def read_config(source: Mapping[str, Any] | str | Path | None) -> dict[str, Any]
     if source is None:
         return {}
     if isinstance(source, Mapping):
-        return checked_config(source, "config")
-    return checked_config(read_json(Path(source)), str(source))
+        return checked_config(source, "config", kind)
+    return checked_config(read_json(Path(source)), str(source), kind)
 
 
 def metadata_of(config: Mapping[str, Any]) -> dict[str, str]:
@@ -126,7 +152,7 @@ def config_in(metadata: Mapping[str, str], origin: str) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict):
         raise InputError(f"{origin} has metadata {METADATA_KEY} that is no JSON object; get a whole copy")
-    return checked_config(content, f"{origin}: {METADATA_KEY}")
+    return checked_config(content, f"{origin}: {METADATA_KEY}", AutoencoderKL)
 
 
 def infer_config(

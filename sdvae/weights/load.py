@@ -1,4 +1,4 @@
-"""Loading a Stable Diffusion VAE from any form in which VAEs are published."""
+"""Loading a Stable Diffusion VAE, or a student of one, from any form in which they are published."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from sdvae.errors import InputError, first_few, one_line
 from sdvae.io import HUB_ID, read_json
-from sdvae.model import AutoencoderKL
+from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
 from sdvae.model.state import is_network, unwrapped_name, widened
 from sdvae.runtime import DTYPES, dtype_named
-from sdvae.weights.config import checked_config, config_in, infer_config, read_config
+from sdvae.weights.config import checked_config, config_in, infer_config, kind_of, read_config
 from sdvae.weights.names import from_ldm, is_diffusers_layout, modern_names
 from sdvae.weights.read import (
     WEIGHT_DTYPES,
@@ -28,6 +28,7 @@ from sdvae.weights.read import (
     read_metadata,
     read_weights,
 )
+from sdvae.weights.tiny import from_taesd, infer_tiny_config, is_half, is_tiny, pair_of
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +48,18 @@ def load_vae(
     config: Mapping[str, Any] | str | Path | None = None,
     dtype: torch.dtype | str = "fp32",
     variant: str | None = None,
-) -> AutoencoderKL:
-    """Load a VAE, in evaluation mode, on the CPU.
+) -> Autoencoder:
+    """Load a VAE or a student of one, in evaluation mode, on the CPU.
+
+    A student is an `AutoencoderTiny`: `encode(x).latents` are its latents, already scaled. `load_kl` loads only VAEs
+    with a posterior.
 
     Args:
         source: one of
             - a folder: a VAE in diffusers' format, a whole pipeline (its vae/ is used) or a training run (its model/);
             - a single file (.safetensors, .sft, .ckpt, .pt, .pth, .bin) in LDM's or diffusers' layout: the VAE
               alone or a full checkpoint, also one of a model that was compiled or wrapped for DDP;
+            - for a student, either file of a pair such as taesd_encoder.pth and taesd_decoder.pth in one folder;
             - the id of a repository on the Hugging Face hub;
             - None: the small VAE that comes with this package (f8, 4 channels), which needs no download.
         subfolder: the folder inside the source that holds the VAE.
@@ -78,14 +83,15 @@ def load_vae(
     wanted = None if dtype == "file" else dtype_named(dtype) if isinstance(dtype, str) else dtype
     if dtype != "file" and wanted not in WEIGHT_DTYPES:
         raise InputError(f"got dtype={dtype!r}; need one of {', '.join(DTYPES)}, file, or their torch.dtype")
-    given = read_config(config)
     path = PACKAGED_VAE if source is None else Path(source).expanduser()
     if not path.exists() and not is_weight_file(path):
         path = _download(str(source), subfolder, variant)
     if path.is_dir():
         folder = _model_folder(path, subfolder)
         # read before the weights, so that the folder of another class is refused because of its class, not its keys
-        settings = {**checked_config(read_json(folder / "config.json"), str(folder / "config.json")), **given}
+        content, where = read_json(folder / "config.json"), str(folder / "config.json")
+        kind = kind_of(content, where)
+        settings = {**checked_config(content, where, kind), **read_config(config, kind)}
         weights = _read_folder(folder, variant)
         origin = str(folder)
     else:
@@ -98,22 +104,52 @@ def load_vae(
 
         def pick(names: list[str]) -> dict[str, str]:
             keys.extend(map(unwrapped_name, names))
-            return _pick_vae(names, origin)
+            return _unwrapped(names) if is_half(keys) else _pick_vae(names, origin)
 
-        weights = _standard_names(read_weights(path, pick), origin)
-        metadata = read_metadata(path)
-        given = {**config_in(metadata, origin), **given}
-        settings = infer_config(weights, given, origin, keys=keys, metadata=metadata)
-    return _build(settings, weights, origin, wanted)
+        weights = read_weights(path, pick)
+        if is_half(weights):
+            pair = {
+                part: weights if file == path else read_weights(file, _unwrapped)
+                for part, file in pair_of(path).items()
+            }
+            weights = {key: weight for part in pair for key, weight in from_taesd(pair[part], part).items()}
+        weights = _standard_names(weights, origin)
+        kind = AutoencoderTiny if is_tiny(weights) else AutoencoderKL
+        given = read_config(config, kind)
+        if kind is AutoencoderTiny:
+            settings = infer_tiny_config(weights, given, origin)
+        else:
+            metadata = read_metadata(path)
+            given = {**config_in(metadata, origin), **given}
+            settings = infer_config(weights, given, origin, keys=keys, metadata=metadata)
+    return _build(kind, settings, weights, origin, wanted)
+
+
+def load_kl(*args: Any, **kwargs: Any) -> AutoencoderKL:
+    """`load_vae`, with the same arguments, for what needs a posterior: training, fp16, exploring the latent space.
+
+    Raises:
+        InputError: as `load_vae` does, and for a student.
+    """
+    vae = load_vae(*args, **kwargs)
+    if not isinstance(vae, AutoencoderKL):
+        name = args[0] if args else kwargs.get("source")
+        raise InputError(f"{name} is a student ({type(vae).__name__}), without a posterior; need an AutoencoderKL")
+    return vae
 
 
 def _build(
-    settings: Mapping[str, Any], weights: dict[str, Tensor], origin: str, dtype: torch.dtype | None
-) -> AutoencoderKL:
+    kind: type[Autoencoder],
+    settings: Mapping[str, Any],
+    weights: dict[str, Tensor],
+    origin: str,
+    dtype: torch.dtype | None,
+) -> Autoencoder:
     shape = {key: value for key, value in settings.items() if not key.startswith("_")}
     with torch.device("meta"):  # only shapes: no memory, no random initialisation
-        vae = AutoencoderKL(**shape)
-    vae.set_likelihood(settings.get("_likelihood", "gaussian"))
+        vae = kind(**shape)
+    if isinstance(vae, AutoencoderKL):
+        vae.set_likelihood(settings.get("_likelihood", "gaussian"))
     expected = vae.state_dict()
     for key, weight in weights.items():
         weights[key] = _reshaped(widened(weight), expected.get(key))
@@ -201,6 +237,8 @@ def _unwrapped(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _standard_names(weights: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
+    if is_tiny(weights):
+        return weights
     try:
         return modern_names(weights) if is_diffusers_layout(list(weights)) else from_ldm(weights)
     except InputError as error:  # its message lacks the file's name

@@ -1,4 +1,4 @@
-"""Writing a VAE: as a diffusers folder, or as a single file in LDM's layout, which ComfyUI, A1111 and kohya load."""
+"""Writing a VAE: as a diffusers folder, or in LDM's or TAESD's layout, which ComfyUI, A1111 and others load."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as StockAutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny as StockAutoencoderTiny
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from sdvae.errors import InputError, first_few
 from sdvae.io import read_json, refuse_url, replacing
-from sdvae.model import AutoencoderKL
+from sdvae.model import Autoencoder, AutoencoderTiny
 from sdvae.model.config import CLASS_NAMES
 from sdvae.model.state import plain_weights, rebuilt
 from sdvae.weights.config import metadata_of
 from sdvae.weights.load import STEM
 from sdvae.weights.names import to_ldm
 from sdvae.weights.read import SAFETENSORS_SUFFIXES, check_tensors
+from sdvae.weights.tiny import PARTS, check_told_by_shapes, names_of_pair, to_taesd
+
+RGB_FACTORS = "latent_rgb_factors.json"  # beside a VAE: the linear map that `sdvae export --data` fits to it
 
 
-def save_ldm(vae: AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def save_ldm(vae: Autoencoder, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the weights as one unprefixed .safetensors file in LDM's layout, for ComfyUI, A1111 and kohya.
 
     These programs take the scaling factor from the diffusion model. For `load_vae`, the file's metadata hold the keys
@@ -43,22 +47,91 @@ def save_ldm(vae: AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None 
     if path.suffix.lower() not in SAFETENSORS_SUFFIXES or path.is_dir():
         raise InputError(f"got {path}; need the path of a file that ends in .safetensors")
     model = _unwrapped(vae)
-    weights = plain_weights(model)
-    if dtype is not None:
-        weights = {key: weight.to(dtype) for key, weight in weights.items()}
-    check_tensors(weights, "the VAE" if dtype is None else f"the VAE as {dtype}")
-    ldm = {key: weight.cpu().contiguous() for key, weight in to_ldm(weights).items()}
+    if isinstance(model, StockAutoencoderTiny):
+        raise InputError(
+            "got a student for one file in LDM's layout; need an AutoencoderKL; use save_taesd, or a folder"
+        )
+    ldm = {key: weight.cpu().contiguous() for key, weight in to_ldm(_checked_weights(model, dtype)).items()}
     with replacing(path) as temporary:
         save_file(ldm, temporary, metadata={"format": "pt", **metadata_of(model.config)})
 
 
-def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
+def save_taesd(student: Autoencoder, path: str | Path, *, dtype: torch.dtype | None = None) -> list[Path]:
+    """Write a student as the pair NAME_encoder and NAME_decoder in TAESD's layout, for previewers and `load_vae`.
+
+    ComfyUI reads both from models/vae_approx, and takes the latents' scaling from the name (see `PUBLISHED` in
+    `sdvae.weights.tiny`). A1111 reads only pickles (.pth), from models/VAE-taesd. Neither file is ever half-written.
+
+    Args:
+        student: the model, which is not changed; also one that torch.compile or DDP wraps.
+        path: the path of either file, such as taesd_decoder.safetensors. With the ending .pth the files are pickles
+            of tensors.
+        dtype: the dtype of the weights in the files; by default the model's own.
+
+    Returns:
+        The paths of encoder and decoder.
+
+    Raises:
+        InputError: when the path has another name or ending, when the student's configuration has what these files
+            cannot hold, when it has no plain weights, or when one is not finite after the conversion to `dtype`.
+        OSError: when a file cannot be written.
+    """
+    files = names_of_pair(Path(path).expanduser())
+    model = _unwrapped(student)
+    if not isinstance(model, StockAutoencoderTiny):
+        raise InputError(
+            f"got an {type(model).__name__} for {path}; need a student (AutoencoderTiny); see sdvae distil"
+        )
+    check_told_by_shapes(model.config)
+    weights = _checked_weights(model, dtype)
+    for part, file in files.items():
+        own = {key: weight.cpu().contiguous() for key, weight in to_taesd(weights, part).items()}
+        with replacing(file) as temporary:
+            if file.suffix.lower() in SAFETENSORS_SUFFIXES:
+                save_file(own, temporary, metadata={"format": "pt"})
+            else:
+                torch.save(own, temporary)
+    return [files[part] for part in PARTS]
+
+
+def save_as(vae: Autoencoder, target: str | Path) -> list[Path]:
+    """Write a VAE or a student in the format that the target's name asks for: a file, a student's pair, or a folder.
+
+    Args:
+        vae: the model.
+        target: the argument of `save_ldm`, `save_taesd` or `save_vae`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: as these functions do.
+        OSError: as these functions do.
+    """
+    if Path(target).suffix.lower() not in (*SAFETENSORS_SUFFIXES, ".pth"):
+        save_vae(vae, target)
+    elif isinstance(vae, AutoencoderTiny):
+        return save_taesd(vae, target)
+    else:
+        save_ldm(vae, target)
+    return [Path(target)]
+
+
+def _checked_weights(model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    weights = plain_weights(model)
+    if dtype is not None:
+        weights = {key: weight.to(dtype) for key, weight in weights.items()}
+    check_tensors(weights, "the VAE" if dtype is None else f"the VAE as {dtype}")
+    return weights
+
+
+def save_vae(vae: Autoencoder, folder: str | Path) -> None:
     """Write a diffusers folder (config.json, diffusion_pytorch_model.safetensors), which diffusers' class loads too.
 
     Args:
         vae: the model, whose weights are written in its own dtype; also one that torch.compile or DDP wraps.
-        folder: a new or empty folder, or the folder of a VAE. An old VAE is replaced when the new one is complete;
-            other files in its folder (such as a model card) are kept.
+        folder: a new or empty folder, or the folder of a VAE. An old VAE is replaced when the new one is complete,
+            and its RGB factors are removed; other files in its folder (such as a model card) are kept.
 
     Raises:
         InputError: when `folder` is a URL or holds something other than a VAE, when the VAE has no plain weights (see
@@ -77,7 +150,7 @@ def save_vae(vae: AutoencoderKL, folder: str | Path) -> None:
             shutil.copy2(file, temporary / file.name)
 
 
-def _unwrapped(vae: Any) -> StockAutoencoderKL:
+def _unwrapped(vae: Any) -> StockAutoencoderKL | StockAutoencoderTiny:
     """The VAE inside torch.compile and DDP.
 
     Raises:
@@ -86,9 +159,9 @@ def _unwrapped(vae: Any) -> StockAutoencoderKL:
     model = vae
     while isinstance(inside := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
         model = inside
-    if not isinstance(model, StockAutoencoderKL):
+    if not isinstance(model, (StockAutoencoderKL, StockAutoencoderTiny)):
         hint = "first call .merge_and_unload()" if hasattr(model, "merge_and_unload") else "give the VAE alone"
-        raise InputError(f"got a {type(model).__name__} to save; need an AutoencoderKL; {hint}")
+        raise InputError(f"got a {type(model).__name__} to save; need an AutoencoderKL or AutoencoderTiny; {hint}")
     return model
 
 
@@ -111,14 +184,16 @@ def _other_files(folder: Path) -> list[Path]:
             f"{folder} holds other things ({first_few([path.name for path in content])}); "
             "need a new or empty folder, or a VAE's to replace; choose another path"
         )
-    return [path for path in content if path != config and not path.name.startswith(STEM)]
+    own = (STEM, RGB_FACTORS)
+    return [path for path in content if path != config and not path.name.startswith(own)]
 
 
-def export_targets(vae: AutoencoderKL) -> dict[str, str | None]:
+def export_targets(vae: Autoencoder) -> dict[str, str | None]:
     """Which programs can load this VAE.
 
     "diffusers" loads the folder of `save_vae`; "comfyui", "a1111" and "kohya" load the file of `save_ldm`. These three
-    build a network of fixed shape (ComfyUI comfy/sd.py, A1111 modules/sd_vae.py, kohya library/model_util.py).
+    build a network of fixed shape (ComfyUI comfy/sd.py, A1111 modules/sd_vae.py, kohya library/model_util.py). A
+    student's files are those of `save_taesd` (ComfyUI comfy/taesd/taesd.py, A1111 modules/sd_vae_taesd.py).
 
     Args:
         vae: the model; only its configuration is used.
@@ -127,6 +202,8 @@ def export_targets(vae: AutoencoderKL) -> dict[str, str | None]:
         For each program None if it can load the VAE, else the reason why it cannot.
     """
     config: Any = vae.config
+    if isinstance(vae, AutoencoderTiny):
+        return _student_targets(config)
     widths = tuple(config.block_out_channels)
     # In LDM's configs: ch 128, and ch_mult [1, 2, 4, 4] or, for the x4 upscaler, [1, 2, 4].
     sd_widths, x4_widths = (128, 256, 512, 512), (128, 256, 512)
@@ -157,6 +234,31 @@ def export_targets(vae: AutoencoderKL) -> dict[str, str | None]:
         "comfyui": _reason(comfyui),
         "a1111": _reason(sd1),
         "kohya": _reason(sd1),
+    }
+
+
+def _student_targets(config: Any) -> dict[str, str | None]:
+    """`export_targets` of a student."""
+    shape = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "act_fn": "relu",
+        "upsample_fn": "nearest",
+        "upsampling_scaling_factor": 2,
+        "num_encoder_blocks": (1, 3, 3, 3),
+        "num_decoder_blocks": (3, 3, 3, 1),
+        "encoder_block_out_channels": (64,) * 4,
+        "decoder_block_out_channels": (64,) * 4,
+    }
+    got = {key: tuple(config[key]) if isinstance(config[key], list) else config[key] for key in shape}
+    comfyui = [(got[key] == wanted, f"needs {key} {wanted}, got {got[key]}") for key, wanted in shape.items()]
+    channels = config.latent_channels
+    a1111 = [*comfyui, (channels in (4, 16), f"needs 4 latent channels, or 16 for SD3, got {channels}")]
+    return {
+        "diffusers": None,
+        "comfyui": _reason(comfyui),
+        "a1111": _reason(a1111),
+        "kohya": "shows no previews",
     }
 
 

@@ -17,7 +17,17 @@ import gradio as gr
 from sdvae.data.reading import Color
 from sdvae.errors import InputError
 from sdvae.pictures import AMPLIFICATION
-from sdvae.studio.demo.view import Edits, Encoded, Model, encode, open_photograph, save_latents, show, show_latents
+from sdvae.studio.demo.view import (
+    Edits,
+    Encoded,
+    Model,
+    encode,
+    open_photograph,
+    save_latents,
+    show,
+    show_latents,
+    show_preview,
+)
 from sdvae.studio.settings import DemoOptions
 
 KEPT_SECONDS = 3600  # uploads, pictures and latents are deleted this long after their last use
@@ -82,6 +92,13 @@ class Handlers:
                 view = show(model, one, edits)
             shown += [(view.original, view.reconstruction), view.difference, latents, _table(view.figures)]
         return shown
+
+    def preview(self, encoded: list[Encoded] | None, *settings: Any) -> Any:
+        """The first model's pair of pictures with its student's in place of its own, which takes longer."""
+        if encoded is None:
+            return None
+        with _said_on_page():
+            return show_preview(self.models[0], encoded[0], _edits(*settings[:-1]))
 
     def channel(self, encoded: list[Encoded] | None, *settings: Any) -> list[Any]:
         """Draw only the latents, without decoding them."""
@@ -152,16 +169,23 @@ def page(handlers: Handlers) -> gr.Blocks:
             trigger_mode="always_last",
             **model_use,
         )
-        gr.on(
-            [component.change for component in edited],  # not `input`, which a slider's reset button does not trigger
-            handlers.settings,
-            [encoded, *settings],
-            shown,
-            show_progress="minimal",
-            show_progress_on=pairs,
-            trigger_mode="always_last",
-            **model_use,
-        )
+        changed = [
+            component.change for component in edited
+        ]  # not `input`, which a slider's reset button does not trigger
+        decoding: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": pairs, **model_use}
+        if models[0].student is None:
+            gr.on(changed, handlers.settings, [encoded, *settings], shown, trigger_mode="always_last", **decoding)
+        else:  # the student has its own turn, so that it follows a slider while the VAE decodes
+            quick: dict[str, Any] = {"concurrency_id": "student", "concurrency_limit": 1, "api_visibility": "private"}
+            gr.on(
+                changed,
+                handlers.preview,
+                [encoded, *settings],
+                pairs[0],
+                show_progress="hidden",
+                trigger_mode="always_last",
+                **quick,
+            ).then(handlers.settings, [encoded, *settings], shown, trigger_mode="always_last", **decoding)
         drawn = shown[2::4]
 
         def draw(*values: Any) -> Any:
@@ -304,7 +328,10 @@ def serve(options: DemoOptions) -> None:
             f"got port {port}, max_side {side}, max_megabytes {megabytes}; need a port from 1 to 65535, "
             "at least 64 pixels and up to 1024 megabytes"
         )
-    models = [Model.load(options.vae), *([] if options.compare is None else [Model.load(options.compare)])]
+    models = [
+        Model.load(options.vae, options.student),
+        *([] if options.compare is None else [Model.load(options.compare)]),
+    ]
     with running(models, options) as blocks:
         if not _is_loopback(host):
             print(f"listening on {host}: anybody who can reach this machine can use the page; there is no password")

@@ -20,12 +20,14 @@ from sdvae.data.crops import RESAMPLING, cover
 from sdvae.data.reading import Color
 from sdvae.errors import InputError
 from sdvae.io import printable
+from sdvae.latents.scaling import scaling_of
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.image import image_metrics
-from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.model import Autoencoder, DiagonalGaussian
 from sdvae.model.tiling import map_bytes
 from sdvae.pictures import amplified_difference, tile_grid
-from sdvae.roundtrip import check_image_channels, decode_images, encode_images
+from sdvae.previews import decode_scaled
+from sdvae.roundtrip import check_image_channels, crop_to, decode_images, encode_images
 from sdvae.runtime import accelerator_type
 from sdvae.studio.explore.moves import lerp, slerp
 from sdvae.weights import load_vae
@@ -39,30 +41,31 @@ CONTRAST = (0.01, 0.99)  # quantiles of a channel that are drawn black and white
 
 @dataclass(frozen=True)
 class Model:
-    """A VAE and the name under which it is shown."""
+    """A VAE, the name under which it is shown, and perhaps a student of it."""
 
     name: str
-    vae: AutoencoderKL
+    vae: Autoencoder
+    student: Autoencoder | None = None
 
     @classmethod
-    def load(cls, source: str | None) -> Model:
+    def load(cls, source: str | None, student: str | None = None) -> Model:
         """Load a VAE in fp32, on the accelerator if there is one.
 
         Args:
             source: a source for `load_vae`; None is the VAE of this package.
+            student: the same for a student of it.
 
         Raises:
-            InputError: when it cannot be read, or its images are neither grey nor RGB.
+            InputError: when it cannot be read, its images are neither grey nor RGB, or the student is not of its shape.
         """
-        vae = load_vae(source, dtype=torch.float32)
-        check_image_channels(vae, source)
-        device = torch.device(accelerator_type() or "cpu")
-        if device.type == "cpu":
-            from sdvae.cpu.kernels import speed_up
-
-            speed_up(vae)
-        nn.Module.to(vae, device)  # the type hints of diffusers' own method allow dtypes only
-        return cls("packaged VAE" if source is None else source, vae)
+        vae = _loaded(source)
+        small = None if student is None else _loaded(student)
+        if small is not None and _shape(small) != _shape(vae):
+            raise InputError(
+                f"got student {student} with image channels, latent channels and compression ratio {_shape(small)}; "
+                f"need the VAE's, {_shape(vae)}; give a student of this VAE"
+            )
+        return cls("packaged VAE" if source is None else source, vae, small)
 
     @property
     def std(self) -> float:
@@ -80,18 +83,39 @@ class Model:
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """(1, C, H, W) of any size -> the posterior over the latents of the padded image, on the CPU."""
         self._tile_if_large(x.shape[2], x.shape[3])
-        return DiagonalGaussian(encode_images(self.vae, x.to(self.vae.device)).parameters.cpu())
+        return encode_images(self.vae, x.to(self.vae.device)).to("cpu")
 
     def decode(self, z: Tensor, height: int, width: int) -> Tensor:
         """(1, c, ⌈H/f⌉, ⌈W/f⌉) -> (1, C, H, W) in about [-1, 1], on the CPU."""
         self._tile_if_large(height, width)
         return decode_images(self.vae, z.to(self.vae.device), (height, width)).cpu()
 
+    def preview(self, z: Tensor, height: int, width: int) -> Tensor:
+        """`decode`, by the student."""
+        assert self.student is not None
+        scaled = scaling_of(self.vae.config).normalize(z).to(self.student.device)
+        return crop_to(decode_scaled(self.student, scaled), height, width).cpu()
+
     def _tile_if_large(self, height: int, width: int) -> None:
         """Use strips if the whole image would take gigabytes. They give the same result, and are slower."""
         ratio = self.vae.spatial_compression_ratio
         height, width = height + -height % ratio, width + -width % ratio  # as padded
-        self.vae.enable_tiling(map_bytes(self.vae, 1, height, width, torch.float32) > WHOLE_BYTES)
+        self.vae.use_tiling = map_bytes(self.vae, 1, height, width, torch.float32) > WHOLE_BYTES
+
+
+def _loaded(source: str | None) -> Autoencoder:
+    vae = load_vae(source, dtype=torch.float32)
+    check_image_channels(vae, source)
+    device = torch.device(accelerator_type() or "cpu")
+    if device.type == "cpu":
+        from sdvae.kernels.speed import speed_up
+
+        speed_up(vae)
+    return nn.Module.to(vae, device)  # the type hints of diffusers' own method allow dtypes only
+
+
+def _shape(vae: Autoencoder) -> tuple[int, int, int]:
+    return vae.config.in_channels, vae.config.latent_channels, vae.spatial_compression_ratio
 
 
 @dataclass(frozen=True)
@@ -200,20 +224,29 @@ def show(model: Model, encoded: Encoded, edits: Edits) -> View:
     y = model.decode(z, height, width)
     seconds = time.perf_counter() - start
     (merits,) = image_metrics(x, y, encoded.posterior, None)
-    nats = float(encoded.posterior.kl())
+    figures = {"PSNR": f"{merits['psnr']:.2f} dB", "SSIM": f"{merits['ssim']:.4f}"}
+    if not encoded.posterior.deterministic:
+        nats = float(encoded.posterior.kl())
+        figures["KL"] = f"{nats:,.0f} nats = {nats / math.log(2) / (height * width):.3f} bits per pixel"
     return View(
         original=to_image(x[0]),
         reconstruction=to_image(y[0]),
         difference=to_image(amplified_difference(x, y)[0]),
         figures={
-            "PSNR": f"{merits['psnr']:.2f} dB",
-            "SSIM": f"{merits['ssim']:.4f}",
-            "KL": f"{nats:,.0f} nats = {nats / math.log(2) / (height * width):.3f} bits per pixel",
+            **figures,
             "latents": " x ".join(str(side) for side in z.shape[1:]),
             "encode": f"{1000 * encoded.seconds:.0f} ms",
             "decode": f"{1000 * seconds:.0f} ms",
         },
     )
+
+
+@torch.inference_mode()
+def show_preview(model: Model, encoded: Encoded, edits: Edits) -> tuple[Image.Image, Image.Image]:
+    """The photograph, and what the model's student decodes the edited latents to."""
+    z = edit(encoded.posterior.mode(), encoded.second, edits, model.std)
+    height, width = encoded.x.shape[-2:]
+    return to_image(encoded.x[0]), to_image(model.preview(z, height, width)[0])
 
 
 @torch.inference_mode()
@@ -277,7 +310,9 @@ def draw_channels(z: Tensor, channel: int | None) -> Image.Image:
 
 
 def save_latents(model: Model, encoded: Encoded, path: Path) -> None:
-    """Write a safetensors file with `mean` and `logvar`, (1, c, h, w) float32 each: unscaled and not edited.
+    """Write a safetensors file with `mean` and `logvar`, (1, c, h, w) float32 each: as the encoder gives them.
+
+    There is no `logvar` if the encoder predicts no variance.
 
     Its metadata hold the VAE's name, its scaling_factor (and shift_factor, if it has one), and the image's width and
     height in pixels, to which the decoded image has to be cropped.
@@ -288,7 +323,9 @@ def save_latents(model: Model, encoded: Encoded, path: Path) -> None:
         metadata["shift_factor"] = repr(config.shift_factor)
     height, width = encoded.x.shape[-2:]
     metadata |= {"image_width": str(width), "image_height": str(height)}
-    tensors = {"mean": encoded.posterior.mean.contiguous(), "logvar": encoded.posterior.logvar.contiguous()}
+    tensors = {"mean": encoded.posterior.mean.contiguous()}
+    if not encoded.posterior.deterministic:
+        tensors["logvar"] = encoded.posterior.logvar.contiguous()
     save_file(tensors, path, metadata=metadata)
 
 

@@ -14,7 +14,7 @@ from sdvae.roundtrip import check_image_channels
 from sdvae.studio.explore.experiments import EXPERIMENTS, NEEDED
 from sdvae.studio.explore.study import Study
 from sdvae.studio.settings import Settings
-from sdvae.weights import load_vae
+from sdvae.weights import load_kl
 
 
 def explore(what: str, settings: Settings, *, vae: str | None, subfolder: str | None, output: Path) -> list[Path]:
@@ -36,7 +36,7 @@ def explore(what: str, settings: Settings, *, vae: str | None, subfolder: str | 
     if what != "all" and what not in EXPERIMENTS:
         raise InputError(f"got {what!r} to explore; need one of {', '.join(EXPERIMENTS)}, or all")
     names = list(EXPERIMENTS) if what == "all" else [what]
-    model = load_vae(vae, subfolder=subfolder, dtype=torch.float32)
+    model = load_kl(vae, subfolder=subfolder, dtype=torch.float32)
     check_image_channels(model, vae)
     study = Study(model, settings)
     study.check(needed=max(NEEDED.get(name, 1) for name in names))

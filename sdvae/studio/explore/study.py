@@ -97,7 +97,7 @@ class Study:
     @torch.inference_mode()
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """(N, C, R, R) in [-1, 1] -> the posterior over (N, c, ⌈R/f⌉, ⌈R/f⌉), on the CPU."""
-        return DiagonalGaussian(encode_images(self.vae, images.to(self.vae.device)).parameters.cpu())
+        return encode_images(self.vae, images.to(self.vae.device)).to("cpu")
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

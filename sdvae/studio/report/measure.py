@@ -15,7 +15,7 @@ from sdvae.errors import InputError
 from sdvae.io import printable
 from sdvae.metrics.image import image_figures
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import AutoencoderKL
+from sdvae.model import Autoencoder
 from sdvae.roundtrip import compute_device, round_trip
 from sdvae.statistics import LatentHealth, LatentMaps
 from sdvae.studio.report.gallery import Gallery
@@ -62,7 +62,7 @@ class Measured:
 
 @torch.inference_mode()
 def measure(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     batches: Iterable[dict[str, Any]],
     perceptual: Perceptual | None,
     bad_images: BadImages,

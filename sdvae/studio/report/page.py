@@ -18,7 +18,7 @@ from PIL import Image
 from sdvae.data import to_image
 from sdvae.io import version
 from sdvae.metrics.image import PEAK_PSNR
-from sdvae.model import AutoencoderKL
+from sdvae.model import Autoencoder
 from sdvae.pictures import AMPLIFICATION, draw_curve, draw_log_variances
 from sdvae.statistics import HISTOGRAM_RANGE
 from sdvae.studio.report import plots
@@ -47,7 +47,7 @@ class Subject:
     """
 
     name: str
-    model: AutoencoderKL
+    model: Autoencoder
     data: str
     resolution: int
     lpips_name: str | None
@@ -87,7 +87,7 @@ def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[
     )
 
 
-def _versions(model: AutoencoderKL) -> str:
+def _versions(model: Autoencoder) -> str:
     device = model.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or device.type
     return (
@@ -123,7 +123,7 @@ def _reconstructions(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _latents(model: AutoencoderKL, measured: Measured) -> dict[str, Any]:
+def _latents(model: Autoencoder, measured: Measured) -> dict[str, Any]:
     health, maps = measured.health, measured.maps
     moments = health.moments
     elements = int(moments.sums[0, 0])
@@ -131,7 +131,7 @@ def _latents(model: AutoencoderKL, measured: Measured) -> dict[str, Any]:
     factor, shift = maps.scaling_factor, maps.shift_factor
     channels = [
         {
-            "kl": kl[c],
+            "kl": kl[c] if health.has_variance else None,
             "mean": mean[c],
             "std": std[c],
             "scaled_mean": (mean[c] - shift) * factor,
@@ -155,9 +155,11 @@ def _latents(model: AutoencoderKL, measured: Measured) -> dict[str, Any]:
         "channels": channels,
         "correlation": _plot(partial(plots.correlation, matrix=maps.correlation(moments))),
         "covariance": maps.covariance(moments).tolist(),
-        "kl_map": _plot(partial(plots.position_map, values=maps.kl())),
+        "kl_map": _plot(partial(plots.position_map, values=maps.kl())) if health.has_variance else None,
         "std_map": _plot(partial(plots.position_map, values=maps.std(moments))),
-        "log_variances": _plot(partial(draw_log_variances, health=health, colour=plots.BLUE, clamped=plots.RED)),
+        "log_variances": _plot(partial(draw_log_variances, health=health, colour=plots.BLUE, clamped=plots.RED))
+        if health.has_variance
+        else None,
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdvae.metrics.image import psnr
-from sdvae.model import AutoencoderKL
+from sdvae.model import Autoencoder
 from sdvae.roundtrip import RoundTrip, round_trip
 
 TRIPS = 10
@@ -36,7 +36,7 @@ class Drift:
 
 
 @torch.inference_mode()
-def drift(vae: AutoencoderKL, images: Tensor) -> Drift:
+def drift(vae: Autoencoder, images: Tensor) -> Drift:
     """Encode and decode TRIPS times, by the posterior's mode. Each result is clamped to [-1, 1], not rounded to 8 bits.
 
     Args:
@@ -79,7 +79,7 @@ class Delta:
 
 
 @torch.inference_mode()
-def deltas(vae: AutoencoderKL, images: Tensor) -> list[Delta]:
+def deltas(vae: Autoencoder, images: Tensor) -> list[Delta]:
     """bf16, fp16 and `enable_tiling`, each compared with the whole image in fp32.
 
     Args:
@@ -102,7 +102,7 @@ def computes_natively(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _in_half(vae: AutoencoderKL, images: Tensor, dtype: torch.dtype) -> RoundTrip:
+def _in_half(vae: Autoencoder, images: Tensor, dtype: torch.dtype) -> RoundTrip:
     """Reconstruct in half precision: a GPU's own, or emulated by `Rounded`, since most CPUs take minutes an image."""
     half = torch.nn.Module.to(copy.deepcopy(vae), dtype)  # diffusers' own method warns of modules to keep in fp32
     if computes_natively(images.device):

@@ -15,7 +15,7 @@ from sdvae.errors import InputError
 from sdvae.io import make_folder, printable, replacing
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.perceptual import Perceptual, perceptual_if_any
-from sdvae.model import AutoencoderKL
+from sdvae.model import Autoencoder
 from sdvae.pictures import read_curves
 from sdvae.roundtrip import check_image_channels
 from sdvae.runtime import accelerator_type
@@ -124,7 +124,7 @@ def _photographs(run: RunFolder | None, options: ReportOptions, channels: int) -
 
 
 def _measured(
-    model: AutoencoderKL, images: EvaluationImages, count: int, perceptual: Perceptual | None, bad_images: BadImages
+    model: Autoencoder, images: EvaluationImages, count: int, perceptual: Perceptual | None, bad_images: BadImages
 ) -> Measured:
     """Move VAE and LPIPS to the accelerator, if there is one, and measure there."""
     device = torch.device(accelerator_type() or "cpu")

@@ -1,1 +1,0 @@
-"""Kernels for CPUs. They are imported only where a VAE computes on a CPU; nothing on a GPU needs them."""
