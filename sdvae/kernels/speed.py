@@ -57,7 +57,7 @@ def speed_up(
         forms: what an earlier call returned, for a VAE of the same configuration on the same type of device.
 
     Returns:
-        What was chosen. `logging` shows it too, at level INFO.
+        What was chosen. After calibration it is logged at level INFO, otherwise at DEBUG.
 
     Raises:
         InputError: when `forms` or `calibrate` does not fit the VAE.
@@ -77,7 +77,7 @@ def speed_up(
         vae.use_slicing = slicing
     forms = by_rules(vae, dtype) if forms is None else forms
     use(vae, forms)
-    logger.info("speed_up on %s: %s", vae.device, forms)
+    logger.log(logging.DEBUG if calibrate is None else logging.INFO, "speed_up on %s: %s", vae.device, forms)
     return forms
 
 
