@@ -94,7 +94,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
     task = prepared(arguments, scratch / "ours", str(scratch / "vae"))
     stock = vae.to_diffusers().eval().to(task.device)
     images = task.shards.images(0)
-    pixels = [task.reader.decode(image).pixels for image in islice(images, arguments.batch)]
+    pixels = [task.reader.decode(image)[0].pixels for image in islice(images, arguments.batch)]
     whole = count // arguments.batch * arguments.batch
 
     def ours() -> float:
@@ -188,7 +188,7 @@ def prepared(arguments: argparse.Namespace, output: Path, vae: str) -> EncodeTas
     task = EncodeTask(config)
     first = subset(open_source(arguments.images), range(min(arguments.count, task.shards.total or 0)))
     task.shards = RangeShards(first, None, 64)
-    task.fingerprint["shards"] = len(task.shards)
+    task.targets[0].fingerprint["shards"] = len(task.shards)
     return task
 
 
@@ -221,7 +221,7 @@ class Synthetic:
 def watch_memory(rows: int, scratch: Path) -> None:
     """Print the resident memory of this process after every tenth of the rows."""
     task = synthetic_task(rows, 16, scratch)
-    write, done, start = task.folder.write_shard, 0, time.perf_counter()
+    write, done, start = task.targets[0].folder.write_shard, 0, time.perf_counter()
     print("| rows | resident MiB | rows/s |\n|---|---|---|")
 
     def watched(shard: int, table: pa.Table, *rest: Any) -> None:
@@ -231,7 +231,7 @@ def watch_memory(rows: int, scratch: Path) -> None:
         if done * 10 // rows > before * 10 // rows or before == 0:
             print(f"| {done} | {resident_mib():.0f} | {done / (time.perf_counter() - start):.0f} |", flush=True)
 
-    task.folder.write_shard = watched  # type: ignore[method-assign]
+    task.targets[0].folder.write_shard = watched  # type: ignore[method-assign]
     Pipeline(task).run()
 
 
@@ -247,7 +247,7 @@ def synthetic_task(rows: int, side: int, scratch: Path) -> EncodeTask:
     config: dict[str, Any] = {"resolution": side, "batch_size": 256, "num_workers": 2, "device": "cpu"}
     task = EncodeTask(EncodeConfig(source="skimage", output=str(scratch / "out"), vae=str(scratch / "vae"), **config))
     task.shards = RangeShards(Synthetic(rows, side), None, 4096)
-    task.fingerprint["shards"] = len(task.shards)
+    task.targets[0].fingerprint["shards"] = len(task.shards)
     task.begin()
     return task
 
