@@ -5,6 +5,7 @@
     python scripts/benchmark_encode.py --images FOLDER --ray true               # also through Ray, on this machine
     python scripts/benchmark_encode.py --memory_rows 1000000
     python scripts/benchmark_encode.py --reader_rows 8192
+    python scripts/benchmark_encode.py --shards 250000
 
 - bare encoder: the same weights, precision and batches, with images already decoded in memory; nothing is written.
 - plain loop: diffusers' class as loaded, torchvision's transforms, a DataLoader, and torch.save of one file per image.
@@ -19,6 +20,9 @@ Each repetition runs all of them, one after the other, and the ratios are taken 
 --reader_rows N times one epoch of `LatentDataset.loader` over N latents of 4x32x32, one thread and no workers, against
 a loop that does only what cannot be left out: it takes rows out of a memory-mapped array of moments and draws a sample
 of each. The loop has one generator for a batch, so its noise depends on the batch, and it reads no names or sizes.
+
+--shards N times what is done with the list of shards: a data set of N shards is continued, finished and opened, and a
+row is read. Each file has the record of a shard but only one row, so it needs about N * 8 KiB of disk.
 """
 
 from __future__ import annotations
@@ -54,6 +58,7 @@ from sdvae.latents.config import EncodeConfig
 from sdvae.latents.pipeline import Pipeline
 from sdvae.latents.shards import RangeShards
 from sdvae.latents.task import EncodeTask
+from sdvae.latents.writer import LatentWriter
 from sdvae.training.build import build_vae
 
 
@@ -252,6 +257,38 @@ def synthetic_task(rows: int, side: int, scratch: Path) -> EncodeTask:
     return task
 
 
+def time_shards(count: int, scratch: Path) -> None:
+    """Print the seconds that a data set of `count` shards takes to continue, finish and open."""
+    task = synthetic_task(1, 16, scratch)
+    Pipeline(task).run()
+    shard = (scratch / "out" / "data" / "train-00000-of-00001.parquet").read_bytes()
+    begun = {**task.targets[0].fingerprint, "shards": count}
+    folder = LatentWriter(scratch / "many", part=(0, 1))
+    folder.begin(begun, "synthetic", task.vae_config)
+    (scratch / "many" / "data").mkdir()
+    for number in range(count):
+        (scratch / "many" / folder.shard_name(number)).write_bytes(shard)
+    memory = resident_mib()
+
+    def continued() -> None:
+        LatentWriter(scratch / "many", part=(0, 1)).begin(begun, "synthetic", task.vae_config)
+
+    def finished() -> None:
+        assert folder.finish()
+
+    def opened() -> None:
+        rows = LatentDataset(scratch / "many")
+        assert len(rows) == count
+        assert rows[count // 2]["latents"].isfinite().all()
+
+    print(f"| {count} shards | seconds |\n|---|---|")
+    for what, run in {"continue": continued, "finish": finished, "open and read a row": opened}.items():
+        start = time.perf_counter()
+        run()
+        print(f"| {what} | {time.perf_counter() - start:.2f} |", flush=True)
+    print(f"\n{resident_mib() - memory:.0f} MiB of memory more than before")
+
+
 def compare_readers(rows: int, batch: int, repeats: int, scratch: Path) -> None:
     """Print the rows a second of `LatentDataset.loader` and of a plain loop over a memory-mapped array."""
     Pipeline(synthetic_task(rows, 64, scratch)).run()
@@ -317,6 +354,12 @@ def main() -> None:
     parser.add_argument(
         "--reader_rows", type=PositiveInt, default=None, help="instead, time reading this many synthetic latents"
     )
+    parser.add_argument(
+        "--shards",
+        type=PositiveInt,
+        default=None,
+        help="instead, time a list of this many shards",
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
@@ -324,8 +367,10 @@ def main() -> None:
             watch_memory(arguments.memory_rows, Path(scratch))
         elif arguments.reader_rows is not None:
             compare_readers(arguments.reader_rows, arguments.batch, arguments.repeats, Path(scratch))
+        elif arguments.shards is not None:
+            time_shards(arguments.shards, Path(scratch))
         elif arguments.images is None:
-            parser.error("give --images FOLDER, --memory_rows N or --reader_rows N")
+            parser.error("give --images FOLDER, --memory_rows N, --reader_rows N or --shards N")
         else:
             compare(arguments, Path(scratch))
 
