@@ -5,6 +5,7 @@
     python scripts/benchmark_encode.py --images FOLDER --ray true               # also through Ray, on this machine
     python scripts/benchmark_encode.py --memory_rows 1000000
     python scripts/benchmark_encode.py --reader_rows 8192
+    python scripts/benchmark_encode.py --shards 250000
 
 - bare encoder: the same weights, precision and batches, with images already decoded in memory; nothing is written.
 - plain loop: diffusers' class as loaded, torchvision's transforms, a DataLoader, and torch.save of one file per image.
@@ -19,6 +20,9 @@ Each repetition runs all of them, one after the other, and the ratios are taken 
 --reader_rows N times one epoch of `LatentDataset.loader` over N latents of 4x32x32, one thread and no workers, against
 a loop that does only what cannot be left out: it takes rows out of a memory-mapped array of moments and draws a sample
 of each. The loop has one generator for a batch, so its noise depends on the batch, and it reads no names or sizes.
+
+--shards N times what is done with the list of shards: a data set of N shards is continued, finished and opened, and a
+row is read. Each file has the record of a shard but only one row, so it needs about N * 8 KiB of disk.
 """
 
 from __future__ import annotations
@@ -54,6 +58,7 @@ from sdvae.latents.config import EncodeConfig
 from sdvae.latents.pipeline import Pipeline
 from sdvae.latents.shards import RangeShards
 from sdvae.latents.task import EncodeTask
+from sdvae.latents.writer import LatentWriter
 from sdvae.training.build import build_vae
 
 
@@ -94,7 +99,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
     task = prepared(arguments, scratch / "ours", str(scratch / "vae"))
     stock = vae.to_diffusers().eval().to(task.device)
     images = task.shards.images(0)
-    pixels = [task.reader.decode(image).pixels for image in islice(images, arguments.batch)]
+    pixels = [task.reader.decode(image)[0].pixels for image in islice(images, arguments.batch)]
     whole = count // arguments.batch * arguments.batch
 
     def ours() -> float:
@@ -188,7 +193,7 @@ def prepared(arguments: argparse.Namespace, output: Path, vae: str) -> EncodeTas
     task = EncodeTask(config)
     first = subset(open_source(arguments.images), range(min(arguments.count, task.shards.total or 0)))
     task.shards = RangeShards(first, None, 64)
-    task.fingerprint["shards"] = len(task.shards)
+    task.targets[0].fingerprint["shards"] = len(task.shards)
     return task
 
 
@@ -221,7 +226,7 @@ class Synthetic:
 def watch_memory(rows: int, scratch: Path) -> None:
     """Print the resident memory of this process after every tenth of the rows."""
     task = synthetic_task(rows, 16, scratch)
-    write, done, start = task.folder.write_shard, 0, time.perf_counter()
+    write, done, start = task.targets[0].folder.write_shard, 0, time.perf_counter()
     print("| rows | resident MiB | rows/s |\n|---|---|---|")
 
     def watched(shard: int, table: pa.Table, *rest: Any) -> None:
@@ -231,7 +236,7 @@ def watch_memory(rows: int, scratch: Path) -> None:
         if done * 10 // rows > before * 10 // rows or before == 0:
             print(f"| {done} | {resident_mib():.0f} | {done / (time.perf_counter() - start):.0f} |", flush=True)
 
-    task.folder.write_shard = watched  # type: ignore[method-assign]
+    task.targets[0].folder.write_shard = watched  # type: ignore[method-assign]
     Pipeline(task).run()
 
 
@@ -247,9 +252,41 @@ def synthetic_task(rows: int, side: int, scratch: Path) -> EncodeTask:
     config: dict[str, Any] = {"resolution": side, "batch_size": 256, "num_workers": 2, "device": "cpu"}
     task = EncodeTask(EncodeConfig(source="skimage", output=str(scratch / "out"), vae=str(scratch / "vae"), **config))
     task.shards = RangeShards(Synthetic(rows, side), None, 4096)
-    task.fingerprint["shards"] = len(task.shards)
+    task.targets[0].fingerprint["shards"] = len(task.shards)
     task.begin()
     return task
+
+
+def time_shards(count: int, scratch: Path) -> None:
+    """Print the seconds that a data set of `count` shards takes to continue, finish and open."""
+    task = synthetic_task(1, 16, scratch)
+    Pipeline(task).run()
+    shard = (scratch / "out" / "data" / "train-00000-of-00001.parquet").read_bytes()
+    begun = {**task.targets[0].fingerprint, "shards": count}
+    folder = LatentWriter(scratch / "many", part=(0, 1))
+    folder.begin(begun, "synthetic", task.vae_config)
+    (scratch / "many" / "data").mkdir()
+    for number in range(count):
+        (scratch / "many" / folder.shard_name(number)).write_bytes(shard)
+    memory = resident_mib()
+
+    def continued() -> None:
+        LatentWriter(scratch / "many", part=(0, 1)).begin(begun, "synthetic", task.vae_config)
+
+    def finished() -> None:
+        assert folder.finish()
+
+    def opened() -> None:
+        rows = LatentDataset(scratch / "many")
+        assert len(rows) == count
+        assert rows[count // 2]["latents"].isfinite().all()
+
+    print(f"| {count} shards | seconds |\n|---|---|")
+    for what, run in {"continue": continued, "finish": finished, "open and read a row": opened}.items():
+        start = time.perf_counter()
+        run()
+        print(f"| {what} | {time.perf_counter() - start:.2f} |", flush=True)
+    print(f"\n{resident_mib() - memory:.0f} MiB of memory more than before")
 
 
 def compare_readers(rows: int, batch: int, repeats: int, scratch: Path) -> None:
@@ -317,6 +354,12 @@ def main() -> None:
     parser.add_argument(
         "--reader_rows", type=PositiveInt, default=None, help="instead, time reading this many synthetic latents"
     )
+    parser.add_argument(
+        "--shards",
+        type=PositiveInt,
+        default=None,
+        help="instead, time a list of this many shards",
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
@@ -324,8 +367,10 @@ def main() -> None:
             watch_memory(arguments.memory_rows, Path(scratch))
         elif arguments.reader_rows is not None:
             compare_readers(arguments.reader_rows, arguments.batch, arguments.repeats, Path(scratch))
+        elif arguments.shards is not None:
+            time_shards(arguments.shards, Path(scratch))
         elif arguments.images is None:
-            parser.error("give --images FOLDER, --memory_rows N or --reader_rows N")
+            parser.error("give --images FOLDER, --memory_rows N, --reader_rows N or --shards N")
         else:
             compare(arguments, Path(scratch))
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import re
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from docstring_parser import parse_from_object
@@ -31,12 +34,12 @@ def parse_options(
     program: str,
     summary: str | None = None,
     positional: Collection[str] = (),
-    lists: Collection[str] = (),
     urls: Collection[str] = (),
 ) -> Options:
     """Parse arguments into a dataclass: an option for each field, and `--config FILE` for a YAML file of options.
 
-    The command line overrides files, and a later file overrides an earlier one.
+    The command line overrides files, and a later file overrides an earlier one. Several values of an option are written
+    `--key A B` or `--key=[A,B]`.
 
     Args:
         options: the dataclass. The type of a field says which values it takes, and its docstring is its help text.
@@ -44,7 +47,6 @@ def parse_options(
         program: the program's name, for messages.
         summary: what the program does, for its help.
         positional: fields that are given without a name, in this order. Those with a default are options as well.
-        lists: fields of type `tuple[T, ...]` that are written as `--key A B` and not as `--key=[A,B]`.
         urls: dotted names of the fields that may hold a URL. In any other one it is refused.
 
     Raises:
@@ -64,7 +66,7 @@ def parse_options(
     if "config" not in fields:
         parser.add_argument("--config", action="config", help="options in YAML; may be given more than once")
     unnamed = {name for name in positional if fields[name].default is dataclasses.MISSING}
-    parser.add_class_arguments(options, skip={*lists, *unnamed})
+    parser.add_class_arguments(options, skip=unnamed)
     types, helps = get_type_hints(options), _helps(options)
     for name in positional:
         item, several = _item_type(types[name])
@@ -73,13 +75,8 @@ def parse_options(
         else:  # no default here, since it would replace the value of the option of the same name
             settings = {"nargs": "*" if several else "?", "default": argparse.SUPPRESS}
         parser.add_argument(name, type=item, help=helps[name], **settings)
-    for name in lists:
-        default: Any = fields[name].default
-        parser.add_argument(
-            f"--{name}", type=_item_type(types[name])[0], nargs="+", default=list(default), help=helps[name]
-        )
     try:
-        arguments: Namespace = parser.parse_args([*(f"--config={file}" for file in files), *others])
+        arguments: Namespace = parser.parse_args([*(f"--config={file}" for file in files), *_joined(options, others)])
     except ArgumentError as error:
         raise InputError(f"{_plain(one_line(error))} (see {program} --help)") from error
     for key, text in _texts(arguments.as_dict()):
@@ -110,7 +107,7 @@ def _plain(reason: str) -> str:
     wrong = _WRONG_VALUE.fullmatch(reason)
     if wrong is None:
         return reason
-    need = wrong["one"] or wrong["several"].replace(", <class", " or <class")
+    need = wrong["one"] or wrong["several"].replace(", <class", " or <class").replace(", tuple", " or tuple")
     for name, meaning in _TYPES.items():
         need = need.replace(name, meaning)
     need = need.replace("tuple with", "a list with")
@@ -134,6 +131,42 @@ def _item_type(hint: Any) -> tuple[Any, bool]:
     """(T, True) of `tuple[T, ...]`, and (hint, False) of any other type."""
     arguments = get_args(hint)
     return (arguments[0], True) if arguments[-1:] == (Ellipsis,) else (hint, False)
+
+
+def _joined(options: type, argv: Sequence[str]) -> list[str]:
+    """The same arguments, with `--key A B` written as `--key=[A,B]` for the options that take several values."""
+    items = {key: item for key, hint in _hints(options) if (item := _item_of_several(hint)) is not None}
+    joined, rest = [], deque(argv)
+    while rest:
+        argument = rest.popleft()
+        joined.append(argument)
+        key = argument.removeprefix("--")
+        if key == argument or key not in items or not rest or rest[0].startswith("[") or rest[0] == "null":
+            continue
+        item, may_be_one = items[key]
+        values = []
+        while rest and not rest[0].startswith("--"):
+            values.append(rest.popleft())
+        if len(values) == 1 and may_be_one:
+            joined.append(values[0])
+        elif values:
+            joined[-1] = f"{argument}=[{', '.join(json.dumps(value) if item is str else value for value in values)}]"
+    return joined
+
+
+def _item_of_several(hint: Any) -> tuple[Any, bool] | None:
+    """(type of an item, whether one item may stand alone) of a type that is or may be a tuple; None of any other."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    items = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
+    return (items[0], items[0] in kinds) if items else None
+
+
+def _hints(options: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of all fields."""
+    for name, hint in get_type_hints(options).items():
+        yield prefix + name, hint
+        if dataclasses.is_dataclass(hint):
+            yield from _hints(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
 def _helps(options: type) -> dict[str, str | None]:

@@ -186,9 +186,10 @@ def encode_both(sources, kind: str, vae: Path, tmp_path: Path) -> tuple[LatentFo
     """The latents of the source on the disk, and of that in the bucket."""
     folder, url = sources[kind]
     stream = {} if kind in ("images", "metadata") else {"shard_rows": None, "image_column": COLUMN.get(kind)}
-    here = encode(options(folder, tmp_path / "latents-here", vae, streaming=bool(stream), **stream))
+    (here,) = encode(options(folder, tmp_path / "latents-here", vae, streaming=bool(stream), **stream))
     config = options(folder, tmp_path / "latents-there", vae, **stream)
-    return here, encode(dataclasses.replace(config, source=url))
+    (there,) = encode(dataclasses.replace(config, source=url))
+    return here, there
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -330,7 +331,7 @@ def test_a_file_that_is_damaged_or_gone_is_named_and_the_others_are_encoded(
     assert all("cannot be read, or not to its end" in line["reason"] for line in skipped)
     assert skipped[1]["reason"].endswith("to its end: No such file or directory")
     assert caplog.text.count("what follows in it is skipped") == 2
-    assert begun.folder.is_complete
+    assert begun.targets[0].folder.is_complete
 
 
 def test_an_image_that_is_gone_after_the_listing_is_skipped_with_its_reason(vae, tmp_path, server):

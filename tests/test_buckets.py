@@ -53,7 +53,7 @@ def encoding(config):
 
 def test_a_bucket_gets_the_bytes_of_a_folder_and_this_disk_gets_nothing(bucket, clean, vae, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert encode(to(bucket, clean, vae)).is_complete
+    assert encode(to(bucket, clean, vae))[0].is_complete
     assert objects(bucket) == content(clean[1])
     assert not list(tmp_path.iterdir())
 
@@ -118,7 +118,7 @@ def test_processes_take_their_parts_and_a_killed_one_leaves_its_part_to_be_done_
     found = objects(bucket)
     assert "manifest.json" in found
     assert "shards.jsonl" not in found
-    assert encode(to(bucket, clean, vae, part="0/3")).is_complete
+    assert encode(to(bucket, clean, vae, part="0/3"))[0].is_complete
     assert objects(bucket) == content(clean[1])
 
 
@@ -201,10 +201,10 @@ def test_a_server_that_goes_away_for_a_moment_is_asked_again_and_one_that_stays_
         waking = threading.Timer(2, lambda: os.kill(server.pid, signal.SIGCONT))
         waking.start()
         start = time.monotonic()
-        assert task.folder.storage.create("data/x", b"1")
+        assert task.targets[0].folder.storage.create("data/x", b"1")
         assert time.monotonic() - start > 1
-        task.folder.storage.remove("data/x")
+        task.targets[0].folder.storage.remove("data/x")
         server.kill()
         server.wait()
         with pytest.raises(StorageError, match="s3://bucket/gone/data/x"):
-            task.folder.storage.create("data/x", b"1")
+            task.targets[0].folder.storage.create("data/x", b"1")

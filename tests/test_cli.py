@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import subprocess
 import sys
@@ -218,7 +217,7 @@ def text_options(options: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def arguments_with(name: str, key: str, hint: Any, text: str) -> list[str]:
     """A command's arguments with `text` for one option, and something for those that must be given."""
-    _, positional, lists, *_ = COMMANDS[name]
+    positional = COMMANDS[name].positional
     options = get_type_hints(COMMANDS[name].run)["options"]
     hints = get_type_hints(options)
     missing = [
@@ -227,11 +226,10 @@ def arguments_with(name: str, key: str, hint: Any, text: str) -> list[str]:
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     given = {other: str(get_args(hints[other])[0]) if get_origin(hints[other]) is Literal else "x" for other in missing}
-    plain = get_origin(hint) is not tuple or key in lists or (key in positional and key in missing)
-    given[key] = text if plain else json.dumps([text])
+    given[key] = text
     unnamed = [given.pop(other) for other in positional if other in missing]
     named = [part for other, value in given.items() for part in (f"--{other}", value)]
-    return [*unnamed, *named] if key not in lists else [*unnamed, f"--{key}", text]
+    return [*unnamed, *named]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_rows_are_the_posteriors_that_diffusers_computes_of_the_centre_crops(vae
 
 
 def test_the_statistics_are_those_of_all_rows_and_no_mirror_image(vae, photos, tmp_path):
-    folder = encode(options(photos, tmp_path / "out", vae, mirror=True))
+    (folder,) = encode(options(photos, tmp_path / "out", vae, mirror=True))
     manifest = folder.manifest
     moments = LatentMoments(4)
     for row in rows_of(tmp_path / "out").values():
@@ -198,7 +198,7 @@ def test_archives_give_captions_and_labels_and_a_stream_of_them_gives_the_same(v
     rows = rows_of(tmp_path / "out")
     assert [Path(name).name for name in sorted(rows)] == [path.name for path in files]
     assert all(row["caption"] == f"picture {row['label']}" for row in rows.values())
-    stream = encode(options(tars, tmp_path / "stream", vae, streaming=True, shard_rows=None))
+    (stream,) = encode(options(tars, tmp_path / "stream", vae, streaming=True, shard_rows=None))
     assert stream.num_shards == 2
     streamed = rows_of(tmp_path / "stream")
     assert streamed.keys() == rows.keys()
@@ -245,7 +245,7 @@ def test_folders_of_one_name_are_not_taken_for_each_other_by_the_cache_of_datase
 def test_in_bf16_the_rows_are_near_those_of_fp32_and_the_precision_is_remembered(vae, photos, tmp_path):
     encode(options(photos, tmp_path / "fp32", vae))
     config = options(photos, tmp_path / "bf16", vae, precision="bf16")
-    manifest = encode(config).manifest
+    manifest = encode(config)[0].manifest
     assert manifest["fingerprint"]["vae"]["precision"] == "bf16"
     exact, rounded = rows_of(tmp_path / "fp32"), rows_of(tmp_path / "bf16")
     differences = torch.stack([rounded[name]["mean"] - row["mean"] for name, row in exact.items()])
@@ -344,7 +344,7 @@ def test_batches_in_flight_change_no_file(vae, tmp_path, batches_in_flight):
     task = EncodeTask(dataclasses.replace(config, output=str(tmp_path / "several")))
     task.begin()
     Pipeline(task, batches_in_flight).run()
-    assert task.folder.is_complete
+    assert task.targets[0].folder.is_complete
     assert content(tmp_path / "several") == content(tmp_path / "one")
 
 
@@ -465,7 +465,7 @@ def test_bad_images_are_listed_with_their_reason_and_the_others_are_not_touched(
     (photos / "0002.png").write_bytes(whole[: len(whole) // 2])
     (photos / "0004.png").write_bytes(b"")
     Image.new("RGB", (12, 12)).save(photos / "0005.png")
-    manifest = encode(options(photos, tmp_path / "out", vae)).manifest
+    manifest = encode(options(photos, tmp_path / "out", vae))[0].manifest
     lines = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert [(line["index"], line["name"]) for line in lines] == [(2, "0002.png"), (4, "0004.png"), (5, "0005.png")]
     assert "damaged" in lines[0]["reason"]
@@ -509,7 +509,7 @@ def test_a_latent_that_overflows_is_computed_again_in_fp32_and_else_reported(vae
         self.encoder.launch, self.encoder.again = torch.inference_mode()(spoilt), torch.inference_mode()(counting)
 
     monkeypatch.setattr(EncodeTask, "__init__", overflowing)
-    manifest = encode(options(photos, tmp_path / "out", vae)).manifest
+    manifest = encode(options(photos, tmp_path / "out", vae))[0].manifest
     assert again == [1, 1]  # batches of four and one
     assert (manifest["rows"], manifest["skipped"]) == (4, 1)
     (line,) = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
@@ -633,7 +633,7 @@ def test_bad_options_are_one_line_and_write_nothing(tmp_path, monkeypatch, capsy
 
 
 def test_the_measured_factors_go_into_the_vaes_config(vae, photos, tmp_path, capsys):
-    statistics = encode(options(photos, tmp_path / "out", vae)).manifest["statistics"]
+    statistics = encode(options(photos, tmp_path / "out", vae))[0].manifest["statistics"]
     arguments = ["export", str(vae), str(tmp_path / "exported"), "--latents", str(tmp_path / "out")]
     assert main(arguments) == 0
     exported = load_vae(tmp_path / "exported")
@@ -680,7 +680,7 @@ def test_a_fault_of_the_machine_is_no_bad_image(vae, tmp_path, monkeypatch):
         patch.setattr(ImageReader, "decode", failing)
         with pytest.raises(OSError, match="Too many open files"):
             encode(config)
-    assert encode(config).manifest["skipped"] == 0
+    assert encode(config)[0].manifest["skipped"] == 0
 
 
 def test_columns_named_as_ours_get_a_free_name(vae, tmp_path):
@@ -717,7 +717,7 @@ def test_repair_finishes_a_data_set_that_was_killed_before_its_manifest(vae, pho
     finish, LatentWriter.finish = LatentWriter.finish, lambda self: False
     encode(config)
     LatentWriter.finish = finish
-    assert encode(dataclasses.replace(config, repair=True)).is_complete
+    assert encode(dataclasses.replace(config, repair=True))[0].is_complete
 
 
 def test_verify_needs_the_list_of_what_was_skipped(vae, tmp_path):
@@ -755,9 +755,9 @@ def test_parts_write_the_bytes_of_one_process_and_the_last_one_finishes(vae, pho
     encode(options(photos, tmp_path / "clean", vae))
     config = options(photos, tmp_path / "out", vae)
     for number in (2, 0):
-        assert not encode(dataclasses.replace(config, part=f"{number}/3")).is_complete
+        assert not encode(dataclasses.replace(config, part=f"{number}/3"))[0].is_complete
     assert sorted(path.name[6:11] for path in (tmp_path / "out" / "data").iterdir()) == ["00000", "00002", "00003"]
-    assert encode(dataclasses.replace(config, part="1/3")).is_complete
+    assert encode(dataclasses.replace(config, part="1/3"))[0].is_complete
     assert content(tmp_path / "out") == content(tmp_path / "clean")
 
 
@@ -774,7 +774,7 @@ def test_two_writers_of_one_shard_leave_the_file_of_the_first(vae, photos, tmp_p
         return write(self, shard, *arguments)
 
     monkeypatch.setattr(LatentWriter, "write_shard", second)
-    assert encode(config).is_complete
+    assert encode(config)[0].is_complete
     assert "although this one had locked it, so shards are encoded twice" in caplog.text
     encode(options(photos, tmp_path / "clean", vae))
     assert content(tmp_path / "out") == content(tmp_path / "clean")
@@ -788,7 +788,7 @@ def test_a_disk_without_locks_is_refused_with_the_way_out(vae, photos, tmp_path,
     config = options(photos, tmp_path / "out", vae)
     with pytest.raises(InputError, match=r"no file locks.*--part 0/1"):
         encode(config)
-    assert encode(dataclasses.replace(config, part="0/1")).is_complete
+    assert encode(dataclasses.replace(config, part="0/1"))[0].is_complete
 
 
 @pytest.mark.parametrize("part", ["3/3", "1", "-1/2", "a/b", "0/0"])
@@ -798,7 +798,7 @@ def test_a_part_that_is_none_is_refused(part):
 
 
 def test_the_record_in_a_shards_file_covers_all_its_rows(vae, photos, tmp_path):
-    folder = encode(options(photos, tmp_path / "out", vae))
+    (folder,) = encode(options(photos, tmp_path / "out", vae))
     for shard, entry in enumerate(folder.shards):
         with folder.parquet(shard) as file:
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]

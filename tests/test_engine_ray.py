@@ -157,6 +157,16 @@ def test_the_command_is_killed_and_run_again_over_a_bucket(cluster, clean, vae, 
     assert len(said) < 8, said
 
 
+def test_several_resolutions_have_the_files_of_a_run_without_ray(cluster, clean, vae, tmp_path):
+    config = dataclasses.replace(on(cluster, tmp_path / "ray", clean, vae), resolution=(32, 48))
+    encode(config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as a node of the cluster has CPUs
+    encode(dataclasses.replace(config, output=str(tmp_path / "here"), engine=None, ray_address=None))
+    torch.set_num_threads(threads)
+    assert content(tmp_path / "ray") == content(tmp_path / "here")
+
+
 def test_other_settings_and_other_faults_of_a_node_are_one_line(cluster, clean, vae, tmp_path):
     encode(dataclasses.replace(on(cluster, tmp_path / "out", clean, vae), engine=None, ray_address=None))
     with pytest.raises(InputError, match=r"made in another way.*stored\.dtype"):

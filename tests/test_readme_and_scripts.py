@@ -149,6 +149,8 @@ def test_the_encoding_benchmark_prints_both_tables(photographs, script):
     assert all(float(row[1]) > 0 for row in rows[1:])
     printed = script("benchmark_encode.py", "--memory_rows", 300)
     assert re.search(r"^\| 300 \| \d+ \| \d+ \|$", printed, re.MULTILINE)
+    printed = script("benchmark_encode.py", "--shards", 20)
+    assert re.findall(r"^\| (\w+).* \| \d+\.\d+ \|$", printed, re.MULTILINE) == ["continue", "finish", "open"]
 
 
 def test_the_streaming_script_measures_and_draws(tmp_path):

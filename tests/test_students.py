@@ -270,7 +270,7 @@ def test_report_has_no_kl_and_says_why(folder, pictures, tmp_path):
 
 def test_encode_stores_the_means_alone_and_the_data_set_says_so(folder, pictures, tmp_path, caplog, capfd):
     config = EncodeConfig(str(pictures), str(tmp_path / "z"), vae=str(folder), resolution=32, mirror=True, dtype="fp32")
-    found = encode(config)
+    (found,) = encode(config)
     assert found.manifest["fingerprint"]["stored"]["what"] == "mean"
     assert [line for line in caplog.messages if "predicts no variance" in line]
     table = found.parquet(0).read()

@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}; {suggest(name, COMMANDS) or 'see sdvae --help'}")
-    run, positional, lists, urls, first = COMMANDS[name]
+    run, positional, urls, first = COMMANDS[name]
     options = get_type_hints(run)["options"]
     if first and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{first}={arguments[0]}", *arguments[1:]]
-    run(parse_options(options, arguments, f"sdvae {name}", run.__doc__, positional, lists, urls))
+    run(parse_options(options, arguments, f"sdvae {name}", run.__doc__, positional, urls))
 
 
 def _usage() -> str:

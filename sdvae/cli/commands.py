@@ -267,8 +267,7 @@ class Command(NamedTuple):
     """A function of one dataclass, whose fields are the command's options. Its docstring is its line in the help."""
 
     run: Callable[[Any], None]
-    positional: tuple[str, ...] = ()  # `parse_options` explains this, `lists` and `urls`
-    lists: tuple[str, ...] = ()
+    positional: tuple[str, ...] = ()  # `parse_options` explains this and `urls`
     urls: tuple[str, ...] = ()  # the options that may hold a URL; the others refuse it
     first: str = ""  # the option that the first argument gives, if it stands without a name
 
@@ -282,7 +281,7 @@ COMMANDS = {
     "fp16": Command(fp16, positional=("action", "vae", "target"), urls=("images",)),
     "reconstruct": Command(reconstruct, positional=("files",)),
     "evaluate": Command(evaluate, positional=("vaes",), urls=("data",)),
-    "explore": Command(explore, positional=("what",), lists=("images", "sigmas"), urls=("data", "anomalies")),
+    "explore": Command(explore, positional=("what",), urls=("data", "anomalies")),
     "demo": Command(demo, positional=("vae",)),
     "report": Command(report, positional=("vae",), urls=("data",)),
     "push": Command(push, positional=("vae", "repo_id"), urls=("message", "data")),

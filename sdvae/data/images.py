@@ -80,7 +80,7 @@ def read_image(data: bytes | str | PathLike[str], options: ReadOptions = ReadOpt
         data = prepare(data, kind)
         with libtiff_errors() as errors:
             image = _open(data, kind)
-            _check_size(image, options.min_side or 1, options.max_pixels or MAX_PIXELS)
+            _check_size(image.size, options)
             image.load()
         if errors:
             raise ImageError(_libtiff_says(errors))
@@ -163,12 +163,12 @@ def _reason(kind: str, error: Exception) -> str:
     return f"damaged {kind} file: {text}"
 
 
-def _check_size(image: Image.Image, min_side: int, max_pixels: int) -> None:
-    width, height = image.size
+def _check_size(size: tuple[int, int], options: ReadOptions) -> None:
+    width, height = size
+    max_pixels = options.max_pixels or MAX_PIXELS
     if width * height > max_pixels:
         raise ImageError(f"too large: {width} x {height} pixels, at most {max_pixels} in all are decoded")
-    if min(width, height) < max(min_side, 1):
-        raise ImageError(f"too small: {width} x {height} pixels, the shorter side needs {max(min_side, 1)}")
+    options.check_side(width, height)
 
 
 def _rescale_transparency(image: Image.Image, bit_depth: int) -> None:

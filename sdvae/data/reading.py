@@ -58,6 +58,20 @@ class ReadOptions:
         if self.channels not in (1, 3):
             raise InputError(f"channels is {self.channels}; need 1 (grey) or 3 (RGB)")
 
+    def check_side(self, width: int, height: int) -> None:
+        """Refuse an image whose shorter side is less than `min_side`.
+
+        Args:
+            width: pixels, in the file.
+            height: pixels, in the file.
+
+        Raises:
+            ImageError: when it is.
+        """
+        need = max(self.min_side or 1, 1)
+        if min(width, height) < need:
+            raise ImageError(f"too small: {width} x {height} pixels, the shorter side needs {need}")
+
     def for_crops(self, resolution: int) -> ReadOptions:
         """The same options for images that are cropped to `resolution` x `resolution`: with a number as `min_side`."""
         if resolution < 1:

@@ -29,11 +29,12 @@ class Placement:
     crop_top_left: Size  # in pixels of the resized image
 
 
-def bucket_sizes(config: EncodeConfig, multiple: int) -> tuple[Size, ...]:
+def bucket_sizes(config: EncodeConfig, resolution: int, multiple: int) -> tuple[Size, ...]:
     """All sizes to which images are cropped and resized.
 
     Args:
         config: the options.
+        resolution: one of the resolutions, in pixels.
         multiple: the VAE's compression ratio, of which each side must be a multiple.
 
     Returns:
@@ -43,18 +44,18 @@ def bucket_sizes(config: EncodeConfig, multiple: int) -> tuple[Size, ...]:
         InputError: when a side is not such a multiple.
     """
     if config.buckets == "none":
-        sizes = {(config.resolution, config.resolution)}
-        fix = f"crop to {max(multiple, config.resolution // multiple * multiple)}"
+        sizes = {(resolution, resolution)}
+        fix = f"crop to {max(multiple, resolution // multiple * multiple)}"
     elif config.buckets == "sdxl":
         both = {*SDXL_PORTRAITS, *((w, h) for h, w in SDXL_PORTRAITS)}
-        scaled = {(h * config.resolution, w * config.resolution) for h, w in both}
+        scaled = {(h * resolution, w * resolution) for h, w in both}
         if any(h % SDXL_SIDE or w % SDXL_SIDE for h, w in scaled):
             step = SDXL_SIDE // 64
-            raise InputError(f"got resolution={config.resolution} for SDXL's buckets; need a multiple of {step}")
+            raise InputError(f"got resolution={resolution} for SDXL's buckets; need a multiple of {step}")
         sizes = {(h // SDXL_SIDE, w // SDXL_SIDE) for h, w in scaled}
         fix = f"choose a resolution that is a multiple of {SDXL_SIDE // 64 * multiple}"
     else:
-        sizes = _sizes_of_area(config.resolution, config.bucket_step, config.max_aspect)
+        sizes = _sizes_of_area(resolution, config.bucket_step, config.max_aspect)
         fix = f"choose a resolution and a bucket_step that are multiples of {multiple}"
     for height, width in sorted(sizes):
         if height % multiple or width % multiple:

@@ -45,9 +45,10 @@ class EncodeConfig:
     streaming: bool = False
     """Read archives, tables or a data set of the hub as a stream: without an index, without a copy on this disk, and
     each file becomes a shard. Archives and tables of a bucket are always read so."""
-    resolution: int = 256
+    resolution: int | tuple[int, ...] = 256
     """Pixels. Images are resized and cropped from the centre to a square with this side. With buckets: the side of a
-    square of their area."""
+    square of their area. Of several, each becomes a data set in a folder OUTPUT/RESOLUTION, and each image is read and
+    decoded only once."""
     buckets: Literal["none", "area", "sdxl"] = "none"
     """Aspect-ratio buckets instead of the square. area: all sizes of about `resolution`² pixels whose sides are
     multiples of `bucket_step`. sdxl: SDXL's list, scaled to `resolution`."""
@@ -110,6 +111,8 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
+        if isinstance(self.resolution, tuple) and len(set(self.resolution)) < max(len(self.resolution), 1):
+            raise InputError(f"got resolution={list(self.resolution)}; need one or several, each of them once")
         _ = self.part_numbers
         if self.engine is None:
             if self.ray_address is not None:
@@ -125,6 +128,13 @@ class EncodeConfig:
             )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(f"got engine={self.engine} in several processes; start it once, without a launcher")
+
+    @property
+    def outputs(self) -> dict[int, str]:
+        """Resolution -> folder or URL of its latents."""
+        if isinstance(self.resolution, int):
+            return {self.resolution: self.output}
+        return {resolution: f"{self.output.rstrip('/')}/{resolution}" for resolution in self.resolution}
 
     @property
     def part_numbers(self) -> tuple[int, int] | None:

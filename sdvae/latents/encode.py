@@ -15,14 +15,14 @@ from sdvae.latents.verify import verify
 logger = logging.getLogger(__name__)
 
 
-def encode(config: EncodeConfig) -> LatentFolder:
+def encode(config: EncodeConfig) -> list[LatentFolder]:
     """Encode a data set, continue one that was begun, or verify one, as the options say.
 
     Args:
         config: the options.
 
     Returns:
-        The folder of the latents.
+        The folders of the latents, one for each resolution.
 
     Raises:
         InputError: for bad options, another data set in the folder, or faults that a verification found; and when
@@ -30,37 +30,41 @@ def encode(config: EncodeConfig) -> LatentFolder:
             done: by the process that finished it, and by every later run. All rows are kept.
         OSError: when a shard cannot be written. Finished shards stay.
     """
-    folder = _encode_on_ray(config) if config.engine == "ray" else _encode_here(config)
-    if folder.is_complete:
+    folders = _encode_on_ray(config) if config.engine == "ray" else _encode_here(config)
+    for folder in folders:
+        if not folder.is_complete:
+            continue
         rows, skipped = folder.manifest["rows"], folder.manifest["skipped"]
         if skipped > config.max_bad_fraction * (rows + skipped):
             raise InputError(
-                f"{config.output} is complete, but {folder.counts()}; need at most {config.max_bad_fraction:.2%} "
+                f"{folder.storage} is complete, but {folder.counts()}; need at most {config.max_bad_fraction:.2%} "
                 "skipped; raise max_bad_fraction, or mend the images and encode into another folder"
             )
-    return folder
+    return folders
 
 
-def _encode_on_ray(config: EncodeConfig) -> LatentFolder:
+def _encode_on_ray(config: EncodeConfig) -> list[LatentFolder]:
     require("ray", "engine=ray", "ray")
     from sdvae.latents.engine import encode_on_ray
 
     return encode_on_ray(config)
 
 
-def _encode_here(config: EncodeConfig) -> LatentFolder:
+def _encode_here(config: EncodeConfig) -> list[LatentFolder]:
     task = EncodeTask(config)
     rereading = config.verify or config.repair
     if rereading:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("got verify or repair in several processes; need one process; start it without a launcher")
-        task.folder.open()  # which raises when there is no data set
+        for target in task.targets:
+            target.folder.open()  # which raises when there is no data set
     task.begin()
     if rereading:
         verify(task)
-    folder = task.folder
-    if folder.is_complete:
-        logger.info("%s is complete: %s", config.output, folder.counts())
-    elif config.repair or not config.verify:
+    folders: list[LatentFolder] = [target.folder for target in task.targets]
+    for folder in folders:
+        if folder.is_complete:
+            logger.info("%s is complete: %s", folder.storage, folder.counts())
+    if not all(folder.is_complete for folder in folders) and (config.repair or not config.verify):
         Pipeline(task).run()
-    return folder
+    return folders

@@ -48,6 +48,7 @@ from sdvae.data import ImageError
 from sdvae.errors import InputError, one_line
 from sdvae.io import is_url
 from sdvae.latents.config import EncodeConfig
+from sdvae.latents.folder import LatentFolder
 from sdvae.latents.pipeline import ClaimedShard, Pipeline, Turn, finish
 from sdvae.latents.shards import Shards, SourceImage, raise_if_passing
 from sdvae.latents.task import DecodedImage, EncodeTask, ImageReader
@@ -66,7 +67,7 @@ Message = tuple[int, str]  # level and text of a line of the log
 
 
 class Begun(NamedTuple):
-    """What an encoder tells about the data set: the number of images if it is known, and how many of them are done."""
+    """What an encoder tells about the data sets: the number of crops if it is known, and how many of them are done."""
 
     total: int | None
     done: int
@@ -74,14 +75,14 @@ class Begun(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What became of the images of a shard."""
+    """What became of the images of a shard, counted once for each resolution."""
 
     encoded: int
     skipped: int
     messages: list[Message]
 
 
-def encode_on_ray(config: EncodeConfig) -> LatentWriter:
+def encode_on_ray(config: EncodeConfig) -> list[LatentFolder]:
     """Encode a data set on a Ray cluster, or continue one that was begun.
 
     Args:
@@ -99,19 +100,25 @@ def encode_on_ray(config: EncodeConfig) -> LatentWriter:
         begun = ray.get(encoders[0].begin.remote())
         said: set[Message] = set()
         _log(begun.messages, said)
-        folder = LatentWriter(config.output, config.part_numbers)
-        folder.open()  # an InputError if this machine does not see the folder
-        folder.refresh()
-        if folder.is_complete:
-            logger.info("%s is complete: %s", config.output, folder.counts())
-            return folder
-        left = {number for number in range(folder.num_shards) if not folder.is_done(number)}
-        with tqdm(total=begun.total, initial=begun.done, unit=" images", smoothing=0.05) as bar:
-            for report in encode_all(encoders, left, config.num_workers):
-                bar.update(report.encoded + report.skipped)
-                _log(report.messages, said)
-    finish(folder)
-    return folder
+        folders = [LatentWriter(output, config.part_numbers) for output in config.outputs.values()]
+        left: set[int] = set()
+        unfinished = []
+        for folder in folders:
+            folder.open()  # an InputError if this machine does not see the folder
+            folder.refresh()
+            if folder.is_complete:
+                logger.info("%s is complete: %s", folder.storage, folder.counts())
+            else:
+                unfinished.append(folder)
+                left |= {number for number in range(folder.num_shards) if not folder.is_done(number)}
+        if unfinished:
+            with tqdm(total=begun.total, initial=begun.done, unit=" images", smoothing=0.05) as bar:
+                for report in encode_all(encoders, left, config.num_workers):
+                    bar.update(report.encoded + report.skipped)
+                    _log(report.messages, said)
+    for folder in unfinished:
+        finish(folder)
+    return list(folders)
 
 
 def encode_all(encoders: Sequence[Any], left: set[int], shards_at_once: int) -> Iterator[Encoded]:
@@ -198,46 +205,48 @@ class _Encoder:
     def begin(self) -> Begun:
         """Start or continue the data set."""
         task = self._opened(begin=True)
-        return Begun(task.shards.total, task.images_done(), _messages().take())
+        return Begun(task.crops_in_all, task.crops_done(), _messages().take())
 
     @ray.method(retry_exceptions=[RayError])  # such as the loss of images together with their node
     def encode(self, number: int) -> Encoded:
         """Encode a shard and write it."""
         task = self._opened()
         pipeline = Pipeline(task, may_double=True)
-        shard = pipeline.claim(number)
-        if shard is None:  # it was done before this actor was restarted
-            return Encoded(task.shards.count(number) or 0, 0, _messages().take())
+        shards = pipeline.claim(number)
+        if not shards:  # it was done before this actor was restarted
+            return Encoded((task.shards.count(number) or 0) * len(task.targets), 0, _messages().take())
         said: list[Message] = []
         with _plain_errors(keep=RayError):
-            pipeline.encode(self._turns(task, shard, said))
-        return Encoded(len(shard.rows), len(shard.skipped), said + _messages().take())
+            pipeline.encode(self._turns(task, number, shards, said))
+        encoded, skipped = sum(len(shard.rows) for shard in shards), sum(len(shard.skipped) for shard in shards)
+        return Encoded(encoded, skipped, said + _messages().take())
 
     def _opened(self, begin: bool = False) -> EncodeTask:
         with self._opening:
             if self._task is None:
                 task = EncodeTask(self._config)
                 if not begin:
-                    task.folder.open()  # an InputError if this node does not see the folder that was begun
+                    for target in task.targets:
+                        target.folder.open()  # an InputError if this node does not see a folder that was begun
                 task.begin()
                 self._task, self._identity = task, json.dumps(task.shards.identity())
             return self._task
 
-    def _turns(self, task: EncodeTask, shard: ClaimedShard, said: list[Message]) -> Iterator[Turn]:
-        for batch in _decode.remote(task.reader, self._identity, self._directory, shard.number):
+    def _turns(self, task: EncodeTask, number: int, shards: list[ClaimedShard], said: list[Message]) -> Iterator[Turn]:
+        for batch in _decode.remote(task.reader, self._identity, self._directory, number):
             images, messages = ray.get(batch)
             said += messages
-            for image, decoded in images:
-                future: Future[DecodedImage] = Future()
-                if isinstance(decoded, ImageError):
-                    future.set_exception(decoded)
+            for image, crops in images:
+                future: Future[list[DecodedImage | ImageError]] = Future()
+                if isinstance(crops, ImageError):
+                    future.set_exception(crops)
                 else:
-                    future.set_result(decoded)
-                yield Turn(shard, image, future)
-        yield Turn(shard)
+                    future.set_result(crops)
+                yield Turn(shards, image, future)
+        yield Turn(shards)
 
 
-Images = list[tuple[SourceImage, DecodedImage | ImageError]]
+Images = list[tuple[SourceImage, list[DecodedImage | ImageError] | ImageError]]
 
 
 @remote(num_cpus=1, max_retries=DECODER_DEATHS, _generator_backpressure_num_objects=AHEAD)
@@ -247,13 +256,13 @@ def _decode(reader: ImageReader, identity: str, directory: str, number: int) -> 
     _messages()
     images: Images = []
     for image in _shards(reader, identity).images(number):
-        decoded: DecodedImage | ImageError
+        crops: list[DecodedImage | ImageError] | ImageError
         try:
-            decoded = reader.decode(image)
+            crops = reader.decode(image)
         except ImageError as error:
             raise_if_passing(error)
-            decoded = ImageError(str(error))
-        images.append((replace(image, read=bytes), decoded))
+            crops = ImageError(str(error))
+        images.append((replace(image, read=bytes), crops))
         if len(images) == reader.config.batch_size:
             yield images, _messages().take()
             images = []

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -35,13 +35,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ClaimedShard:
-    """A shard that this process has claimed and encodes.
+    """A shard of one resolution that this process has claimed and encodes.
 
     Attributes:
+        place: the place of the resolution among those of the task.
         pending: batches that were started and not yet collected.
         is_read: all of its images are in a batch or skipped.
     """
 
+    place: int
     number: int
     claim: Claim
     moments: LatentMoments
@@ -55,11 +57,11 @@ class ClaimedShard:
 
 
 class Turn(NamedTuple):
-    """An image that a thread decodes. If `image` is None, it stands for the end of the shard."""
+    """An image that a thread decodes, for a shard of each resolution. If `image` is None, it stands for their end."""
 
-    shard: ClaimedShard
+    shards: list[ClaimedShard]
     image: SourceImage | None = None
-    decoded: Future[DecodedImage] | None = None
+    decoded: Future[list[DecodedImage | ImageError]] | None = None
 
 
 class Batch(NamedTuple):
@@ -84,23 +86,26 @@ class Pipeline:
         self.task = task
         self._is_main = os.environ.get("RANK", "0") == "0"
         self._batches_in_flight = batches_in_flight or (2 if task.device.type == "cuda" else 1)
-        self._waiting: dict[Size, list[tuple[SourceImage, DecodedImage]]] = defaultdict(list)  # until a batch is full
+        # by the resolution's place and the crop's size, until a batch is full
+        self._waiting: dict[tuple[int, Size], list[tuple[SourceImage, DecodedImage]]] = defaultdict(list)
         self._in_flight: deque[Batch] = deque()
         self._written: deque[Future[None]] = deque()
-        self._held: dict[int, ClaimedShard] = {}  # the shards that this process has claimed
+        self._held: dict[
+            tuple[int, int], ClaimedShard
+        ] = {}  # place, number -> the shards that this process has claimed
         self._num_skipped = 0
         self._has_warned = may_double
         self._bar = tqdm(disable=True)
 
     def run(self) -> None:
-        """Encode all shards that no other process encodes, and finish the data set if nothing is left.
+        """Encode all shards that no other process encodes, and finish the data sets of which nothing is left.
 
         Raises:
             OSError: when the disk is full. Finished shards stay, and the same command continues.
         """
         self._bar = tqdm(
-            total=self.task.shards.total,
-            initial=self.task.images_done(),
+            total=self.task.crops_in_all,
+            initial=self.task.crops_done(),
             unit=" images",
             disable=not self._is_main,
             smoothing=0.05,
@@ -112,15 +117,20 @@ class Pipeline:
                 decoders.shutdown(cancel_futures=True)
                 for shard in self._held.values():
                     shard.claim.release()
-        finish(self.task.folder, is_main=self._is_main)
+        for target in self.task.targets:
+            if not target.folder.is_complete:
+                finish(target.folder, is_main=self._is_main)
 
-    def claim(self, number: int) -> ClaimedShard | None:
-        """Take a shard, unless it is done or left to another process."""
-        claim = self.task.folder.claim(number)
-        if claim is None:
-            return None
-        shard = self._held[number] = ClaimedShard(number, claim, LatentMoments(self.task.latent_channels))
-        return shard
+    def claim(self, number: int) -> list[ClaimedShard]:
+        """Take a shard for each resolution for which it is neither done nor left to another process."""
+        claimed = []
+        for place, target in enumerate(self.task.targets):
+            claim = target.folder.claim(number)
+            if claim is not None:
+                shard = ClaimedShard(place, number, claim, LatentMoments(self.task.latent_channels))
+                self._held[place, number] = shard
+                claimed.append(shard)
+        return claimed
 
     def encode(self, turns: Iterable[Turn]) -> None:
         """Encode the images of claimed shards, and write each shard when it has ended.
@@ -134,9 +144,9 @@ class Pipeline:
         with ThreadPoolExecutor(1) as self._writer:
             for turn in turns:
                 if turn.image is None or turn.decoded is None:
-                    self._end(turn.shard)
+                    self._end(turn.shards)
                 else:
-                    self._add(turn.shard, turn.image, turn.decoded)
+                    self._add(turn.shards, turn.image, turn.decoded)
             self._collect(down_to=0)
             while self._written:
                 self._written.popleft().result()
@@ -149,12 +159,12 @@ class Pipeline:
         count = len(self.task.shards)
         first = int(os.environ.get("RANK", "0")) * count // int(os.environ.get("WORLD_SIZE", "1"))
         for number in [*range(first, count), *range(first)]:
-            shard = self.claim(number)
-            if shard is None:
+            shards = self.claim(number)
+            if not shards:
                 continue
             for image in self.task.shards.images(number):
-                yield Turn(shard, image, decoders.submit(self.task.reader.decode, image))
-            yield Turn(shard)
+                yield Turn(shards, image, decoders.submit(self.task.reader.decode, image))
+            yield Turn(shards)
 
     def _ahead(self, turns: Iterable[Turn]) -> Iterator[Turn]:
         """The same turns, taken from the iterator early enough that all threads have work."""
@@ -166,27 +176,36 @@ class Pipeline:
                 yield window.popleft()
         yield from window
 
-    def _add(self, shard: ClaimedShard, image: SourceImage, future: Future[DecodedImage]) -> None:
-        """Put an image into the batch of its size, and start that batch when it is full."""
+    def _add(
+        self, shards: list[ClaimedShard], image: SourceImage, future: Future[list[DecodedImage | ImageError]]
+    ) -> None:
+        """Put an image into the batches of its sizes, and start those that are full."""
+        crops: Sequence[DecodedImage | ImageError]
         try:
-            decoded = future.result()
+            crops = future.result()
         except ImageError as error:
             raise_if_passing(error)
-            shard.skip(image, str(error))
-            self._count(encoded=0, skipped=1)
-            return
-        size = decoded.placement.target_size
-        self._waiting[size].append((image, decoded))
-        if len(self._waiting[size]) == self.task.config.batch_size:
-            self._launch(shard, self._waiting.pop(size))
+            crops = [error] * len(self.task.targets)
+        for shard in shards:
+            decoded = crops[shard.place]
+            if isinstance(decoded, ImageError):
+                shard.skip(image, str(decoded))
+                self._count(encoded=0, skipped=1)
+                continue
+            key = shard.place, decoded.placement.target_size
+            self._waiting[key].append((image, decoded))
+            if len(self._waiting[key]) == self.task.config.batch_size:
+                self._launch(shard, self._waiting.pop(key))
 
-    def _end(self, shard: ClaimedShard) -> None:
+    def _end(self, shards: list[ClaimedShard]) -> None:
         """Start the batches that did not become full. The next shard's images are not added to them."""
-        for size in sorted(self._waiting):
-            self._launch(shard, self._waiting[size])
+        at_place = {shard.place: shard for shard in shards}
+        for place, size in sorted(self._waiting):
+            self._launch(at_place[place], self._waiting[place, size])
         self._waiting.clear()
-        shard.is_read = True
-        self._write_if_encoded(shard)
+        for shard in shards:
+            shard.is_read = True
+            self._write_if_encoded(shard)
 
     def _launch(self, shard: ClaimedShard, images: list[tuple[SourceImage, DecodedImage]]) -> None:
         moments = self.task.encoder.launch([decoded.pixels for _, decoded in images])
@@ -233,12 +252,12 @@ class Pipeline:
             self._written.popleft().result()  # no more than one shard waits in memory; a full disk is seen early
 
     def _write(self, shard: ClaimedShard) -> None:
-        task = self.task
+        task, target = self.task, self.task.targets[shard.place]
         rows = sorted(shard.rows, key=lambda pair: pair[0].index)
         others = task.shards.columns([image for _, image in rows])
         table = table_of([row for row, _ in rows], others, task.shards.features, task.config)
         skipped = sorted(shard.skipped, key=lambda line: line["index"])
-        is_new = task.folder.write_shard(shard.number, table, task.reader.row_bytes, shard.moments, skipped)
+        is_new = target.folder.write_shard(shard.number, table, target.crops.row_bytes, shard.moments, skipped)
         if not is_new and not self._has_warned:
             self._has_warned = True
             why = "although this one had locked it" if shard.claim.is_locked else "while this one encoded it"
@@ -249,7 +268,7 @@ class Pipeline:
                 why,
             )
         shard.claim.release()
-        del self._held[shard.number]
+        del self._held[shard.place, shard.number]
 
     def _count(self, encoded: int, skipped: int) -> None:
         self._bar.update(encoded + skipped)

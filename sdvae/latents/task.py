@@ -8,22 +8,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
-from sdvae.data import ImageStream, ReadOptions, cover, open_source_or_stream, open_stream, read_image
+from sdvae.data import ImageError, ImageStream, ReadOptions, cover, open_source_or_stream, open_stream, read_image
 from sdvae.errors import InputError
 from sdvae.io import is_inside, utf8
 from sdvae.latents.buckets import Placement, Size, bucket_sizes, place
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.encoder import MomentEncoder, PendingMoments, choose_device, choose_precision, encoder_sha256
+from sdvae.latents.folder import MANIFEST
 from sdvae.latents.rows import posterior_values, row_bytes, to_bytes
 from sdvae.latents.shards import RangeShards, Shards, SourceImage, StreamShards, rows_per_shard
 from sdvae.latents.writer import LatentWriter
-from sdvae.model import Autoencoder, DiagonalGaussian
+from sdvae.model import DiagonalGaussian
 from sdvae.model.kinds import has_posterior
 from sdvae.noise import sample_seed
 from sdvae.roundtrip import say_if_no_posterior
 from sdvae.runtime import DTYPES
+from sdvae.storage import open_storage
 from sdvae.weights import load_vae
 
 
@@ -39,18 +42,30 @@ class DecodedImage:
 
 
 @dataclass(frozen=True)
+class Crops:
+    """What is cut out of the images for one resolution.
+
+    Attributes:
+        reading: how files are read; images that are too small for this resolution are refused.
+        sizes: height and width of the crops, in pixels.
+        row_bytes: bytes of the latents of an image.
+    """
+
+    reading: ReadOptions
+    sizes: tuple[Size, ...]
+    row_bytes: int
+
+
+@dataclass(frozen=True)
 class ImageReader:
     """How images are found and prepared for the encoder. It needs no VAE and can be sent to other processes.
 
     Attributes:
-        sizes: height and width of the images for the encoder, in pixels.
-        row_bytes: bytes of the latents of an image.
+        crops: one for each resolution.
     """
 
     config: EncodeConfig
-    options: ReadOptions
-    sizes: tuple[Size, ...]
-    row_bytes: int
+    crops: tuple[Crops, ...]
 
     def open_shards(self) -> Shards:
         """Open the source and divide it into shards.
@@ -67,24 +82,48 @@ class ImageReader:
                     "got shard_rows for a stream, of which each file becomes a shard; leave shard_rows out"
                 )
             return StreamShards(source, config.columns)
-        rows = config.shard_rows or rows_per_shard(len(source), self.row_bytes)
+        rows = config.shard_rows or rows_per_shard(len(source), sum(crops.row_bytes for crops in self.crops))
         return RangeShards(source, config.columns, rows)
 
-    def decode(self, image: SourceImage) -> DecodedImage:
-        """Read, decode, resize and crop an image.
+    def decode(self, image: SourceImage) -> list[DecodedImage | ImageError]:
+        """Read and decode an image, and resize and crop it for each resolution.
+
+        Returns:
+            One for each resolution: what the encoder gets, or why the image cannot be used for that resolution.
 
         Raises:
-            ImageError: when it cannot be used.
+            ImageError: when it cannot be used at all.
         """
         data = image.read()
-        decoded = read_image(data, self.options)
-        size = (decoded.height, decoded.width)
-        placement = place(size, self.sizes)
+        reading = self.crops[0].reading
+        decoded = read_image(data, reading if len(self.crops) == 1 else replace(reading, min_side=1))
+        sha256 = hashlib.sha256(data).hexdigest()
+        return [self._crop(decoded, sha256, crops) for crops in self.crops]
+
+    def _crop(self, decoded: Image, sha256: str, crops: Crops) -> DecodedImage | ImageError:
+        size, orientation = (decoded.height, decoded.width), decoded.info["orientation"]
+        try:
+            crops.reading.check_side(*(size if orientation > 4 else decoded.size))  # width and height in the file
+        except ImageError as error:
+            return error
+        placement = place(size, crops.sizes)
         height, width = placement.target_size
         pixels = np.asarray(cover(decoded, width, height))
         pixels = pixels if pixels.ndim == 3 else pixels[:, :, None]
-        sha256 = hashlib.sha256(data).hexdigest()
-        return DecodedImage(pixels, sha256, size, decoded.info["orientation"], placement)
+        return DecodedImage(pixels, sha256, size, orientation, placement)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The data set of one resolution, which is written.
+
+    Attributes:
+        fingerprint: the settings and hashes that determine the rows, except for rounding.
+    """
+
+    crops: Crops
+    folder: LatentWriter
+    fingerprint: dict[str, Any]
 
 
 class EncodeTask:
@@ -99,8 +138,7 @@ class EncodeTask:
         reader: what finds and prepares the images.
         shards: the shards of the source.
         encoder: the VAE's encoder.
-        folder: the data set that is written.
-        fingerprint: the settings and hashes that determine the rows, except for rounding.
+        targets: the data sets that are written, one for each resolution.
 
     Raises:
         InputError: when the VAE or the source does not fit the options.
@@ -115,7 +153,6 @@ class EncodeTask:
             say_if_no_posterior(vae, config.vae, "the latents that it gives are stored alone, in the column mean")
             config = replace(config, store="mean")
         self.config = config
-        sizes = bucket_sizes(config, vae.spatial_compression_ratio)
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
         reading = ReadOptions(
@@ -126,28 +163,46 @@ class EncodeTask:
             color=config.color,
         )
         self.latent_channels = vae.config.latent_channels
-        bytes_of_a_row = row_bytes(sizes, vae.spatial_compression_ratio, self.latent_channels, config)
-        self.reader = ImageReader(config, reading.for_crops(config.resolution), sizes, bytes_of_a_row)
+        crops = []
+        for resolution in config.outputs:
+            sizes = bucket_sizes(config, resolution, vae.spatial_compression_ratio)
+            bytes_of_a_row = row_bytes(sizes, vae.spatial_compression_ratio, self.latent_channels, config)
+            crops.append(Crops(reading.for_crops(resolution), sizes, bytes_of_a_row))
+        self.reader = ImageReader(config, tuple(crops))
         if is_inside(config.output, config.source):
             raise InputError(f"got output {config.output} inside the source {config.source}; choose another folder")
         self.shards = self.reader.open_shards()
         self.vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-        self.fingerprint = self._fingerprint(vae)
+        sha256, identity = encoder_sha256(vae), self.shards.identity()
+        self.targets = [
+            Target(of_one, LatentWriter(output, config.part_numbers), self._fingerprint(sha256, identity, of_one))
+            for of_one, output in zip(crops, config.outputs.values(), strict=True)
+        ]
         self.encoder = MomentEncoder(vae, self.device, self.precision, config.mirror)
-        self.folder = LatentWriter(config.output, config.part_numbers)
 
     def begin(self) -> None:
-        """Start the data set, or continue it.
+        """Start the data sets, or continue them.
 
         Raises:
-            InputError: when the folder holds something else, or latents that were made with other options.
+            InputError: when a folder holds something else, or latents that were made with other options.
         """
-        self.folder.begin(self.fingerprint, utf8(self.config.source), self.vae_config)
+        if len(self.targets) > 1 and open_storage(self.config.output).exists(MANIFEST):
+            raise InputError(
+                f"{self.config.output} holds the latents of one resolution; need a folder for several; choose another"
+            )
+        for target in self.targets:
+            target.folder.begin(target.fingerprint, utf8(self.config.source), self.vae_config)
 
-    def images_done(self) -> int:
-        """The images of the shards that were done when this process last looked, as far as their number is known."""
+    @property
+    def crops_in_all(self) -> int | None:
+        """The number of images times that of resolutions; None if it is not known."""
+        return None if self.shards.total is None else self.shards.total * len(self.targets)
+
+    def crops_done(self) -> int:
+        """Those of the shards that were done when this process last looked, as far as their number is known."""
         shards = range(len(self.shards))
-        return sum(self.shards.count(shard) or 0 for shard in shards if self.folder.is_done(shard))
+        folders = [target.folder for target in self.targets]
+        return sum((self.shards.count(shard) or 0) * sum(f.is_done(shard) for f in folders) for shard in shards)
 
     @torch.inference_mode()
     def stored_values(
@@ -201,13 +256,13 @@ class EncodeTask:
             return None
         return {name: to_bytes(values) for name, values in columns.items()}
 
-    def _fingerprint(self, vae: Autoencoder) -> dict[str, Any]:
+    def _fingerprint(self, sha256: str, identity: dict[str, Any], crops: Crops) -> dict[str, Any]:
         # Batch size and number of threads only change rounding, so they are left out.
         config = self.config
         # the weights determine the rest
         network = {key: self.vae_config[key] for key in ("norm_num_groups", "act_fn") if key in self.vae_config}
         return {
-            "vae": {"encoder_sha256": encoder_sha256(vae), **network, "precision": self.precision},
+            "vae": {"encoder_sha256": sha256, **network, "precision": self.precision},
             "stored": {
                 "what": config.store,
                 "dtype": config.dtype,
@@ -215,12 +270,12 @@ class EncodeTask:
                 **({"seed": config.seed} if config.store == "sample" else {}),
             },
             "images": {
-                "sizes": [list(size) for size in self.reader.sizes],
+                "sizes": [list(size) for size in crops.sizes],
                 "background": list(config.background),
-                "min_side": self.reader.options.min_side,
-                "max_pixels": self.reader.options.max_pixels,
-                "color": self.reader.options.color,
+                "min_side": crops.reading.min_side,
+                "max_pixels": crops.reading.max_pixels,
+                "color": crops.reading.color,
             },
-            "source": {"split": config.split, "image_column": config.image_column, **self.shards.identity()},
+            "source": {"split": config.split, "image_column": config.image_column, **identity},
             "shards": len(self.shards),
         }

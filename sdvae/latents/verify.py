@@ -40,7 +40,14 @@ def verify(task: EncodeTask) -> None:
     Raises:
         InputError: with the names of broken shards, unless `repair` is set.
     """
-    folder, config = task.folder, task.config
+    faults = [fault for place in range(len(task.targets)) if (fault := _verify(task, place))]
+    if faults:
+        raise InputError(f"{'; '.join(faults)}; repair: --repair true")
+
+
+def _verify(task: EncodeTask, place: int) -> str | None:
+    """Check the data set of the resolution at a place, and say what is wrong with it if that is not repaired."""
+    folder, config = task.targets[place].folder, task.config
     columns = value_columns(config)
     listed = {shard: len(lines) for shard, lines in folder.skipped_lines().items()}
     sound: dict[int, int] = {}  # shard -> its rows
@@ -54,13 +61,13 @@ def verify(task: EncodeTask) -> None:
             sound[shard] = entry["rows"]
         except ShardFault as fault:
             broken[shard] = str(fault)
-    compared, worst, differing = _encode_again(task, sound)
+    compared, worst, differing = _encode_again(task, place, sound)
     broken |= differing
     for shard, reason in sorted(broken.items()):
         logger.warning("%s: %s", folder.shard_name(shard), reason)
     logger.info(
         "%s: %d of %d shards with %d rows are whole; %d rows encoded again differ by at most %.2g std",
-        config.output,
+        folder.storage,
         len(sound),
         folder.num_shards,
         sum(sound.values()),
@@ -69,9 +76,11 @@ def verify(task: EncodeTask) -> None:
     )
     if broken and not config.repair:
         named = "; ".join(f"{folder.shard_name(k)} {reason}" for k, reason in sorted(broken.items())[:3])
-        raise InputError(f"{len(broken)} of {folder.num_shards} shards are broken ({named}); repair: --repair true")
+        of = f" of {folder.storage}" if len(task.targets) > 1 else ""
+        return f"{len(broken)} of {folder.num_shards} shards{of} are broken ({named})"
     if broken:
         folder.undo(sorted(broken))
+    return None
 
 
 def _check_content(folder: LatentWriter, shard: int, num_rows: int, columns: list[str]) -> None:
@@ -98,17 +107,18 @@ def _first_not_finite(rows: list[dict[str, Any]], dtype: torch.dtype, columns: l
     return None
 
 
-def _encode_again(task: EncodeTask, sound: Mapping[int, int]) -> tuple[int, float, dict[int, str]]:
+def _encode_again(task: EncodeTask, place: int, sound: Mapping[int, int]) -> tuple[int, float, dict[int, str]]:
     """Encode some rows of whole shards again and compare.
 
     Args:
         task: holds the encoder.
+        place: the place of the data set's resolution among those of the task.
         sound: shard -> number of its rows.
 
     Returns:
         The number of rows, their greatest difference in standard deviations, and {shard: what is wrong with it}.
     """
-    config, folder = task.config, task.folder
+    config, folder = task.config, task.targets[place].folder
     shards = list(sound)
     chosen = _choose(list(sound.values()), config.verify_rows, config.seed)
     if not chosen:
@@ -123,7 +133,7 @@ def _encode_again(task: EncodeTask, sound: Mapping[int, int]) -> tuple[int, floa
         for image in task.shards.images(shard):
             if image.index not in stored:
                 continue
-            fault, difference = _compare(task, image, stored.pop(image.index), std)
+            fault, difference = _compare(task, place, image, stored.pop(image.index), std)
             compared += 1
             worst = max(worst, difference)
             if fault is not None:
@@ -133,11 +143,14 @@ def _encode_again(task: EncodeTask, sound: Mapping[int, int]) -> tuple[int, floa
     return compared, worst, differing
 
 
-def _compare(task: EncodeTask, image: SourceImage, stored: dict[str, Any], std: Tensor) -> tuple[str | None, float]:
+def _compare(
+    task: EncodeTask, place: int, image: SourceImage, stored: dict[str, Any], std: Tensor
+) -> tuple[str | None, float]:
     """Encode an image again and compare it with its row.
 
     Args:
         task: holds the encoder.
+        place: the place of the row's resolution among those of the task.
         image: an image of the source.
         stored: the image's row.
         std: (C,), the standard deviation of the data set's latents.
@@ -146,7 +159,9 @@ def _compare(task: EncodeTask, image: SourceImage, stored: dict[str, Any], std: 
         What is wrong with the row, or None, and its greatest difference in standard deviations.
     """
     try:
-        decoded = task.reader.decode(image)
+        decoded = task.reader.decode(image)[place]
+        if isinstance(decoded, ImageError):
+            raise decoded
     except ImageError as error:  # no fault of the row
         raise_if_passing(error)
         logger.warning("%s can no longer be read, so its row is not compared: %s", printable(image.name), error)
@@ -157,7 +172,7 @@ def _compare(task: EncodeTask, image: SourceImage, stored: dict[str, Any], std: 
     if values is None:
         return "is not finite when encoded again", 0.0
     difference = 0.0
-    dtype = task.folder.dtype
+    dtype = task.targets[place].folder.dtype
     for name, data in values.items():
         new, old = (from_bytes(d, dtype, stored["shape"]) for d in (data, stored[name]))
         scale = torch.ones_like(std) if name.startswith("logvar") else std.where(std > 0, 1.0)
