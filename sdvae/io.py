@@ -91,8 +91,14 @@ def replacing(target: Path) -> Iterator[Path]:
     refuse_url(target, "target")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(target)
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    temporary.unlink()
     try:
         yield temporary
+        for path in [temporary, *temporary.rglob("*")]:
+            if path.is_file() and path.stat().st_mode != mode:
+                path.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
         _flush(temporary)
         if temporary.is_dir() and target.is_dir():  # os.replace cannot replace a folder that holds something
             retired = target.with_name(f".{target.name}.old-{uuid.uuid4().hex}")

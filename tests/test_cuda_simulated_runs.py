@@ -40,7 +40,11 @@ EACH_VALIDATED_BATCH = {"metrics/image.py:image_metrics": 1, "metrics/image.py:p
 AT_THE_START = {"training/build.py:lay_out", "training/build.py:build_perceptual", "training/players.py:__init__"}
 AT_THE_START |= {"training/loop.py:_probe", "training/preflight.py:probe", "training/state.py:load"}
 AT_THE_START |= {"training/players.py:load_optimizer"}
-AT_A_VALIDATION = {"training/validation.py:validate", "training/validation.py:measure_latents", "statistics.py:update"}
+AT_A_VALIDATION = {
+    "training/validation.py:validate",
+    "training/validation.py:measure_latents",
+    "statistics.py:_in_float64",
+}
 AT_A_VALIDATION |= {"weights/read.py:<listcomp>", "model/autoencoder.py:save_pretrained"}
 AT_A_VALIDATION |= {"tutorial/conditional.py:_embedded"}
 AT_A_CHECKPOINT = {"training/checkpoint.py:<dictcomp>", "training/state.py:state_dict"}
@@ -193,7 +197,7 @@ def test_evaluate_gives_the_figures_of_the_cpu(how, vae, photographs, tmp_path):
         "roundtrip.py:_now": 3 * batches + 6,  # to measure time; the first batch is a warm-up and a probe too
         "metrics/memory.py:with_peak_memory": 2,
         "evaluation/evaluate.py:_measure": 3 * batches,  # images to the device, and both kinds back for the pictures
-        "statistics.py:update": batches,
+        "statistics.py:_in_float64": batches,
         "metrics/image.py:psnr": 2 * batches,
         "metrics/image.py:image_metrics": batches,
         "metrics/image.py:image_figures": batches,

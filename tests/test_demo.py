@@ -15,7 +15,7 @@ import gradio as gr
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import Page
 from safetensors import safe_open
@@ -471,7 +471,10 @@ def wait_for_picture(page: Page, wanted: Image.Image, place: str = ".pair") -> N
     for _ in range(100):
         try:
             shown = pictures(page, place=place)[-1]
-        except PlaywrightError:  # gradio writes an image that comes a second time anew, under a reader's eyes
+        except (
+            PlaywrightError,
+            UnidentifiedImageError,
+        ):  # gradio writes an image that comes a second time anew, under a reader's eyes
             page.wait_for_timeout(100)
             continue
         if shown.size == wanted.size and levels(shown, wanted) <= 2:

@@ -136,6 +136,7 @@ def test_a_pages_python_runs_and_its_claims_hold(page, desk, monkeypatch):
         "docs/inference.md": inference,
         "docs/latents.md": latents,
         "docs/scale.md": scale,
+        "docs/speed.md": speed,
         "docs/vae.md": tutorial,
     }
     if page in claims:
@@ -168,6 +169,10 @@ def scale(names: dict[str, Any]) -> None:
     assert names["batch"]["caption"] == ["a", "b"]
 
 
+def speed(names: dict[str, Any]) -> None:
+    assert names["forms"].layout in ("contiguous", "channels_last")
+
+
 def tutorial(names: dict[str, Any]) -> None:
     assert names["pictures"].shape == names["anything"].shape == (5, 1, 28, 28)
 
@@ -178,6 +183,7 @@ def test_the_pages_that_hold_python_are_all_run():
         "docs/inference.md",
         "docs/latents.md",
         "docs/scale.md",
+        "docs/speed.md",
         "docs/training.md",
         "docs/vae.md",
     }

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL as StockAutoencoderKL
+from diffusers import AutoencoderTiny as StockAutoencoderTiny
 from PIL import Image
 
 from sdvae import load_vae, save_vae
 from sdvae.cli import main
-from sdvae.data import center_crop, open_source, read_image
-from sdvae.weights.load import PACKAGED_VAE
+from sdvae.data import center_crop, open_source, read_image, to_tensor
+from sdvae.weights.load import PACKAGED_STUDENT, PACKAGED_VAE
 
 
 @pytest.fixture
@@ -52,6 +53,23 @@ def test_the_packaged_vae_is_diffusers_own_and_its_factor_is_the_latents():
     assert 0.7 < float(z.std()) < 1.4, "about one, on photographs that it has never seen"
     psnr = -10 * torch.log10(((x - y) / 2).square().mean((1, 2, 3)))
     assert float(psnr.mean()) > 22
+
+
+@pytest.mark.slow
+def test_the_packaged_student_is_diffusers_own_and_draws_what_the_packaged_vae_decodes():
+    assert sum(path.stat().st_size for path in PACKAGED_STUDENT.iterdir()) <= 2_000_000
+    student = StockAutoencoderTiny.from_pretrained(PACKAGED_STUDENT, torch_dtype=torch.float32)
+    vae, source = load_vae(), open_source("skimage")
+    pictures = [center_crop(read_image(source.read(i)), 256) for i in range(len(source))]
+    x = torch.stack([to_tensor(picture) for picture in pictures])
+    with torch.no_grad():
+        z = vae.encode(x).latent_dist.mode()
+        y = vae.decode(z).sample.clamp(-1, 1)
+        preview = student.decode(z * vae.config.scaling_factor).sample.clamp(-1, 1)
+        own = student.encode(x).latents
+    psnr = -10 * torch.log10(((y - preview) / 2).square().mean((1, 2, 3)))
+    assert float(psnr.mean()) > 26
+    assert float((own - z * vae.config.scaling_factor).square().mean()) < 0.05
 
 
 def test_a_photograph_comes_back_in_its_size(photo, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -402,3 +403,16 @@ def test_single_file_that_lacks_weights_is_refused(how, tmp_path):
     torch.save(weights, tmp_path / "vae.bin")
     with pytest.raises(InputError, match=r"vae.bin lacks weights"):
         AutoencoderKL.from_single_file(str(tmp_path / "vae.bin"), config=str(tmp_path), **how)
+
+
+def test_files_can_be_read_by_whom_the_umask_lets_read_them(tmp_path):
+    """safetensors 0.8 makes files that only their owner can read, also where a group shares the disk."""
+    before = os.umask(0o027)
+    try:
+        save_vae(load_vae(), tmp_path / "folder")
+        save_ldm(load_vae(), tmp_path / "single.safetensors")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 3
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}

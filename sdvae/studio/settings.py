@@ -51,7 +51,7 @@ class DemoOptions(ColorOption):
     """A second VAE, shown beside the first."""
     student: str | None = None
     """A student of the first VAE (`sdvae distil`), given as the VAE is. Its picture is shown while a setting changes,
-    until the VAE's own is there."""
+    until the VAE's own is there. The VAE inside this package comes with one."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 lets other machines use the page."""
     port: int = 7860

@@ -39,6 +39,7 @@ FIRST_KEYS = ("encoder.conv_in.weight", "decoder.conv_in.weight")  # show the pr
 NO_WEIGHTS = ("loss.", "model_ema.", "global_step")
 STEM = "diffusion_pytorch_model"  # diffusers' name for the file of weights, without its ending
 PACKAGED_VAE = Path(__file__).parents[1] / "pretrained" / "small_f8c4"
+PACKAGED_STUDENT = PACKAGED_VAE.with_name("small_f8c4_student")
 
 
 def load_vae(

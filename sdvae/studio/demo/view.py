@@ -31,6 +31,7 @@ from sdvae.roundtrip import check_image_channels, crop_to, decode_images, encode
 from sdvae.runtime import accelerator_type
 from sdvae.studio.explore.moves import lerp, slerp
 from sdvae.weights import load_vae
+from sdvae.weights.load import PACKAGED_STUDENT
 
 SHEET_WIDTH = 768  # approximate width in pixels of the picture of all channels
 # Size of the largest layer's maps up to which an image is computed as a whole, which takes three times as much memory.
@@ -53,12 +54,13 @@ class Model:
 
         Args:
             source: a source for `load_vae`; None is the VAE of this package.
-            student: the same for a student of it.
+            student: the same for a student of it; by default, if `source` is None, that of this package.
 
         Raises:
             InputError: when it cannot be read, its images are neither grey nor RGB, or the student is not of its shape.
         """
         vae = _loaded(source)
+        student = str(PACKAGED_STUDENT) if source is None and student is None else student
         small = None if student is None else _loaded(student)
         if small is not None and _shape(small) != _shape(vae):
             raise InputError(
