@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
 from sdvae.kernels.speed import speed_up
-from sdvae.kernels.upsample import FastUpsample
+from sdvae.kernels.upsample import FastUpsample, upsample_conv, upsample_conv_transposed
 from sdvae.kernels.winograd import FastConv3x3
 from sdvae.latents.encoder import MomentEncoder
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
@@ -228,7 +228,16 @@ def test_speed_up_leaves_a_vae_on_a_gpu_as_it_is(cuda, caplog):
     speed_up(gpu)
     assert not gpu.use_slicing
     assert not any(isinstance(module, FastConv3x3 | FastUpsample) for module in gpu.modules())
-    assert "stays as it is" in caplog.text
+    assert "keeps torch's layers" in caplog.text
+
+
+@pytest.mark.parametrize("form", [upsample_conv, upsample_conv_transposed])
+def test_the_forms_of_upsampling_do_not_make_a_gpu_wait(cuda, form):
+    x, weight = (torch.randn(shape, device="cuda") for shape in ((1, 8, 5, 6), (4, 8, 3, 3)))
+    cuda.waits.clear()
+    y = form(x, weight, None)
+    assert y.shape == (1, 4, 10, 12)
+    assert not cuda.waits
 
 
 # Training

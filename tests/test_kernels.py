@@ -441,3 +441,62 @@ def test_calibration_times_what_is_there():
 def test_what_cannot_be_chosen_is_refused_in_one_line(make, arguments, message):
     with pytest.raises(InputError, match=message):
         speed_up(make(), **arguments)
+
+
+WAYS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None])[0],
+    "forward gradients": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "trace": lambda f, x: torch.jit.trace(f, x[:1])(x),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("form", ["four taps", "winograd"])
+def test_transformed_and_traced_layers_are_the_ordinary_ones(form, way):
+    """torch.func and the tracer look into a layer, and know torch's own operations alone."""
+    if form == "winograd" and not has_nnpack():
+        pytest.skip("needs NNPACK")
+    vae = tiny_vae(block_out_channels=(64,) * 2).requires_grad_(False)
+    layer, x = vae.decoder.up_blocks[0].upsamplers[0], randn(2, 64, 8, 8, seed=1)
+    expected = WAYS[way](layer, x)
+    names = dict(vae.named_modules())
+    at = next(name for name, module in names.items() if module is layer)
+    use(vae, Forms("contiguous", {at: "four taps"} if form == "four taps" else {f"{at}.conv": "winograd"}))
+    torch.testing.assert_close(WAYS[way](layer, x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_image_without_a_batch_is_computed_as_before():
+    vae, x = tiny_vae(), randn(3, 16, 16, seed=1)
+    with torch.no_grad():
+        expected = vae.encoder.conv_in(x)
+        use(vae, Forms("contiguous", {"encoder.conv_in": "winograd"} if has_nnpack() else {}))
+        torch.testing.assert_close(vae.encoder.conv_in(x), expected)
+
+
+@pytest.mark.parametrize("given", [64, (32.0, 32.0), (64, 64, 3), "64x64"])
+def test_calibrate_needs_height_and_width(given):
+    with pytest.raises(InputError, match="need height and width of the images, in pixels"):
+        speed_up(tiny_vae(), calibrate=given)
+
+
+def test_a_calibration_that_fails_leaves_torchs_layers():
+    vae = tiny_vae()
+    vae.enable_tiling(memory_bytes=1)
+    with pytest.raises(InputError):
+        speed_up(vae, calibrate=(64, 64))
+    assert not any(isinstance(module, tuple(FORMS["cpu"].values())) for module in vae.modules())
+    assert vae.encoder.conv_in.weight.is_contiguous()
+    assert not vae.use_slicing
+
+
+def test_a_triton_that_cannot_be_imported_is_not_used(tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('no driver')")
+    code = "from sdvae.kernels.group_norm import kernels; print(kernels())"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == "None"
+    assert "Triton is installed, but cannot be imported, and is not used: no driver" in ran.stderr

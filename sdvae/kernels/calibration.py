@@ -29,7 +29,7 @@ from sdvae.errors import InputError, one_line
 from sdvae.kernels.forms import FORMS, LAYOUTS, Forms, change_class, make_ordinary, own_modules, use
 from sdvae.kernels.group_norm import kernels
 from sdvae.kernels.winograd import has_nnpack
-from sdvae.model import Autoencoder
+from sdvae.model import Autoencoder, AutoencoderTiny
 from sdvae.model.blocks import Downsample, ResnetBlock, Upsample, activated
 from sdvae.model.plain import kind_of
 from sdvae.model.tiling import is_known
@@ -130,8 +130,8 @@ def _units(vae: Autoencoder, size: tuple[int, int]) -> Iterator[Unit]:
     """
     if any(getattr(module, "label_proj", None) is not None for module in vae.modules()):
         raise InputError("got calibrate for a conditional VAE; need one without labels; leave calibrate out")
-    if not hasattr(vae.encoder, "conv_in"):
-        raise InputError(f"got calibrate for an {type(vae).__name__}; need an AutoencoderKL; leave calibrate out")
+    if isinstance(vae, AutoencoderTiny):
+        raise InputError("got calibrate for an AutoencoderTiny; need an AutoencoderKL; leave calibrate out")
     with torch.device("meta"):
         twin: Any = type(vae)(**{key: value for key, value in vae.config.items() if not key.startswith("_")})
     twin.eval()

@@ -13,14 +13,27 @@ def is_ordinary(*tensors: Tensor | None) -> bool:
     return all(x is None or type(x) in (Tensor, nn.Parameter) for x in tensors)
 
 
+def is_recorded() -> bool:
+    """Whether the call is compiled, traced, or part of a transformation of torch.func or of forward-mode gradients.
+
+    All of these look into a layer's computation, and know torch's own operations alone.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def fits_conv3x3(x: Tensor, conv: nn.Conv2d, device_type: str) -> bool:
     """Whether `conv` of x is a 3x3 conv of stride 1 and padding 1, on a device of this type, outside a compiler.
 
     It reads only the layer's weight and bias.
     """
-    if torch.compiler.is_compiling():
+    if is_recorded():
         return False
-    plain = is_ordinary(x) and type(conv.weight) is nn.Parameter
+    plain = is_ordinary(x) and x.ndim == 4 and type(conv.weight) is nn.Parameter
     here = x.device.type == conv.weight.device.type == device_type
     unchanged = has_geometry(conv, 3, padding=1) and not is_replaced(conv)
     return plain and here and unchanged and x.shape[0] > 0

@@ -11,6 +11,7 @@ between blocks. It is left out.
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,17 +21,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdvae.kernels.fitness import is_ordinary, layout_of
+from sdvae.errors import one_line
+from sdvae.kernels.fitness import is_ordinary, is_recorded, layout_of
 from sdvae.model.blocks import ResnetBlock
 from sdvae.model.plain import is_conv, is_plain
+
+logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
 def kernels() -> Any:
-    """The module of the kernels; None without Triton. It is imported on first use."""
-    return import_module("sdvae.kernels.triton_norm") if find_spec("triton") else None
+    """The module of the kernels; None without a Triton that can be imported. It is imported on first use."""
+    if find_spec("triton") is None:
+        return None
+    try:
+        return import_module("sdvae.kernels.triton_norm")
+    except ImportError as error:
+        logger.warning("Triton is installed, but cannot be imported, and is not used: %s", one_line(error))
+        return None
 
 
 class FastGroupNorm(nn.GroupNorm):
@@ -98,7 +108,7 @@ class FastResnetBlock(ResnetBlock):
 
 def _fits(x: Tensor, *weights: Tensor) -> bool:
     """Whether a kernel can compute a layer with these weights: one device, one dtype, nothing quantised or traced."""
-    if torch.compiler.is_compiling() or kernels() is None:
+    if is_recorded() or kernels() is None:
         return False
     alike = all(weight.device == x.device and weight.dtype == x.dtype for weight in weights)
     here = x.device.type == kernels().DEVICE_TYPE and not torch.is_autocast_enabled(x.device.type)

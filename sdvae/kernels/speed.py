@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import nn
 
+from sdvae.errors import InputError
 from sdvae.kernels.calibration import faster, fastest
 from sdvae.kernels.fitness import layout_of
 from sdvae.kernels.forms import FORMS, Forms, own_modules, use
@@ -62,19 +63,31 @@ def speed_up(
     Raises:
         InputError: when `forms` or `calibrate` does not fit the VAE.
     """
+    sides = [type(side) for side in calibrate] if isinstance(calibrate, tuple | list) else calibrate
+    if sides not in (None, [int, int]):
+        raise InputError(f"got calibrate={calibrate}; need height and width of the images, in pixels")
     device_type = vae.device.type
     if device_type == "cpu":
         keep_freed_memory()
-    if device_type not in FORMS or (device_type != "cpu" and calibrate is None and forms is None):
-        kernels = "its kernels were not measured there; pass calibrate=(height, width) to time them"
-        reason = kernels if device_type in FORMS else "there are kernels for CPUs and CUDA alone"
-        logger.warning("the VAE is on %s and stays as it is: %s", vae.device, reason)
+    if device_type not in FORMS:
+        logger.warning("the VAE is on %s and stays as it is: there are kernels for CPUs and CUDA alone", vae.device)
         return Forms()
+    if device_type != "cpu" and calibrate is None and forms is None:
+        logger.warning(
+            "the VAE is on %s and keeps torch's layers: other kernels were not measured there; pass "
+            "calibrate=(height, width) to time them",
+            vae.device,
+        )
     if forms is None and calibrate is not None:
-        slicing = vae.use_slicing
-        measured = fastest(vae, calibrate, dtype or vae.dtype)
-        forms = faster(vae, calibrate, dtype or vae.dtype, by_rules(vae, dtype), measured)
-        vae.use_slicing = slicing
+        ordinary, slicing = as_it_is(vae), vae.use_slicing
+        try:
+            measured = fastest(vae, calibrate, dtype or vae.dtype)
+            forms = faster(vae, calibrate, dtype or vae.dtype, by_rules(vae, dtype), measured)
+        except BaseException:
+            use(vae, ordinary)  # torch's layers, in the layout that they had
+            raise
+        finally:
+            vae.use_slicing = slicing
     forms = by_rules(vae, dtype) if forms is None else forms
     use(vae, forms)
     logger.log(logging.DEBUG if calibrate is None else logging.INFO, "speed_up on %s: %s", vae.device, forms)
@@ -84,15 +97,19 @@ def speed_up(
 def by_rules(vae: Autoencoder, dtype: torch.dtype | None = None) -> Forms:
     """The forms for a machine that is not measured: on a CPU those of docs/speed.md, elsewhere the ordinary layers."""
     if vae.device.type != "cpu":
-        weight = next(weight for weight in vae.decoder.parameters() if weight.ndim == 4)
-        last = layout_of(weight) == torch.channels_last
-        return Forms("channels_last" if last else "contiguous")
+        return as_it_is(vae)
     winograd = takes_winograd(vae, dtype)
     layers = {name: "four taps" for name, module in own_modules(vae) if kind_of(module) is Upsample}
     if winograd:
         convs = [name for name, module in own_modules(vae) if is_conv3x3(module)]
         layers |= dict.fromkeys(convs, "winograd")
     return Forms("contiguous" if winograd else "channels_last", layers)
+
+
+def as_it_is(vae: Autoencoder) -> Forms:
+    """torch's layers, in the layout that the weights have."""
+    weight = next(weight for weight in vae.decoder.parameters() if weight.ndim == 4)
+    return Forms("channels_last" if layout_of(weight) == torch.channels_last else "contiguous")
 
 
 def is_conv3x3(module: nn.Module) -> bool:

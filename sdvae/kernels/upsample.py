@@ -22,12 +22,6 @@ from sdvae.model.blocks import Upsample
 from sdvae.model.plain import is_conv
 from sdvae.model.posterior import at_least_fp32
 
-# Along one side, TAPS[parity, pixel, tap] is 1 if, at output positions of this parity, the conv's tap (0, 1 or 2) reads
-# this pixel (0: the earlier, 1: the later) of the map before it was doubled.
-TAPS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-# The same for the transposed conv, in which tap 3 - parity - 2 · pixel reads that pixel.
-TRANSPOSED_TAPS = torch.stack([TAPS[1, 1], TAPS[0, 1], TAPS[1, 0], TAPS[0, 0]])  # (4, 3)
-
 
 class FastUpsample(Upsample):
     """Nearest x2 and a 3x3 conv computed as one, unless the conv uses Winograd."""
@@ -69,6 +63,18 @@ class CudaTransposedUpsample(TransposedUpsample):
     device_type = "cuda"
 
 
+def taps_of(weight: Tensor) -> Tensor:
+    """Which of the conv's taps read which pixel, along one side.
+
+    Returns:
+        (2, 2, 3): [parity, pixel, tap] is 1 if, at output positions of this parity, the tap reads this pixel (0: the
+        earlier, 1: the later) of the map before it was doubled, else 0. Dtype and device are those of the weight. It is
+        computed there, since a copy from the host would make a GPU wait.
+    """
+    parity, pixel, tap = (torch.arange(n, device=weight.device) for n in (2, 2, 3))
+    return (pixel[:, None] == (tap + 1 - parity[:, None, None]) // 2).to(weight.dtype)
+
+
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """conv3x3(nearest x2 of x), computed as a 2x2 conv to 4 · O channels, which are then interleaved.
 
@@ -85,7 +91,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         exact = at_least_fp32(weight)
-        taps = TAPS.to(exact)
+        taps = taps_of(exact)
         summed = torch.einsum("apk,bql,ockl->abocpq", taps, taps, exact).flatten(0, 2)  # (4·O, C, 2, 2)
     bias = None if bias is None else bias.repeat(4)
     phases = F.conv2d(x, summed.to(weight.dtype), bias, padding=1)  # (B, 4·O, H + 1, W + 1)
@@ -96,7 +102,7 @@ def upsample_conv_transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     """`upsample_conv` as y[s, t] = Σ_ij v[s + 1 - 2i, t + 1 - 2j] x[i, j], with a kernel v of 4x4."""
     with torch.autocast(x.device.type, enabled=False):
         exact = at_least_fp32(weight)
-        taps = TRANSPOSED_TAPS.to(exact)
+        taps = taps_of(exact).flip(0, 1).transpose(0, 1).flatten(0, 1)  # tap 3 - parity - 2 · pixel reads that pixel
         summed = torch.einsum("uk,vl,ockl->couv", taps, taps, exact).to(weight.dtype)  # (C, O, 4, 4)
         summed = summed.contiguous(memory_format=layout_of(weight))
     return F.conv_transpose2d(x, summed, bias, stride=2, padding=1)
