@@ -111,7 +111,7 @@ def _plain(reason: str) -> str:
     for name, meaning in _TYPES.items():
         need = need.replace(name, meaning)
     need = need.replace("tuple with", "a list with")
-    need = re.sub(r"tuple\[\w+, \.\.\.\]", "a list such as '[a, b]'", need)
+    need = re.sub(r"tuple\[\w+, \.\.\.\]", "several as in --key A B", need)
     return f"got {wrong['key']}={wrong['value']}; need {need.replace('typing.Literal', 'one of ')}"
 
 

@@ -30,7 +30,7 @@ from sdvae.model import Autoencoder
 from sdvae.roundtrip import compute_device, decode_images, encode_images, pad_to_multiple
 from sdvae.runtime import accelerator_type
 from sdvae.statistics import LatentRGB, RGBFactors
-from sdvae.weights.save import RGB_FACTORS
+from sdvae.weights.save import RGB_FACTORS, factors_beside
 
 BATCH_SIZE = 4  # images
 PREVIEWS = "Previews"  # heading of the section in a model card
@@ -193,7 +193,7 @@ class Preview:
         Returns:
             The written file.
         """
-        path = vae / RGB_FACTORS if vae.is_dir() else vae.with_name(f"{vae.stem}.{RGB_FACTORS}")
+        path = factors_beside(vae)
         content = {
             "latent_rgb_factors": self.map.factors.tolist(),
             "latent_rgb_factors_bias": self.map.bias.tolist(),

@@ -613,7 +613,10 @@ def test_verify_sees_that_an_image_was_exchanged(vae, tmp_path):
         (["--source=X", "--output=Y", "--mirrror=true"], "unknown key 'mirrror'.*did you mean 'mirror'"),
         (["--output=Y"], "source"),
         (["--source=/nowhere/at/all", "--output=Y"], "no such folder"),
-        (["--source=skimage", "--output=Y", "--resolution=100"], "100 x 100; need multiples of 8.*crop to 96"),
+        (
+            ["--source=skimage", "--output=Y", "--resolution=100"],
+            "100 x 100; need multiples of 8.*choose resolution 96",
+        ),
         (
             ["--source=skimage", "--output=Y", "--buckets=area", "--resolution=100"],
             "a resolution that the step divides",

@@ -155,7 +155,7 @@ def test_the_command_line_takes_one_or_several(arguments, resolution):
         (["32", "32"], "got resolution=[32, 32]; need one or several, each of them once"),
         (["32", "0"], "got resolution=[32, 0]; need at least 1"),
         (["32", "50"], "got images of 50 x 50; need multiples of 4"),
-        (["32", "wide"], "need a whole number or a list such as '[a, b]'"),
+        (["32", "wide"], "need a whole number or several as in --key A B"),
     ],
 )
 def test_bad_resolutions_are_one_line_and_write_nothing(vae, photos, tmp_path, capsys, given, said):
@@ -172,3 +172,9 @@ def test_a_folder_of_one_data_set_is_not_filled_with_others(vae, photos, tmp_pat
     with pytest.raises(InputError, match="holds the latents of one resolution"):
         encode(options(photos, tmp_path / "out", vae, resolution=RESOLUTIONS))
     assert not (tmp_path / "out" / "32").exists()
+
+
+def test_the_folder_of_several_is_refused_with_the_name_of_one(vae, photos, tmp_path):
+    encode(options(photos, tmp_path / "out", vae, resolution=RESOLUTIONS))
+    with pytest.raises(InputError, match=r"holds those of several resolutions; choose .*/out/32"):
+        LatentDataset(tmp_path / "out")

@@ -22,6 +22,7 @@ from sdvae.roundtrip import encode_images, round_trip
 from sdvae.statistics import LatentHealth, LatentMoments
 from sdvae.studio.demo import view
 from sdvae.weights import export_targets, load_kl, save_taesd
+from sdvae.weights.load import PACKAGED_VAE
 from tests.latents_tools import tiny_vae
 
 SMALL = {
@@ -289,11 +290,6 @@ def test_encode_stores_the_means_alone_and_the_data_set_says_so(folder, pictures
     assert statistics["latents_std"] == pytest.approx(batch.double().std((0, 2, 3), correction=0).tolist(), rel=1e-6)
 
     encode(EncodeConfig(**{**vars(config), "verify": True}))  # encodes rows again and compares
-    assert main(["convert", str(tmp_path / "z"), str(tmp_path / "kohya"), "--to", "kohya"]) == 0
-    assert [line for line in caplog.messages if "sd-scripts multiplies latents" in line]  # these are scaled already
-    for i in range(3):
-        (file,) = (tmp_path / "kohya").glob(f"{i}_*.npz")
-        assert np.array_equal(np.load(file)["latents"], latents[i]["latents"].numpy())
     with pytest.raises(InputError, match="need store=mean"):
         encode(EncodeConfig(**{**vars(config), "output": str(tmp_path / "s"), "store": "sample"}))
     capfd.readouterr()
@@ -331,3 +327,33 @@ def test_the_demo_shows_a_student(folder, pictures, tmp_path):
     saved = load_file(tmp_path / "z.safetensors")
     assert list(saved) == ["mean"]
     torch.testing.assert_close(saved["mean"], student().encode(encoded.x).latents, rtol=1e-4, atol=1e-5)
+
+
+def test_the_latents_of_a_student_are_called_scaled_and_not_written_for_a_trainer_that_scales(
+    folder, pictures, tmp_path, capsys
+):
+    config = EncodeConfig(str(pictures), str(tmp_path / "z"), vae=str(folder), resolution=32, min_side=1)
+    encode(config)
+    card = (tmp_path / "z" / "README.md").read_text()
+    assert "Scaled latents of a student" in card
+    assert "sample=False" in card
+    assert "Measured here" not in card
+    assert main(["convert", str(tmp_path / "z"), str(tmp_path / "k"), "--to=kohya"]) == 2
+    assert "got latents of a student, which are scaled already" in capsys.readouterr().err
+    assert not (tmp_path / "k").exists()
+
+
+def test_rgb_factors_of_an_overwritten_file_do_not_stay(tmp_path, capsys):
+    target = str(tmp_path / "vae.safetensors")
+    images = ["--data=skimage", "--count=2", "--resolution=64"]
+    assert main(["export", str(PACKAGED_VAE), target, *images]) == 0
+    assert (tmp_path / "vae.latent_rgb_factors.json").is_file()
+    assert main(["export", str(PACKAGED_VAE), target]) == 0
+    assert not (tmp_path / "vae.latent_rgb_factors.json").exists()
+    assert main(["export", str(PACKAGED_VAE), target, "--count=2"]) == 2
+    assert "got count or resolution without data" in capsys.readouterr().err
+
+
+def test_a_command_with_two_teachers_is_refused(capsys):
+    assert main(["distil", "one", "--distil.teacher", "two"]) == 2
+    assert "got one and --distil.teacher; need one of them" in capsys.readouterr().err

@@ -47,6 +47,8 @@ def _run(name: str, arguments: Sequence[str]) -> None:
     run, positional, urls, first = COMMANDS[name]
     options = get_type_hints(run)["options"]
     if first and arguments and not arguments[0].startswith("-"):
+        if any(argument.partition("=")[0] == f"--{first}" for argument in arguments):
+            raise InputError(f"got {arguments[0]} and --{first}; need one of them; leave one out")
         arguments = [f"--{first}={arguments[0]}", *arguments[1:]]
     run(parse_options(options, arguments, f"sdvae {name}", run.__doc__, positional, urls))
 

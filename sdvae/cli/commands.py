@@ -88,6 +88,8 @@ class ExportOptions(ColorOption):
     """With `data`: side in pixels of the square that is cropped from the centre of each image."""
 
     def __post_init__(self) -> None:
+        if self.data is None and (self.count, self.resolution) != (64, 256):
+            raise InputError("got count or resolution without data; they are for fitting RGB factors; add --data")
         name = self.target.lower()
         if name.endswith((".ckpt", ".pt", ".pth", ".bin")) and not name.endswith(("_encoder.pth", "_decoder.pth")):
             raise InputError(

@@ -45,7 +45,7 @@ def bucket_sizes(config: EncodeConfig, resolution: int, multiple: int) -> tuple[
     """
     if config.buckets == "none":
         sizes = {(resolution, resolution)}
-        fix = f"crop to {max(multiple, resolution // multiple * multiple)}"
+        fix = f"choose resolution {max(multiple, resolution // multiple * multiple)}"
     elif config.buckets == "sdxl":
         both = {*SDXL_PORTRAITS, *((w, h) for h, w in SDXL_PORTRAITS)}
         scaled = {(h * resolution, w * resolution) for h, w in both}

@@ -26,6 +26,7 @@ from sdvae.errors import InputError, first_few
 from sdvae.io import printable, replacing
 from sdvae.latents.folder import LatentFolder, ShardFault
 from sdvae.latents.rows import ORIENTATION, OUR_COLUMNS, is_value
+from sdvae.latents.summary import is_of_student
 from sdvae.model import DiagonalGaussian
 from sdvae.noise import sample_seed
 
@@ -258,6 +259,11 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _check_kohya(source: _Source) -> None:
+    if is_of_student(source.vae):
+        raise InputError(
+            "got latents of a student, which are scaled already, and sd-scripts scales them; need latents of its "
+            "teacher; encode with that VAE"
+        )
     channels, compression = source.vae["latent_channels"], 2 ** (len(source.vae["block_out_channels"]) - 1)
     if (channels, compression) != (4, 8):
         raise InputError(

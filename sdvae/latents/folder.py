@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdvae.data import kinds_of
-from sdvae.errors import InputError, one_line
+from sdvae.errors import InputError, first_few, one_line
 from sdvae.runtime import DTYPES
 from sdvae.storage import is_bad_content, open_storage
 
@@ -78,9 +78,18 @@ class LatentFolder:
         try:
             self._read()
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{self.storage} holds no {MANIFEST}; need a folder that `sdvae encode` wrote") from error
+            several = self._resolutions()
+            hint = f"; it holds those of several resolutions; choose {first_few(several)}" if several else ""
+            raise InputError(
+                f"{self.storage} holds no {MANIFEST}; need a folder that `sdvae encode` wrote{hint}"
+            ) from error
         if finished and not self.is_complete:
             raise InputError(f"{self.storage} is not complete; run `sdvae encode` with the same options again")
+
+    def _resolutions(self) -> list[str]:
+        """The data sets of several resolutions that were encoded into this folder of a disk."""
+        root = Path(str(self.storage))
+        return sorted(str(path.parent) for path in root.glob(f"*/{MANIFEST}") if path.parent.name.isdigit())
 
     def _read(self) -> None:
         where = self.storage.where(MANIFEST)

@@ -26,6 +26,7 @@ from sdvae.latents.buckets import Size
 from sdvae.latents.encoder import PendingMoments
 from sdvae.latents.rows import LatentRow, table_of
 from sdvae.latents.shards import SourceImage, raise_if_passing
+from sdvae.latents.summary import is_of_student
 from sdvae.latents.task import DecodedImage, EncodeTask
 from sdvae.latents.writer import Claim, LatentWriter
 from sdvae.statistics import LatentMoments
@@ -283,9 +284,10 @@ def finish(folder: LatentWriter, *, is_main: bool = True) -> None:
     if not is_main:
         return
     if is_finished:
-        factors = folder.manifest["statistics"]
         logger.info("%s: %s", folder.storage, folder.counts())
-        logger.info("scaling_factor %s, shift_factor %s", factors["scaling_factor"], factors["shift_factor"])
+        if not is_of_student(folder.manifest["vae_config"]):
+            factors = folder.manifest["statistics"]
+            logger.info("scaling_factor %s, shift_factor %s", factors["scaling_factor"], factors["shift_factor"])
     else:
         folder.refresh()
         left = sum(not folder.is_done(shard) for shard in range(folder.num_shards))

@@ -16,6 +16,11 @@ from sdvae.statistics import LatentMoments
 STORED = {"moments": "posterior means and log-variances", "sample": "samples", "mean": "posterior means"}
 
 
+def is_of_student(vae_config: Mapping[str, Any]) -> bool:
+    """Whether the latents are those of an AutoencoderTiny, which gives them as a diffusion model sees them."""
+    return "latent_magnitude" in vae_config
+
+
 def statistics_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The statistics of all rows, under the keys of a VAE's config.
 
@@ -49,7 +54,15 @@ def card(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> st
     fingerprint = manifest["fingerprint"]
     stored, images, vae = fingerprint["stored"], fingerprint["images"], fingerprint["vae"]
     sizes = ", ".join(f"{height} x {width}" for height, width in images["sizes"])
-    factors = {key: value for key, value in manifest["statistics"].items() if key.endswith("factor")}
+    scaled = is_of_student(manifest["vae_config"])
+    what = "Scaled latents of a student" if scaled else f"Unscaled {STORED[stored['what']]}"
+    factors = {} if scaled else {k: v for k, v in manifest["statistics"].items() if k.endswith("factor")}
+    measured = ", ".join(f"{key} {value:.6g}" for key, value in factors.items() if value is not None)
+    loaded, drawn = {
+        "moments": ('LatentDataset("this folder")', "a fresh sample of each posterior"),
+        "sample": ('LatentDataset("this folder")', "the stored samples"),
+        "mean": ('LatentDataset("this folder", sample=False)', "the stored means"),
+    }[stored["what"]]
     scaling_factor = manifest["vae_config"].get("scaling_factor")
     # The cache of `datasets` tells two data sets apart only by this head and the folder's last name.
     content = hashlib.sha256("".join(entry["sha256"] for entry in shards).encode()).hexdigest()
@@ -65,17 +78,20 @@ tags:
 # Latents of {printable(os.path.basename(manifest["source"].rstrip("/")) or manifest["source"])}
 
 {manifest["rows"]} images ({manifest["skipped"]} skipped, see skipped.jsonl), encoded with `sdvae encode`, which the
-project's README describes. Unscaled {STORED[stored["what"]]}
+project's README describes. {what}
 in {stored["dtype"]}{", also of the mirror images" if stored["mirror"] else ""}.
 
 - VAE: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}, scaling_factor {scaling_factor}
-- Images: {sizes} (height x width)
-- Measured here: {", ".join(f"{key} {value:.6g}" for key, value in factors.items() if value is not None)}
+- Images: {sizes} (height x width){
+        measured
+        and f'''
+- Measured here: {measured}'''
+    }
 
 ```python
 from sdvae import LatentDataset
 
-for batch in LatentDataset("this folder").loader(batch_size=64):
-    batch["latents"]  # (64, C, h, w), a fresh sample of each posterior, scaled as a diffusion model sees it
+for batch in {loaded}.loader(batch_size=64):
+    batch["latents"]  # (64, C, h, w), {drawn}, scaled as a diffusion model sees it
 ```
 """

@@ -54,6 +54,7 @@ def save_ldm(vae: Autoencoder, path: str | Path, *, dtype: torch.dtype | None = 
     ldm = {key: weight.cpu().contiguous() for key, weight in to_ldm(_checked_weights(model, dtype)).items()}
     with replacing(path) as temporary:
         save_file(ldm, temporary, metadata={"format": "pt", **metadata_of(model.config)})
+    factors_beside(path).unlink(missing_ok=True)  # those of the VAE that was there before
 
 
 def save_taesd(student: Autoencoder, path: str | Path, *, dtype: torch.dtype | None = None) -> list[Path]:
@@ -91,7 +92,13 @@ def save_taesd(student: Autoencoder, path: str | Path, *, dtype: torch.dtype | N
                 save_file(own, temporary, metadata={"format": "pt"})
             else:
                 torch.save(own, temporary)
+        factors_beside(file).unlink(missing_ok=True)
     return [files[part] for part in PARTS]
+
+
+def factors_beside(vae: Path) -> Path:
+    """The file of RGB factors in a VAE's folder, or beside its file."""
+    return vae / RGB_FACTORS if vae.is_dir() else vae.with_name(f"{vae.stem}.{RGB_FACTORS}")
 
 
 def save_as(vae: Autoencoder, target: str | Path) -> list[Path]:
@@ -258,7 +265,7 @@ def _student_targets(config: Any) -> dict[str, str | None]:
         "diffusers": None,
         "comfyui": _reason(comfyui),
         "a1111": _reason(a1111),
-        "kohya": "shows no previews",
+        "kohya": "it has no previews",
     }
 
 
