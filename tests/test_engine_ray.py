@@ -158,7 +158,7 @@ def test_the_command_is_killed_and_run_again_over_a_bucket(cluster, clean, vae, 
 
 
 def test_several_resolutions_have_the_files_of_a_run_without_ray(cluster, clean, vae, tmp_path):
-    config = dataclasses.replace(on(cluster, tmp_path / "ray", clean, vae), resolution=(32, 48))
+    config = dataclasses.replace(on(cluster, tmp_path / "ray", clean, vae), resolution=(32, 48), shard_rows=60)
     encode(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as many as a node of the cluster has CPUs
