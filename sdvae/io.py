@@ -91,14 +91,9 @@ def replacing(target: Path) -> Iterator[Path]:
     refuse_url(target, "target")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(target)
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    temporary.unlink()
     try:
         yield temporary
-        for path in [temporary, *temporary.rglob("*")]:
-            if path.is_file() and path.stat().st_mode != mode:
-                path.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
+        _make_readable(temporary)
         _flush(temporary)
         if temporary.is_dir() and target.is_dir():  # os.replace cannot replace a folder that holds something
             retired = target.with_name(f".{target.name}.old-{uuid.uuid4().hex}")
@@ -121,6 +116,17 @@ def replacing(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _make_readable(path: Path) -> None:
+    """Give files that only their owner can read the mode of any new file. safetensors 0.8 makes such files."""
+    private = [file for file in (path, *path.rglob("*")) if file.is_file() and not file.stat().st_mode & 0o077]
+    if private:
+        new = temporary_beside(path)
+        new.touch()
+        for file in private:
+            shutil.copymode(new, file)
+        new.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -8,7 +8,7 @@ import difflib
 import json
 import re
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -53,7 +53,8 @@ def parse_options(
         InputError: for an unknown key, with the known key nearest to it, for a value of the wrong type, or for a URL.
     """
     fields = {field.name: field for field in dataclasses.fields(options)}
-    known = set(_keys(options))
+    hints = dict(_hints(options))
+    known = set(hints)
     files, others = ([], list(argv)) if "config" in fields else _files_apart(argv)
     for key, origin in _given_keys(files, others, known):
         if key not in known and key not in ("print_config", "help"):
@@ -67,16 +68,16 @@ def parse_options(
         parser.add_argument("--config", action="config", help="options in YAML; may be given more than once")
     unnamed = {name for name in positional if fields[name].default is dataclasses.MISSING}
     parser.add_class_arguments(options, skip=unnamed)
-    types, helps = get_type_hints(options), _helps(options)
+    helps = _helps(options)
     for name in positional:
-        item, several = _item_type(types[name])
+        item, several = _item_type(hints[name])
         if name in unnamed:
             settings: dict[str, Any] = {"nargs": "+"} if several else {}
         else:  # no default here, since it would replace the value of the option of the same name
             settings = {"nargs": "*" if several else "?", "default": argparse.SUPPRESS}
         parser.add_argument(name, type=item, help=helps[name], **settings)
     try:
-        arguments: Namespace = parser.parse_args([*(f"--config={file}" for file in files), *_joined(options, others)])
+        arguments: Namespace = parser.parse_args([*(f"--config={file}" for file in files), *_joined(hints, others)])
     except ArgumentError as error:
         raise InputError(f"{_plain(one_line(error))} (see {program} --help)") from error
     for key, text in _texts(arguments.as_dict()):
@@ -133,9 +134,9 @@ def _item_type(hint: Any) -> tuple[Any, bool]:
     return (arguments[0], True) if arguments[-1:] == (Ellipsis,) else (hint, False)
 
 
-def _joined(options: type, argv: Sequence[str]) -> list[str]:
+def _joined(hints: Mapping[str, Any], argv: Sequence[str]) -> list[str]:
     """The same arguments, with `--key A B` written as `--key=[A,B]` for the options that take several values."""
-    items = {key: item for key, hint in _hints(options) if (item := _item_of_several(hint)) is not None}
+    items = {key: item for key, hint in hints.items() if (item := _item_of_several(hint)) is not None}
     joined, rest = [], deque(argv)
     while rest:
         argument = rest.popleft()
@@ -162,7 +163,7 @@ def _item_of_several(hint: Any) -> tuple[Any, bool] | None:
 
 
 def _hints(options: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, type) of all fields."""
+    """(dotted name, type) of all fields: `loss`, `loss.kl_weight`, …"""
     for name, hint in get_type_hints(options).items():
         yield prefix + name, hint
         if dataclasses.is_dataclass(hint):
@@ -173,14 +174,6 @@ def _helps(options: type) -> dict[str, str | None]:
     """The docstring of each field."""
     classes = [cls for cls in reversed(options.__mro__) if dataclasses.is_dataclass(cls)]
     return {entry.arg_name: entry.description for cls in classes for entry in parse_from_object(cls).params}
-
-
-def _keys(options: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields: `loss`, `loss.kl_weight`, …"""
-    for field in dataclasses.fields(options):
-        yield prefix + field.name
-        if dataclasses.is_dataclass(field.default_factory):
-            yield from _keys(field.default_factory, f"{prefix}{field.name}.")
 
 
 def _files_apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -231,10 +231,7 @@ def test_a_student_follows_the_slider_until_the_vae_has_decoded(with_student, ph
     slow = with_student.vae.decoder.register_forward_pre_hook(lambda *_: time.sleep(1.5))
     try:
         with serving(with_student) as url:
-            page = browser_page.page
-            page.goto(url)
-            page.set_input_files("#first input[type=file]", photographs[0])
-            page.wait_for_selector(".figures table")
+            page = opened(browser_page, url, photographs[0])
             for noise in ("0.5", "0.6", "0.7"):  # the VAE is still decoding the first
                 page.fill("#noise input[type=range]", noise)
                 wait_for_picture(page, show_preview(with_student, encoded, Edits(noise=float(noise)))[1])
@@ -261,10 +258,7 @@ def test_the_page_shows_the_reconstruction_and_follows_its_sliders(model, photog
     socket.getaddrinfo = recording
     try:
         with serving(model) as url:
-            page = browser_page.page
-            page.goto(url)
-            page.set_input_files("#first input[type=file]", photographs[0])
-            page.wait_for_selector(".figures table")
+            page = opened(browser_page, url, photographs[0])
             _, y = direct(photographs[0])
             shown = pictures(page)
             assert levels(shown[0], Image.open(photographs[0])) == 0
@@ -464,6 +458,15 @@ def pictures(page: Page, which: int = 0, place: str = ".pair") -> list[Image.Ima
     page.wait_for_function(f"document.querySelectorAll('{place}')[{which}].querySelectorAll('img').length >= 1")
     sources = [image.get_attribute("src") for image in page.locator(place).nth(which).locator("img").all()]
     return [Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB") for source in sources]
+
+
+def opened(browser_page, url: str, photograph: Path) -> Page:
+    """The page with a photograph, when the VAE has decoded it."""
+    page = browser_page.page
+    page.goto(url)
+    page.set_input_files("#first input[type=file]", photograph)
+    page.wait_for_selector(".figures table")
+    return page
 
 
 def wait_for_picture(page: Page, wanted: Image.Image, place: str = ".pair") -> None:

@@ -85,7 +85,6 @@ class BucketTable:
     """
 
     def __init__(self, storage: Storage, files: Sequence[str], column: str, features: Features, folder: Storage):
-
         self._storage = storage
         self._files = list(files)
         self._column = column

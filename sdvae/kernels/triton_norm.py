@@ -96,15 +96,21 @@ def _scale_and_shift(
 
 
 @triton.jit
+def _part_of_map(positions, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Image, positions (ROWS, 1) and channels (1, COLUMNS) of this program, and which of them are in the map."""
+    image = tl.program_id(2).to(tl.int64)
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :].to(tl.int64)
+    return image, place, column, (place < positions) & (column < channels)
+
+
+@triton.jit
 def _scaled(
     x, out, scale, shift, positions, channels, x_b, x_c, x_p, out_b, out_c, out_p,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out = silu(x · scale + shift)"""
-    image = tl.program_id(2).to(tl.int64)
-    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :].to(tl.int64)
-    mask = (place < positions) & (column < channels)
+    image, place, column, mask = _part_of_map(positions, channels, ROWS, COLUMNS)
     factor = tl.load(scale + image * channels + column, mask=column < channels, other=0.0)
     offset = tl.load(shift + image * channels + column, mask=column < channels, other=0.0)
     value = tl.load(x + image * x_b + column * x_c + place * x_p, mask=mask, other=0.0).to(tl.float32)
@@ -119,10 +125,7 @@ def _summed(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """h += x + bias"""
-    image = tl.program_id(2).to(tl.int64)
-    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :].to(tl.int64)
-    mask = (place < positions) & (column < channels)
+    image, place, column, mask = _part_of_map(positions, channels, ROWS, COLUMNS)
     target = h + image * h_b + column * h_c + place * h_p
     value = tl.load(target, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(x + image * x_b + column * x_c + place * x_p, mask=mask, other=0.0).to(tl.float32)

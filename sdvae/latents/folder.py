@@ -27,6 +27,7 @@ import torch
 
 from sdvae.data import kinds_of
 from sdvae.errors import InputError, first_few, one_line
+from sdvae.latents.summary import is_of_student
 from sdvae.runtime import DTYPES
 from sdvae.storage import is_bad_content, open_storage
 
@@ -240,7 +241,7 @@ class LatentFolder:
         Raises:
             InputError: when another VAE made these latents, or they do not vary, or for a student.
         """
-        if "latents_mean" not in vae_config:
+        if is_of_student(vae_config):
             raise InputError("got latents for a student, whose own latents are scaled already; leave the latents out")
         self.open(finished=True)
         if self.manifest["fingerprint"]["vae"]["encoder_sha256"] != encoder_sha256:

@@ -57,7 +57,8 @@ def card(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> st
     scaled = is_of_student(manifest["vae_config"])
     what = "Scaled latents of a student" if scaled else f"Unscaled {STORED[stored['what']]}"
     factors = {} if scaled else {k: v for k, v in manifest["statistics"].items() if k.endswith("factor")}
-    measured = ", ".join(f"{key} {value:.6g}" for key, value in factors.items() if value is not None)
+    figures = ", ".join(f"{key} {value:.6g}" for key, value in factors.items() if value is not None)
+    measured = f"\n- Measured here: {figures}" if figures else ""
     loaded, drawn = {
         "moments": ('LatentDataset("this folder")', "a fresh sample of each posterior"),
         "sample": ('LatentDataset("this folder")', "the stored samples"),
@@ -82,11 +83,7 @@ project's README describes. {what}
 in {stored["dtype"]}{", also of the mirror images" if stored["mirror"] else ""}.
 
 - VAE: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}, scaling_factor {scaling_factor}
-- Images: {sizes} (height x width){
-        measured
-        and f'''
-- Measured here: {measured}'''
-    }
+- Images: {sizes} (height x width){measured}
 
 ```python
 from sdvae import LatentDataset

@@ -20,7 +20,7 @@ PEAK_PSNR = 100.0  # dB; stands for an exact reconstruction, whose PSNR is infin
 
 
 def image_metrics(
-    images: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian | None, perceptual: Perceptual | None
+    images: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian, perceptual: Perceptual | None
 ) -> list[dict[str, float]]:
     """PSNR, SSIM, LPIPS and KL of each image.
 
@@ -30,7 +30,7 @@ def image_metrics(
     Args:
         images: (B, C, H, W) in [-1, 1].
         reconstruction: the same shape; clamped to [-1, 1] first.
-        posterior: the posterior of the images; None leaves the KL out.
+        posterior: the posterior of the images.
         perceptual: LPIPS; None leaves it out.
 
     Returns:
@@ -47,7 +47,7 @@ def image_metrics(
         "psnr": psnr(images, reconstruction),
         "ssim": inside.mean(dim=(1, 2, 3)),
     }
-    if posterior is not None and not posterior.deterministic:
+    if not posterior.deterministic:
         columns["kl"] = posterior.kl() / images[0].numel()
     if perceptual is not None:
         columns[perceptual.name] = perceptual(reconstruction, images)

@@ -135,14 +135,14 @@ def validate_student(
         lesson = teacher.lesson(images)
         assert lesson.picture is not None
         with accelerator.autocast():
-            latents = encode_images(student, images).mode()
+            posterior = encode_images(student, images)
             reconstruction = decode_images(student, lesson.z, images.shape[2:])
-            round_trip = decode_images(student, latents, images.shape[2:])
-        of_student = image_metrics(images, reconstruction, None, perceptual)
-        of_teacher = image_metrics(images, lesson.picture, None, perceptual)
-        between = image_metrics(lesson.picture.clamp(-1, 1), reconstruction, None, perceptual)
+            round_trip = decode_images(student, posterior.mode(), images.shape[2:])
+        of_student = image_metrics(images, reconstruction, posterior, perceptual)
+        of_teacher = image_metrics(images, lesson.picture, posterior, perceptual)
+        between = image_metrics(lesson.picture.clamp(-1, 1), reconstruction, posterior, perceptual)
         psnr_round_trip = psnr(images, round_trip).tolist()
-        errors = (latents.float() - lesson.mode).square().mean(dim=(1, 2, 3)).tolist()
+        errors = (posterior.mode().float() - lesson.mode).square().mean(dim=(1, 2, 3)).tolist()
         for i in range(len(images)):
             row: dict[str, Any] = {"index": batch["index"][i], "name": batch["name"][i], **of_student[i]}
             row |= {f"{name}_to_teacher": value for name, value in between[i].items()}
