@@ -19,10 +19,12 @@ PRESETS: dict[str, tuple[int, Literal["resize", "adm"]]] = {
     "imagenet_val_50k_256": (50_000, "adm"),
 }
 
+PROBE_STEPS = 500
+
 RANGES: Ranges = (
     ("at least 1", lambda x: x >= 1, "count min_side max_pixels batch_size"),
     (f"at least {SMALLEST_SIDE} for SSIM", lambda x: x >= SMALLEST_SIDE, "resolution"),
-    ("0 or more", lambda x: x >= 0, "images num_workers seed"),
+    ("0 or more", lambda x: x >= 0, "images num_workers seed probe_steps"),
 )
 
 
@@ -82,6 +84,13 @@ class EvaluateConfig:
     inception: str | None = None
     """Local file of torch-fidelity's Inception weights (weights-inception-2015-12-05-6726825d.pth); null downloads
     it."""
+    diffusability: bool = False
+    """Also measure how well a diffusion model can learn the latents (docs/diffusability.md): their spectrum,
+    equivariance, intrinsic dimension and entropy, a probe, and with `fid` iFID. Takes minutes on a CPU and holds the
+    latents of all images in memory."""
+    probe_steps: int = PROBE_STEPS
+    """With `diffusability`: training steps of the probe, a small diffusion model; 0 leaves it out. Figures compare only
+    at the same number of steps and images."""
     images: int = 4
     """Draw the first `images` originals beside all reconstructions; 0 draws nothing."""
     output: str = "evaluation"
@@ -98,6 +107,11 @@ class EvaluateConfig:
         if self.inception is not None and not self.fid:
             raise InputError(
                 f"got inception={self.inception} without fid; need fid=true to use it; set that, or leave it out"
+            )
+        if self.probe_steps != PROBE_STEPS and not self.diffusability:
+            raise InputError(
+                f"got probe_steps={self.probe_steps} without diffusability; need diffusability=true to use it; set "
+                "that, or leave it out"
             )
         doubled = sorted({vae for vae in self.vaes if self.vaes.count(vae) > 1})
         if doubled:

@@ -38,15 +38,33 @@ from sdvae.data import (
 )
 from sdvae.errors import InputError
 from sdvae.evaluation.config import PRESETS, EvaluateConfig
+from sdvae.evaluation.diffusability import (
+    check_count,
+    check_size,
+    collect,
+    fault_of,
+    halfway,
+    measure,
+    warn_of_few,
+)
 from sdvae.io import make_folder, replacing, utf8, version
+from sdvae.latents.scaling import scaling_of
 from sdvae.metrics.image import image_figures
 from sdvae.metrics.memory import with_peak_memory
 from sdvae.metrics.perceptual import Perceptual, perceptual_if_any
-from sdvae.metrics.table import csv_text, differences, jsonable, markdown_table, means
+from sdvae.metrics.table import (
+    DIFFUSABILITY_COLUMNS,
+    columns_with_figures,
+    csv_text,
+    differences,
+    jsonable,
+    markdown_table,
+    means,
+)
 from sdvae.model import Autoencoder
 from sdvae.noise import sample_seed
 from sdvae.pictures import tile_grid
-from sdvae.roundtrip import RoundTrip, check_image_channels, round_trip, say_if_no_posterior
+from sdvae.roundtrip import RoundTrip, check_image_channels, decode_images, round_trip, say_if_no_posterior
 from sdvae.runtime import DTYPES, accelerator_type
 from sdvae.statistics import LatentHealth, merged
 from sdvae.weights import load_vae
@@ -120,7 +138,6 @@ class Bench:
         """
         vae.to(self.state.device)
         measured = self._measure(name, vae, first).gathered()
-        vae.to("cpu")  # type: ignore[arg-type]
         if first:
             self.originals = _in_order(gather_object(self.originals))
         self.bad.add(gather_object(self.bad.items()))
@@ -134,6 +151,8 @@ class Bench:
                 *(name, not_finite, len(per_image), self.config.precision),
             )
         rfid = self._rfid(len(per_image))
+        diffusability = self._diffusability(name, vae, per_image) if self.config.diffusability else {}
+        vae.to("cpu")  # type: ignore[arg-type]
         encode_seconds, decode_seconds = zip(*measured.seconds, strict=True)
         return {
             "vae": name,
@@ -144,6 +163,7 @@ class Bench:
             "not_finite": not_finite,
             "means": means(per_image),
             "rfid": None if not_finite else rfid,
+            **diffusability,
             "active_channels": measured.health.moments.active_channels,
             "health": measured.health.metrics(),
             "complaints": measured.health.complaints(),
@@ -215,6 +235,38 @@ class Bench:
         y = reconstruction.clamp(-1, 1).where(finite, math.nan)
         return ((y + 1) * 127.5).round() / 127.5 - 1 if self.config.quantize else y
 
+    def _diffusability(self, name: str, vae: Autoencoder, per_image: list[dict[str, Any]]) -> dict[str, Any]:
+        """The figures of `sdvae.evaluation.diffusability`; those of single images are added to `per_image`.
+
+        Every process computes the figures of all images, since they depend on each other; iFID's images are divided.
+        """
+        batches = self._batches(f"{name}, diffusability")
+        images = sorted(gather_object(collect(vae, batches, self.config.seed)), key=lambda image: image.index)
+        check_count(len(images))
+        fault = fault_of(images)
+        if fault is not None:
+            logger.warning("%s has no diffusability: %s", name, fault)
+            return {}
+        ifid = self._ifid(vae, halfway(images))
+        measured = measure(
+            images, probe_steps=self.config.probe_steps, seed=self.config.seed, device=self.state.device, name=name
+        )
+        for figures in per_image:
+            figures |= measured.per_image[figures["index"]]
+        return {**measured.figures, "ifid": ifid, "diffusability": measured.details()}
+
+    @torch.inference_mode()
+    def _ifid(self, vae: Autoencoder, latents: Tensor) -> float | None:
+        """The FID of decoded latents (scaled for a diffusion model) to the originals; None if `fid` is not set."""
+        if self.fid is None:
+            return None
+        scaling, size = scaling_of(vae.config), (self.config.resolution,) * 2
+        mine = latents[self.state.process_index :: self.state.num_processes]
+        for z in mine.split(self.config.batch_size):
+            z = scaling.denormalize(z.to(self.state.device)).to(vae.dtype)
+            self.fid.add(self._as_measured(decode_images(vae, z, size).float()), real=False)
+        return self.fid.compute()
+
     def _rfid(self, images: int) -> float | None:
         """rFID of the reconstructions since the last call, or None if `fid` is not set."""
         if self.fid is None:
@@ -249,6 +301,8 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     for name, vae in vaes.items():
         check_image_channels(vae, name)
         say_if_no_posterior(vae, name, "it has no KL, and its latents are decoded as they are")
+        if config.diffusability:
+            check_size(vae, name, config.resolution)
     channels = {vae.config.in_channels for vae in vaes.values()}
     if len(channels) > 1:
         raise InputError(f"the VAEs take images of {sorted(channels)} channels; need one kind; evaluate them apart")
@@ -260,6 +314,8 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         channels=channels.pop(), min_side=config.min_side, max_pixels=config.max_pixels, color=config.color
     )
     bench = Bench(config, state, source, perceptual, fid, reading)
+    if config.diffusability:
+        check_count(bench.count)
     make_folder(Path(config.output))  # before the first image, so that a fault of the folder shows at once
     results: list[dict[str, Any]] = []
     for name, vae in vaes.items():
@@ -289,6 +345,8 @@ def _warn_of_few(images: int, config: EvaluateConfig) -> None:
 
         if images <= FEATURES:
             logger.warning("rFID of %d images is biased upwards; need more than its %d features", images, FEATURES)
+    if config.diffusability:
+        warn_of_few(images)
 
 
 def write(results: list[dict[str, Any]], bench: Bench) -> None:
@@ -301,6 +359,8 @@ def write(results: list[dict[str, Any]], bench: Bench) -> None:
     config = bench.config
     lpips_name = None if bench.perceptual is None else bench.perceptual.name
     table = markdown_table(results, lpips_name) + f"\n{_conditions(results[0], bench)}\n"
+    if config.diffusability:
+        table += f"\n{_diffusability_table(results)}"
     folder = Path(config.output)
     drawn = [result.pop("drawn") for result in results]
     about = {
@@ -333,6 +393,16 @@ def _conditions(result: dict[str, Any], bench: Bench) -> str:
     how = f"{config.resolution} x {config.resolution} pixels, crop «{config.crop}», the posterior's {config.latents}"
     rounded = ", rounded to 8 bits" if config.quantize else ""
     return f"Means over {images} ± 95 % confidence; {how}, {config.precision}{rounded}."
+
+
+def _diffusability_table(results: list[dict[str, Any]]) -> str:
+    """The second table, and a line about each of its columns."""
+    columns = columns_with_figures(results, None, DIFFUSABILITY_COLUMNS)
+    if not columns:
+        return ""
+    direction = {1: "higher is better", -1: "lower is better", 0: "neither high nor low is better"}
+    lines = [f"- {column.title}: {column.about}; {direction[column.better]}." for column in columns]
+    return markdown_table(results, None, columns) + "\n" + "\n".join(lines) + "\n"
 
 
 def _in_order(images: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:

@@ -17,12 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sdvae.metrics.equivariance import Transformation
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
-from sdvae.model.posterior import at_least_fp32
 from sdvae.roundtrip import bernoulli_mean
 from sdvae.training.config import EquivarianceConfig, LossConfig, OptimizerConfig
 from sdvae.tutorial.likelihood import bernoulli_error, free_bits_kl
@@ -158,28 +157,6 @@ class Outcome:
     real: Tensor
     fake: Tensor
     values: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Transformation:
-    """A transformation of images and latents: rotate by `quarter_turns` · 90 degrees, then shrink by `scale`."""
-
-    scale: float
-    quarter_turns: int
-
-    def __call__(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
-        """(B, C, H, W) images or latents -> (B, C, *size), with an antialiasing filter, computed in fp32 or wider."""
-        x = torch.rot90(x, self.quarter_turns, dims=(2, 3))
-        if x.shape[2:] == size:
-            return x
-        return F.interpolate(at_least_fp32(x), size=size, mode="bilinear", antialias=True, align_corners=False)
-
-    def latent_size(self, latents: Tensor) -> tuple[int, int]:
-        """Height and width of the transformed latents, at least 1 each."""
-        height, width = latents.shape[2:]
-        if self.quarter_turns % 2:
-            height, width = width, height
-        return max(1, round(height * self.scale)), max(1, round(width * self.scale))
 
 
 def transformation_at(step: int, seed: int, config: EquivarianceConfig) -> Transformation | None:

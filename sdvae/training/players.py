@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdvae.errors import require
+from sdvae.metrics.equivariance import Transformation
 from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny, DiagonalGaussian
 from sdvae.roundtrip import decode_output, encode_images
 from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
 from sdvae.training.discriminator import LeCam, PatchDiscriminator
 from sdvae.training.ema import WeightAverage
-from sdvae.training.objective import Transformation, learning_rate_at
+from sdvae.training.objective import learning_rate_at
 from sdvae.tutorial.adversary import LatentDiscriminator
 
 FROZEN_PARTS = ("encoder.", "quant_conv.")  # the parts that latents depend on
