@@ -6,15 +6,16 @@ The probe (`sdvae.diffusion.probe`) and `scripts/latent_diffusion.py` train this
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 NO_CLASS = 1000  # the label that DiTPipeline uses for the unconditional half of guidance
 DROP_LABEL = 0.1  # probability of NO_CLASS in training; Ho & Salimans 2022, «Classifier-free guidance», section 4
-WARM_UP = 100  # steps
+WARM_UP = 100  # steps, but not more than a tenth of the training
 
 Batch = tuple[Tensor, Tensor | None]  # (B, C, h, w) scaled latents, and (B,) labels if the model takes classes
 
@@ -58,8 +59,8 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def denoising_loss(
-    model: UNet2DModel,
-    scheduler: DDIMScheduler,
+    model: nn.Module,
+    scheduler: Any,
     z: Tensor,
     labels: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -67,8 +68,8 @@ def denoising_loss(
     """E |v - v_θ(z_t, t, class)|² with uniform t: Ho et al. 2020, equation 14, with v instead of ε.
 
     Args:
-        model: the network.
-        scheduler: of `new_scheduler`.
+        model: v(z_t, t, class), called as a UNet2DModel.
+        scheduler: that of `new_scheduler`; mypy does not see a scheduler's attributes.
         z: (B, C, h, w) scaled latents.
         labels: (B,), for a model with classes; each is replaced by NO_CLASS with probability DROP_LABEL.
         generator: of t, the noise and the dropped labels, on the CPU; None uses torch's own.
@@ -86,8 +87,8 @@ def denoising_loss(
 
 
 def train(
-    model: UNet2DModel,
-    scheduler: DDIMScheduler,
+    model: nn.Module,
+    scheduler: Any,
     batches: Iterable[Batch],
     *,
     steps: int,
@@ -97,8 +98,8 @@ def train(
     """Train with AdamW, a linear warm-up and a cosine schedule to zero.
 
     Args:
-        model: left in evaluation mode after the last step.
-        scheduler: of `new_scheduler`.
+        model: as for `denoising_loss`; left in evaluation mode after the last step.
+        scheduler: that of `new_scheduler`.
         batches: at least `steps` of them, on the model's device.
         steps: number of steps.
         learning_rate: the highest one.
@@ -107,8 +108,9 @@ def train(
     Yields:
         The loss of each step, after it.
     """
+    length = min(WARM_UP, max(1, steps // 10))
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
-    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARM_UP, total_iters=WARM_UP)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / length, total_iters=length)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     schedule = torch.optim.lr_scheduler.ChainedScheduler([warm_up, cosine])
     model.train()

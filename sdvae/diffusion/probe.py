@@ -3,8 +3,12 @@
 The network, its noise and its loss are those of `sdvae.diffusion.denoiser`. It is trained on most of the latents, and
 then denoises the others at fixed noise levels. Its squared error says little by itself: it depends on the spectrum of
 the latents and on the number of their channels. So it is divided by that of the best linear denoiser
-(`sdvae.diffusion.gaussian`) on the same noisy latents. The ratio does not depend on what the network predicts (v, ε or
+(`sdvae.diffusion.linear`) on the same noisy latents. The ratio does not depend on what the network predicts (v, ε or
 z), since at one noise level all of these errors differ by a factor.
+
+What the linear denoiser predicts is also added to what the network predicts, whose last layer begins at zero. So the
+ratio begins at 1, and the short training is spent on what is not linear. Without that, a network with fewer channels
+than its input needs could not even pass the noise on, and a space with many channels would look hard to learn.
 """
 
 from __future__ import annotations
@@ -13,14 +17,15 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
-from torch import Tensor
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdvae.diffusion.denoiser import Batch, new_denoiser, new_scheduler, train
-from sdvae.diffusion.gaussian import GaussianDenoiser
+from sdvae.diffusion.linear import LinearDenoiser
 
 WIDTHS = (32, 48, 64)  # of the UNet: 0.95 M parameters for four channels
 BATCH_SIZE = 16
@@ -62,14 +67,38 @@ class ProbeResult:
     held_out: list[int]
 
 
+class Probe(nn.Module):
+    """v(z_t, t): the linear denoiser's, and a correction by a small UNet, which is zero before the training.
+
+    Args:
+        linear: the linear denoiser of the latents.
+        channels: C of the latents.
+        side: h and w of the latents.
+    """
+
+    def __init__(self, linear: LinearDenoiser, channels: int, side: int):
+        super().__init__()
+        self.linear = linear
+        self.scheduler: Any = new_scheduler()  # Any, since mypy does not see what diffusers' classes inherit
+        network: Any = new_denoiser(channels, side, WIDTHS)
+        for parameter in network.conv_out.parameters():
+            nn.init.zeros_(parameter)
+        self.network = network
+
+    def forward(self, noisy: Tensor, timestep: Tensor, class_labels: None = None) -> UNet2DOutput:
+        """(B, C, h, w), (B,) -> (B, C, h, w) in `sample`."""
+        linear = self.linear(noisy, self.scheduler.alphas_cumprod.to(noisy.device)[timestep])
+        return UNet2DOutput(sample=linear + self.network(noisy, timestep).sample)
+
+
 def run_probe(latents: Tensor, *, steps: int, seed: int, device: torch.device, name: str = "probe") -> ProbeResult:
     """Train the probe on four fifths of a set of latents, and denoise the others.
 
     On a CPU with the same number of threads the result is the same to the bit.
 
     Args:
-        latents: (N, C, h, w) with N at least HELD_OUT, and h and w multiples of LATENT_MULTIPLE; each channel with a
-            mean of 0 and a variance of 1.
+        latents: (N, C, h, w) with N at least HELD_OUT, and h and w equal and multiples of LATENT_MULTIPLE; each channel
+            with a mean of 0 and a variance of 1.
         steps: number of training steps, of BATCH_SIZE latents each.
         seed: of the weights, the order of the latents and the noise.
         device: where the network is trained.
@@ -81,12 +110,41 @@ def run_probe(latents: Tensor, *, steps: int, seed: int, device: torch.device, n
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = new_denoiser(latents.shape[1], latents.shape[3], WIDTHS).to(device)
-    scheduler = new_scheduler()
-    training = train(model, scheduler, _batches(trained, generator), steps=steps, generator=generator)
+        model = Probe(LinearDenoiser(trained), latents.shape[1], latents.shape[3]).to(device)
+    training = train(model, model.scheduler, _batches(trained, generator), steps=steps, generator=generator)
     for _ in tqdm(training, f"{name}, probe", total=steps, unit="step"):
         pass
-    return _denoised(model, scheduler, GaussianDenoiser(trained), latents[held_out], held_out.tolist(), generator)
+    return denoise(model, latents[held_out].to(device), held_out.tolist(), generator)
+
+
+@torch.inference_mode()
+def denoise(model: Probe, latents: Tensor, places: list[int], generator: torch.Generator) -> ProbeResult:
+    """The errors of a probe and of its linear denoiser at the noise levels of LOG_SNR.
+
+    Args:
+        model: the probe, in evaluation mode.
+        latents: (N, C, h, w) that it was not trained on, on its device.
+        places: their places in the set, for the result.
+        generator: of the noise, on the CPU.
+    """
+    signals = model.scheduler.alphas_cumprod
+    levels, errors, ratios = [], [], []
+    for log_snr in LOG_SNR:
+        t = int((torch.logit(signals.double()) - log_snr).abs().argmin())
+        signal = float(signals[t])
+        alpha, sigma = math.sqrt(signal), math.sqrt(1 - signal)
+        found: list[Tensor] = []
+        for z in latents.split(BATCH_SIZE):
+            noisy = alpha * z + sigma * torch.randn(z.shape, generator=generator).to(z)
+            steps = torch.full((len(z),), t, device=z.device)
+            velocities = model(noisy, steps).sample, model.linear(noisy, signals[t].expand(len(z)))
+            estimates = torch.stack([alpha * noisy - sigma * v for v in velocities])
+            found.append((estimates - z).square().mean(dim=(2, 3, 4)).cpu().double())
+        error, linear_error = torch.cat(found, dim=1)
+        errors.append(error)
+        ratios.append(error / linear_error.mean())
+        levels.append(NoiseLevel(math.log(signal / (1 - signal)), float(error.mean()), float(linear_error.mean())))
+    return ProbeResult(levels, torch.stack(ratios).mean(dim=0), torch.stack(errors).mean(dim=0), places)
 
 
 def _batches(latents: Tensor, generator: torch.Generator) -> Iterator[Batch]:
@@ -94,40 +152,3 @@ def _batches(latents: Tensor, generator: torch.Generator) -> Iterator[Batch]:
     order = (int(i) for _ in itertools.count() for i in torch.randperm(len(latents), generator=generator))
     while True:
         yield latents[list(itertools.islice(order, BATCH_SIZE))], None
-
-
-@torch.inference_mode()
-def _denoised(
-    model: UNet2DModel,
-    scheduler: DDIMScheduler,
-    linear: GaussianDenoiser,
-    latents: Tensor,
-    places: list[int],
-    generator: torch.Generator,
-) -> ProbeResult:
-    levels, errors, ratios = [], [], []
-    for log_snr in LOG_SNR:
-        t = _timestep(scheduler, log_snr)
-        signal = float(scheduler.alphas_cumprod[t])
-        alpha, sigma = math.sqrt(signal), math.sqrt(1 - signal)
-        of_probe, of_linear = [], []
-        for z in latents.split(BATCH_SIZE):
-            noisy = alpha * z + sigma * torch.randn(z.shape, generator=generator)
-            v = model(noisy.to(model.device), timestep=t).sample.cpu()
-            of_probe.append(_error(alpha * noisy - sigma * v, z))
-            of_linear.append(_error(linear(noisy, alpha, sigma), z))
-        error, linear_error = torch.cat(of_probe), float(torch.cat(of_linear).mean())
-        errors.append(error)
-        ratios.append(error / linear_error)
-        levels.append(NoiseLevel(math.log(signal / (1 - signal)), float(error.mean()), linear_error))
-    return ProbeResult(levels, torch.stack(ratios).mean(dim=0), torch.stack(errors).mean(dim=0), places)
-
-
-def _timestep(scheduler: DDIMScheduler, log_snr: float) -> int:
-    """The t of which log(ᾱ/(1 - ᾱ)) is nearest to log_snr."""
-    return int((torch.logit(scheduler.alphas_cumprod.double()) - log_snr).abs().argmin())
-
-
-def _error(estimate: Tensor, z: Tensor) -> Tensor:
-    """Mean squared error of each image, (B,) float64."""
-    return (estimate - z).double().square().mean(dim=(1, 2, 3))

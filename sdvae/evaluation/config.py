@@ -84,6 +84,16 @@ class EvaluateConfig:
     inception: str | None = None
     """Local file of torch-fidelity's Inception weights (weights-inception-2015-12-05-6726825d.pth); null downloads
     it."""
+    fdd: bool = False
+    """Compute rFDD, the same distance between features of DINOv2. Needs torch-fidelity too."""
+    dinov2: str | None = None
+    """Local file of DINOv2's weights, such as dinov2_vitl14_pretrain.pth, that of published tables; null downloads
+    it."""
+    cmmd: bool = False
+    """Compute CMMD, the maximum mean discrepancy between CLIP's embeddings of originals and reconstructions, times
+    1000. Needs torch-fidelity too."""
+    clip: str | None = None
+    """Local file of CLIP, OpenAI's TorchScript archive (ViT-L-14-336px.pt); null downloads it."""
     diffusability: bool = False
     """Also measure how well a diffusion model can learn the latents (docs/diffusability.md): their spectrum,
     equivariance, intrinsic dimension and entropy, a probe, and with `fid` iFID. Takes minutes on a CPU and holds the
@@ -104,15 +114,17 @@ class EvaluateConfig:
                 f"got resolution={self.resolution} with lpips={self.lpips}, whose trunk needs {SMALLEST_LPIPS_SIDE}; "
                 "use lpips=vgg or none"
             )
-        if self.inception is not None and not self.fid:
-            raise InputError(
-                f"got inception={self.inception} without fid; need fid=true to use it; set that, or leave it out"
-            )
-        if self.probe_steps != PROBE_STEPS and not self.diffusability:
-            raise InputError(
-                f"got probe_steps={self.probe_steps} without diffusability; need diffusability=true to use it; set "
-                "that, or leave it out"
-            )
+        for option, unset, switch in (
+            ("inception", None, "fid"),
+            ("dinov2", None, "fdd"),
+            ("clip", None, "cmmd"),
+            ("probe_steps", PROBE_STEPS, "diffusability"),
+        ):
+            value = getattr(self, option)
+            if value != unset and not getattr(self, switch):
+                raise InputError(
+                    f"got {option}={value} without {switch}; need {switch}=true to use it; set that, or leave it out"
+                )
         doubled = sorted({vae for vae in self.vaes if self.vaes.count(vae) > 1})
         if doubled:
             raise InputError(f"got {doubled[0]} more than once; need each VAE once")

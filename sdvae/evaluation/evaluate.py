@@ -11,7 +11,7 @@ import logging
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,10 +70,13 @@ from sdvae.statistics import LatentHealth, merged
 from sdvae.weights import load_vae
 
 if TYPE_CHECKING:
-    from sdvae.metrics.fid import ReconstructionFID
+    from sdvae.metrics.fid import FrechetDistance, ReconstructionMMD
+
+    Distance = FrechetDistance | ReconstructionMMD
 
 logger = logging.getLogger(__name__)
 
+DISTANCE_NAMES = {"rfid": "rFID", "rfdd": "rFDD", "cmmd": "CMMD"}
 PACKAGED = "packaged"  # name of the VAE that is evaluated when none is given
 
 
@@ -111,6 +114,7 @@ class Bench:
     """The images and metrics, which are the same for all VAEs. The VAEs are measured one after the other.
 
     Attributes:
+        distances: `rfid`, `rfdd` and `cmmd`, those that are wanted.
         reading: how image files are read.
         originals: (index, image (C, R, R)) of the images that are drawn; known after the first VAE.
         bad: images that could not be read.
@@ -120,7 +124,7 @@ class Bench:
     state: PartialState
     source: ImageSource
     perceptual: Perceptual | None
-    fid: ReconstructionFID | None
+    distances: dict[str, Distance]
     reading: ReadOptions
     originals: list[tuple[int, Tensor]] = field(default_factory=list)
     bad: BadImages = field(default_factory=BadImages)
@@ -134,7 +138,7 @@ class Bench:
             first: whether it is the first VAE; the originals are then measured and kept too.
 
         Raises:
-            InputError: when no image can be read, or too few for rFID.
+            InputError: when no image can be read, or too few for a figure.
         """
         vae.to(self.state.device)
         measured = self._measure(name, vae, first).gathered()
@@ -150,7 +154,7 @@ class Bench:
                 "%s: %d of %d reconstructions are not finite in %s; see `sdvae fp16`",
                 *(name, not_finite, len(per_image), self.config.precision),
             )
-        rfid = self._rfid(len(per_image))
+        distances = self._distances(len(per_image))
         diffusability = self._diffusability(name, vae, per_image) if self.config.diffusability else {}
         vae.to("cpu")  # type: ignore[arg-type]
         encode_seconds, decode_seconds = zip(*measured.seconds, strict=True)
@@ -162,7 +166,7 @@ class Bench:
             "images": len(per_image),
             "not_finite": not_finite,
             "means": means(per_image),
-            "rfid": None if not_finite else rfid,
+            **{key: None if not_finite else distances.get(key) for key in DISTANCE_NAMES},
             **diffusability,
             "active_channels": measured.health.moments.active_channels,
             "health": measured.health.metrics(),
@@ -194,10 +198,10 @@ class Bench:
             measured.health.update(trip.posterior)
             for i, figures in enumerate(image_figures(x, y, trip.posterior, self.perceptual)):
                 measured.per_image.append({"index": batch["index"][i], "name": utf8(batch["name"][i]), **figures})
-            if self.fid is not None:
+            for distance in self.distances.values():
                 if first:
-                    self.fid.add(x, real=True)
-                self.fid.add(y, real=False)
+                    distance.add(x, real=True)
+                distance.add(y, real=False)
             for index, original, reconstruction in zip(batch["index"], x.cpu(), y.cpu(), strict=True):
                 if index < self.config.images:
                     measured.drawn.append((index, reconstruction.nan_to_num()))
@@ -258,24 +262,24 @@ class Bench:
     @torch.inference_mode()
     def _ifid(self, vae: Autoencoder, latents: Tensor) -> float | None:
         """The FID of decoded latents (scaled for a diffusion model) to the originals; None if `fid` is not set."""
-        if self.fid is None:
+        fid = self.distances.get("rfid")
+        if fid is None:
             return None
         scaling, size = scaling_of(vae.config), (self.config.resolution,) * 2
         mine = latents[self.state.process_index :: self.state.num_processes]
         for z in mine.split(self.config.batch_size):
             z = scaling.denormalize(z.to(self.state.device)).to(vae.dtype)
-            self.fid.add(self._as_measured(decode_images(vae, z, size).float()), real=False)
-        return self.fid.compute()
+            fid.add(self._as_measured(decode_images(vae, z, size).float()), real=False)
+        return fid.compute()
 
-    def _rfid(self, images: int) -> float | None:
-        """rFID of the reconstructions since the last call, or None if `fid` is not set."""
-        if self.fid is None:
-            return None
-        if images < 2:
+    def _distances(self, images: int) -> dict[str, float]:
+        """The distances of the reconstructions since the last call to the originals."""
+        if self.distances and images < 2:
+            name = DISTANCE_NAMES[next(iter(self.distances))]
             raise InputError(
-                f"got {images} image that can be read; rFID needs at least two, and far more for a reliable value"
+                f"got {images} image that can be read; {name} needs at least two, and far more for a reliable value"
             )
-        return self.fid.compute()
+        return {key: distance.compute() for key, distance in self.distances.items()}
 
 
 def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
@@ -297,7 +301,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         dtype = DTYPES[config.precision]
         vaes = {name or PACKAGED: load_vae(name, dtype=dtype) for name in config.vaes or (None,)}
         perceptual = perceptual_if_any(config.lpips, config.lpips_weights, config.lpips_heads)
-        fid = _fid(config, state)
+        distances = _distances(config, state.device)
     for name, vae in vaes.items():
         check_image_channels(vae, name)
         say_if_no_posterior(vae, name, "it has no KL, and its latents are decoded as they are")
@@ -313,7 +317,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     reading = ReadOptions(
         channels=channels.pop(), min_side=config.min_side, max_pixels=config.max_pixels, color=config.color
     )
-    bench = Bench(config, state, source, perceptual, fid, reading)
+    bench = Bench(config, state, source, perceptual, distances, reading)
     if config.diffusability:
         check_count(bench.count)
     make_folder(Path(config.output))  # before the first image, so that a fault of the folder shows at once
@@ -322,29 +326,39 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         if config.tiling:
             vae.enable_tiling()
         results.append(bench.result(name, vae, first=not results))
-    _warn_of_few(results[0]["images"], config)
+    _warn_of_few(results[0]["images"], config, distances)
     if state.is_main_process:
         write(results, bench)
     return results
 
 
-def _fid(config: EvaluateConfig, state: PartialState) -> ReconstructionFID | None:
-    if not config.fid:
-        return None
-    from sdvae.metrics.fid import ReconstructionFID
+def _distances(config: EvaluateConfig, device: torch.device) -> dict[str, Distance]:
+    """The distances that are wanted, each with its network."""
+    if not (config.fid or config.fdd or config.cmmd):
+        return {}
+    from sdvae.metrics import fid
 
-    return ReconstructionFID(config.inception, state.device)
+    distances: dict[str, Distance] = {}
+    if config.fid:
+        distances["rfid"] = fid.ReconstructionFID(config.inception, device)
+    if config.fdd:
+        distances["rfdd"] = fid.ReconstructionFDD(config.dinov2, device)
+    if config.cmmd:
+        distances["cmmd"] = fid.ReconstructionMMD(config.clip, device)
+    return distances
 
 
-def _warn_of_few(images: int, config: EvaluateConfig) -> None:
-    """Warn if the number of images is not that of the preset's published tables, or too small for rFID."""
+def _warn_of_few(images: int, config: EvaluateConfig, distances: Mapping[str, Distance]) -> None:
+    """Warn if the number of images is not that of the preset's published tables, or too small for a figure."""
     if config.preset != "none" and images != (published := PRESETS[config.preset][0]):
         logger.warning("%s: published rows are of %d images, these are of %d", config.preset, published, images)
-    if config.fid:
-        from sdvae.metrics.fid import FEATURES
-
-        if images <= FEATURES:
-            logger.warning("rFID of %d images is biased upwards; need more than its %d features", images, FEATURES)
+    for key, distance in distances.items():
+        features = getattr(distance, "features", 0)  # CMMD has no covariance that needs as many images
+        if images <= features:
+            logger.warning(
+                "%s of %d images is biased upwards; need more than its %d features",
+                *(DISTANCE_NAMES[key], images, features),
+            )
     if config.diffusability:
         warn_of_few(images)
 
