@@ -57,6 +57,7 @@ from sdvae.metrics.table import (
     columns_with_figures,
     csv_text,
     differences,
+    direction,
     jsonable,
     markdown_table,
     means,
@@ -167,7 +168,7 @@ class Bench:
             "not_finite": not_finite,
             "means": means(per_image),
             **{key: None if not_finite else distances.get(key) for key in DISTANCE_NAMES},
-            **diffusability,
+            **(diffusability | ({"ifid": None} if not_finite else {})),
             "active_channels": measured.health.moments.active_channels,
             "health": measured.health.metrics(),
             "complaints": measured.health.complaints(),
@@ -259,7 +260,6 @@ class Bench:
             figures |= measured.per_image[figures["index"]]
         return {**measured.figures, "ifid": ifid, "diffusability": measured.details()}
 
-    @torch.inference_mode()
     def _ifid(self, vae: Autoencoder, latents: Tensor) -> float | None:
         """The FID of decoded latents (scaled for a diffusion model) to the originals; None if `fid` is not set."""
         fid = self.distances.get("rfid")
@@ -269,7 +269,9 @@ class Bench:
         mine = latents[self.state.process_index :: self.state.num_processes]
         for z in mine.split(self.config.batch_size):
             z = scaling.denormalize(z.to(self.state.device)).to(vae.dtype)
-            fid.add(self._as_measured(decode_images(vae, z, size).float()), real=False)
+            with torch.inference_mode():  # but not around `compute`, which makes the tensors of the next sum
+                images = decode_images(vae, z, size).float()
+            fid.add(self._as_measured(images), real=False)
         return fid.compute()
 
     def _distances(self, images: int) -> dict[str, float]:
@@ -414,8 +416,7 @@ def _diffusability_table(results: list[dict[str, Any]]) -> str:
     columns = columns_with_figures(results, None, DIFFUSABILITY_COLUMNS)
     if not columns:
         return ""
-    direction = {1: "higher is better", -1: "lower is better", 0: "neither high nor low is better"}
-    lines = [f"- {column.title}: {column.about}; {direction[column.better]}." for column in columns]
+    lines = [f"- {column.title}: {column.about}; {direction(column)}." for column in columns]
     return markdown_table(results, None, columns) + "\n" + "\n".join(lines) + "\n"
 
 

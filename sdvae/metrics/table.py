@@ -172,8 +172,8 @@ def markdown_table(
     for result in results:
         cells = [printable(result["vae"]).replace("|", "\\|")]
         for column in shown:
-            number = _number(result, column.key, lpips_name)
-            cell = "" if number is None else _written(number, column.form)
+            number = figure_of(result, column.key, lpips_name)
+            cell = "" if number is None else written(number, column.form)
             cells.append(f"**{cell}**" if cell and result is best[column.key] else cell)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -184,7 +184,7 @@ def columns_with_figures(
 ) -> list[Column]:
     """The columns in which at least one VAE has a figure. The arguments are those of `markdown_table`."""
     return [
-        column for column in columns if any(_number(result, column.key, lpips_name) is not None for result in results)
+        column for column in columns if any(figure_of(result, column.key, lpips_name) is not None for result in results)
     ]
 
 
@@ -200,11 +200,17 @@ def csv_text(results: Sequence[Mapping[str, Any]]) -> str:
     return stream.getvalue()
 
 
+def direction(column: Column) -> str:
+    """Which numbers are better, in words."""
+    return {1: "higher is better", -1: "lower is better", 0: "neither high nor low is better"}[column.better]
+
+
 def _figure_names(per_image: ImageFigures) -> list[str]:
     return list(dict.fromkeys(key for image in per_image for key in image if key not in ("index", "name")))
 
 
-def _number(result: Mapping[str, Any], key: str, lpips_name: str | None) -> Any:
+def figure_of(result: Mapping[str, Any], key: str, lpips_name: str | None = None) -> Any:
+    """A figure of a result: the mean over images, or else the figure of the whole set; None if there is neither."""
     if key == "bias":
         channels = [result["means"][name] for name in result["means"] if name.startswith("bias_")]
         return " ".join(f"{channel.mean:+.2f}" for channel in channels) or None
@@ -212,7 +218,8 @@ def _number(result: Mapping[str, Any], key: str, lpips_name: str | None) -> Any:
     return result["means"].get(key, result.get(key))
 
 
-def _written(number: Any, form: str) -> str:
+def written(number: Any, form: str) -> str:
+    """A number, or a mean with half the width of its confidence interval."""
     if isinstance(number, MeanEstimate):
         half = (number.high - number.low) / 2
         return f"{number.mean:{form}}" + (f" ± {half:{form}}" if math.isfinite(half) else "")
@@ -220,7 +227,7 @@ def _written(number: Any, form: str) -> str:
 
 
 def _best(results: Sequence[Mapping[str, Any]], key: str, better: int, lpips_name: str | None) -> Any:
-    numbers = [(_number(result, key, lpips_name), result) for result in results]
+    numbers = [(figure_of(result, key, lpips_name), result) for result in results]
     if not better or len(results) < 2:
         return None
     known = [(n.mean if isinstance(n, MeanEstimate) else n, result) for n, result in numbers if n is not None]
