@@ -37,7 +37,7 @@ RANGES: Ranges = (
         "a number from 0 to 1",
         lambda x: 0 <= x <= 1,
         "data.flip data.color_jitter data.max_bad_fraction data.label_dropout optimizer.ema_decay "
-        "distil.teacher_weight",
+        "distil.teacher_weight loss.equivariance.probability",
     ),
     ("numbers from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.betas loss.discriminator.betas"),
     ("factors above 0 and up to 1", lambda x: 0 < x <= 1, "loss.equivariance.scales"),
@@ -190,18 +190,28 @@ class DiscriminatorConfig:
 
 @dataclass(frozen=True)
 class EquivarianceConfig:
-    """Equivariance of the latents: besides D(z) with x, D(t(z)) is compared with t(x) for a transformation t.
+    """Equivariance of the latents: D(t(z)) is compared with t(x) for a transformation t, in one of two ways.
 
-    Scaling is from Skorokhodov et al. 2025, «Improving the Diffusability of Autoencoders» (arXiv 2502.14831), scaling
-    with rotations from Kouzelis et al. 2025, «EQ-VAE» (arXiv 2502.09509).
+    With `weight` the comparison is a further term beside D(z) with x, as in Skorokhodov et al. 2025, «Improving the
+    Diffusability of Autoencoders» (arXiv 2502.14831). With `probability` it takes the place of D(z) with x in some
+    steps, as in Kouzelis et al. 2025, «EQ-VAE» (arXiv 2502.09509).
     """
 
     weight: float = 0.0
-    """Weight of the reconstruction term (with LPIPS) of the transformed image; 0 is off."""
+    """Weight of the reconstruction term (with LPIPS) of the transformed image, which costs a second decode; 0 is off.
+    The discriminator does not see the transformed image."""
     scales: tuple[float, ...] = (0.5, 0.25)
     """Factors by which images and latents are shrunk; each step draws one of them. 1.0 keeps the size."""
     rotations: bool = False
     """Also rotate by a multiple of 90 degrees, which each step draws."""
+    probability: float = 0.0
+    """Probability that a step transforms: then only t(z) is decoded, and all terms, with the discriminator's, compare
+    it with t(x). EQ-VAE: 0.5, with rotations and scales of 8/32, 9/32, … 31/32. 0 is off."""
+
+    @property
+    def smallest_scale(self) -> float:
+        """The smallest factor by which images are shrunk; 1 if equivariance is off."""
+        return min(self.scales) if self.weight > 0 or self.probability > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -413,16 +423,16 @@ class TrainConfig:
             if side is not None and side < SMALLEST_SIDE:
                 raise InputError(f"got data.{key}={side}; need at least {SMALLEST_SIDE}, or SSIM has no window")
         side, gan, equivariance = self.data.resolution, self.loss.discriminator, self.loss.equivariance
-        if gan.weight > 0 and gan.sees == "images" and side < gan.smallest_side:
+        # the discriminator sees transformed images only where they take the place of the others
+        seen = side * (equivariance.smallest_scale if equivariance.probability > 0 else 1)
+        if gan.weight > 0 and gan.sees == "images" and seen < gan.smallest_side:
             raise InputError(
-                f"got data.resolution={side} with loss.discriminator.layers={gan.layers}; need crops of "
-                f"{gan.smallest_side} pixels or more for one patch; take fewer layers"
+                f"got {'' if seen == side else 'loss.equivariance.scales with '}data.resolution={side} and "
+                f"loss.discriminator.layers={gan.layers}, so that the discriminator sees images of {seen:g} pixels; "
+                f"need {gan.smallest_side} or more for one patch; take fewer layers"
             )
-        if (
-            equivariance.weight > 0
-            and self.loss.lpips_weight > 0
-            and side * min(equivariance.scales) < SMALLEST_LPIPS_SIDE
-        ):
+        smallest = side * equivariance.smallest_scale
+        if smallest < side and self.loss.lpips_weight > 0 and smallest < SMALLEST_LPIPS_SIDE:
             raise InputError(
                 f"got loss.equivariance.scales={list(equivariance.scales)} on crops of {side}; need images of "
                 f"{SMALLEST_LPIPS_SIDE} pixels or more for LPIPS; take larger factors or crops"
@@ -456,7 +466,12 @@ class TrainConfig:
                     f"got loss.reconstruction=bce with {self.model.in_channels} channels; need grey images: set "
                     "model.in_channels=1"
                 )
-        if self.data.pad and loss.equivariance.weight > 0:
+        if loss.equivariance.weight > 0 and loss.equivariance.probability > 0:
+            raise InputError(
+                "got loss.equivariance.weight and loss.equivariance.probability; need one of the two: a further term, "
+                "or a probability that the transformed image takes the place of the other"
+            )
+        if self.data.pad and (loss.equivariance.weight > 0 or loss.equivariance.probability > 0):
             raise InputError(
                 "got data.pad=true with loss.equivariance, whose transformed images and latents would not match; "
                 "need a resolution without padding; set data.pad=false"
