@@ -142,3 +142,12 @@ def test_a_kl_weight_in_another_unit_is_found():
 def test_a_vae_that_does_not_reconstruct_is_not_the_one_to_fine_tune():
     (finding,) = probed(recipe(fine_tune=FineTuneConfig(source="other.safetensors")))
     assert "other.safetensors reconstructs the first images at" in finding
+
+
+def test_the_discriminator_may_start_at_a_part_of_the_run():
+    gan = DiscriminatorConfig(weight=0.5, start_fraction=0.3)
+    config = recipe(LossConfig(discriminator=gan))
+    assert config.loss.discriminator.start_step == 300
+    assert recipe(config.loss).loss == config.loss  # as a recipe that a run wrote is read again
+    with pytest.raises(InputError, match="need one of the two"):
+        recipe(LossConfig(discriminator=replace(gan, start_step=7)))

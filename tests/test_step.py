@@ -316,6 +316,20 @@ def test_learning_rate_warms_up_and_falls():
     assert learning_rate_at(10, 1.0, replace(config, schedule="constant"), 11) == 1.0
 
 
+def test_schedules_end_at_their_floor_and_wsd_is_constant_until_it_falls():
+    cosine = OptimizerConfig(schedule="cosine", final_fraction=0.1)
+    assert learning_rate_at(100, 2.0, cosine, 100) == pytest.approx(0.2)
+    assert learning_rate_at(50, 2.0, cosine, 100) == pytest.approx(0.2 + 1.8 / 2)
+    wsd = OptimizerConfig(schedule="wsd", warmup_steps=10, decay_fraction=0.25, final_fraction=0.1)
+    rates = [learning_rate_at(step, 2.0, wsd, 100) for step in range(101)]
+    assert rates[9] == pytest.approx(2.0 * 10 / 11)
+    assert set(rates[10:76]) == {2.0}
+    assert rates[76:] == pytest.approx([0.2 + 1.8 * (1 - math.sqrt(i / 25)) for i in range(1, 26)])
+    assert rates[100] == pytest.approx(0.2)
+    whole = replace(wsd, decay_fraction=1.0)  # never before the end of the warm-up
+    assert [learning_rate_at(step, 2.0, whole, 100) for step in range(11)] == pytest.approx(rates[:11])
+
+
 def test_a_rotation_and_a_scale_take_image_and_latents_alike(accelerator):
     """Means over patches stand for the encoder. A ramp, which every filter keeps, shows what goes where."""
     config = EquivarianceConfig(1.0, (0.5,), rotations=True)

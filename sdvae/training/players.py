@@ -16,7 +16,7 @@ from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny, DiagonalGau
 from sdvae.roundtrip import decode_output, encode_images
 from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
 from sdvae.training.discriminator import LeCam, PatchDiscriminator
-from sdvae.training.ema import WeightAverage
+from sdvae.training.ema import WeightAverage, decay_of_half_life
 from sdvae.training.objective import Transformation, learning_rate_at
 from sdvae.tutorial.adversary import LatentDiscriminator
 
@@ -175,7 +175,10 @@ class Players:
 
     def __init__(self, vae: Autoencoder, config: TrainConfig, accelerator: Accelerator):
         self.vae = vae
-        self.ema = WeightAverage(vae, config.optimizer.ema_decay)  # copies the VAE, so this comes before wrapping it
+        decay, half_life = config.optimizer.ema_decay, config.optimizer.ema_half_life
+        if half_life is not None:
+            decay = decay_of_half_life(half_life, config.images_per_step(accelerator.num_processes))
+        self.ema = WeightAverage(vae, decay)  # copies the VAE, so this comes before wrapping it
         if config.compile:
             assert isinstance(vae, AutoencoderKL)  # a recipe that compiles a student is refused
             # block by block, because the adaptive weight needs the gradient of conv_out before the backward pass
