@@ -223,12 +223,11 @@ class TrainStep:
         player, settings = self.players.discriminator, self.config.loss.discriminator
         assert player is not None
         assert isinstance(player.network, PatchDiscriminator | LatentDiscriminator)
-        plain_inputs = [real_inputs, fake_inputs]
+        unchanged = [real_inputs, fake_inputs] if settings.consistency_weight > 0 else []
         real_inputs = augmented(real_inputs, settings.augment, noise_seeds, "real")
         fake_inputs = augmented(fake_inputs, settings.augment, noise_seeds, "fake")
-        compared = plain_inputs if settings.consistency_weight > 0 else []
-        inputs = [real_inputs, fake_inputs, *compared]
-        real, fake, *plain = player.wrapped(torch.cat(inputs)).chunk(len(inputs))
+        seen = [real_inputs, fake_inputs, *unchanged]
+        real, fake, *plain = player.wrapped(torch.cat(seen)).chunk(len(seen))
         loss = discriminator_loss(real, fake, settings.loss)
         values = {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
         values |= {"real_accuracy": (real > 0).float().mean(), "fake_accuracy": (fake < 0).float().mean()}
