@@ -164,11 +164,17 @@ class DiscriminatorConfig:
     """Steps over which `weight` then grows linearly from 0."""
     loss: Literal["hinge", "vanilla"] = "hinge"
     """Hinge (Lim & Ye 2017) or binary cross-entropy (Goodfellow et al. 2014)."""
+    features: str | None = None
+    """Instead of the PatchGAN: light heads on the feature maps of a frozen network (Projected GAN, StyleGAN-T, RAE).
+    convnext_tiny, convnext_small or convnext_base; or a folder, or an id on the hub, of a vision transformer, such as
+    facebook/dino-vits8 or facebook/dinov2-small."""
+    features_weights: str | None = None
+    """Local file with the weights of a ConvNeXt in torchvision's names; null lets torchvision download them."""
     layers: int = 3
     """Number of strided layers of the PatchGAN (with 3, patches have 70x70 pixels), or of hidden layers of the MLP."""
     width: int = 64
-    """Channels of the PatchGAN's first layer, which are doubled in each layer up to eight times as many; or units of
-    each hidden layer of the MLP."""
+    """Channels of the PatchGAN's first layer, which are doubled in each layer up to eight times as many; of each head
+    on frozen features; or units of each hidden layer of the MLP."""
     norm: Literal["group", "none"] = "group"
     """Norm of the PatchGAN. Group norm uses each image separately, so gradients do not depend on how a batch is
     divided. With LDM's batch norm they would."""
@@ -473,13 +479,22 @@ class TrainConfig:
                 "got loss.discriminator.consistency_weight without augment; need something to be consistent under; set "
                 "loss.discriminator.augment, such as [color, translation, cutout]"
             )
-        if gan.sees == "latents" and (gan.augment or gan.downsampling != "stride"):
+        if gan.sees == "latents" and (gan.augment or gan.downsampling != "stride" or gan.features):
             raise InputError(
-                "got loss.discriminator.augment or downsampling with sees=latents; they are of images; leave them out"
+                "got loss.discriminator.augment, downsampling or features with sees=latents; they are of images; leave "
+                "them out"
             )
+        of_patches = asdict(replace(gan, norm="group", layers=3, downsampling="stride"))
+        if gan.features is not None and asdict(gan) != of_patches:
+            raise InputError(
+                "got loss.discriminator.features with layers, norm or downsampling, which are of the PatchGAN; leave "
+                "them out"
+            )
+        if gan.features is None and gan.features_weights is not None:
+            raise InputError("got loss.discriminator.features_weights without features; need the network's name")
         # the discriminator sees transformed images only where they take the place of the others
         seen = side * (equivariance.smallest_scale if equivariance.probability > 0 else 1)
-        if gan.weight > 0 and gan.sees == "images" and seen < gan.smallest_side:
+        if gan.weight > 0 and gan.sees == "images" and gan.features is None and seen < gan.smallest_side:
             raise InputError(
                 f"got {'' if seen == side else 'loss.equivariance.scales with '}data.resolution={side} and "
                 f"loss.discriminator.layers={gan.layers}, so that the discriminator sees images of {seen:g} pixels; "

@@ -23,6 +23,7 @@ from sdvae.errors import one_line
 from sdvae.model import Autoencoder, AutoencoderKL
 from sdvae.training.build import (
     build_accelerator,
+    build_features,
     build_perceptual,
     lay_out,
     load_discriminator,
@@ -151,7 +152,7 @@ class Training:
         self.config = config = lay_out(vae, self.config, accelerator)
         if found is None:
             self.findings += everywhere(accelerator, self._probe)
-        players = Players(vae, config, accelerator)
+        players = Players(vae, config, accelerator, build_features(config, accelerator))
         source = config.loss.discriminator.source
         if found is None and source is not None and players.discriminator is not None:
             load_discriminator(players.discriminator.network, source, accelerator)

@@ -12,10 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdvae.errors import require
+from sdvae.metrics.features import Features
 from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny, DiagonalGaussian
 from sdvae.roundtrip import decode_output, encode_images
 from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
-from sdvae.training.discriminator import LeCam, PatchDiscriminator
+from sdvae.training.discriminator import FeatureDiscriminator, LeCam, PatchDiscriminator
 from sdvae.training.ema import WeightAverage, decay_of_half_life
 from sdvae.training.objective import Transformation, learning_rate_at
 from sdvae.tutorial.adversary import LatentDiscriminator
@@ -171,9 +172,12 @@ class Players:
             DDP expects a gradient from all others.
         config: the recipe.
         accelerator: wraps the networks.
+        features: the frozen network of a discriminator that has one.
     """
 
-    def __init__(self, vae: Autoencoder, config: TrainConfig, accelerator: Accelerator):
+    def __init__(
+        self, vae: Autoencoder, config: TrainConfig, accelerator: Accelerator, features: Features | None = None
+    ):
         self.vae = vae
         decay, half_life = config.optimizer.ema_decay, config.optimizer.ema_half_life
         if half_life is not None:
@@ -192,7 +196,7 @@ class Players:
         self.lecam = LeCam()
         settings = config.loss.discriminator
         if settings.weight > 0:
-            network = build_discriminator(vae, settings, config.data.resolution)
+            network = build_discriminator(vae, settings, config.data.resolution, features)
             network.to(accelerator.device)
             if config.channels_last:
                 network.to(memory_format=torch.channels_last)
@@ -227,14 +231,19 @@ def forward_of(vae: Autoencoder, config: TrainConfig) -> nn.Module:
     return StudentForward(vae)
 
 
-def build_discriminator(vae: Autoencoder, settings: DiscriminatorConfig, resolution: int) -> nn.Module:
+def build_discriminator(
+    vae: Autoencoder, settings: DiscriminatorConfig, resolution: int, features: Features | None = None
+) -> nn.Module:
     """A discriminator for the images or the latents of a VAE.
 
     Args:
         vae: gives the number of channels.
         settings: the kind and the size of the discriminator.
         resolution: side in pixels of the training crops.
+        features: the frozen network, if it has one.
     """
+    if features is not None:
+        return FeatureDiscriminator(features, settings.width)
     if settings.sees == "images":
         shape = (settings.layers, settings.width, settings.norm, settings.downsampling)
         return PatchDiscriminator(vae.config.in_channels, *shape)

@@ -42,6 +42,7 @@ FREE_ON_A_MACHINE = frozenset(
         "distil.student",
         "loss.perceptual.weights",
         "loss.discriminator.source",
+        "loss.discriminator.features_weights",
     }
 )
 
