@@ -74,6 +74,12 @@ class LatentMoments:
         over = (0, 2, 3)
         self.sums += torch.stack([count, mean.sum(over), mean.square().sum(over), var.sum(over)])
 
+    def over_patches(self, positions: int) -> LatentMoments:
+        """The moments of the channels of which each `positions` successive channels here are the patches' positions."""
+        whole = LatentMoments(self.sums.shape[1] // positions)
+        whole.sums = self.sums.unflatten(1, (-1, positions)).sum(dim=2)
+        return whole
+
     @property
     def channel_mean(self) -> Tensor:
         """(C,) float64."""

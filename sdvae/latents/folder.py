@@ -27,6 +27,7 @@ import torch
 
 from sdvae.data import kinds_of
 from sdvae.errors import InputError, first_few, one_line
+from sdvae.latents.scaling import LatentScaling, config_scaling
 from sdvae.latents.summary import is_of_student
 from sdvae.runtime import DTYPES
 from sdvae.storage import is_bad_content, open_storage
@@ -142,6 +143,17 @@ class LatentFolder:
     def parquet(self, shard: int) -> pq.ParquetFile:
         """Open the file of a shard."""
         return self.storage.parquet(self.shard_name(shard))
+
+    @property
+    def scaling(self) -> LatentScaling:
+        """How pipelines scale these latents: as the VAE's config or batch norm said when the data set was begun.
+
+        Raises:
+            InputError: as `config_scaling` does, for a data set of an earlier version, which has the config alone.
+        """
+        if "scaling" in self.manifest:
+            return LatentScaling.from_json(self.manifest["scaling"])
+        return config_scaling(self.manifest["vae_config"])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from sdvae.latents.config import EncodeConfig
 from sdvae.latents.encoder import MomentEncoder, PendingMoments, choose_device, choose_precision, encoder_sha256
 from sdvae.latents.folder import MANIFEST
 from sdvae.latents.rows import posterior_values, row_bytes, to_bytes
+from sdvae.latents.scaling import scaling_of
 from sdvae.latents.shards import RangeShards, Shards, SourceImage, StreamShards, rows_per_shard
 from sdvae.latents.writer import LatentWriter
 from sdvae.model import DiagonalGaussian
@@ -138,6 +140,8 @@ class EncodeTask:
         reader: what finds and prepares the images.
         shards: the shards of the source.
         encoder: the VAE's encoder.
+        scaling: how pipelines scale its latents.
+        patch_channels: the channels of scaled latents.
         targets: the data sets that are written, one for each resolution.
 
     Raises:
@@ -163,9 +167,13 @@ class EncodeTask:
             color=config.color,
         )
         self.latent_channels = vae.config.latent_channels
+        self.scaling = scaling_of(vae)
+        patch = self.scaling.patch_size
+        self.patch_channels = self.latent_channels * math.prod(patch)
+        multiple = vae.spatial_compression_ratio * math.lcm(*patch)  # of pixels: whole patches of latents
         crops = []
         for resolution in config.outputs:
-            sizes = bucket_sizes(config, resolution, vae.spatial_compression_ratio)
+            sizes = bucket_sizes(config, resolution, multiple)
             bytes_of_a_row = row_bytes(sizes, vae.spatial_compression_ratio, self.latent_channels, config)
             crops.append(Crops(reading.for_crops(resolution), sizes, bytes_of_a_row))
         self.reader = ImageReader(config, tuple(crops))
@@ -191,7 +199,7 @@ class EncodeTask:
                 f"{self.config.output} holds the latents of one resolution; need a folder for several; choose another"
             )
         for target in self.targets:
-            target.folder.begin(target.fingerprint, utf8(self.config.source), self.vae_config)
+            target.folder.begin(target.fingerprint, utf8(self.config.source), self.vae_config, self.scaling)
 
     @property
     def crops_in_all(self) -> int | None:
