@@ -75,7 +75,10 @@ def card(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> st
         "sample": ('LatentDataset("this folder")', "the stored samples"),
         "mean": ('LatentDataset("this folder", sample=False)', "the stored means"),
     }[stored["what"]]
-    scaling_factor = manifest["vae_config"].get("scaling_factor")
+    vae_config = manifest["vae_config"]
+    by_channel = " with latents_mean and latents_std" if vae_config.get("latents_std") is not None else ""
+    scaled_by = f"scaling_factor {vae_config.get('scaling_factor')}{by_channel}"
+    vae_class = vae_config.get("_class_name", "VAE")  # data sets of older versions do not name it
     # The cache of `datasets` tells two data sets apart only by this head and the folder's last name.
     content = hashlib.sha256("".join(entry["sha256"] for entry in shards).encode()).hexdigest()
     return f"""---
@@ -93,7 +96,7 @@ tags:
 project's README describes. {what}
 in {stored["dtype"]}{", also of the mirror images" if stored["mirror"] else ""}.
 
-- VAE: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}, scaling_factor {scaling_factor}
+- {vae_class}: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}, {scaled_by}
 - Images: {sizes} (height x width){measured}
 
 ```python
