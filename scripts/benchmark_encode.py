@@ -266,14 +266,14 @@ def time_shards(count: int, scratch: Path) -> None:
     shard = (scratch / "out" / "data" / "train-00000-of-00001.parquet").read_bytes()
     begun = {**task.targets[0].fingerprint, "shards": count}
     folder = LatentWriter(scratch / "many", part=(0, 1))
-    folder.begin(begun, "synthetic", task.vae_config)
+    folder.begin(begun, "synthetic", task.vae_config, task.scaling)
     (scratch / "many" / "data").mkdir()
     for number in range(count):
         (scratch / "many" / folder.shard_name(number)).write_bytes(shard)
     memory = resident_mib()
 
     def continued() -> None:
-        LatentWriter(scratch / "many", part=(0, 1)).begin(begun, "synthetic", task.vae_config)
+        LatentWriter(scratch / "many", part=(0, 1)).begin(begun, "synthetic", task.vae_config, task.scaling)
 
     def finished() -> None:
         assert folder.finish()

@@ -117,7 +117,7 @@ def decode_scaled(decoder: Decoder, z: Tensor) -> Tensor:
         raise InputError(f"got latents of {z.shape[1]} channels for a decoder of {channels}; need one of the same VAE")
     if isinstance(decoder, RGBFactors):
         return decoder.decode(z.float())
-    unscaled = scaling_of(decoder.config).denormalize(z.float())
+    unscaled = scaling_of(decoder).denormalize(z.float())
     ratio = decoder.spatial_compression_ratio
     size = (ratio * z.shape[2], ratio * z.shape[3])
     return decode_images(decoder, unscaled.to(compute_device(decoder), decoder.dtype), size).float()
@@ -232,7 +232,7 @@ def fit_preview(vae: Autoencoder, data: str, count: int = 64, resolution: int = 
     source = open_source(data)
     config: Any = vae.config
     images = EvaluationImages(source, resolution, ReadOptions(channels=config.in_channels, min_side=1, color=color))
-    scaling = scaling_of(config)
+    scaling = scaling_of(vae)
     device = torch.device(accelerator_type() or "cpu")
     encoder = copy.deepcopy(vae)
     nn.Module.to(encoder, device, torch.float32)  # diffusers' own method warns about the dtype

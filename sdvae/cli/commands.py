@@ -18,6 +18,8 @@ from sdvae.latents.config import EncodeConfig
 from sdvae.studio.settings import ColorOption, DemoOptions, ReportOptions, Settings
 from sdvae.training.config import TrainConfig
 
+SDXL_CHANNELS = 4  # of latents whose latents_mean and latents_std diffusers' SDXL pipelines can read
+
 
 def train(options: TrainConfig) -> None:
     """Train a VAE from a recipe: --config FILE [--dotted.key=value …]"""
@@ -79,6 +81,10 @@ class ExportOptions(ColorOption):
     latents: str | None = None
     """A folder that `sdvae encode` wrote. The scaling_factor measured there is written with the VAE, and the
     shift_factor as well if the VAE has one."""
+    by_channel: bool = False
+    """With `latents`: write latents_mean and latents_std, the mean and standard deviation of each channel measured
+    there, and 1 as scaling_factor. SDXL's pipelines and `LatentDataset` then scale each channel to mean 0 and standard
+    deviation 1. Other pipelines do not read these keys; SDXL's take 4 latent channels."""
     data: str | None = None
     """Images, whatever `data.source` takes in training: fit «latent RGB factors» to them, the linear map that previews
     latents without a decoder, and write latent_rgb_factors.json into the folder or beside the file."""
@@ -88,6 +94,8 @@ class ExportOptions(ColorOption):
     """With `data`: side in pixels of the square that is cropped from the centre of each image."""
 
     def __post_init__(self) -> None:
+        if self.by_channel and self.latents is None:
+            raise InputError("got by_channel without latents; need the folder they were measured on; add --latents")
         if self.data is None and (self.count, self.resolution) != (64, 256):
             raise InputError("got count or resolution without data; they are for fitting RGB factors; add --data")
         name = self.target.lower()
@@ -108,9 +116,15 @@ def export(options: ExportOptions) -> None:
         from sdvae.latents.encoder import encoder_sha256
         from sdvae.latents.folder import LatentFolder
 
-        factors = LatentFolder(options.latents).factors(vae.config, encoder_sha256(source(dtype="file")))
+        sha256 = encoder_sha256(source(dtype="file"))
+        factors = LatentFolder(options.latents).factors(vae.config, sha256, by_channel=options.by_channel)
         vae.register_to_config(**factors)
-        print(", ".join(f"{key} {value}" for key, value in factors.items()))
+        print(", ".join(f"{key} {value}" for key, value in factors.items() if value is not None))
+        if "latents_std" in factors and vae.config.latent_channels != SDXL_CHANNELS:
+            print(
+                f"SDXL's pipelines, which read latents_mean and latents_std, take {SDXL_CHANNELS} latent channels; "
+                f"this VAE has {vae.config.latent_channels}, and LatentDataset scales by them"
+            )
     preview = None
     if options.data is not None:
         from sdvae.previews import fit_preview
@@ -168,7 +182,8 @@ class ReconstructOptions(ColorOption):
     files: tuple[str, ...]
     """Image files."""
     vae: str | None = None
-    """The VAE: whatever `sdvae export` takes as its source. By default the one inside this package."""
+    """The VAE: whatever `sdvae export` takes as its source, or a folder or hub id of another autoencoder of diffusers,
+    such as AutoencoderDC or AutoencoderKLWan. By default the one inside this package."""
     subfolder: str | None = None
     """Folder inside `vae` that holds the VAE."""
     output: Path = Path("reconstructions")

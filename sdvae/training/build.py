@@ -158,7 +158,10 @@ def load_student(config: DistilConfig, teacher: AutoencoderKL) -> AutoencoderTin
 
 def describing(config: TrainConfig, vae: AutoencoderKL) -> TrainConfig:
     """The recipe with a model section that describes an existing VAE."""
-    model = ModelConfig(**shape_of(vae.config), measure_shift=vae.config.shift_factor is not None)
+    is_scaled = vae.config.latents_mean is not None and vae.config.latents_std is not None
+    by_channel = (config.model.measure_channels or is_scaled) and not config.fine_tune.freeze_encoder
+    with_shift = vae.config.shift_factor is not None and not by_channel
+    model = ModelConfig(**shape_of(vae.config), measure_shift=with_shift, measure_channels=by_channel)
     return replace(config, model=model)
 
 

@@ -61,6 +61,10 @@ class ModelConfig(ModelShape):
 
     measure_shift: bool = False
     """Write the mean of the latents as shift_factor, which SD3 and Flux pipelines need; if false, it is null."""
+    measure_channels: bool = False
+    """Write latents_mean and latents_std, the mean and standard deviation of each channel, and 1 as scaling_factor.
+    SDXL's pipelines and `LatentDataset` then scale each channel to mean 0 and standard deviation 1. Other pipelines do
+    not read these keys, so the VAE is for SDXL's alone; those take 4 latent channels."""
     initialisation: Literal["pass_through", "torch"] = "pass_through"
     """Initial weights: a coarse copy of the input (sdvae/training/initialise.py), or torch's defaults."""
 
@@ -431,6 +435,7 @@ class TrainConfig:
         if not self.loss.equivariance.scales:
             raise InputError("got loss.equivariance.scales=[]; need one factor or more")
         self._resolve_start_of_discriminator()
+        self._check_scaling()
         self._check_student()
         self._check_likelihood()
         self._check_labels()
@@ -458,6 +463,20 @@ class TrainConfig:
             )
         loss = replace(self.loss, discriminator=replace(given, start_step=start))
         object.__setattr__(self, "loss", loss)
+
+    def _check_scaling(self) -> None:
+        if not self.model.measure_channels:
+            return
+        if self.model.measure_shift:
+            raise InputError(
+                "got model.measure_channels and model.measure_shift; need one of them: measure_channels for SDXL's "
+                "pipelines, measure_shift for those of SD3 and Flux"
+            )
+        if self.fine_tune.freeze_encoder:
+            raise InputError(
+                "got model.measure_channels with fine_tune.freeze_encoder, which keeps the scaling; leave it out, or "
+                "measure it afterwards: sdvae export --latents FOLDER --by_channel true"
+            )
 
     def _check_resolutions(self) -> None:
         # the compression ratio of a VAE or student that is trained further is known only when it has been loaded

@@ -54,7 +54,7 @@ class Teacher:
 
     def __init__(self, vae: AutoencoderKL, accelerator: Accelerator):
         self.vae = vae.eval().requires_grad_(False)
-        self.scaling = scaling_of(vae.config)
+        self.scaling = scaling_of(vae)
         self._autocast = accelerator.autocast
 
     @torch.no_grad()

@@ -146,7 +146,6 @@ def model_card(
         images_seen: the number of crops that all processes together have trained on.
     """
     frozen = config.fine_tune.freeze_encoder
-    shift = vae.config.shift_factor
     origin = "1/std of the latents of the training images"
     if frozen:
         origin = "that of the VAE it started from, whose latents it keeps"
@@ -162,7 +161,7 @@ def model_card(
         title(printable(Path(config.output_dir).resolve().name), vae),
         base_model=base_model(config.fine_tune.source),
         maker=f", trained with sdvae {version()}",
-        origin_of_factor=f" is {origin}" + ("" if shift is None else f"; `shift_factor` {shift:.5f} is their mean"),
+        origin_of_factor=_origin_of_scaling(vae, origin),
     )
     return head + "\n".join(
         [
@@ -209,6 +208,22 @@ def student_card(
             section(RECIPE, f"```yaml\n{to_yaml(config)}```\n"),
         ]
     )
+
+
+def _origin_of_scaling(vae: AutoencoderKL, origin: str) -> str:
+    """The rest of the sentence about the scaling factor.
+
+    Args:
+        vae: the VAE.
+        origin: what the factor is, if it scales all channels alike.
+    """
+    if vae.config.latents_std is not None:
+        return (
+            ": `latents_mean` and `latents_std` scale each channel to mean 0 and standard deviation 1, in SDXL's "
+            "pipelines; others do not read them"
+        )
+    shift = vae.config.shift_factor
+    return f" is {origin}" + ("" if shift is None else f"; `shift_factor` {shift:.5f} is their mean")
 
 
 def card_head(

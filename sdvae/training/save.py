@@ -90,8 +90,9 @@ class Validator:
         if isinstance(average, AutoencoderKL) and not config.fine_tune.freeze_encoder:
             batches = evaluation_batches(self._measured, config, self.accelerator)
             moments = measure_latents(average, batches, self.accelerator, self.bad_images)
-            scaling_factor, shift_factor = moments.factors(with_shift=config.model.measure_shift)
-            average.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
+            model = config.model
+            keys = moments.config_keys(by_channel=model.measure_channels, with_shift=model.measure_shift)
+            average.register_to_config(**keys)
         name = config.checkpoint.best_metric
         improved = is_better(result.metrics, progress.best, name, self._measured_on)
         if improved:
