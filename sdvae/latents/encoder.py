@@ -224,6 +224,12 @@ def encoder_sha256(vae: Autoencoder) -> str:
     return sha256_of_weights({name: weight for name, weight in weights if name.startswith(("encoder.", "quant_conv."))})
 
 
+def encoder_identity(vae: Autoencoder) -> dict[str, Any]:
+    """What determines the latents of an image, except for rounding: the weights, and what they do not determine."""
+    network = {key: vae.config[key] for key in ("norm_num_groups", "act_fn") if key in vae.config}
+    return {"encoder_sha256": encoder_sha256(vae), **network}
+
+
 def choose_device(name: str | None) -> torch.device:
     """The device of that name; by default the accelerator of this process's local rank, or the CPU if there is none.
 

@@ -16,7 +16,7 @@ from sdvae.errors import InputError
 from sdvae.io import is_inside, utf8
 from sdvae.latents.buckets import Placement, Size, bucket_sizes, place
 from sdvae.latents.config import EncodeConfig
-from sdvae.latents.encoder import MomentEncoder, PendingMoments, choose_device, choose_precision, encoder_sha256
+from sdvae.latents.encoder import MomentEncoder, PendingMoments, choose_device, choose_precision, encoder_identity
 from sdvae.latents.folder import MANIFEST
 from sdvae.latents.rows import posterior_values, row_bytes, to_bytes
 from sdvae.latents.shards import RangeShards, Shards, SourceImage, StreamShards, rows_per_shard
@@ -173,9 +173,10 @@ class EncodeTask:
             raise InputError(f"got output {config.output} inside the source {config.source}; choose another folder")
         self.shards = self.reader.open_shards()
         self.vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-        sha256, identity = encoder_sha256(vae), self.shards.identity()
+        made_by = {**encoder_identity(vae), "precision": self.precision}
+        identity = self.shards.identity()
         self.targets = [
-            Target(of_one, LatentWriter(output, config.part_numbers), self._fingerprint(sha256, identity, of_one))
+            Target(of_one, LatentWriter(output, config.part_numbers), self._fingerprint(made_by, identity, of_one))
             for of_one, output in zip(crops, config.outputs.values(), strict=True)
         ]
         self.encoder = MomentEncoder(vae, self.device, self.precision, config.mirror)
@@ -256,13 +257,11 @@ class EncodeTask:
             return None
         return {name: to_bytes(values) for name, values in columns.items()}
 
-    def _fingerprint(self, sha256: str, identity: dict[str, Any], crops: Crops) -> dict[str, Any]:
+    def _fingerprint(self, made_by: dict[str, Any], identity: dict[str, Any], crops: Crops) -> dict[str, Any]:
         # Batch size and number of threads only change rounding, so they are left out.
         config = self.config
-        # the weights determine the rest
-        network = {key: self.vae_config[key] for key in ("norm_num_groups", "act_fn") if key in self.vae_config}
         return {
-            "vae": {"encoder_sha256": sha256, **network, "precision": self.precision},
+            "vae": made_by,
             "stored": {
                 "what": config.store,
                 "dtype": config.dtype,
