@@ -30,6 +30,7 @@ from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
 from sdvae.training.checkpoint import check_fit
 from sdvae.training.config import DistilConfig, ModelConfig, TrainConfig
 from sdvae.training.distil import build_student
+from sdvae.training.encoded import check_latents
 from sdvae.training.initialise import initialise
 from sdvae.training.players import freeze_encoder
 from sdvae.training.processes import everywhere, from_main, on_main
@@ -122,11 +123,15 @@ def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, AutoencoderK
     Both are in fp32 on the CPU.
 
     Raises:
-        InputError: when the teacher cannot be read, or the student's shape does not fit it.
+        InputError: when the teacher cannot be read, when the student's shape does not fit it, or when the latents in
+            distil.latents_folder cannot be used.
     """
     settings = config.distil
     assert settings.teacher is not None
-    teacher = load_kl(settings.teacher, subfolder=settings.subfolder, config=settings.config, dtype=torch.float32)
+    teacher = load_kl(settings.teacher, subfolder=settings.subfolder, config=settings.config, dtype="file")
+    if settings.latents_folder is not None:
+        check_latents(config, teacher)  # before the conversion, since the latents name the weights in the file's dtype
+    nn.Module.to(teacher, torch.float32)  # diffusers' own is untyped
     student = build_student(settings, teacher) if settings.student is None else load_student(settings, teacher)
     return student.train(), teacher, describing(config, teacher)
 

@@ -334,6 +334,10 @@ class DistilConfig:
     student: str | None = None
     """A student to start from, whatever `load_vae` reads, such as a TAESD for a VAE that was fine-tuned since. It has
     its own widths and blocks, and those below are not used. Null: new weights."""
+    latents_folder: str | None = None
+    """The finished data set that `sdvae encode` made of data.source with this teacher, a folder or URL. Its latents
+    take the place of the teacher's encoder in training. Crops are cut out of the encoded images and their latents
+    alike: data.crop_scale is not used, and only a data set with mirror images has flips. Null: the encoder runs."""
     encoder_width: int = 64
     """Channels of all maps inside the encoder."""
     encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
@@ -532,6 +536,11 @@ class TrainConfig:
             raise InputError(
                 f"got distil.{changed[0].partition(':')[0]} without a teacher; need a VAE to learn from; give "
                 "distil.teacher, or use sdvae distil"
+            )
+        if settings.latents_folder is not None and self.data.color_jitter > 0:
+            raise InputError(
+                f"got data.color_jitter={self.data.color_jitter} with distil.latents_folder, whose latents are those "
+                "of unchanged images; need 0; leave one of the two out"
             )
         if len(settings.encoder_blocks) != len(settings.decoder_blocks) or not settings.encoder_blocks:
             raise InputError(
