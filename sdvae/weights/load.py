@@ -162,7 +162,7 @@ def _build(
     expected = vae.state_dict()
     for key, weight in weights.items():
         weights[key] = _reshaped(widened(weight), expected.get(key))
-    _check_fit(expected, weights, origin)
+    check_fit(expected, weights, origin)
     check_tensors(weights, origin)
     widest = reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
     for key in weights:  # one at a time: each is freed before the next is converted
@@ -184,7 +184,17 @@ def _sides(weight: Tensor) -> list[int]:
     return [side for side in weight.shape if side != 1]
 
 
-def _check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> None:
+def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> None:
+    """Refuse weights whose names or shapes are not the expected ones.
+
+    Args:
+        expected: the state dict of the model, whose values do not count.
+        weights: name -> tensor.
+        origin: where the weights come from, for the message.
+
+    Raises:
+        InputError: with the names of the first few.
+    """
     missing = sorted(expected.keys() - weights.keys())
     unexpected = sorted(weights.keys() - expected.keys())
     wrong = [
