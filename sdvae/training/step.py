@@ -190,7 +190,7 @@ class TrainStep:
             images, posterior_generators(noise_seeds), transformation, **conditioning
         )
         pair = None
-        if transformation is not None and transformation.alone:
+        if transformation is not None and config.equivariance.probability > 0:
             images = transformation(images, output.reconstruction.shape[2:])
         elif transformation is not None and output.transformed is not None:
             pair = (transformation(images, output.transformed.shape[2:]), output.transformed)
