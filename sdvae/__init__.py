@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # «as» the same name marks a name as public for type checke
     from sdvae.model import AutoencoderKL as AutoencoderKL
     from sdvae.model import AutoencoderTiny as AutoencoderTiny
     from sdvae.model import DiagonalGaussian as DiagonalGaussian
+    from sdvae.model.stream import stream as stream
     from sdvae.previews import Previews as Previews
     from sdvae.roundtrip import crop_to as crop_to
     from sdvae.roundtrip import pad_to_multiple as pad_to_multiple
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # «as» the same name marks a name as public for type checke
     from sdvae.training.config import TrainConfig as TrainConfig
     from sdvae.training.loop import train as train
     from sdvae.weights import export_targets as export_targets
+    from sdvae.weights import load_autoencoder as load_autoencoder
     from sdvae.weights import load_vae as load_vae
     from sdvae.weights import save_ldm as save_ldm
     from sdvae.weights import save_taesd as save_taesd
@@ -36,12 +38,14 @@ _MODULE_OF = {
     "AutoencoderKL": "sdvae.model",
     "AutoencoderTiny": "sdvae.model",
     "DiagonalGaussian": "sdvae.model",
+    "stream": "sdvae.model.stream",
     "round_trip": "sdvae.roundtrip",
     "pad_to_multiple": "sdvae.roundtrip",
     "Previews": "sdvae.previews",
     "crop_to": "sdvae.roundtrip",
     "speed_up": "sdvae.kernels.speed",
     "keep_freed_memory": "sdvae.runtime",
+    "load_autoencoder": "sdvae.weights",
     "load_vae": "sdvae.weights",
     "save_vae": "sdvae.weights",
     "save_ldm": "sdvae.weights",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,12 @@ class LatentMoments:
         over = (0, 2, 3)
         self.sums += torch.stack([count, mean.sum(over), mean.square().sum(over), var.sum(over)])
 
+    def over_patches(self, positions: int) -> LatentMoments:
+        """The moments of the channels of which each `positions` successive channels here are the patches' positions."""
+        whole = LatentMoments(self.sums.shape[1] // positions)
+        whole.sums = self.sums.unflatten(1, (-1, positions)).sum(dim=2)
+        return whole
+
     @property
     def channel_mean(self) -> Tensor:
         """(C,) float64."""
@@ -107,6 +113,30 @@ class LatentMoments:
                 f"the latents' std is {self.std}, so they have no scaling factor; need images that can be read"
             )
         return 1.0 / self.std, self.mean if with_shift else None
+
+    def config_keys(self, *, by_channel: bool = False, with_shift: bool = False) -> dict[str, Any]:
+        """The scaling of these latents, under all its keys in a VAE's config. Those that it does not use are None.
+
+        Args:
+            by_channel: scale each channel to mean 0 and standard deviation 1, by latents_mean and latents_std. SDXL's
+                pipelines give (z - latents_mean) · scaling_factor / latents_std to the diffusion model, so
+                scaling_factor is 1; they do not use a shift_factor.
+            with_shift: also give the mean of all latents as shift_factor; not together with `by_channel`.
+
+        Raises:
+            InputError: when no image was counted, or the latents, or with `by_channel` a channel, do not vary.
+        """
+        scale, shift = self.factors(with_shift)
+        if not by_channel:
+            return {"scaling_factor": scale, "shift_factor": shift, "latents_mean": None, "latents_std": None}
+        assert not with_shift
+        mean, std = self.channel_mean.tolist(), self.channel_std.tolist()
+        still = [channel for channel, value in enumerate(std) if value == 0]
+        if still:
+            raise InputError(
+                f"the latents do not vary in channels {still}, which have no scale; scale all channels alike"
+            )
+        return {"scaling_factor": 1.0, "shift_factor": None, "latents_mean": mean, "latents_std": std}
 
     @property
     def active_channels(self) -> int:
@@ -354,12 +384,12 @@ class LatentCovariance:
 class LatentMaps:
     """Statistics of posteriors of one size by position, in float64.
 
-    A diffusion model gets scaled latents, (z - shift_factor) · scaling_factor.
+    A diffusion model gets scaled latents, (z - shift) · scale.
 
     Args:
         shape: (C, h, w) of the latents.
-        scaling_factor: the one in the VAE's configuration.
-        shift_factor: the one in the VAE's configuration; None counts as 0.
+        shift: of the VAE's scaling; (C, 1, 1), or (1, 1, 1) if it is the same for all channels.
+        scale: the same.
 
     Attributes:
         images: the number of images that were counted.
@@ -367,10 +397,10 @@ class LatentMaps:
         outside: (C,) int64, number of scaled samples outside HISTOGRAM_RANGE.
     """
 
-    def __init__(self, shape: tuple[int, int, int], scaling_factor: float, shift_factor: float | None):
+    def __init__(self, shape: tuple[int, int, int], shift: Tensor, scale: Tensor):
         channels, height, width = shape
-        self.scaling_factor = scaling_factor
-        self.shift_factor = shift_factor or 0.0
+        self.shift = shift.expand(channels, 1, 1).double()
+        self.scale = scale.expand(channels, 1, 1).double()
         self.images = 0
         self.histogram = torch.zeros(channels, HISTOGRAM_BINS, dtype=torch.int64)
         self.outside = torch.zeros(channels, dtype=torch.int64)
@@ -398,7 +428,7 @@ class LatentMaps:
 
     def scaled(self, z: Tensor) -> Tensor:
         """Latents as a diffusion model gets them."""
-        return (z - self.shift_factor) * self.scaling_factor
+        return (z - self.shift.to(z)) * self.scale.to(z)
 
     def kl(self) -> Tensor:
         """(h, w): KL in nats at each position, summed over channels and averaged over images."""
@@ -415,8 +445,8 @@ class LatentMaps:
         """
         mean, square, var = self._sums / self.images  # (C, h, w) each
         centre = moments.channel_mean[:, None, None]
-        variance = (square - 2 * centre * mean + centre.square() + var).mean(dim=0)
-        return self.scaling_factor * variance.clamp(min=0).sqrt()
+        variance = square - 2 * centre * mean + centre.square() + var  # (C, h, w)
+        return (self.scale.square() * variance.clamp(min=0)).mean(dim=0).sqrt()
 
     def covariance(self, moments: LatentMoments) -> Tensor:
         """(C, C), of unscaled latents over images and positions; the diagonal is channel_std².
@@ -440,7 +470,7 @@ class LatentMaps:
 
 @dataclass(frozen=True)
 class RGBFactors:
-    """An affine map from scaled latents to an image of their size, and how well it fits.
+    """An affine map from latents to an image of their size, and how well it fits.
 
     Attributes:
         factors: (C, 3) float64: the rows of UIs' «latent RGB factors».
@@ -455,7 +485,7 @@ class RGBFactors:
     psnr: float
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, C, h, w), scaled -> (B, 3, h, w), nominally in [-1, 1] and not clamped."""
+        """Latents (B, C, h, w) -> (B, 3, h, w), nominally in [-1, 1] and not clamped."""
         return torch.einsum("bchw,ck->bkhw", z, self.factors.to(z)) + self.bias.to(z)[:, None, None]
 
 
@@ -478,7 +508,7 @@ class LatentRGB:
         """Add a batch.
 
         Args:
-            z: (B, C, h, w), scaled as a diffusion model gets them.
+            z: (B, C, h, w), the latents that the map shall take.
             images: (B, 3, f·h, f·w) in [-1, 1].
         """
         small = F.adaptive_avg_pool2d(

@@ -22,7 +22,7 @@ from sdvae.latents import reader as reader_module
 from sdvae.latents.dataset import LatentBatches
 from sdvae.latents.encode import encode
 from sdvae.latents.rows import is_value
-from sdvae.latents.scaling import LatentScaling, scaling_of
+from sdvae.latents.scaling import LatentScaling, config_scaling
 from sdvae.model import DiagonalGaussian
 from sdvae.noise import sample_seed, sample_seeds
 from tests.latents_tools import draw, options, rows_of, tiny_vae
@@ -104,7 +104,7 @@ def test_sdxls_per_channel_factors_are_undone_as_its_pipeline_does():
 
     config = {"scaling_factor": 0.5, "latents_mean": [1.0, 2, 3, 4], "latents_std": [2.0, 4, 6, 8]}
     z = torch.randn(2, 4, 3, 3)
-    scaling = scaling_of(config)
+    scaling = config_scaling(config)
     mean, std = (torch.tensor(config[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
     seen = scaling.normalize(z)
     assert torch.allclose(seen * std / 0.5 + mean, z, atol=1e-5)

@@ -26,6 +26,7 @@ from sdvae.latents.convert import _crop_ltrb, export_latents
 from sdvae.latents.encode import encode
 from sdvae.latents.folder import LatentFolder
 from sdvae.latents.rows import LatentRow, table_of, to_bytes, value_columns
+from sdvae.latents.scaling import config_scaling
 from sdvae.latents.writer import LatentWriter
 from sdvae.model import DiagonalGaussian
 from sdvae.noise import sample_seed
@@ -63,7 +64,8 @@ def write(
     stored = {"what": config.store, "dtype": config.dtype, "mirror": config.mirror}
     images = {"sizes": [[64, 64], [48, 80], [80, 48]]}
     made_by = {"encoder_sha256": "0", "precision": "fp32"}
-    folder.begin({"vae": made_by, "stored": stored, "images": images, "shards": 3}, "test", vae)
+    fingerprint = {"vae": made_by, "stored": stored, "images": images, "shards": 3}
+    folder.begin(fingerprint, "test", vae, config_scaling({"scaling_factor": factor or 1.0}))
     generator = torch.Generator().manual_seed(0)
     features = datasets.Features({name: feature for name, (_, feature) in carried.items()})
     first = 0

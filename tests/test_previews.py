@@ -89,7 +89,7 @@ def test_export_fits_the_factors_of_scaled_latents_and_writes_them(vae, tmp_path
     model, source = load_vae(vae), open_source("skimage")
     images = EvaluationImages(source, 30, ReadOptions(channels=3, min_side=1))
     x = torch.nn.functional.pad(torch.stack([images[i]["image"] for i in range(3)]), (0, 2, 0, 2), mode="replicate")
-    z = scaling_of(model.config).normalize(model.encode(x).latent_dist.mode())
+    z = scaling_of(model).normalize(model.encode(x).latent_dist.mode())
     small = torch.nn.functional.avg_pool2d(x, 4)
     a = np.hstack([z.permute(0, 2, 3, 1).reshape(-1, 4).detach().numpy(), np.ones((z[:, 0].numel(), 1))])
     wanted = np.linalg.lstsq(

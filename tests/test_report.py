@@ -340,13 +340,17 @@ def test_the_spectrum_of_white_noise_is_its_variance_and_a_wave_is_found_in_its_
     assert int(radial_power(wave)[0].argmax()) + 1 == 9
 
 
+def scaling(number: float) -> torch.Tensor:
+    return torch.full((1, 1, 1), number)
+
+
 def test_maps_covariance_and_histogram_are_those_of_all_elements_at_once():
     generator = torch.Generator().manual_seed(0)
     parameters = torch.randn(6, 6, 4, 5, generator=generator)
     parameters[:, 0] += 2.0
     parameters[4:, 3:] = -30.0  # without noise
     posterior = DiagonalGaussian(parameters.double())
-    health, maps = LatentHealth(3), LatentMaps((3, 4, 5), scaling_factor=0.5, shift_factor=0.25)
+    health, maps = LatentHealth(3), LatentMaps((3, 4, 5), scaling(0.25), scaling(0.5))
     for part in parameters.split(4):
         health.update(DiagonalGaussian(part))
         maps.update(DiagonalGaussian(part), generator)
@@ -361,7 +365,7 @@ def test_maps_covariance_and_histogram_are_those_of_all_elements_at_once():
     centred = mean - mean.mean((0, 2, 3), keepdim=True)
     torch.testing.assert_close(maps.std(moments), 0.5 * (centred.square() + var).mean((0, 1)).sqrt())
     assert (maps.histogram.sum(1) + maps.outside).tolist() == [6 * 4 * 5] * 3
-    exact = LatentMaps((3, 4, 5), scaling_factor=2.0, shift_factor=0.25)
+    exact = LatentMaps((3, 4, 5), scaling(0.25), scaling(2.0))
     exact.update(DiagonalGaussian(parameters[4:]), generator)
     scaled = 2.0 * (mean[4:].transpose(0, 1).flatten(1).numpy() - 0.25)
     wanted = [np.histogram(channel, HISTOGRAM_BINS, HISTOGRAM_RANGE)[0] for channel in scaled]

@@ -55,8 +55,9 @@ class EvaluateConfig:
     """The options of `sdvae evaluate`: which VAEs are measured, on which images, and how."""
 
     vaes: tuple[str, ...] = ()
-    """The VAEs, each given as the source of `sdvae export`; by default the VAE in this package. They may also be given
-    without a name, before the first option."""
+    """The VAEs, each given as the source of `sdvae export`, or a folder or hub id of another autoencoder of diffusers,
+    such as AutoencoderDC or AutoencoderKLWan; by default the VAE in this package. They may also be given without a
+    name, before the first option."""
     data: str = "skimage"
     """The images; whatever data.source takes in training."""
     split: str = "train"
@@ -88,7 +89,8 @@ class EvaluateConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Data type of the VAE's weights and computation."""
     tiling: bool = False
-    """Encode and decode in strips (`enable_tiling`), which bounds the memory for large images."""
+    """Encode and decode in strips (`enable_tiling`), which bounds the memory for large images. There are none for other
+    autoencoders of diffusers."""
     batch_size: int = 8
     """Images in a batch, on each process."""
     num_workers: int = 2

@@ -23,7 +23,7 @@ from sdvae.metrics import equivariance
 from sdvae.metrics.equivariance import SCALES, TURNS, Transformed, encoder_errors, transform
 from sdvae.metrics.geometry import nearest_neighbours, negentropy, slerp, two_nn
 from sdvae.metrics.spectrum import SMALLEST_SPECTRUM, Spectra, channel_power, radial_power
-from sdvae.model import Autoencoder
+from sdvae.model import AnyAutoencoder
 from sdvae.noise import sample_seed
 from sdvae.roundtrip import compute_device, encode_images
 
@@ -87,7 +87,7 @@ class Diffusability:
         }
 
 
-def check_size(vae: Autoencoder, name: str, resolution: int) -> None:
+def check_size(vae: AnyAutoencoder, name: str, resolution: int) -> None:
     """Refuse a resolution whose latents are too small, or cannot be halved twice.
 
     Raises:
@@ -95,7 +95,7 @@ def check_size(vae: Autoencoder, name: str, resolution: int) -> None:
     """
     factor = vae.spatial_compression_ratio
     shape = (1, vae.config.latent_channels, max(1, resolution // factor), max(1, resolution // factor))
-    side = scaling_of(vae.config).normalize(torch.zeros(1, *shape[1:])).shape[-1]
+    side = scaling_of(vae).normalize(torch.zeros(1, *shape[1:])).shape[-1]
     multiple = max(probe.LATENT_MULTIPLE, equivariance.LATENT_MULTIPLE)
     pixels = resolution // side  # for one position of the normalised latents
     if resolution % factor or side % multiple or side < SMALLEST_SPECTRUM:
@@ -126,7 +126,7 @@ def warn_of_few(images: int) -> None:
 
 
 @torch.no_grad()
-def collect(vae: Autoencoder, batches: Iterable[dict[str, Any]], seed: int) -> list[LatentImage]:
+def collect(vae: AnyAutoencoder, batches: Iterable[dict[str, Any]], seed: int) -> list[LatentImage]:
     """Encode images, as they are and transformed.
 
     Args:
@@ -134,7 +134,7 @@ def collect(vae: Autoencoder, batches: Iterable[dict[str, Any]], seed: int) -> l
         batches: `image` (B, C, R, R) in [-1, 1] and `index`, their places in the data.
         seed: of the samples of the posteriors, which depend on it and on an image's place.
     """
-    scaling, found = scaling_of(vae.config), []
+    scaling, found = scaling_of(vae), []
     for batch in batches:
         x = batch["image"].to(compute_device(vae))
         posterior = encode_images(vae, x.to(vae.dtype)).to(torch.float32)

@@ -62,13 +62,14 @@ from sdvae.metrics.table import (
     markdown_table,
     means,
 )
-from sdvae.model import Autoencoder
+from sdvae.model import AnyAutoencoder, StockAutoencoder
+from sdvae.model.kinds import class_name
 from sdvae.noise import sample_seed
 from sdvae.pictures import tile_grid
 from sdvae.roundtrip import RoundTrip, check_image_channels, decode_images, round_trip, say_if_no_posterior
 from sdvae.runtime import DTYPES, accelerator_type
 from sdvae.statistics import LatentHealth, merged
-from sdvae.weights import load_vae
+from sdvae.weights import load_autoencoder
 
 if TYPE_CHECKING:
     from sdvae.metrics.fid import FrechetDistance, ReconstructionMMD
@@ -130,7 +131,7 @@ class Bench:
     originals: list[tuple[int, Tensor]] = field(default_factory=list)
     bad: BadImages = field(default_factory=BadImages)
 
-    def result(self, name: str, vae: Autoencoder, first: bool) -> dict[str, Any]:
+    def result(self, name: str, vae: AnyAutoencoder, first: bool) -> dict[str, Any]:
         """All results of one VAE, the same on every process.
 
         Args:
@@ -161,6 +162,7 @@ class Bench:
         encode_seconds, decode_seconds = zip(*measured.seconds, strict=True)
         return {
             "vae": name,
+            "class": class_name(vae),
             "parameters": sum(parameter.numel() for parameter in vae.parameters()),
             "latent_channels": vae.config.latent_channels,
             "compression_ratio": vae.spatial_compression_ratio,
@@ -184,7 +186,7 @@ class Bench:
         """Images to be measured, over all processes."""
         return len(self.source) if self.config.count is None else min(self.config.count, len(self.source))
 
-    def _measure(self, name: str, vae: Autoencoder, first: bool) -> Measurements:
+    def _measure(self, name: str, vae: AnyAutoencoder, first: bool) -> Measurements:
         """The measurements on this process's images. The arguments are those of `result`."""
         measured = Measurements(LatentHealth(vae.config.latent_channels))
         for batch in self._batches(name):
@@ -225,7 +227,7 @@ class Bench:
                 yield batch
 
     @torch.inference_mode()
-    def _round_trip(self, vae: Autoencoder, x: Tensor, indices: Sequence[int]) -> RoundTrip:
+    def _round_trip(self, vae: AnyAutoencoder, x: Tensor, indices: Sequence[int]) -> RoundTrip:
         """Encode and decode. A sample's noise depends on the seed and the image's place in the data, not its batch."""
         seeds = [sample_seed(self.config.seed, 0, index, "evaluation") for index in indices]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -240,7 +242,7 @@ class Bench:
         y = reconstruction.clamp(-1, 1).where(finite, math.nan)
         return ((y + 1) * 127.5).round() / 127.5 - 1 if self.config.quantize else y
 
-    def _diffusability(self, name: str, vae: Autoencoder, per_image: list[dict[str, Any]]) -> dict[str, Any]:
+    def _diffusability(self, name: str, vae: AnyAutoencoder, per_image: list[dict[str, Any]]) -> dict[str, Any]:
         """The figures of `sdvae.evaluation.diffusability`; those of single images are added to `per_image`.
 
         Every process computes the figures of all images, since they depend on each other; iFID's images are divided.
@@ -260,12 +262,12 @@ class Bench:
             figures |= measured.per_image[figures["index"]]
         return {**measured.figures, "ifid": ifid, "diffusability": measured.details()}
 
-    def _ifid(self, vae: Autoencoder, latents: Tensor) -> float | None:
+    def _ifid(self, vae: AnyAutoencoder, latents: Tensor) -> float | None:
         """The FID of decoded latents (scaled for a diffusion model) to the originals; None if `fid` is not set."""
         fid = self.distances.get("rfid")
         if fid is None:
             return None
-        scaling, size = scaling_of(vae.config), (self.config.resolution,) * 2
+        scaling, size = scaling_of(vae), (self.config.resolution,) * 2
         mine = latents[self.state.process_index :: self.state.num_processes]
         for z in mine.split(self.config.batch_size):
             z = scaling.denormalize(z.to(self.state.device)).to(vae.dtype)
@@ -301,12 +303,17 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     with state.main_process_first():  # one process downloads; the others find the files in the cache
         source = open_source(config.data, split=config.split, image_column=config.image_column)
         dtype = DTYPES[config.precision]
-        vaes = {name or PACKAGED: load_vae(name, dtype=dtype) for name in config.vaes or (None,)}
+        vaes = {name or PACKAGED: load_autoencoder(name, dtype=dtype) for name in config.vaes or (None,)}
         perceptual = perceptual_if_any(config.lpips, config.lpips_weights, config.lpips_heads)
         distances = _distances(config, state.device)
     for name, vae in vaes.items():
         check_image_channels(vae, name)
         say_if_no_posterior(vae, name, "it has no KL, and its latents are decoded as they are")
+        if config.tiling and isinstance(vae, StockAutoencoder):
+            raise InputError(
+                f"got tiling with {name}, of class {class_name(vae)}, for which there are no strips; need an "
+                "AutoencoderKL or a student; leave tiling out"
+            )
         if config.diffusability:
             check_size(vae, name, config.resolution)
     channels = {vae.config.in_channels for vae in vaes.values()}
@@ -325,7 +332,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     make_folder(Path(config.output))  # before the first image, so that a fault of the folder shows at once
     results: list[dict[str, Any]] = []
     for name, vae in vaes.items():
-        if config.tiling:
+        if config.tiling and not isinstance(vae, StockAutoencoder):
             vae.enable_tiling()
         results.append(bench.result(name, vae, first=not results))
     _warn_of_few(results[0]["images"], config, distances)

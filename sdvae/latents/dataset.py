@@ -22,8 +22,17 @@ from sdvae.errors import InputError
 from sdvae.io import changed_fields
 from sdvae.latents.folder import LatentFolder
 from sdvae.latents.reader import WINDOW, Reader, RowGroup
-from sdvae.latents.scaling import LatentScaling, channel_scaling, identity_scaling, scaling_of
+from sdvae.latents.rows import from_bytes
+from sdvae.latents.scaling import (
+    LatentScaling,
+    batch_norm_scaling,
+    channel_scaling,
+    config_scaling,
+    identity_scaling,
+)
+from sdvae.model import DiagonalGaussian
 from sdvae.model.config import LOGVAR_RANGE
+from sdvae.model.patches import patched
 from sdvae.noise import sample_seeds
 
 logger = logging.getLogger(__name__)
@@ -42,7 +51,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
         folder: the folder of a finished data set.
         scaling: how `latents` is scaled. «vae»: by the factors in the VAE's config, as pipelines do; «measured»: by
             the factors that were measured on these latents; «channels»: each channel to mean 0 and standard deviation
-            1; «none»: not at all.
+            1; «none»: not at all. The first two give FLUX.2's latents as patches, (4·C, h/2, w/2), by its batch norm or
+            by the mean and variance measured here; the last two leave its latents (C, h, w).
         sample: draw a new z from the posterior each time (Kingma & Welling 2014, section 2.4); False takes the
             posterior's mode. This has no effect if the data set stores samples instead of moments. If it stores means
             alone, `latents` is the mean, and True gives a warning.
@@ -50,6 +60,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         seed: the seed for samples, mirror images and order.
 
     Attributes:
+        has_mirrors: whether the mirror image of each image was encoded too.
         scaling: the `LatentScaling` in use; its `denormalize` turns scaled latents into those that the VAE decodes.
 
     Raises:
@@ -70,12 +81,12 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self._folder.open(finished=True)
         manifest = self._folder.manifest
         stored = manifest["fingerprint"]["stored"]
-        has_mirrors = stored["mirror"]
-        self.mirror = (0.5 if has_mirrors else 0.0) if mirror is None else mirror
-        if not 0 <= self.mirror <= 1 or (self.mirror > 0 and not has_mirrors):
-            have = "has mirror images" if has_mirrors else "has no mirror images; encode with --mirror true"
+        self.has_mirrors: bool = stored["mirror"]
+        self.mirror = (0.5 if self.has_mirrors else 0.0) if mirror is None else mirror
+        if not 0 <= self.mirror <= 1 or (self.mirror > 0 and not self.has_mirrors):
+            have = "has mirror images" if self.has_mirrors else "has no mirror images; encode with --mirror true"
             raise InputError(f"got mirror={mirror}; need a probability, and {folder} {have}")
-        self.scaling = _scaling(scaling, manifest)
+        self.scaling = _scaling(scaling, self._folder)
         self.sample = sample
         self.seed = seed
         self._column = "sample" if stored["what"] == "sample" else "mean"
@@ -133,18 +144,23 @@ class LatentDataset(Dataset[dict[str, Any]]):
                 own.normal_(generator=random)
 
         for shape, numbers in of_shape.items():
-            self._finish(drawn[shape], [(*found[number], suffixes[number]) for number in numbers])
+            z = self._finished(drawn[shape], [(*found[number], suffixes[number]) for number in numbers])
+            for number, own in zip(numbers, z.unbind(), strict=True):
+                latents[number] = own
         return [
             {"latents": own, "mirrored": suffix != "", **group.row(offset)}
             for own, suffix, (group, offset) in zip(latents, suffixes, found, strict=True)
         ]
 
-    def _finish(self, z: Tensor, rows: Sequence[tuple[RowGroup, int, str]]) -> None:
-        """Turn noise into scaled latents, in place. The arithmetic is that of `DiagonalGaussian.sample`.
+    def _finished(self, z: Tensor, rows: Sequence[tuple[RowGroup, int, str]]) -> Tensor:
+        """Scaled latents from noise, which they overwrite. The arithmetic is that of `DiagonalGaussian.sample`.
 
         Args:
             z: (N, C, h, w) fp32, noise for as many rows of one shape. It is used only to sample a posterior.
             rows: for each, its row group, its place in it, and the end of its columns' names.
+
+        Returns:
+            (N, C, h, w); with patches (N, C·p·q, h/p, w/q).
         """
 
         def stored(column: str) -> Tensor:
@@ -156,7 +172,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
             z.mul_(std).add_(stored("mean"))
         else:
             z.copy_(stored(self._column))
-        z.sub_(self.scaling.shift).mul_(self.scaling.scale)
+        return patched(z, self.scaling.patch_size).sub_(self.scaling.shift).mul_(self.scaling.scale)
 
     def loader(
         self,
@@ -213,6 +229,42 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def row_groups(self) -> list[tuple[int, int]]:
         """(first row, number of rows) of each group that is read at once, in the order of the rows."""
         return [(first, rows) for _, _, first, rows in self._groups]
+
+    @property
+    def where(self) -> str:
+        """The folder or URL."""
+        return str(self._folder.storage)
+
+    def skipped(self) -> dict[str, str]:
+        """The name of each image that has no row, as `sdvae.io.utf8` writes it, and the reason."""
+        lines = sum(self._folder.skipped_lines().values(), [])
+        return {line["name"]: line["reason"] for line in lines}
+
+    def names(self) -> Iterator[str]:
+        """The name of each row's image, as `sdvae.io.utf8` writes it, in the order of the rows."""
+        return self._reader.names(sorted({group[0] for group in self._groups}))
+
+    def origin(self, place: int) -> tuple[str, tuple[int, int]]:
+        """The SHA-256 of the file of a row's image, and height and width of the crop that was encoded, in pixels."""
+        ((group, offset),) = self._find(np.array([place]))
+        height, width = group.pairs["target_size"][offset].tolist()
+        return group.items[offset]["sha256"], (height, width)
+
+    def posterior(self, place: int, *, mirrored: bool = False) -> DiagonalGaussian:
+        """The posterior in a row, over unscaled latents (1, C, h, w) in fp32; without variance if only means are kept.
+
+        Args:
+            place: the row's place in the data set.
+            mirrored: take that of the mirror image.
+        """
+        ((group, offset),) = self._find(np.array([place]))
+        mean, logvar = (
+            from_bytes(group.value(column + "_mirrored" * mirrored, offset), self._folder.dtype, group.shapes[offset])
+            for column in ("mean", "logvar" if self._has_variance else "mean")
+        )
+        if not self._has_variance:
+            return DiagonalGaussian.point(mean[None])
+        return DiagonalGaussian(torch.cat([mean, logvar])[None])
 
     def size_numbers(self) -> np.ndarray:
         """(N,) int: rows with the same number have images, and latents, of the same size."""
@@ -399,14 +451,18 @@ def collate_latents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def _scaling(kind: str, manifest: dict[str, Any]) -> LatentScaling:
+def _scaling(kind: str, folder: LatentFolder) -> LatentScaling:
+    statistics = folder.manifest["statistics"]
     if kind == "vae":
-        return scaling_of(manifest["vae_config"])
+        return folder.scaling
     if kind == "measured":
-        factors = ("scaling_factor", "shift_factor")
-        return scaling_of({key: manifest["statistics"][key] for key in factors})
+        if "patches_mean" in statistics:
+            eps = folder.manifest["vae_config"]["batch_norm_eps"]
+            patches = statistics["patches_mean"], statistics["patches_var"]
+            return batch_norm_scaling(*patches, eps, folder.scaling.patch_size)
+        return config_scaling({key: statistics[key] for key in ("scaling_factor", "shift_factor")})
     if kind == "channels":
-        return channel_scaling(manifest["statistics"])
+        return channel_scaling(statistics)
     if kind == "none":
         return identity_scaling()
     raise InputError(f"got scaling={kind!r}; need vae, measured, channels or none")

@@ -27,6 +27,7 @@ import torch
 
 from sdvae.data import kinds_of
 from sdvae.errors import InputError, first_few, one_line
+from sdvae.latents.scaling import LatentScaling, channel_scaling, config_scaling
 from sdvae.latents.summary import is_of_student
 from sdvae.runtime import DTYPES
 from sdvae.storage import is_bad_content, open_storage
@@ -144,6 +145,17 @@ class LatentFolder:
         return self.storage.parquet(self.shard_name(shard))
 
     @property
+    def scaling(self) -> LatentScaling:
+        """How pipelines scale these latents: as the VAE's config or batch norm said when the data set was begun.
+
+        Raises:
+            InputError: as `config_scaling` does, for a data set of an earlier version, which has the config alone.
+        """
+        if "scaling" in self.manifest:
+            return LatentScaling.from_json(self.manifest["scaling"])
+        return config_scaling(self.manifest["vae_config"])
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the stored values."""
         return DTYPES[self.manifest["fingerprint"]["stored"]["dtype"]]
@@ -227,16 +239,19 @@ class LatentFolder:
         why = kinds_of(line["reason"] for lines in self.skipped_lines().values() for line in lines)
         return f"{rows} of {rows + skipped} images have a row, and {skipped} have none ({why}; see skipped.jsonl)"
 
-    def factors(self, vae_config: Mapping[str, Any], encoder_sha256: str) -> dict[str, Any]:
+    def factors(
+        self, vae_config: Mapping[str, Any], encoder_sha256: str, *, by_channel: bool = False
+    ) -> dict[str, Any]:
         """The scaling that was measured on these latents, under the keys of a VAE's config.
 
         Args:
             vae_config: the config of the VAE that is to decode them.
             encoder_sha256: the hash of that VAE's encoder.
+            by_channel: scale each channel by itself, as is done anyway if the VAE has latents_mean and latents_std.
 
         Returns:
-            scaling_factor, and shift_factor if the VAE has one. For a VAE with latents_mean and latents_std: those two,
-            and a scaling_factor of 1.
+            scaling_factor, and shift_factor if the VAE has one. By channel: latents_mean and latents_std, a
+            scaling_factor of 1, and a shift_factor of None, as SDXL's pipelines read them.
 
         Raises:
             InputError: when another VAE made these latents, or they do not vary, or for a student.
@@ -247,8 +262,10 @@ class LatentFolder:
         if self.manifest["fingerprint"]["vae"]["encoder_sha256"] != encoder_sha256:
             raise InputError(f"the latents in {self.storage} were made by another encoder; need those of this VAE")
         statistics = self.manifest["statistics"]
-        if vae_config["latents_mean"] is not None and vae_config["latents_std"] is not None:
-            return {"scaling_factor": 1.0, **{key: statistics[key] for key in ("latents_mean", "latents_std")}}
+        if by_channel or (vae_config["latents_mean"] is not None and vae_config["latents_std"] is not None):
+            _ = channel_scaling(statistics)  # which refuses a channel that does not vary
+            measured = {key: statistics[key] for key in ("latents_mean", "latents_std")}
+            return {"scaling_factor": 1.0, "shift_factor": None, **measured}
         names = ["scaling_factor"] + (["shift_factor"] if vae_config["shift_factor"] is not None else [])
         measured = {name: statistics[name] for name in names}
         if None in measured.values():

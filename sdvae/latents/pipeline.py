@@ -128,7 +128,7 @@ class Pipeline:
         for place, target in enumerate(self.task.targets):
             claim = target.folder.claim(number)
             if claim is not None:
-                shard = ClaimedShard(place, number, claim, LatentMoments(self.task.latent_channels))
+                shard = ClaimedShard(place, number, claim, LatentMoments(self.task.patch_channels))
                 self._held[place, number] = shard
                 claimed.append(shard)
         return claimed
@@ -226,7 +226,7 @@ class Pipeline:
         shard, config = batch.shard, self.task.config
         values, moments = self.task.stored_values(batch.moments, [image.index for image, _ in batch.images])
         kept = [i for i, value in enumerate(values) if value is not None]
-        shard.moments.update(self.task.posterior(moments[kept]))
+        shard.moments.update(self.task.posterior(moments[kept]).patched(self.task.scaling.patch_size))
         self._count(encoded=len(kept), skipped=len(values) - len(kept))
         for (image, decoded), value in zip(batch.images, values, strict=True):
             if value is None:

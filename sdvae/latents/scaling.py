@@ -8,38 +8,67 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdvae.errors import InputError
+from sdvae.model import AnyAutoencoder
+from sdvae.model.patches import PatchSize, patched, unpatched
 
 
 @dataclass(frozen=True)
 class LatentScaling:
-    """normalize(z) = (z - shift) · scale, and its inverse.
+    """normalize(z) = (patched(z) - shift) · scale, and its inverse.
+
+    Without patches (1 x 1), which all VAEs but FLUX.2's have, `patched` changes nothing.
 
     Attributes:
-        shift: (C, 1, 1) fp32, or (1, 1, 1) if it is the same for all channels.
+        shift: (C', 1, 1) fp32, or (1, 1, 1) if it is the same for all channels, with C' = C · p · q.
         scale: the same shape.
+        patch_size: p and q, the height and width of a patch in positions; see `sdvae.model.patches`.
     """
 
     shift: Tensor
     scale: Tensor
+    patch_size: PatchSize = (1, 1)
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Scale latents (…, C, h, w) of the encoder for a diffusion model."""
+        """Scale latents (…, C, p·h, q·w) of the encoder for a diffusion model: (…, C·p·q, h, w)."""
+        latents = patched(latents, self.patch_size)
         return (latents - self.shift.to(latents)) * self.scale.to(latents)
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """Scale latents (…, C, h, w) of a diffusion model for the decoder."""
-        return latents / self.scale.to(latents) + self.shift.to(latents)
+        """Scale latents (…, C·p·q, h, w) of a diffusion model for the decoder: (…, C, p·h, q·w)."""
+        return unpatched(latents / self.scale.to(latents) + self.shift.to(latents), self.patch_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads, which JSON can hold. All digits of shift and scale are kept."""
+        values = {"shift": self.shift.flatten().tolist(), "scale": self.scale.flatten().tolist()}
+        return {"patch_size": list(self.patch_size), **values}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> LatentScaling:
+        rows, columns = content["patch_size"]
+        return cls(_column(content["shift"]), _column(content["scale"]), (rows, columns))
 
 
 def identity_scaling() -> LatentScaling:
     return LatentScaling(_column([0.0]), _column([1.0]))
 
 
-def scaling_of(config: Mapping[str, Any]) -> LatentScaling:
-    """The scaling that diffusers' pipelines apply to the latents of a VAE.
+def scaling_of(vae: AnyAutoencoder) -> LatentScaling:
+    """The scaling that diffusers' pipelines apply to the latents of a VAE: by its config, or its batch norm (FLUX.2).
+
+    Raises:
+        InputError: as `config_scaling` does.
+    """
+    norm: Any = getattr(vae, "bn", None)
+    if not isinstance(norm, nn.BatchNorm2d):
+        return config_scaling(vae.config)
+    return batch_norm_scaling(norm.running_mean, norm.running_var, norm.eps, tuple(vae.config.patch_size))
+
+
+def config_scaling(config: Mapping[str, Any]) -> LatentScaling:
+    """The scaling that the keys of a VAE's config describe.
 
     It is (z - shift_factor) · scaling_factor (SD, SD3, Flux). If the config has latents_mean and latents_std, it is
     (z - latents_mean) · scaling_factor / latents_std (StableDiffusionXLPipeline).
@@ -57,6 +86,18 @@ def scaling_of(config: Mapping[str, Any]) -> LatentScaling:
     if mean is not None and std is not None:
         return LatentScaling(_column(mean), factor / _column(std))
     return LatentScaling(_column([config.get("shift_factor") or 0.0]), _column([factor]))
+
+
+def batch_norm_scaling(mean: Any, variance: Any, eps: float, patch_size: PatchSize) -> LatentScaling:
+    """The scaling of a batch norm without weights, in evaluation mode: (patched(z) - mean) / sqrt(variance + eps).
+
+    Args:
+        mean: (C·p·q,), the running mean.
+        variance: (C·p·q,), the running variance.
+        eps: what is added to the variance, inside the root.
+        patch_size: p and q.
+    """
+    return LatentScaling(_column(mean), _column(variance).double().add(eps).rsqrt().float(), patch_size)
 
 
 def channel_scaling(statistics: Mapping[str, Any]) -> LatentScaling:
@@ -77,4 +118,4 @@ def channel_scaling(statistics: Mapping[str, Any]) -> LatentScaling:
 
 
 def _column(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
+    return torch.as_tensor(values, dtype=torch.float32, device="cpu").detach().clone().reshape(-1, 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from sdvae.io import printable
+from sdvae.model.patches import PatchSize
 from sdvae.statistics import LatentMoments
 
 # `store` of the options -> what the columns of latents hold
@@ -21,19 +23,22 @@ def is_of_student(vae_config: Mapping[str, Any]) -> bool:
     return "latent_magnitude" in vae_config
 
 
-def statistics_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def statistics_of(records: Sequence[Mapping[str, Any]], patch_size: PatchSize = (1, 1)) -> dict[str, Any]:
     """The statistics of all rows, under the keys of a VAE's config.
 
     Args:
         records: the records of all shards, each with its `moments`, which leave out mirror images.
+        patch_size: of the VAE's scaling. The moments are those of the channels of patches.
 
     Returns:
         scaling_factor, shift_factor, latents_mean and latents_std. The two factors are None if the latents do not
-        vary, as those of a single image of one colour may not.
+        vary, as those of a single image of one colour may not. With patches also patches_mean and patches_var, (C·p·q,)
+        each, the running statistics of a batch norm over patches.
     """
-    sums = torch.tensor([record["moments"] for record in records], dtype=torch.float64)  # (shards, 4, C)
-    moments = LatentMoments(sums.shape[-1])
-    moments.sums = sums.sum(dim=0)
+    sums = torch.tensor([record["moments"] for record in records], dtype=torch.float64)  # (shards, 4, C·p·q)
+    patches = LatentMoments(sums.shape[-1])
+    patches.sums = sums.sum(dim=0)
+    moments = patches.over_patches(math.prod(patch_size))
     has_std = 0 < moments.std < float("inf")
     scale, shift = moments.factors(with_shift=True) if has_std else (None, None)
     return {
@@ -41,7 +46,13 @@ def statistics_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "shift_factor": shift,
         "latents_mean": moments.channel_mean.tolist(),
         "latents_std": moments.channel_std.tolist(),
+        **({} if patch_size == (1, 1) else batch_norm_statistics(patches)),
     }
+
+
+def batch_norm_statistics(patches: LatentMoments) -> dict[str, list[float]]:
+    """Mean and variance of each channel of patches, under their keys in the manifest."""
+    return {"patches_mean": patches.channel_mean.tolist(), "patches_var": patches.channel_std.square().tolist()}
 
 
 def card(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> str:
@@ -64,7 +75,10 @@ def card(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> st
         "sample": ('LatentDataset("this folder")', "the stored samples"),
         "mean": ('LatentDataset("this folder", sample=False)', "the stored means"),
     }[stored["what"]]
-    scaling_factor = manifest["vae_config"].get("scaling_factor")
+    vae_config = manifest["vae_config"]
+    by_channel = " with latents_mean and latents_std" if vae_config.get("latents_std") is not None else ""
+    scaled_by = f"scaling_factor {vae_config.get('scaling_factor')}{by_channel}"
+    vae_class = vae_config.get("_class_name", "VAE")  # data sets of older versions do not name it
     # The cache of `datasets` tells two data sets apart only by this head and the folder's last name.
     content = hashlib.sha256("".join(entry["sha256"] for entry in shards).encode()).hexdigest()
     return f"""---
@@ -82,7 +96,7 @@ tags:
 project's README describes. {what}
 in {stored["dtype"]}{", also of the mirror images" if stored["mirror"] else ""}.
 
-- VAE: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}, scaling_factor {scaling_factor}
+- {vae_class}: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}, {scaled_by}
 - Images: {sizes} (height x width){measured}
 
 ```python

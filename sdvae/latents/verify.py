@@ -125,7 +125,10 @@ def _encode_again(task: EncodeTask, place: int, sound: Mapping[int, int]) -> tup
         return 0, 0.0, {}
     compared, worst = 0, 0.0
     differing: dict[int, str] = {}
-    statistics = folder.manifest["statistics"] if folder.is_complete else statistics_of(folder.records(shards))
+    patch_size = folder.scaling.patch_size
+    statistics = (
+        folder.manifest["statistics"] if folder.is_complete else statistics_of(folder.records(shards), patch_size)
+    )
     std = torch.tensor(statistics["latents_std"])
     for number, positions in chosen.items():
         shard = shards[number]

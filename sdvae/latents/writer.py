@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from sdvae.errors import InputError, first_few
 from sdvae.io import TEMPORARY, changed_fields, printable
 from sdvae.latents.folder import CARD, FORMAT, MANIFEST, RECORD, SHARDS, SKIPPED, VERSION, LatentFolder, entry_of
+from sdvae.latents.scaling import LatentScaling
 from sdvae.latents.summary import card, statistics_of
 from sdvae.statistics import LatentMoments
 from sdvae.storage import LocalStorage
@@ -61,13 +62,16 @@ class LatentWriter(LatentFolder):
         self.part = part if part is not None or self.storage.is_local else (0, 1)
         self._done: set[int] = set()
 
-    def begin(self, fingerprint: Mapping[str, Any], source: str, vae_config: Mapping[str, Any]) -> None:
+    def begin(
+        self, fingerprint: Mapping[str, Any], source: str, vae_config: Mapping[str, Any], scaling: LatentScaling
+    ) -> None:
         """Start a data set, or continue one that was started in the same way.
 
         Args:
             fingerprint: the settings and hashes that determine the rows, which JSON can hold.
             source: the name of the source, for the card.
             vae_config: the config of the VAE that makes it.
+            scaling: how pipelines scale the latents of that VAE.
 
         Raises:
             InputError: when the folder holds other files, or latents with another fingerprint.
@@ -82,7 +86,8 @@ class LatentWriter(LatentFolder):
                     "folder; choose another"
                 )
             begun = {"format": FORMAT, "version": VERSION, "source": source, "vae_config": dict(vae_config)}
-            self.storage.create(MANIFEST, _json({**begun, "fingerprint": dict(fingerprint), "complete": False}))
+            begun |= {"scaling": scaling.to_json(), "fingerprint": dict(fingerprint)}
+            self.storage.create(MANIFEST, _json({**begun, "complete": False}))
         self._read()
         defaults = VERSION_1 if self.manifest["version"] == 1 else None
         changes = changed_fields(self.manifest["fingerprint"], json.loads(json.dumps(fingerprint)), defaults=defaults)
@@ -196,7 +201,7 @@ class LatentWriter(LatentFolder):
             entry_of(record, self.shard_name(shard), size or 0)
             for shard, (record, size) in enumerate(zip(records, sizes, strict=True))
         ]
-        counts = {"rows": rows, "skipped": len(skipped), "statistics": statistics_of(records)}
+        counts = {"rows": rows, "skipped": len(skipped), "statistics": statistics_of(records, self.scaling.patch_size)}
         manifest = {**self._begun(), "complete": True, **counts}
         self.storage.replace(SKIPPED, _json_lines(skipped))
         self.storage.replace(SHARDS, _json_lines(entries))
@@ -232,7 +237,8 @@ class LatentWriter(LatentFolder):
 
     def _begun(self) -> dict[str, Any]:
         """The part of the manifest that is there from the beginning."""
-        return {key: self.manifest[key] for key in ("format", "version", "source", "vae_config", "fingerprint")}
+        keys = ("format", "version", "source", "vae_config", "scaling", "fingerprint")
+        return {key: self.manifest[key] for key in keys if key in self.manifest}
 
     def _acquired(self, name: str, timeout: float) -> FileLock:
         """Take a lock, also if a process that finishes the data set is removing the folder of locks.

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdvae.metrics.image import psnr
-from sdvae.model import Autoencoder
+from sdvae.model import AnyAutoencoder
 from sdvae.model.posterior import at_least_fp32
 from sdvae.roundtrip import decode_images, encode_images
 
@@ -80,7 +80,7 @@ class Transformed:
 
 
 @torch.no_grad()
-def transform(vae: Autoencoder, images: Tensor, latents: Tensor) -> list[dict[str, Transformed]]:
+def transform(vae: AnyAutoencoder, images: Tensor, latents: Tensor) -> list[dict[str, Transformed]]:
     """Encode and decode images under each transformation of SCALES and TURNS.
 
     Args:

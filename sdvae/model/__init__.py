@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sdvae.model.autoencoder import AutoencoderForwardOutput, AutoencoderKL
     from sdvae.model.blocks import Decoder, Encoder
-    from sdvae.model.kinds import Autoencoder
+    from sdvae.model.kinds import AnyAutoencoder, Autoencoder
     from sdvae.model.posterior import DiagonalGaussian
+    from sdvae.model.stock import StockAutoencoder
     from sdvae.model.tiny import AutoencoderTiny
 
 __all__ = [
+    "AnyAutoencoder",
     "Autoencoder",
     "AutoencoderForwardOutput",
     "AutoencoderKL",
@@ -20,10 +22,12 @@ __all__ = [
     "Decoder",
     "DiagonalGaussian",
     "Encoder",
+    "StockAutoencoder",
 ]
 
 # Imported on first use: recipes read sdvae.model.config, which does not need torch.
 _HOMES = {
+    "AnyAutoencoder": "kinds",
     "Autoencoder": "kinds",
     "AutoencoderForwardOutput": "autoencoder",
     "AutoencoderKL": "autoencoder",
@@ -31,6 +35,7 @@ _HOMES = {
     "Decoder": "blocks",
     "DiagonalGaussian": "posterior",
     "Encoder": "blocks",
+    "StockAutoencoder": "stock",
 }
 
 

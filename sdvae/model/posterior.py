@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sdvae.model.config import LOGVAR_RANGE
+from sdvae.model.patches import PatchSize, patched
 
 
 class DiagonalGaussian(DiagonalGaussianDistribution):
@@ -33,6 +34,10 @@ class DiagonalGaussian(DiagonalGaussianDistribution):
     def to(self, *args: Any) -> DiagonalGaussian:
         """The same on another device or in another dtype, given as to `Tensor.to`."""
         return DiagonalGaussian(self.parameters.to(*args), self.deterministic)
+
+    def patched(self, size: PatchSize) -> DiagonalGaussian:
+        """The posterior over patches of the latents, (B, C·p·q, h/p, w/q): see `sdvae.model.patches`."""
+        return DiagonalGaussian(patched(self.parameters, size), self.deterministic)
 
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """z = mean + std · eps with eps ~ N(0, I): the reparametrisation trick (Kingma & Welling 2014, 2.4).

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdvae.metrics.features import Features
 from sdvae.training.config import DiscriminatorConfig
 
 INIT_STD = 0.02  # DCGAN (Radford et al. 2016, section 3); pix2pix and LDM use it too
@@ -27,6 +28,19 @@ GROUP_WIDTH = 16  # channels in each group of the norm
 LECAM_DECAY = 0.999  # Tseng et al. 2021, section 3.2: moving averages of the scores
 
 
+class Blur(nn.Conv2d):
+    """Blur each channel with the filter [1, 2, 1] / 4 along both sides, and keep every second value.
+
+    Zhang 2019, «Making Convolutional Networks Shift-Invariant Again», section 3.2. (B, C, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉)
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, 2, 1, groups=channels, bias=False, padding_mode="reflect")
+        binomial = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.weight.data = (binomial[:, None] * binomial).expand(channels, 1, 3, 3).clone()
+        self.weight.requires_grad_(False)
+
+
 class PatchDiscriminator(nn.Module):
     """4x4 convolutions: `layers` of stride 2, one of stride 1, and one to a single channel.
 
@@ -34,26 +48,73 @@ class PatchDiscriminator(nn.Module):
     h = H/8 - 2.
     """
 
-    def __init__(self, in_channels: int, layers: int = 3, width: int = 64, norm: str = "group"):
+    def __init__(
+        self, in_channels: int, layers: int = 3, width: int = 64, norm: str = "group", downsampling: str = "stride"
+    ):
         super().__init__()
+        stride = 1 if downsampling == "blur" else 2
         widths = [width * min(2**i, MAX_WIDENING) for i in range(layers + 1)]
-        blocks: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
+        blocks: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride, padding=1), nn.LeakyReLU(SLOPE)]
+        if downsampling == "blur":
+            blocks.append(Blur(width))
         for i, (before, after) in enumerate(pairwise(widths)):
-            stride = 1 if i == layers - 1 else 2
-            blocks.append(nn.Conv2d(before, after, 4, stride, padding=1, bias=norm == "none"))
+            is_last = i == layers - 1
+            blocks.append(nn.Conv2d(before, after, 4, 1 if is_last else stride, padding=1, bias=norm == "none"))
+            if downsampling == "blur" and not is_last:
+                blocks.append(Blur(after))
             if norm == "group":
                 blocks.append(nn.GroupNorm(max(after // GROUP_WIDTH, 1), after))
             blocks.append(nn.LeakyReLU(SLOPE))
         blocks.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
         self.layers = nn.Sequential(*blocks)
         for module in self.layers:
-            if isinstance(module, nn.Conv2d):
+            if type(module) is nn.Conv2d:
                 nn.init.normal_(module.weight, std=INIT_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
+
+
+class FeatureDiscriminator(nn.Module):
+    """Light heads that score each position of the feature maps of a frozen network.
+
+    Sauer et al. 2021, «Projected GANs Converge Faster» (arXiv 2111.01007); with DINO's features Sauer et al. 2023,
+    «StyleGAN-T», and autoencoders since (RAE, SoftVQ). (B, C, H, W) in [-1, 1] -> (B, N) logits, those of all maps.
+
+    The frozen network is no submodule, so it is not in the optimizer and not in checkpoints.
+
+    Args:
+        features: the frozen network.
+        width: channels of each head.
+    """
+
+    def __init__(self, features: Features, width: int):
+        super().__init__()
+        self._features = (features,)
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, width, 1),
+                nn.GroupNorm(max(width // GROUP_WIDTH, 1), width),
+                nn.LeakyReLU(SLOPE),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.LeakyReLU(SLOPE),
+                nn.Conv2d(width, 1, 1),
+            )
+            for channels in features.widths
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+    def layers(self, images: Tensor) -> Tensor:
+        maps = self._features[0](images)
+        return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps, strict=True)], dim=1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FeatureDiscriminator:
+        self._features[0]._apply(fn)  # to the same device and memory format
+        return super()._apply(fn, recurse)
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
@@ -81,6 +142,20 @@ def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
     """
     (gradient,) = torch.autograd.grad(real_logits.float().sum(), images, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+def consistency_penalty(changed_logits: Tensor, logits: Tensor) -> Tensor:
+    """The mean over images of (D(T(x)) - D(x))², with D the mean score of an image's patches.
+
+    Zhao et al. 2021, «Improved Consistency Regularization for GANs», equation 4 (balanced consistency regularisation).
+    The mean is taken first, because a shift of the image moves its patches.
+
+    Args:
+        changed_logits: the scores of changed images, (B, …).
+        logits: the scores of the images, (B, …).
+    """
+    changed, plain = (x.float().flatten(1).mean(1) for x in (changed_logits, logits))
+    return (changed - plain).square().mean()
 
 
 class LeCam:

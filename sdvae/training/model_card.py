@@ -85,6 +85,19 @@ posterior = vae.encode(images, labels=labels).latent_dist
 ```
 """
 
+PADDING_TEXT = """
+It was trained with `padding_mode: {mode}`, as its `config.json` says, and sdvae's `load_vae` reads that. diffusers says
+that it ignores it, pads with zeros, and gives wrong values at the edges, unless this follows:
+
+```python
+import torch
+
+for module in vae.modules():
+    if isinstance(module, torch.nn.Conv2d) and any(module.padding):
+        module.padding_mode = "{mode}"
+```
+"""
+
 LOGITS_TEXT = """
 Its decoder gives the logits of each pixel's brightness; `sdvae.roundtrip.decode_images` gives images in [-1, 1].
 """
@@ -133,7 +146,6 @@ def model_card(
         images_seen: the number of crops that all processes together have trained on.
     """
     frozen = config.fine_tune.freeze_encoder
-    shift = vae.config.shift_factor
     origin = "1/std of the latents of the training images"
     if frozen:
         origin = "that of the VAE it started from, whose latents it keeps"
@@ -149,7 +161,7 @@ def model_card(
         title(printable(Path(config.output_dir).resolve().name), vae),
         base_model=base_model(config.fine_tune.source),
         maker=f", trained with sdvae {version()}",
-        origin_of_factor=f" is {origin}" + ("" if shift is None else f"; `shift_factor` {shift:.5f} is their mean"),
+        origin_of_factor=_origin_of_scaling(vae, origin),
     )
     return head + "\n".join(
         [
@@ -198,6 +210,22 @@ def student_card(
     )
 
 
+def _origin_of_scaling(vae: AutoencoderKL, origin: str) -> str:
+    """The rest of the sentence about the scaling factor.
+
+    Args:
+        vae: the VAE.
+        origin: what the factor is, if it scales all channels alike.
+    """
+    if vae.config.latents_std is not None:
+        return (
+            ": `latents_mean` and `latents_std` scale each channel to mean 0 and standard deviation 1, in SDXL's "
+            "pipelines; others do not read them"
+        )
+    shift = vae.config.shift_factor
+    return f" is {origin}" + ("" if shift is None else f"; `shift_factor` {shift:.5f} is their mean")
+
+
 def card_head(
     vae: AutoencoderKL, heading: str, *, base_model: str | None = None, maker: str = "", origin_of_factor: str = ""
 ) -> str:
@@ -238,6 +266,8 @@ def loading_text(vae: AutoencoderKL, place: str, *, what: str = "this folder", p
         text = CONDITIONAL_TEXT.format(last=classes - 1, place=place)
     else:
         text = LOADING_TEXT.format(what=what, place=place)
+    if not classes and vae.padding_mode != "zeros":
+        text += PADDING_TEXT.format(mode=vae.padding_mode)
     if vae.likelihood == "bernoulli":
         text += LOGITS_TEXT
     if programs:

@@ -160,13 +160,15 @@ class Outcome:
 
 
 def transformation_at(step: int, seed: int, config: EquivarianceConfig) -> Transformation | None:
-    """The transformation of step `step`: the same on every process and in every micro-batch of the step."""
-    if config.weight == 0:
+    """The transformation of step `step`, if it has one: the same on every process and in all its micro-batches."""
+    if config.weight == 0 and config.probability == 0:
         return None
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     which = int(torch.randint(len(config.scales), (), generator=generator))
-    turns = int(torch.randint(4, (), generator=generator))
-    return Transformation(config.scales[which], turns if config.rotations else 0)
+    turns = int(torch.randint(4, (), generator=generator)) if config.rotations else 0
+    if config.probability > 0 and float(torch.rand((), generator=generator)) >= config.probability:
+        return None
+    return Transformation(config.scales[which], turns)
 
 
 def kl_weight_at(step: int, config: LossConfig) -> float:
@@ -180,13 +182,18 @@ def kl_weight_at(step: int, config: LossConfig) -> float:
 
 
 def learning_rate_at(step: int, peak: float, config: OptimizerConfig, steps: int) -> float:
-    """The learning rate of step `step` of `steps`, counted from 0: linear warm-up, then constant or a half cosine.
+    """The learning rate of step `step` of `steps`, counted from 0: linear warm-up, then the schedule.
 
     It depends only on the step, so a run can be continued without the state of a scheduler.
     """
     if step < config.warmup_steps:
         return peak * (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
+    if config.schedule == "cosine":
+        done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        left = 0.5 * (1.0 + math.cos(math.pi * done))
+    elif config.schedule == "wsd":
+        first = max(config.warmup_steps, steps - round(config.decay_fraction * steps))  # the step before it falls
+        left = 1.0 - math.sqrt(max(0, step - first) / max(1, steps - first))
+    else:
         return peak
-    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * done))
+    return peak * (config.final_fraction + (1.0 - config.final_fraction) * left)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from sdvae.errors import require
 from sdvae.metrics.equivariance import Transformation
+from sdvae.metrics.features import Features
 from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny, DiagonalGaussian
 from sdvae.roundtrip import decode_output, encode_images
 from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
-from sdvae.training.discriminator import LeCam, PatchDiscriminator
-from sdvae.training.ema import WeightAverage
+from sdvae.training.discriminator import FeatureDiscriminator, LeCam, PatchDiscriminator
+from sdvae.training.ema import WeightAverage, decay_of_half_life
 from sdvae.training.objective import learning_rate_at
 from sdvae.tutorial.adversary import LatentDiscriminator
 
@@ -30,7 +31,8 @@ class VAEOutput(NamedTuple):
     They are a tuple of tensors, because accelerate converts such a tuple to fp32 after a forward pass under autocast.
 
     Attributes:
-        reconstruction: (B, C, H, W), the decoder's output: images in [-1, 1], or logits.
+        reconstruction: (B, C, H, W), the decoder's output: images in [-1, 1], or logits. It is D(t(z)), of another
+            height and width, in a step whose transformation comes alone.
         moments: (B, 2C_z, h, w), parameters of the posterior.
         transformed: D(t(z)); None without a transformation.
         logvar: s, the log-variance of the likelihood; None unless it is learned.
@@ -55,12 +57,13 @@ class TrainingForward(nn.Module):
     """All computations of a step that have a gradient in the VAE, in one forward pass, which DDP and autocast wrap.
 
     Attributes:
+        alone: whether in a step with a transformation only the transformed latents are decoded.
         logvar: s, the log-variance of the likelihood; None unless it is learned.
     """
 
-    def __init__(self, vae: AutoencoderKL, learn_logvar: bool):
+    def __init__(self, vae: AutoencoderKL, learn_logvar: bool, alone: bool):
         super().__init__()
-        self.vae = vae
+        self.vae, self.alone = vae, alone
         self.logvar = nn.Parameter(torch.zeros(())) if learn_logvar else None
 
     def forward(
@@ -70,13 +73,16 @@ class TrainingForward(nn.Module):
         transformation: Transformation | None,
         **conditioning: Tensor,
     ) -> VAEOutput:
-        """Encode, sample, and decode the sample and its transformation.
+        """Encode, sample, and decode the sample, its transformation, or both.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
             generators: the generators of the posterior's noise, one for each image.
-            transformation: the one that the equivariance term uses.
+            transformation: the step's, for equivariance of the latents; None for none.
             conditioning: other inputs of `encode` and `decode`, such as labels.
+
+        Returns:
+            In a step with a transformation that comes `alone`, D(t(z)) is the reconstruction.
         """
         posterior = encode_images(self.vae, images, **conditioning)
         z = posterior.sample(generators)
@@ -84,6 +90,8 @@ class TrainingForward(nn.Module):
         if transformation is not None:
             small = transformation(z, transformation.latent_size(z))
             transformed = self.vae.decode(small, **conditioning).sample
+            if self.alone:
+                return VAEOutput(transformed, posterior.parameters, None, self.logvar)
         reconstruction = decode_output(self.vae, z, images.shape[2:], **conditioning)
         return VAEOutput(reconstruction, posterior.parameters, transformed, self.logvar)
 
@@ -166,11 +174,17 @@ class Players:
             DDP expects a gradient from all others.
         config: the recipe.
         accelerator: wraps the networks.
+        features: the frozen network of a discriminator that has one.
     """
 
-    def __init__(self, vae: Autoencoder, config: TrainConfig, accelerator: Accelerator):
+    def __init__(
+        self, vae: Autoencoder, config: TrainConfig, accelerator: Accelerator, features: Features | None = None
+    ):
         self.vae = vae
-        self.ema = WeightAverage(vae, config.optimizer.ema_decay)  # copies the VAE, so this comes before wrapping it
+        decay, half_life = config.optimizer.ema_decay, config.optimizer.ema_half_life
+        if half_life is not None:
+            decay = decay_of_half_life(half_life, config.images_per_step(accelerator.num_processes))
+        self.ema = WeightAverage(vae, decay)  # copies the VAE, so this comes before wrapping it
         if config.compile:
             assert isinstance(vae, AutoencoderKL)  # a recipe that compiles a student is refused
             # block by block, because the adaptive weight needs the gradient of conv_out before the backward pass
@@ -184,7 +198,7 @@ class Players:
         self.lecam = LeCam()
         settings = config.loss.discriminator
         if settings.weight > 0:
-            network = build_discriminator(vae, settings, config.data.resolution)
+            network = build_discriminator(vae, settings, config.data.resolution, features)
             network.to(accelerator.device)
             if config.channels_last:
                 network.to(memory_format=torch.channels_last)
@@ -214,21 +228,27 @@ class Players:
 def forward_of(vae: Autoencoder, config: TrainConfig) -> nn.Module:
     """The forward pass that a step of the VAE or student needs."""
     if isinstance(vae, AutoencoderKL):
-        return TrainingForward(vae, config.loss.learn_logvar)
+        return TrainingForward(vae, config.loss.learn_logvar, alone=config.loss.equivariance.probability > 0)
     assert isinstance(vae, AutoencoderTiny)
     return StudentForward(vae)
 
 
-def build_discriminator(vae: Autoencoder, settings: DiscriminatorConfig, resolution: int) -> nn.Module:
+def build_discriminator(
+    vae: Autoencoder, settings: DiscriminatorConfig, resolution: int, features: Features | None = None
+) -> nn.Module:
     """A discriminator for the images or the latents of a VAE.
 
     Args:
         vae: gives the number of channels.
         settings: the kind and the size of the discriminator.
         resolution: side in pixels of the training crops.
+        features: the frozen network, if it has one.
     """
+    if features is not None:
+        return FeatureDiscriminator(features, settings.width)
     if settings.sees == "images":
-        return PatchDiscriminator(vae.config.in_channels, settings.layers, settings.width, settings.norm)
+        shape = (settings.layers, settings.width, settings.norm, settings.downsampling)
+        return PatchDiscriminator(vae.config.in_channels, *shape)
     side = math.ceil(resolution / vae.spatial_compression_ratio)
     return LatentDiscriminator(vae.config.latent_channels * side**2, settings.layers, settings.width)
 

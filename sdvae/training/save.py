@@ -9,15 +9,19 @@ from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from sdvae.data import BadImages, ImageSource
+from sdvae.errors import InputError
 from sdvae.io import replacing
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
 from sdvae.pictures import latent_plot, reconstruction_grid, student_grid, training_curves
+from sdvae.previews import preview_of
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import evaluation_batches, first_images
+from sdvae.training.discriminator import discriminator_learns_at
 from sdvae.training.distil import Teacher
 from sdvae.training.log import RunLog
 from sdvae.training.model_card import GRID_NAME, model_card, student_card
@@ -88,8 +92,9 @@ class Validator:
         if isinstance(average, AutoencoderKL) and not config.fine_tune.freeze_encoder:
             batches = evaluation_batches(self._measured, config, self.accelerator)
             moments = measure_latents(average, batches, self.accelerator, self.bad_images)
-            scaling_factor, shift_factor = moments.factors(with_shift=config.model.measure_shift)
-            average.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
+            model = config.model
+            keys = moments.config_keys(by_channel=model.measure_channels, with_shift=model.measure_shift)
+            average.register_to_config(**keys)
         name = config.checkpoint.best_metric
         improved = is_better(result.metrics, progress.best, name, self._measured_on)
         if improved:
@@ -102,6 +107,9 @@ class Validator:
             save_model(self.run, average, config, result, step, progress.position)
             if improved:
                 keep_best(self.run)
+            discriminator = self.players.discriminator
+            if discriminator is not None and discriminator_learns_at(step - 1, config.loss.discriminator):
+                save_discriminator(self.run, discriminator.network)
 
         on_main(self.accelerator, write)
         progress.validated = True
@@ -171,7 +179,9 @@ def save_model(
     step: int,
     images_seen: int,
 ) -> None:
-    """Write model/, completely or not at all: weights, config.json, model card and reconstruction grid.
+    """Write model/, completely or not at all: weights, config.json, model card, reconstruction grid, RGB factors.
+
+    There are no RGB factors if they cannot be fitted, since all validation images have one colour; that is said.
 
     Raises:
         InputError: when a weight is not finite.
@@ -186,6 +196,18 @@ def save_model(
         vae.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         grid_of(result).save(folder / GRID_NAME)
+        try:
+            preview = preview_of(vae, result.colours, len(result.per_image), config.data.evaluation_resolution)
+        except InputError as error:
+            logger.warning("no latent RGB factors: %s", error)
+        else:
+            preview.write_beside(folder)
+
+
+def save_discriminator(run: RunFolder, network: nn.Module) -> None:
+    """Write discriminator.safetensors, from which another run can start with `loss.discriminator.source`."""
+    with replacing(run.discriminator) as file:
+        save_file({name: weight.detach().cpu().contiguous() for name, weight in network.state_dict().items()}, file)
 
 
 def keep_best(run: RunFolder) -> None:

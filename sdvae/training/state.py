@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from sdvae.data import BadImages, ImageSource
 from sdvae.errors import InputError
-from sdvae.training.checkpoint import Checkpoint, checkpoint_name, prune, write_checkpoint
+from sdvae.training.checkpoint import Checkpoint, check_fit, checkpoint_name, prune, write_checkpoint
 from sdvae.training.config import TrainConfig
 from sdvae.training.log import Meter
 from sdvae.training.players import Players
@@ -75,6 +75,7 @@ class Origin:
         train_names: digest of the names of the training images.
         perceptual: LPIPS's name, which says its trunk; None without LPIPS.
         teacher: digest of the VAE that a student learns from; None when a VAE learns.
+        latents: digest of the data set of its latents that a student learns from; None without one.
     """
 
     config: dict[str, Any]
@@ -83,12 +84,13 @@ class Origin:
     train_names: str
     perceptual: str | None
     teacher: str | None = None
+    latents: str | None = None
 
     def check(self, state: dict[str, Any], accept_changed_config: bool) -> None:
         """Compare with the state.json of a checkpoint. The recipe is left out: `RunFolder.find` has compared it.
 
         Raises:
-            InputError: when images, trunk or teacher differ.
+            InputError: when images, trunk, teacher or its latents differ.
         """
         if state["train_images"] != self.train_images:
             raise InputError(
@@ -111,6 +113,11 @@ class Origin:
             raise InputError(
                 "distil.teacher has other weights or other factors of its latents than when the run began; restore it, "
                 "start anew with --overwrite=true, or continue with --checkpoint.accept_changed_config=true"
+            )
+        if state.get("latents") != self.latents:  # earlier versions had none
+            raise InputError(
+                "distil.latents_folder holds other latents than when the run began; restore them, start anew with "
+                "--overwrite=true, or continue with --checkpoint.accept_changed_config=true"
             )
 
 
@@ -239,18 +246,6 @@ class _BadImages:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._bad_images.add([(name, reason) for name, reason in state["bad_images"]])
-
-
-def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str) -> None:
-    """Compare the names and shapes of weights.
-
-    Raises:
-        InputError: when they differ.
-    """
-    wrong = sorted(expected.keys() ^ found.keys())
-    wrong += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
-    if wrong:
-        raise InputError(f"{origin} does not fit the recipe's network: {len(wrong)} weights differ, such as {wrong[0]}")
 
 
 def digest_of_names(source: ImageSource) -> str:

@@ -95,7 +95,7 @@ class Model:
     def preview(self, z: Tensor, height: int, width: int) -> Tensor:
         """`decode`, by the student."""
         assert self.student is not None
-        scaled = scaling_of(self.vae.config).normalize(z).to(self.student.device)
+        scaled = scaling_of(self.vae).normalize(z).to(self.student.device)
         return crop_to(decode_scaled(self.student, scaled), height, width).cpu()
 
     def _tile_if_large(self, height: int, width: int) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 from sdvae.data import BadImages
 from sdvae.errors import InputError
 from sdvae.io import printable
+from sdvae.latents.scaling import scaling_of
 from sdvae.metrics.image import image_figures
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.metrics.spectrum import radial_power
-from sdvae.model import Autoencoder
+from sdvae.model import AnyAutoencoder
 from sdvae.roundtrip import compute_device, round_trip
 from sdvae.statistics import LatentHealth, LatentMaps
 from sdvae.studio.report.gallery import Gallery
@@ -62,7 +63,7 @@ class Measured:
 
 @torch.inference_mode()
 def measure(
-    vae: Autoencoder,
+    vae: AnyAutoencoder,
     batches: Iterable[dict[str, Any]],
     perceptual: Perceptual | None,
     bad_images: BadImages,
@@ -100,7 +101,8 @@ def measure(
         y, posterior = trip.reconstruction.clamp(-1, 1), trip.posterior
         if maps is None:
             _, *shape = trip.latents.shape
-            maps = LatentMaps((shape[0], shape[1], shape[2]), vae.config.scaling_factor, vae.config.shift_factor)
+            scaling = scaling_of(vae)
+            maps = LatentMaps((shape[0], shape[1], shape[2]), scaling.shift, scaling.scale)
         health.update(posterior)
         maps.update(posterior, generator)
         spectra = spectra + torch.stack([radial_power(x), radial_power(y)]).sum(dim=1)

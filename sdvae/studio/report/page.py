@@ -20,14 +20,15 @@ from sdvae.evaluation.diffusability import Diffusability
 from sdvae.io import version
 from sdvae.metrics.image import PEAK_PSNR
 from sdvae.metrics.table import DIFFUSABILITY_COLUMNS, direction, figure_of, means, written
-from sdvae.model import Autoencoder
+from sdvae.model import AnyAutoencoder
+from sdvae.model.kinds import class_name
 from sdvae.pictures import AMPLIFICATION, draw_curve, draw_log_variances
 from sdvae.statistics import HISTOGRAM_RANGE
 from sdvae.studio.report import plots
 from sdvae.studio.report.gallery import webp
 from sdvae.studio.report.measure import Measured
 from sdvae.studio.report.plots import SMALL, WIDE, svg
-from sdvae.studio.report.robustness import SHOWN_TRIPS, Delta, Drift, computes_natively
+from sdvae.studio.report.robustness import SHOWN_TRIPS, STRIPS_NAME, Delta, Drift, computes_natively
 
 STRIPS = 2  # images whose round trips are shown
 FACTOR_TOLERANCE = 0.1  # if the scaling factor differs from 1/std by more than this share, the page says so
@@ -49,7 +50,7 @@ class Subject:
     """
 
     name: str
-    model: Autoencoder
+    model: AnyAutoencoder
     data: str
     resolution: int
     lpips_name: str | None
@@ -85,6 +86,7 @@ def render(
         **_latents(subject.model, measured),
         **_drift(measured, drift),
         deltas=deltas,
+        strips_are_measured=any(delta.name == STRIPS_NAME for delta in deltas),
         native=computes_natively(subject.model.device),
         peak_psnr=PEAK_PSNR,
         spectra=_spectra(subject, measured),
@@ -96,7 +98,7 @@ def render(
     )
 
 
-def _versions(model: Autoencoder) -> str:
+def _versions(model: AnyAutoencoder) -> str:
     device = model.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or device.type
     return (
@@ -109,15 +111,28 @@ def _head(subject: Subject, measured: Measured) -> dict[str, Any]:
     config, moments = subject.model.config, measured.health.moments
     channels = config.in_channels
     names = ("red", "green", "blue") if channels == 3 else ("grey",) * channels
-    measured_factor = 1 / moments.std if moments.std > 0 else None
+    by_channel = config.get("latents_mean") is not None and config.get("latents_std") is not None
+    scaled_std = _scaled_std(measured) if by_channel else moments.std * config.scaling_factor
     return {
         "date": datetime.datetime.now().astimezone(),
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "latent_shape": tuple(measured.first_latents.shape[1:]),
         "bias": {name: measured.mean(f"bias_{channel}") for channel, name in enumerate(names)},
-        "measured_factor": measured_factor,
-        "factor_is_off": measured_factor is None or abs(measured_factor / config.scaling_factor - 1) > FACTOR_TOLERANCE,
+        "class_name": class_name(subject.model),
+        "by_channel": by_channel,
+        "scaled_std": scaled_std,
+        "measured_factor": 1 / moments.std if moments.std > 0 else None,
+        "factor_is_off": scaled_std == 0 or abs(1 / scaled_std - 1) > FACTOR_TOLERANCE,
     }
+
+
+def _scaled_std(measured: Measured) -> float:
+    """The standard deviation of all scaled latents together."""
+    moments, maps = measured.health.moments, measured.maps
+    scale = maps.scale.flatten()
+    mean = (moments.channel_mean - maps.shift.flatten()) * scale  # (C,) each
+    square = (moments.channel_std * scale).square() + mean.square()
+    return float((square.mean() - mean.mean().square()).clamp(min=0).sqrt())
 
 
 def _reconstructions(measured: Measured) -> dict[str, Any]:
@@ -132,19 +147,19 @@ def _reconstructions(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _latents(model: Autoencoder, measured: Measured) -> dict[str, Any]:
+def _latents(model: AnyAutoencoder, measured: Measured) -> dict[str, Any]:
     health, maps = measured.health, measured.maps
     moments = health.moments
     elements = int(moments.sums[0, 0])
     kl, mean, std = (values.tolist() for values in (health.channel_kl, moments.channel_mean, moments.channel_std))
-    factor, shift = maps.scaling_factor, maps.shift_factor
+    scale, shift = maps.scale.flatten().tolist(), maps.shift.flatten().tolist()
     channels = [
         {
             "kl": kl[c] if health.has_variance else None,
             "mean": mean[c],
             "std": std[c],
-            "scaled_mean": (mean[c] - shift) * factor,
-            "scaled_std": std[c] * factor,
+            "scaled_mean": (mean[c] - shift[c]) * scale[c],
+            "scaled_std": std[c] * scale[c],
             "outside": int(maps.outside[c]) / elements,
             "histogram": _plot(partial(plots.histogram, counts=maps.histogram[c], total=elements), SMALL),
         }
