@@ -19,13 +19,14 @@ ImageFigures = Sequence[Mapping[str, Any]]  # for each image its `index`, its `n
 # (key, heading, format, which is better: +1 a larger number, -1 a smaller one, 0 neither)
 COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("psnr", "PSNR, dB", ".2f", 1),
+    ("psnr_alpha", "PSNR of alpha, dB", ".2f", 1),
     ("ssim", "SSIM", ".3f", 1),
     ("lpips", "LPIPS", ".4f", -1),
     ("rfid", "rFID", ".2f", -1),
     ("kl_nats", "KL, nats", ".0f", 0),
     ("bits_per_pixel", "bits a pixel", ".2f", 0),
     ("active_channels", "active channels", "", 0),
-    ("bias", "colour bias R G B", "", 0),
+    ("bias", "colour bias R G B (alpha)", "", 0),
     ("encode_ms", "encode, ms", ".0f", 0),
     ("decode_ms", "decode, ms", ".0f", 0),
     ("memory_mib", "memory of an image, MiB", ".0f", 0),
