@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as StockAutoencoderKL
 from diffusers.models.autoencoders.vae import DecoderOutput
@@ -28,10 +28,10 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from sdvae.errors import InputError, first_few, one_line
-from sdvae.model.blocks import Decoder, Encoder, only
-from sdvae.model.config import DOWN_BLOCK_TYPES, LIKELIHOODS, UP_BLOCK_TYPES, level_attention
+from sdvae.model.blocks import Decoder, Encoder, only, set_padding
+from sdvae.model.config import DOWN_BLOCK_TYPES, LIKELIHOODS, PADDING_MODES, UP_BLOCK_TYPES, level_attention
 from sdvae.model.posterior import DiagonalGaussian
-from sdvae.model.state import initialise, is_network, rebuilt
+from sdvae.model.state import declared_padding, initialise, is_network, rebuilt
 from sdvae.model.tiling import Streamed, can_stream, plan
 from sdvae.runtime import DTYPES, dtype_named
 
@@ -100,12 +100,16 @@ class AutoencoderKL(StockAutoencoderKL):
         use_quant_conv: a 1x1 conv after the encoder (SD: yes; SD3, Flux: no).
         use_post_quant_conv: a 1x1 conv before the decoder (SD: yes; SD3, Flux: no).
         mid_block_add_attention: self-attention in the middle blocks.
+        padding_mode: how 3x3 convs extend a map at its edges: "zeros", "reflect" or "replicate". diffusers' class pads
+            with zeros, and does not have this argument. So config.json only has the key if it is another word, and
+            diffusers then warns that it ignores the key.
 
     Raises:
         InputError: when the arguments do not fit together.
     """
 
     config: Any  # diffusers' FrozenDict, with attribute access
+    _internal_dict: Any  # the same, which diffusers sets
     encoder: Encoder  # type: ignore[assignment]
     decoder: Decoder  # type: ignore[assignment]
     _supports_gradient_checkpointing = True
@@ -133,6 +137,7 @@ class AutoencoderKL(StockAutoencoderKL):
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
+        padding_mode: str = "zeros",
     ):
         ModelMixin.__init__(self)  # instead of diffusers' class's, which builds its own networks
         levels = len(block_out_channels)
@@ -155,6 +160,7 @@ class AutoencoderKL(StockAutoencoderKL):
         self.decoder = Decoder(latent_channels, out_channels, level_attention=up_attention, **shared)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        self.set_padding_mode(padding_mode)
         self.use_slicing = False
         self.use_tiling = False
         self._memory_bytes: int | None = None
@@ -218,6 +224,30 @@ class AutoencoderKL(StockAutoencoderKL):
             raise InputError(f"got likelihood {likelihood!r}; need one of {', '.join(LIKELIHOODS)}")
         if likelihood != self.likelihood:
             self.register_to_config(_likelihood=likelihood)
+
+    @property
+    def padding_mode(self) -> str:
+        """How 3x3 convs extend a map at its edges: "zeros", "reflect" or "replicate"."""
+        return declared_padding(self)
+
+    def set_padding_mode(self, padding_mode: str) -> None:
+        """Set `padding_mode`, in the layers and in the configuration.
+
+        Raises:
+            InputError: for another word.
+        """
+        if padding_mode not in PADDING_MODES:
+            raise InputError(f"got padding_mode {padding_mode!r}; need one of {', '.join(PADDING_MODES)}")
+        set_padding(self, padding_mode)
+        if padding_mode != self.padding_mode:
+            by_default = [key for key in self.config.get("_use_default_values", []) if key != "padding_mode"]
+            self.register_to_config(padding_mode=padding_mode, _use_default_values=by_default)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """diffusers' `register_to_config`. The default of `padding_mode` is left out, as diffusers does not know it."""
+        super().register_to_config(**kwargs)
+        if self.config.get("padding_mode") == "zeros":
+            self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "padding_mode"})
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
@@ -347,12 +377,19 @@ class AutoencoderKL(StockAutoencoderKL):
 
         Config, device, dtype and mode are the same. If it is put into a pipeline before `pipe.save_pretrained`, the
         saved folder can be loaded where sdvae is not installed: the pipeline's model_index.json names the package of
-        each class.
+        each class. The layers of the copy have this VAE's `padding_mode`. If it is not zeros, a warning says that
+        diffusers does not read it from a folder.
 
         Raises:
             InputError: as `save_pretrained` does.
         """
         stock = rebuilt(self, StockAutoencoderKL)
+        if self.padding_mode != "zeros":
+            logger.warning(
+                "the layers of this copy pad by %s, but diffusers does not read that from a folder, and pads by "
+                "zeros: after loading set their padding_mode again (docs/inference.md, «Padding»)",
+                self.padding_mode,
+            )
         stock.load_state_dict({name: weight.clone() for name, weight in stock.state_dict().items()}, assign=True)
         return stock
 
@@ -436,6 +473,7 @@ class AutoencoderKL(StockAutoencoderKL):
                 raise InputError(
                     f"{name} {size} is not a positive multiple of {factor}; {crop}pad to {up} (sdvae.pad_to_multiple)"
                 )
+        self._check_reflects(x, factor)
 
     def _check_latents(self, z: Tensor) -> None:
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
@@ -447,3 +485,12 @@ class AutoencoderKL(StockAutoencoderKL):
             raise InputError(f"got latents of {z.dtype}; need unscaled floats; convert them: z.float()")
         if 0 in z.shape[2:]:
             raise InputError(f"got latents of shape {tuple(z.shape)}, with a side of zero; need at least 1")
+        self._check_reflects(z, 1)
+
+    def _check_reflects(self, x: Tensor, factor: int) -> None:
+        """Refuse maps that have no second row or column to reflect at the lowest resolution."""
+        if self.padding_mode == "reflect" and min(x.shape[2:]) < 2 * factor:
+            height, width = x.shape[2:]
+            raise InputError(
+                f"got {height} x {width} for a VAE that pads by reflection; need at least {2 * factor} on each side"
+            )

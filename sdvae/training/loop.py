@@ -21,7 +21,14 @@ from sdvae.data import BadImages, ImageSource
 from sdvae.data.dataset import Batch
 from sdvae.errors import one_line
 from sdvae.model import Autoencoder, AutoencoderKL
-from sdvae.training.build import build_accelerator, build_perceptual, lay_out, starting_student, starting_vae
+from sdvae.training.build import (
+    build_accelerator,
+    build_perceptual,
+    lay_out,
+    load_discriminator,
+    starting_student,
+    starting_vae,
+)
 from sdvae.training.checkpoint import checkpoint_name
 from sdvae.training.config import TrainConfig, check_used
 from sdvae.training.data import (
@@ -101,7 +108,7 @@ class Training:
         self.accelerator = accelerator
         self.run = RunFolder(recipe.output_dir)
         self.signals = StopSignal()
-        self.images_per_step = recipe.batch_size * accelerator.num_processes * recipe.gradient_accumulation_steps
+        self.images_per_step = recipe.images_per_step(accelerator.num_processes)
 
         # before all else, because what the processes do together depends on the recipe
         check_same(accelerator, plain(recipe), FREE_ON_A_MACHINE)
@@ -145,6 +152,9 @@ class Training:
         if found is None:
             self.findings += everywhere(accelerator, self._probe)
         players = Players(vae, config, accelerator)
+        source = config.loss.discriminator.source
+        if found is None and source is not None and players.discriminator is not None:
+            load_discriminator(players.discriminator.network, source, accelerator)
         origin = Origin(
             config=plain(self.recipe),
             images_per_step=self.images_per_step,

@@ -16,7 +16,7 @@ from torch import Tensor
 from sdvae.errors import InputError
 from sdvae.io import read_json
 from sdvae.model import AutoencoderKL
-from sdvae.model.config import CLASS_NAMES, LIKELIHOODS, ModelShape, block_types
+from sdvae.model.config import CLASS_NAMES, LIKELIHOODS, PADDING_MODES, ModelShape, block_types
 from sdvae.model.kinds import KINDS
 from sdvae.model.stock import STOCK_KINDS
 from sdvae.weights.family import FLUX, SD, family_of
@@ -29,8 +29,9 @@ DERIVED = ("block_out_channels", "force_upcast")
 # What the shapes of the weights do not tell. `save_ldm` writes these into the metadata of its file.
 UNSHAPED = (
     *("scaling_factor", "shift_factor", "latents_mean", "latents_std", "_likelihood"),
-    *("norm_num_groups", "act_fn", "force_upcast", "sample_size"),
+    *("norm_num_groups", "act_fn", "force_upcast", "sample_size", "padding_mode"),
 )
+WORDS = {"_likelihood": LIKELIHOODS, "padding_mode": PADDING_MODES}  # keys that take one of these
 METADATA_KEY = "sdvae.config"
 
 
@@ -87,9 +88,9 @@ def checked_config(config: Mapping[str, Any], origin: str, kind: type[Any]) -> d
     for key, value in config.items():
         if key in DERIVED and key not in defaults:
             continue
-        if key == "_likelihood" and kind is AutoencoderKL:
-            if value not in LIKELIHOODS:
-                raise InputError(f"{origin} has {key} = {value!r}; need one of {', '.join(LIKELIHOODS)}; correct it")
+        if key in WORDS and kind is AutoencoderKL:
+            if value not in WORDS[key]:
+                raise InputError(f"{origin} has {key} = {value!r}; need one of {', '.join(WORDS[key])}; correct it")
             known[key] = value
             continue
         if key.startswith("_"):

@@ -22,6 +22,7 @@ from sdvae.model.state import is_network, unwrapped_name, widened
 from sdvae.model.stock import STOCK_KINDS
 from sdvae.runtime import DTYPES, dtype_named
 from sdvae.weights.config import checked_config, config_in, infer_config, kind_of, read_config
+from sdvae.weights.family import REFLECTING
 from sdvae.weights.names import from_ldm, is_diffusers_layout, modern_names
 from sdvae.weights.read import (
     WEIGHT_DTYPES,
@@ -70,7 +71,8 @@ def load_vae(
         config: keys that replace those of config.json, or those inferred from the shapes in a single file; a dict or
             the path of a config.json. A single file may not tell SDXL's scaling factor (0.13025) from SD's, or SD3's
             from Flux's; then a warning says what was assumed. It does not give the number of groups when a width is
-            not a multiple of 32.
+            not a multiple of 32. Only sdvae's own files say that a VAE pads by reflection; for others give
+            `padding_mode`.
         dtype: the dtype of the weights: a torch.dtype, its name ("fp16" or "float16"), or "file" to keep the file's own
             (the widest, if it has several; bfloat16 for weights of 8 bits, which it holds exactly). Half precision
             halves the memory, but a CPU lacks it for many operations.
@@ -160,6 +162,12 @@ def _load(
             metadata = read_metadata(path)
             given = {**config_in(metadata, origin), **given}
             settings = infer_config(weights, given, origin, keys=keys, metadata=metadata)
+    if kind is AutoencoderKL and "padding_mode" not in settings and REFLECTING.search(f"{source} {origin}"):
+        log.warning(
+            "%s: VAEs of this name were trained with reflect padding, and nothing here says so. Zeros are assumed; for "
+            "reflection give {'padding_mode': 'reflect'} as config= (sdvae export: --config FILE.json)",
+            origin,
+        )
     return _build(kind, settings, weights, origin, wanted)
 
 
