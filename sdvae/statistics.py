@@ -470,7 +470,7 @@ class LatentMaps:
 
 @dataclass(frozen=True)
 class RGBFactors:
-    """An affine map from scaled latents to an image of their size, and how well it fits.
+    """An affine map from latents to an image of their size, and how well it fits.
 
     Attributes:
         factors: (C, 3) float64: the rows of UIs' «latent RGB factors».
@@ -485,7 +485,7 @@ class RGBFactors:
     psnr: float
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, C, h, w), scaled -> (B, 3, h, w), nominally in [-1, 1] and not clamped."""
+        """Latents (B, C, h, w) -> (B, 3, h, w), nominally in [-1, 1] and not clamped."""
         return torch.einsum("bchw,ck->bkhw", z, self.factors.to(z)) + self.bias.to(z)[:, None, None]
 
 
@@ -508,7 +508,7 @@ class LatentRGB:
         """Add a batch.
 
         Args:
-            z: (B, C, h, w), scaled as a diffusion model gets them.
+            z: (B, C, h, w), the latents that the map shall take.
             images: (B, 3, f·h, f·w) in [-1, 1].
         """
         small = F.adaptive_avg_pool2d(

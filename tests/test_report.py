@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from sdvae.studio.report.spectra import radial_power
 from torchvision.models import squeezenet1_1
 
 from sdvae import load_vae, save_vae
@@ -30,7 +31,6 @@ from sdvae.pictures import AMPLIFICATION, CAPTION_HEIGHT, GAP, reconstruction_gr
 from sdvae.statistics import HISTOGRAM_BINS, HISTOGRAM_RANGE, LatentHealth, LatentMaps
 from sdvae.studio.report.gallery import Gallery, webp
 from sdvae.studio.report.robustness import HALVES, Rounded, deltas, drift
-from sdvae.studio.report.spectra import radial_power
 from sdvae.training.run_folder import to_yaml
 from tests.conftest import draw_photographs, tiny_arguments
 

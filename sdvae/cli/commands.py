@@ -155,6 +155,46 @@ def export(options: ExportOptions) -> None:
 
 
 @dataclass(frozen=True)
+class WidenOptions:
+    """Options of `sdvae widen`."""
+
+    source: str
+    """The VAE to read: whatever `sdvae export` takes as its source."""
+    target: Path
+    """The diffusers folder to write, for `fine_tune.source` of a recipe."""
+    subfolder: str | None = None
+    """Folder inside the source that holds the VAE."""
+    config: str | None = None
+    """A JSON file with keys of config.json that a single file does not tell."""
+    latent_channels: int | None = None
+    """Channels of the latents; by default as many as the VAE has."""
+    image_channels: int | None = None
+    """4 adds alpha to a VAE of RGB images; by default as many as the VAE has."""
+    block_out_channels: tuple[int, ...] | None = None
+    """Width of each level, all of them larger by the same factor; by default those of the VAE."""
+    seed: int = 0
+    """Seed of the new weights."""
+
+
+def widen(options: WidenOptions) -> None:
+    """Add channels to a VAE, which starts as it was: SOURCE TARGET [--latent_channels 16] [--image_channels 4] …"""
+    from sdvae.training.widen import widened
+    from sdvae.weights import load_kl, save_vae
+
+    vae = load_kl(options.source, subfolder=options.subfolder, config=options.config, dtype="fp32")
+    wide = widened(
+        vae,
+        latent_channels=options.latent_channels,
+        image_channels=options.image_channels,
+        block_out_channels=options.block_out_channels,
+        seed=options.seed,
+    )
+    save_vae(wide, options.target)
+    before, after = (sum(p.numel() for p in model.parameters()) / 1e6 for model in (vae, wide))
+    print(f"wrote {options.target}: {after:.2f} M parameters of {before:.2f} M; train it with fine_tune.source")
+
+
+@dataclass(frozen=True)
 class Fp16Options(ColorOption):
     """Options of `sdvae fp16`."""
 
@@ -306,11 +346,14 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command(train, urls=("data.source", "data.validation_source")),
-    "distil": Command(distil, urls=("data.source", "data.validation_source"), first="distil.teacher"),
+    "train": Command(train, urls=("data.source", "data.validation_source", "distil.latents_folder")),
+    "distil": Command(
+        distil, urls=("data.source", "data.validation_source", "distil.latents_folder"), first="distil.teacher"
+    ),
     "encode": Command(encode, urls=("source", "output", "ray_address")),
     "convert": Command(convert, positional=("folder", "target"), urls=("folder",)),
     "export": Command(export, positional=("source", "target"), urls=("latents", "data")),
+    "widen": Command(widen, positional=("source", "target")),
     "fp16": Command(fp16, positional=("action", "vae", "target"), urls=("images",)),
     "reconstruct": Command(reconstruct, positional=("files",)),
     "evaluate": Command(evaluate, positional=("vaes",), urls=("data",)),

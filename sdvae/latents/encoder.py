@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdvae.errors import InputError
 from sdvae.model import AnyAutoencoder, DiagonalGaussian, StockAutoencoder
-from sdvae.model.kinds import has_posterior
+from sdvae.model.kinds import class_name, has_posterior
 from sdvae.model.state import sha256_of_weights
 from sdvae.roundtrip import encode_images
 from sdvae.runtime import DTYPES, accelerator_type, resolve_precision
@@ -226,6 +226,15 @@ def encoder_sha256(vae: AnyAutoencoder) -> str:
     """A hash of name, dtype, shape and bytes of every weight that latents depend on, so not of the decoder's."""
     weights = (vae.network if isinstance(vae, StockAutoencoder) else vae).state_dict().items()
     return sha256_of_weights({name: weight for name, weight in weights if name.startswith(("encoder.", "quant_conv."))})
+
+
+def encoder_identity(vae: AnyAutoencoder) -> dict[str, Any]:
+    """What determines the latents of an image, except for rounding: the weights, and what they do not determine."""
+    beside_weights = ("norm_num_groups", "act_fn", "padding_mode")
+    network = {key: vae.config[key] for key in beside_weights if key in vae.config}
+    if isinstance(vae, StockAutoencoder):  # this package's own classes can be told by their weights
+        network["class"] = class_name(vae)
+    return {"encoder_sha256": encoder_sha256(vae), **network}
 
 
 def choose_device(name: str | None) -> torch.device:

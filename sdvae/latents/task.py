@@ -17,13 +17,13 @@ from sdvae.errors import InputError
 from sdvae.io import is_inside, utf8
 from sdvae.latents.buckets import Placement, Size, bucket_sizes, place
 from sdvae.latents.config import EncodeConfig
-from sdvae.latents.encoder import MomentEncoder, PendingMoments, choose_device, choose_precision, encoder_sha256
+from sdvae.latents.encoder import MomentEncoder, PendingMoments, choose_device, choose_precision, encoder_identity
 from sdvae.latents.folder import MANIFEST
 from sdvae.latents.rows import posterior_values, row_bytes, to_bytes
 from sdvae.latents.scaling import scaling_of
 from sdvae.latents.shards import RangeShards, Shards, SourceImage, StreamShards, rows_per_shard
 from sdvae.latents.writer import LatentWriter
-from sdvae.model import DiagonalGaussian, StockAutoencoder
+from sdvae.model import DiagonalGaussian
 from sdvae.model.kinds import class_name, has_posterior
 from sdvae.noise import sample_seed
 from sdvae.roundtrip import say_if_no_posterior
@@ -182,12 +182,10 @@ class EncodeTask:
         self.shards = self.reader.open_shards()
         keys = {key: value for key, value in vae.config.items() if not key.startswith("_")}
         self.vae_config = {"_class_name": class_name(vae), **keys}
-        self.vae_identity = {"encoder_sha256": encoder_sha256(vae)}
-        if isinstance(vae, StockAutoencoder):  # this package's own classes can be told by their weights
-            self.vae_identity["class"] = class_name(vae)
+        made_by = {**encoder_identity(vae), "precision": self.precision}
         identity = self.shards.identity()
         self.targets = [
-            Target(of_one, LatentWriter(output, config.part_numbers), self._fingerprint(identity, of_one))
+            Target(of_one, LatentWriter(output, config.part_numbers), self._fingerprint(made_by, identity, of_one))
             for of_one, output in zip(crops, config.outputs.values(), strict=True)
         ]
         self.encoder = MomentEncoder(vae, self.device, self.precision, config.mirror)
@@ -268,13 +266,11 @@ class EncodeTask:
             return None
         return {name: to_bytes(values) for name, values in columns.items()}
 
-    def _fingerprint(self, identity: dict[str, Any], crops: Crops) -> dict[str, Any]:
+    def _fingerprint(self, made_by: dict[str, Any], identity: dict[str, Any], crops: Crops) -> dict[str, Any]:
         # Batch size and number of threads only change rounding, so they are left out.
         config = self.config
-        beside_weights = ("norm_num_groups", "act_fn", "padding_mode")  # the weights determine the rest
-        network = {key: self.vae_config[key] for key in beside_weights if key in self.vae_config}
         return {
-            "vae": {**self.vae_identity, **network, "precision": self.precision},
+            "vae": made_by,
             "stored": {
                 "what": config.store,
                 "dtype": config.dtype,

@@ -106,12 +106,12 @@ def built(vae: Any, kind: type[Any], weights: Mapping[str, Tensor], padding_mode
 
 
 def shared_weights(vae: Any) -> dict[str, Tensor]:
-    """The parameters of `vae` themselves, by the names that a newly built VAE of its class has.
+    """The parameters and buffers of `vae` themselves, by the names that a newly built VAE of its class has.
 
     Raises:
         InputError: when these are not all that computes, or weights have no data; as `plain_weights`.
     """
-    weights: dict[str, Tensor] = dict(vae.named_parameters())
+    weights: dict[str, Tensor] = vae.state_dict(keep_vars=True)
     _check_names(weights, vae)
     _check_data(weights, vae)
     return weights

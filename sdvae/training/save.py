@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdvae.data import BadImages, ImageSource
+from sdvae.errors import InputError
 from sdvae.io import replacing
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
 from sdvae.pictures import latent_plot, reconstruction_grid, student_grid, training_curves
+from sdvae.previews import preview_of
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import evaluation_batches, first_images
 from sdvae.training.discriminator import discriminator_learns_at
@@ -177,7 +179,9 @@ def save_model(
     step: int,
     images_seen: int,
 ) -> None:
-    """Write model/, completely or not at all: weights, config.json, model card and reconstruction grid.
+    """Write model/, completely or not at all: weights, config.json, model card, reconstruction grid, RGB factors.
+
+    There are no RGB factors if they cannot be fitted, since all validation images have one colour; that is said.
 
     Raises:
         InputError: when a weight is not finite.
@@ -192,6 +196,12 @@ def save_model(
         vae.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         grid_of(result).save(folder / GRID_NAME)
+        try:
+            preview = preview_of(vae, result.colours, len(result.per_image), config.data.evaluation_resolution)
+        except InputError as error:
+            logger.warning("no latent RGB factors: %s", error)
+        else:
+            preview.write_beside(folder)
 
 
 def save_discriminator(run: RunFolder, network: nn.Module) -> None:

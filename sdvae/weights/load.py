@@ -232,7 +232,7 @@ def _give(vae: nn.Module, weights: dict[str, Tensor], origin: str, dtype: torch.
     expected = vae.state_dict()
     for key, weight in weights.items():
         weights[key] = _reshaped(widened(weight), expected.get(key))
-    _check_fit(expected, weights, origin)
+    check_fit(expected, weights, origin)
     counters = {key: weights.pop(key) for key in expected if key.endswith(".num_batches_tracked")}  # of batch norms
     check_tensors(weights, origin)
     widest = reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
@@ -254,7 +254,17 @@ def _sides(weight: Tensor) -> list[int]:
     return [side for side in weight.shape if side != 1]
 
 
-def _check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> None:
+def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> None:
+    """Refuse weights whose names or shapes are not the expected ones.
+
+    Args:
+        expected: the state dict of the model, whose values do not count.
+        weights: name -> tensor.
+        origin: where the weights come from, for the message.
+
+    Raises:
+        InputError: with the names of the first few.
+    """
     missing = sorted(expected.keys() - weights.keys())
     unexpected = sorted(weights.keys() - expected.keys())
     wrong = [
