@@ -58,11 +58,6 @@ def test_the_core_imports_what_an_installation_without_extras_brings_and_nothing
     imported = imported_distributions(core)
     # imported by the one option that needs it, or where torch brought it
     lazily = {"bitsandbytes", "onnxruntime", "ray", "triton"}
-        "bitsandbytes",
-        "onnxruntime",
-        "ray",
-        "triton",
-    }  # imported by the one option that needs it, or where torch brought it
     assert imported.keys() - lazily == requirement_names(PROJECT["dependencies"]), imported
 
 
