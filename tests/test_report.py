@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from sdvae.studio.report.spectra import radial_power
 from torchvision.models import squeezenet1_1
 
 from sdvae import load_vae, save_vae
@@ -26,6 +25,7 @@ from sdvae.data import center_crop, open_source, split_off, to_tensor
 from sdvae.errors import InputError
 from sdvae.metrics.image import image_metrics
 from sdvae.metrics.perceptual import load_perceptual, perceptual_if_any
+from sdvae.metrics.spectrum import radial_power
 from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.pictures import AMPLIFICATION, CAPTION_HEIGHT, GAP, reconstruction_grid
 from sdvae.statistics import HISTOGRAM_BINS, HISTOGRAM_RANGE, LatentHealth, LatentMaps
