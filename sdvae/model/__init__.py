@@ -6,8 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdvae.model.autoencoder import AutoencoderForwardOutput, AutoencoderKL
+    from sdvae.model.autoencoder import AutoencoderKL
     from sdvae.model.blocks import Decoder, Encoder
+    from sdvae.model.convolutional import AutoencoderForwardOutput, ConvolutionalVAE
+    from sdvae.model.flux2 import AutoencoderKLFlux2
     from sdvae.model.kinds import Autoencoder
     from sdvae.model.posterior import DiagonalGaussian
     from sdvae.model.tiny import AutoencoderTiny
@@ -16,7 +18,9 @@ __all__ = [
     "Autoencoder",
     "AutoencoderForwardOutput",
     "AutoencoderKL",
+    "AutoencoderKLFlux2",
     "AutoencoderTiny",
+    "ConvolutionalVAE",
     "Decoder",
     "DiagonalGaussian",
     "Encoder",
@@ -25,9 +29,11 @@ __all__ = [
 # Imported on first use: recipes read sdvae.model.config, which does not need torch.
 _HOMES = {
     "Autoencoder": "kinds",
-    "AutoencoderForwardOutput": "autoencoder",
+    "AutoencoderForwardOutput": "convolutional",
     "AutoencoderKL": "autoencoder",
+    "AutoencoderKLFlux2": "flux2",
     "AutoencoderTiny": "tiny",
+    "ConvolutionalVAE": "convolutional",
     "Decoder": "blocks",
     "DiagonalGaussian": "posterior",
     "Encoder": "blocks",

@@ -13,7 +13,7 @@ from sdvae.errors import InputError
 
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")  # those that diffusers' get_activation knows
 # `_class_name` in the config.json of this package's autoencoders
-CLASS_NAMES = ("AutoencoderKL", "ConditionalAutoencoderKL", "AutoencoderTiny")
+CLASS_NAMES = ("AutoencoderKL", "ConditionalAutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny")
 LOGVAR_RANGE = (-30.0, 20.0)  # of a posterior; LDM, ldm/modules/distributions/distributions.py
 LIKELIHOODS = ("gaussian", "bernoulli")
 # diffusers' names for levels without and with self-attention, which some levels of LDM's f16 and f32 models have
@@ -96,6 +96,15 @@ def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
     # without quant convs SDXL pipelines cannot upcast, whatever the config says
     upcast = config["force_upcast"] and config["use_quant_conv"]
     return {**shape, "block_out_channels": tuple(config["block_out_channels"]), "force_upcast": upcast}
+
+
+def decoder_widths(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The width of each level of a VAE's decoder, from the image to the latents: the encoder's, unless it has its own.
+
+    Args:
+        config: the VAE's config, with diffusers' keys.
+    """
+    return tuple(config.get("decoder_block_out_channels") or config["block_out_channels"])
 
 
 def block_types(down: Sequence[bool], up: Sequence[bool]) -> dict[str, tuple[str, ...]]:

@@ -1,8 +1,9 @@
 """The kinds of autoencoder that load, reconstruct, evaluate and encode.
 
 `sdvae.roundtrip` is the one place where they differ: it turns the output of any kind's `encode` into a posterior. What
-the rest of the package uses is common to all kinds: the keys `in_channels`, `out_channels`, `latent_channels`,
-`scaling_factor` and `shift_factor` of `.config`, `spatial_compression_ratio`, `likelihood`, and `decode(z).sample`.
+the rest of the package uses is common to all kinds: the keys `in_channels`, `out_channels` and `latent_channels` of
+`.config`, `spatial_compression_ratio`, `likelihood`, and `decode(z).sample`. How latents are scaled for a diffusion
+model differs too; `sdvae.latents.scaling` knows it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.convolutional import ConvolutionalVAE
+from sdvae.model.flux2 import AutoencoderKLFlux2
 from sdvae.model.tiny import AutoencoderTiny
 
-Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
-KINDS: dict[str, type[Autoencoder]] = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
+Autoencoder: TypeAlias = ConvolutionalVAE | AutoencoderTiny
+KINDS: dict[str, type[Autoencoder]] = {
+    kind.__name__: kind for kind in (AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny)
+}
 
 
 def has_posterior(vae: Autoencoder) -> bool:
