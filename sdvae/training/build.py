@@ -20,7 +20,7 @@ from torch import nn
 
 from sdvae.errors import InputError
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
-from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
+from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny, ConvolutionalVAE
 from sdvae.model.config import shape_of
 from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
 from sdvae.training.config import DistilConfig, ModelConfig, TrainConfig
@@ -79,7 +79,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
+def starting_vae(config: TrainConfig) -> tuple[ConvolutionalVAE, TrainConfig]:
     """The VAE before the first step, in fp32 on the CPU, and the recipe with a model section that describes it.
 
     Raises:
@@ -108,7 +108,7 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
     return vae.train(), describing(config, vae)
 
 
-def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, AutoencoderKL, TrainConfig]:
+def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, ConvolutionalVAE, TrainConfig]:
     """A student before its first step, its teacher, and the recipe with a model section that describes the teacher.
 
     Both are in fp32 on the CPU.
@@ -123,7 +123,7 @@ def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, AutoencoderK
     return student.train(), teacher, describing(config, teacher)
 
 
-def load_student(config: DistilConfig, teacher: AutoencoderKL) -> AutoencoderTiny:
+def load_student(config: DistilConfig, teacher: ConvolutionalVAE) -> AutoencoderTiny:
     """The student that the recipe starts from.
 
     Raises:
@@ -148,13 +148,13 @@ def load_student(config: DistilConfig, teacher: AutoencoderKL) -> AutoencoderTin
     return student
 
 
-def describing(config: TrainConfig, vae: AutoencoderKL) -> TrainConfig:
+def describing(config: TrainConfig, vae: ConvolutionalVAE) -> TrainConfig:
     """The recipe with a model section that describes an existing VAE."""
     model = ModelConfig(**shape_of(vae.config), measure_shift=vae.config.shift_factor is not None)
     return replace(config, model=model)
 
 
-def build_vae(config: ModelConfig) -> AutoencoderKL:
+def build_vae(config: ModelConfig) -> ConvolutionalVAE:
     """A VAE with new weights. Its scaling factor is measured at each validation."""
     vae = (ConditionalAutoencoderKL if config.num_classes else AutoencoderKL)(**config.to_diffusers())
     if config.initialisation == "pass_through":

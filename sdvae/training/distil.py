@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sdvae.errors import InputError
 from sdvae.latents.scaling import scaling_of
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import AutoencoderKL, AutoencoderTiny
+from sdvae.model import AutoencoderTiny, ConvolutionalVAE
 from sdvae.model.state import sha256_of_weights
 from sdvae.noise import posterior_generators
 from sdvae.roundtrip import decode_images, encode_images
@@ -52,7 +52,7 @@ class Teacher:
         scaling: maps its latents to those of diffusion models.
     """
 
-    def __init__(self, vae: AutoencoderKL, accelerator: Accelerator):
+    def __init__(self, vae: ConvolutionalVAE, accelerator: Accelerator):
         self.vae = vae.eval().requires_grad_(False)
         self.scaling = scaling_of(vae)
         self._autocast = accelerator.autocast
@@ -136,7 +136,7 @@ class StudentObjective:
         )
 
 
-def build_student(config: DistilConfig, teacher: AutoencoderKL) -> AutoencoderTiny:
+def build_student(config: DistilConfig, teacher: ConvolutionalVAE) -> AutoencoderTiny:
     """A student with new weights, for the images and the latents of a teacher.
 
     Raises:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from sdvae.data import BadImages, ImageSource
 from sdvae.data.dataset import Batch
 from sdvae.errors import one_line
-from sdvae.model import Autoencoder, AutoencoderKL
+from sdvae.model import Autoencoder, ConvolutionalVAE
 from sdvae.training.build import build_accelerator, build_perceptual, lay_out, starting_student, starting_vae
 from sdvae.training.checkpoint import checkpoint_name
 from sdvae.training.config import TrainConfig, check_used
@@ -299,7 +299,7 @@ class Training:
         images = batch["image"].to(self.accelerator.device)
         if self.teacher is not None:
             return probe_teacher(self.teacher, images, self.config)
-        assert isinstance(self.vae, AutoencoderKL)
+        assert isinstance(self.vae, ConvolutionalVAE)
         return probe(self.vae, images, batch["noise_seed"], self.config, self.perceptual, **conditioning_of(batch))
 
     def _batches(self) -> Generator[Batch, None, None]:

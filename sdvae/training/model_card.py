@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdvae.io import HUB_ID, printable, version
-from sdvae.model import AutoencoderKL, AutoencoderTiny
+from sdvae.model import AutoencoderTiny, ConvolutionalVAE
 from sdvae.pictures import AMPLIFICATION
 from sdvae.training.config import TrainConfig
 from sdvae.training.run_folder import to_yaml
@@ -121,7 +121,7 @@ compared with published LPIPS values.
 
 
 def model_card(
-    config: TrainConfig, vae: AutoencoderKL, result: ValidationResult, *, step: int, images_seen: int
+    config: TrainConfig, vae: ConvolutionalVAE, result: ValidationResult, *, step: int, images_seen: int
 ) -> str:
     """Markdown with the figures, the data and the whole recipe.
 
@@ -199,7 +199,7 @@ def student_card(
 
 
 def card_head(
-    vae: AutoencoderKL, heading: str, *, base_model: str | None = None, maker: str = "", origin_of_factor: str = ""
+    vae: ConvolutionalVAE, heading: str, *, base_model: str | None = None, maker: str = "", origin_of_factor: str = ""
 ) -> str:
     """Everything above the first section."""
     return CARD.format(
@@ -218,13 +218,13 @@ def section(heading: str, text: str) -> str:
     return f"## {heading}\n\n{text}"
 
 
-def ldm_programs(vae: AutoencoderKL) -> list[str]:
+def ldm_programs(vae: ConvolutionalVAE) -> list[str]:
     """The programs that can load this VAE from LDM_NAME."""
     targets = export_targets(vae)
     return [program for program in LDM_PROGRAMS if targets[program] is None]
 
 
-def loading_text(vae: AutoencoderKL, place: str, *, what: str = "this folder", programs: Sequence[str] = ()) -> str:
+def loading_text(vae: ConvolutionalVAE, place: str, *, what: str = "this folder", programs: Sequence[str] = ()) -> str:
     """How to load the VAE, and what its output means where that is not an image.
 
     Args:
@@ -297,6 +297,6 @@ def describe_start(config: TrainConfig) -> str:
     return f", starting from `{config.fine_tune.source}`{frozen}"
 
 
-def title(name: str, vae: AutoencoderKL) -> str:
+def title(name: str, vae: ConvolutionalVAE) -> str:
     """A title such as «quickstart: an f8, 4-channel image VAE»."""
     return f"{name}: an f{vae.spatial_compression_ratio}, {vae.config.latent_channels}-channel image VAE"

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdvae.errors import require
-from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny, DiagonalGaussian
+from sdvae.model import Autoencoder, AutoencoderTiny, ConvolutionalVAE, DiagonalGaussian
 from sdvae.roundtrip import decode_output, encode_images
 from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
 from sdvae.training.discriminator import LeCam, PatchDiscriminator
@@ -57,7 +57,7 @@ class TrainingForward(nn.Module):
         logvar: s, the log-variance of the likelihood; None unless it is learned.
     """
 
-    def __init__(self, vae: AutoencoderKL, learn_logvar: bool):
+    def __init__(self, vae: ConvolutionalVAE, learn_logvar: bool):
         super().__init__()
         self.vae = vae
         self.logvar = nn.Parameter(torch.zeros(())) if learn_logvar else None
@@ -171,7 +171,7 @@ class Players:
         self.vae = vae
         self.ema = WeightAverage(vae, config.optimizer.ema_decay)  # copies the VAE, so this comes before wrapping it
         if config.compile:
-            assert isinstance(vae, AutoencoderKL)  # a recipe that compiles a student is refused
+            assert isinstance(vae, ConvolutionalVAE)  # a recipe that compiles a student is refused
             # block by block, because the adaptive weight needs the gradient of conv_out before the backward pass
             for block in (vae.encoder, vae.decoder.mid_block, *vae.decoder.up_blocks):
                 block.compile()
@@ -212,7 +212,7 @@ class Players:
 
 def forward_of(vae: Autoencoder, config: TrainConfig) -> nn.Module:
     """The forward pass that a step of the VAE or student needs."""
-    if isinstance(vae, AutoencoderKL):
+    if isinstance(vae, ConvolutionalVAE):
         return TrainingForward(vae, config.loss.learn_logvar)
     assert isinstance(vae, AutoencoderTiny)
     return StudentForward(vae)
@@ -232,7 +232,7 @@ def build_discriminator(vae: Autoencoder, settings: DiscriminatorConfig, resolut
     return LatentDiscriminator(vae.config.latent_channels * side**2, settings.layers, settings.width)
 
 
-def freeze_encoder(vae: AutoencoderKL) -> None:
+def freeze_encoder(vae: ConvolutionalVAE) -> None:
     """Train only the decoder and post_quant_conv, so that the latents do not change."""
     for name, parameter in vae.named_parameters():
         if name.startswith(FROZEN_PARTS):

@@ -14,7 +14,7 @@ from torch import Tensor
 from sdvae.data import BadImages, ImageSource
 from sdvae.io import replacing
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
+from sdvae.model import Autoencoder, AutoencoderTiny, ConvolutionalVAE
 from sdvae.pictures import latent_plot, reconstruction_grid, student_grid, training_curves
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import evaluation_batches, first_images
@@ -85,7 +85,7 @@ class Validator:
         result = self._validate(average)
         self.log.report("validation", result.metrics, step)
         # a frozen encoder keeps the latents and so the factors, and a student's latents are scaled
-        if isinstance(average, AutoencoderKL) and not config.fine_tune.freeze_encoder:
+        if isinstance(average, ConvolutionalVAE) and not config.fine_tune.freeze_encoder:
             batches = evaluation_batches(self._measured, config, self.accelerator)
             moments = measure_latents(average, batches, self.accelerator, self.bad_images)
             scaling_factor, shift_factor = moments.factors(with_shift=config.model.measure_shift)
@@ -110,7 +110,7 @@ class Validator:
         batches = evaluation_batches(self.source, self.config, self.accelerator)
         keep, seed = self.config.grid_images, self.config.seed
         given = (batches, self.accelerator, self.perceptual, self.bad_images, keep)
-        if isinstance(vae, AutoencoderKL):
+        if isinstance(vae, ConvolutionalVAE):
             return validate(vae, *given, seed)
         assert isinstance(vae, AutoencoderTiny)
         assert self.teacher is not None
@@ -177,7 +177,7 @@ def save_model(
         InputError: when a weight is not finite.
     """
     check_tensors(vae.state_dict(), "the trained VAE")
-    if isinstance(vae, AutoencoderKL):
+    if isinstance(vae, ConvolutionalVAE):
         card = model_card(config, vae, result, step=step, images_seen=images_seen)
     else:
         assert isinstance(vae, AutoencoderTiny)

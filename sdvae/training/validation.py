@@ -17,7 +17,7 @@ from sdvae.data import BadImages
 from sdvae.errors import InputError
 from sdvae.metrics.image import image_metrics, psnr
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import AutoencoderKL, AutoencoderTiny
+from sdvae.model import AutoencoderTiny, ConvolutionalVAE
 from sdvae.noise import posterior_generators, sample_seed
 from sdvae.roundtrip import decode_images, encode_images
 from sdvae.statistics import LatentHealth, LatentMoments, merged
@@ -49,7 +49,7 @@ class ValidationResult:
 
 @torch.no_grad()
 def validate(
-    vae: AutoencoderKL,
+    vae: ConvolutionalVAE,
     batches: Iterable[dict[str, Any]],
     accelerator: Accelerator,
     perceptual: Perceptual | None,
@@ -182,7 +182,7 @@ def _of_all_processes(
 
 @torch.no_grad()
 def measure_latents(
-    vae: AutoencoderKL, batches: Iterable[dict[str, Any]], accelerator: Accelerator, bad_images: BadImages
+    vae: ConvolutionalVAE, batches: Iterable[dict[str, Any]], accelerator: Accelerator, bad_images: BadImages
 ) -> LatentMoments:
     """Moments of the latents over every process's share of the images."""
     moments = LatentMoments(vae.config.latent_channels)

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,21 +16,28 @@ from torch import Tensor
 
 from sdvae.errors import InputError
 from sdvae.io import read_json
-from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
+from sdvae.model import Autoencoder, AutoencoderKLFlux2, AutoencoderTiny
 from sdvae.model.config import CLASS_NAMES, LIKELIHOODS, ModelShape, block_types
 from sdvae.model.kinds import KINDS
+from sdvae.model.patches import PatchSize
 from sdvae.weights.family import FLUX, SD, family_of
+from sdvae.weights.names import has_batch_norm
 
 log = logging.getLogger(__name__)
 
-# Keys that diffusers' AutoencoderTiny writes into config.json by itself, from others.
-DERIVED = ("block_out_channels",)
+# Keys of config.json that say nothing: AutoencoderTiny writes one by itself, from others; AutoencoderKLFlux2 once had
+# one that no pipeline reads.
+SILENT: dict[type[Autoencoder], tuple[str, ...]] = {
+    AutoencoderTiny: ("block_out_channels",),
+    AutoencoderKLFlux2: ("force_upcast",),
+}
 
 # What the shapes of the weights do not tell. `save_ldm` writes these into the metadata of its file.
 UNSHAPED = (
     *("scaling_factor", "shift_factor", "latents_mean", "latents_std", "_likelihood"),
-    *("norm_num_groups", "act_fn", "force_upcast", "sample_size"),
+    *("norm_num_groups", "act_fn", "force_upcast", "sample_size", "batch_norm_eps", "batch_norm_momentum"),
 )
+FLUX2_SAMPLE_SIZE = 1024  # in diffusers' config.json of FLUX.2
 METADATA_KEY = "sdvae.config"
 
 
@@ -77,9 +85,9 @@ def checked_config(config: Mapping[str, Any], origin: str, kind: type[Autoencode
     defaults = defaults_of(kind)
     known: dict[str, Any] = {}
     for key, value in config.items():
-        if kind is AutoencoderTiny and key in DERIVED:
+        if key in SILENT.get(kind, ()):
             continue
-        if key == "_likelihood" and kind is AutoencoderKL:
+        if key == "_likelihood" and kind is not AutoencoderTiny:
             if value not in LIKELIHOODS:
                 raise InputError(f"{origin} has {key} = {value!r}; need one of {', '.join(LIKELIHOODS)}; correct it")
             known[key] = value
@@ -140,7 +148,7 @@ def metadata_of(config: Mapping[str, Any]) -> dict[str, str]:
     return {METADATA_KEY: json.dumps({key: config[key] for key in UNSHAPED if config.get(key) is not None})}
 
 
-def config_in(metadata: Mapping[str, str], origin: str) -> dict[str, Any]:
+def config_in(metadata: Mapping[str, str], origin: str, kind: type[Autoencoder]) -> dict[str, Any]:
     """What `metadata_of` wrote: keys of a config, or none.
 
     Raises:
@@ -152,7 +160,7 @@ def config_in(metadata: Mapping[str, str], origin: str) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict):
         raise InputError(f"{origin} has metadata {METADATA_KEY} that is no JSON object; get a whole copy")
-    return checked_config(content, f"{origin}: {METADATA_KEY}", AutoencoderKL)
+    return checked_config(content, f"{origin}: {METADATA_KEY}", kind)
 
 
 def infer_config(
@@ -169,7 +177,7 @@ def infer_config(
     `sample_size`. The factors are those of the family that the other keys of the file or its metadata show. If nothing
     shows it, a VAE of 4 channels gets the factor of SD 1 and 2, and a VAE of 16 channels without quant convs gets
     Flux's, with a warning, because SDXL's and SD3's VAEs have the same shapes. Any other VAE gets the factors 1 and 0,
-    with a warning.
+    with a warning. A VAE with a batch norm, as of FLUX.2, needs none.
 
     Args:
         weights: name -> tensor.
@@ -202,11 +210,13 @@ def infer_config(
         # diffusers' default of 32 would make its tiles 32 pixels wide; published models were trained on 256 to 1024
         "sample_size": ModelShape.sample_size,
     }
-    # SDXL pipelines read post_quant_conv's dtype when they upcast, so a model without it must not ask for that.
-    config["force_upcast"] = config["use_post_quant_conv"]
+    up_widths = tuple(
+        _shape(weights, f"decoder.up_blocks.{level}.resnets.0.conv1.weight", origin)[0]
+        for level in reversed(range(_count(weights, r"decoder\.up_blocks\.(\d+)\..*")))
+    )
     if "norm_num_groups" not in given:
         groups = ModelShape.norm_num_groups
-        odd = [width for width in widths if width % groups]
+        odd = [width for width in (*widths, *up_widths) if width % groups]
         if odd:
             raise InputError(
                 f"{origin} has a level of width {odd[0]}, no multiple of {groups}, so the number of groups is unknown; "
@@ -214,8 +224,26 @@ def infer_config(
                 "`sdvae export SOURCE FOLDER --config FILE` writes a folder that holds it"
             )
         config["norm_num_groups"] = groups
+    if has_batch_norm(weights):
+        own = {"decoder_block_out_channels": up_widths} if up_widths != widths else {}
+        patches = _patch_size(weights, config["latent_channels"], origin)
+        return {**config, **own, "patch_size": patches, "sample_size": FLUX2_SAMPLE_SIZE, **given}
+    # SDXL pipelines read post_quant_conv's dtype when they upcast, so a model without it must not ask for that.
+    config["force_upcast"] = config["use_post_quant_conv"]
     found = None if "scaling_factor" in given else _factors(config, origin, keys, metadata or {})
     return {**config, **(found or {}), **given}
+
+
+def _patch_size(weights: Mapping[str, Tensor], channels: int, origin: str) -> PatchSize:
+    """The square patches over which a batch norm has this many channels of statistics."""
+    count = weights["bn.running_mean"].numel() if "bn.running_mean" in weights else 0
+    side = math.isqrt(count // channels)
+    if not side or side * side * channels != count:
+        raise InputError(
+            f"{origin} has a batch norm of {count} channels over latents of {channels}; need 4 times as many, or those "
+            "of other square patches; get a whole copy"
+        )
+    return (side, side)
 
 
 def _factors(
