@@ -78,7 +78,7 @@ class ExportOptions(ColorOption):
     """Dtype of the written weights. `file` keeps that of the source."""
     latents: str | None = None
     """A folder that `sdvae encode` wrote. The scaling_factor measured there is written with the VAE, and the
-    shift_factor as well if the VAE has one."""
+    shift_factor as well if the VAE has one; or the statistics of its batch norm, for a VAE of FLUX.2's kind."""
     data: str | None = None
     """Images, whatever `data.source` takes in training: fit «latent RGB factors» to them, the linear map that previews
     latents without a decoder, and write latent_rgb_factors.json into the folder or beside the file."""
@@ -108,9 +108,7 @@ def export(options: ExportOptions) -> None:
         from sdvae.latents.encoder import encoder_sha256
         from sdvae.latents.folder import LatentFolder
 
-        factors = LatentFolder(options.latents).factors(vae.config, encoder_sha256(source(dtype="file")))
-        vae.register_to_config(**factors)
-        print(", ".join(f"{key} {value}" for key, value in factors.items()))
+        print(LatentFolder(options.latents).write_scaling(vae, encoder_sha256(source(dtype="file"))))
     preview = None
     if options.data is not None:
         from sdvae.previews import fit_preview

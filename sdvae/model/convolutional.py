@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sdvae.errors import InputError, first_few, one_line
 from sdvae.model.blocks import Decoder, Encoder, only
 from sdvae.model.config import DOWN_BLOCK_TYPES, LIKELIHOODS, UP_BLOCK_TYPES, decoder_widths, level_attention
+from sdvae.model.patches import PatchSize
 from sdvae.model.posterior import DiagonalGaussian
 from sdvae.model.state import initialise, is_network, rebuilt
 from sdvae.model.tiling import Streamed, can_stream, plan
@@ -160,6 +161,12 @@ class ConvolutionalVAE(ModelMixin):
     def spatial_compression_ratio(self) -> int:
         """f, the number of image pixels along one side of a latent element: 8 for Stable Diffusion."""
         return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @property
+    def patch_size(self) -> PatchSize:
+        """Height and width of the patches of latents that are scaled together: 1 x 1 unless there is a batch norm."""
+        height, width = self.config.get("patch_size") or (1, 1)
+        return height, width
 
     @property
     def likelihood(self) -> str:

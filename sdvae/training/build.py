@@ -20,7 +20,7 @@ from torch import nn
 
 from sdvae.errors import InputError
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
-from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny, ConvolutionalVAE
+from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, ConvolutionalVAE
 from sdvae.model.config import shape_of
 from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
 from sdvae.training.config import DistilConfig, ModelConfig, TrainConfig
@@ -150,13 +150,14 @@ def load_student(config: DistilConfig, teacher: ConvolutionalVAE) -> Autoencoder
 
 def describing(config: TrainConfig, vae: ConvolutionalVAE) -> TrainConfig:
     """The recipe with a model section that describes an existing VAE."""
-    model = ModelConfig(**shape_of(vae.config), measure_shift=vae.config.shift_factor is not None)
+    model = ModelConfig(**shape_of(vae.config), measure_shift=vae.config.get("shift_factor") is not None)
     return replace(config, model=model)
 
 
 def build_vae(config: ModelConfig) -> ConvolutionalVAE:
-    """A VAE with new weights. Its scaling factor is measured at each validation."""
-    vae = (ConditionalAutoencoderKL if config.num_classes else AutoencoderKL)(**config.to_diffusers())
+    """A VAE with new weights. Its scaling factor, or its batch norm's statistics, are measured at each validation."""
+    kind: type[ConvolutionalVAE] = ConditionalAutoencoderKL if config.num_classes else AutoencoderKL
+    vae = (AutoencoderKLFlux2 if config.batch_norm else kind)(**config.to_diffusers())
     if config.initialisation == "pass_through":
         initialise(vae)
     return vae

@@ -5,7 +5,8 @@
                                   z --student's decoder--> reconstructions, compared with images and pictures
 
 This is knowledge distillation (Hinton et al. 2015), with the networks of TAESD. All latents that the student sees are
-scaled as diffusion models see them (`sdvae.latents.scaling`). The two halves of the student learn at the same time and
+scaled as diffusion models see them (`sdvae.latents.scaling`); those of FLUX.2's kind in the encoder's layout, without
+patches. The two halves of the student learn at the same time and
 independently: its decoder learns from the teacher's latents, never from its own encoder's, so that it fits what a
 diffusion model generates, and both halves can be used alone.
 """
@@ -72,7 +73,7 @@ class Teacher:
             posterior = encode_images(self.vae, images)
             z = posterior.mode() if generators is None else posterior.sample(generators)
             picture = decode_images(self.vae, z, images.shape[2:]).float() if with_picture else None
-        scaled, mode = self.scaling.normalize(z.float()), self.scaling.normalize(posterior.mode().float())
+        scaled, mode = self.scaling.scaled(z.float()), self.scaling.scaled(posterior.mode().float())
         return Lesson(mode, scaled, picture)
 
     def sha256(self) -> str:

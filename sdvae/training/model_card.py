@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdvae.io import HUB_ID, printable, version
-from sdvae.model import AutoencoderTiny, ConvolutionalVAE
+from sdvae.model import AutoencoderKLFlux2, AutoencoderTiny, ConvolutionalVAE
 from sdvae.pictures import AMPLIFICATION
 from sdvae.training.config import TrainConfig
 from sdvae.training.run_folder import to_yaml
@@ -31,7 +31,7 @@ library_name: diffusers
 # {title}
 
 An image VAE that compresses {factor}x{factor} pixels to one position of {latent_channels} latent channels
-({parameters:.2f} M parameters){maker}. `scaling_factor` {scaling_factor:.5f}{origin_of_factor}.
+({parameters:.2f} M parameters){maker}. {scaling}.
 
 """
 
@@ -66,12 +66,12 @@ the teacher's pictures with it, and `teacher_…` the images with the teacher's 
 latents from the student's own encoder. `latents` is that encoder's mean squared error.
 """
 
-LOADING_TEXT = """Any program that takes diffusers' `AutoencoderKL` loads {what}:
+LOADING_TEXT = """Any program that takes diffusers' `{name}` loads {what}:
 
 ```python
-from diffusers import AutoencoderKL
+from diffusers import {name}
 
-vae = AutoencoderKL.from_pretrained("{place}")
+vae = {name}.from_pretrained("{place}")
 ```
 """
 
@@ -127,16 +127,11 @@ def model_card(
 
     Args:
         config: the recipe.
-        vae: the VAE with its final scaling factor.
+        vae: the VAE with its final scaling.
         result: the validation that is reported.
         step: the number of steps done.
         images_seen: the number of crops that all processes together have trained on.
     """
-    frozen = config.fine_tune.freeze_encoder
-    shift = vae.config.shift_factor
-    origin = "1/std of the latents of the training images"
-    if frozen:
-        origin = "that of the VAE it started from, whose latents it keeps"
     figures = figures_text(
         result,
         f"After {step} steps over {images_seen} image crops; means over",
@@ -149,7 +144,7 @@ def model_card(
         title(printable(Path(config.output_dir).resolve().name), vae),
         base_model=base_model(config.fine_tune.source),
         maker=f", trained with sdvae {version()}",
-        origin_of_factor=f" is {origin}" + ("" if shift is None else f"; `shift_factor` {shift:.5f} is their mean"),
+        scaling=scaling_text(vae, is_kept=config.fine_tune.freeze_encoder),
     )
     return head + "\n".join(
         [
@@ -199,7 +194,7 @@ def student_card(
 
 
 def card_head(
-    vae: ConvolutionalVAE, heading: str, *, base_model: str | None = None, maker: str = "", origin_of_factor: str = ""
+    vae: ConvolutionalVAE, heading: str, *, base_model: str | None = None, maker: str = "", scaling: str | None = None
 ) -> str:
     """Everything above the first section."""
     return CARD.format(
@@ -209,9 +204,39 @@ def card_head(
         latent_channels=vae.config.latent_channels,
         parameters=sum(p.numel() for p in vae.parameters()) / 1e6,
         maker=maker,
-        scaling_factor=vae.config.scaling_factor,
-        origin_of_factor=origin_of_factor,
+        scaling=scaling or scaling_text(vae),
     )
+
+
+def scaling_text(vae: ConvolutionalVAE, *, is_kept: bool | None = None) -> str:
+    """How a diffusion model has to scale the latents.
+
+    Args:
+        vae: the VAE.
+        is_kept: whether the scaling is that of a VAE whose encoder it keeps, or was measured in training; None if that
+            is not known.
+    """
+    if isinstance(vae, AutoencoderKLFlux2):
+        (p, q), channels = vae.patch_size, vae.bn.num_features
+        origin = {
+            None: "",
+            True: ", whose statistics are those of the VAE it started from",
+            False: ", whose statistics are those of the training images",
+        }[is_kept]
+        return (
+            f"Diffusion models take each {p}x{q} positions as one, of {channels} channels, normalised by the batch "
+            f"norm `bn`{origin}"
+        )
+    shift = vae.config.shift_factor
+    factor = f"`scaling_factor` {vae.config.scaling_factor:.5f}"
+    if is_kept is None:
+        return factor
+    origin = (
+        "that of the VAE it started from, whose latents it keeps"
+        if is_kept
+        else "1/std of the latents of the training images"
+    )
+    return f"{factor} is {origin}" + ("" if shift is None else f"; `shift_factor` {shift:.5f} is their mean")
 
 
 def section(heading: str, text: str) -> str:
@@ -237,7 +262,7 @@ def loading_text(vae: ConvolutionalVAE, place: str, *, what: str = "this folder"
     if classes:
         text = CONDITIONAL_TEXT.format(last=classes - 1, place=place)
     else:
-        text = LOADING_TEXT.format(what=what, place=place)
+        text = LOADING_TEXT.format(name=type(vae).__name__, what=what, place=place)
     if vae.likelihood == "bernoulli":
         text += LOGITS_TEXT
     if programs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor
 from sdvae.data import BadImages, ImageSource
 from sdvae.io import replacing
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import Autoencoder, AutoencoderTiny, ConvolutionalVAE
+from sdvae.model import Autoencoder, AutoencoderKLFlux2, AutoencoderTiny, ConvolutionalVAE
 from sdvae.pictures import latent_plot, reconstruction_grid, student_grid, training_curves
+from sdvae.statistics import LatentMoments
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import evaluation_batches, first_images
 from sdvae.training.distil import Teacher
@@ -88,8 +90,7 @@ class Validator:
         if isinstance(average, ConvolutionalVAE) and not config.fine_tune.freeze_encoder:
             batches = evaluation_batches(self._measured, config, self.accelerator)
             moments = measure_latents(average, batches, self.accelerator, self.bad_images)
-            scaling_factor, shift_factor = moments.factors(with_shift=config.model.measure_shift)
-            average.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
+            write_scaling(average, moments, config.model.measure_shift)
         name = config.checkpoint.best_metric
         improved = is_better(result.metrics, progress.best, name, self._measured_on)
         if improved:
@@ -115,6 +116,24 @@ class Validator:
         assert isinstance(vae, AutoencoderTiny)
         assert self.teacher is not None
         return validate_student(vae, self.teacher, *given)
+
+
+def write_scaling(vae: ConvolutionalVAE, patches: LatentMoments, with_shift: bool) -> None:
+    """Write how diffusion models are to scale the latents: as factors into the config, or into the batch norm.
+
+    Args:
+        vae: the VAE.
+        patches: the moments of the channels of patches of its latents.
+        with_shift: whether to write a shift_factor as well.
+
+    Raises:
+        InputError: when the latents do not vary.
+    """
+    scaling_factor, shift_factor = patches.over_patches(math.prod(vae.patch_size)).factors(with_shift)
+    if isinstance(vae, AutoencoderKLFlux2):
+        vae.set_statistics(patches.channel_mean, patches.channel_std.square())
+    else:
+        vae.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
 
 
 def is_better(metrics: dict[str, float], best: dict[str, Any], name: str, measured_on: str) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sdvae.data import BadImages
 from sdvae.errors import InputError
 from sdvae.io import printable
+from sdvae.latents.scaling import scaling_of
 from sdvae.metrics.image import image_figures
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import Autoencoder
@@ -100,7 +101,7 @@ def measure(
         y, posterior = trip.reconstruction.clamp(-1, 1), trip.posterior
         if maps is None:
             _, *shape = trip.latents.shape
-            maps = LatentMaps((shape[0], shape[1], shape[2]), vae.config.scaling_factor, vae.config.shift_factor)
+            maps = LatentMaps((shape[0], shape[1], shape[2]), scaling_of(vae).scaled)
         health.update(posterior)
         maps.update(posterior, generator)
         spectra = spectra + torch.stack([radial_power(x), radial_power(y)]).sum(dim=1)

@@ -101,13 +101,15 @@ def _head(subject: Subject, measured: Measured) -> dict[str, Any]:
     channels = config.in_channels
     names = ("red", "green", "blue") if channels == 3 else ("grey",) * channels
     measured_factor = 1 / moments.std if moments.std > 0 else None
+    scaled_std = measured.maps.scaled_moments.std  # 1 if the VAE's scaling is right for these images
     return {
         "date": datetime.datetime.now().astimezone(),
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "latent_shape": tuple(measured.first_latents.shape[1:]),
         "bias": {name: measured.mean(f"bias_{channel}") for channel, name in enumerate(names)},
         "measured_factor": measured_factor,
-        "factor_is_off": measured_factor is None or abs(measured_factor / config.scaling_factor - 1) > FACTOR_TOLERANCE,
+        "scaled_std": scaled_std,
+        "factor_is_off": not scaled_std > 0 or abs(1 / scaled_std - 1) > FACTOR_TOLERANCE,
     }
 
 
@@ -128,14 +130,15 @@ def _latents(model: Autoencoder, measured: Measured) -> dict[str, Any]:
     moments = health.moments
     elements = int(moments.sums[0, 0])
     kl, mean, std = (values.tolist() for values in (health.channel_kl, moments.channel_mean, moments.channel_std))
-    factor, shift = maps.scaling_factor, maps.shift_factor
+    scaled = maps.scaled_moments
+    scaled_mean, scaled_std = scaled.channel_mean.tolist(), scaled.channel_std.tolist()
     channels = [
         {
             "kl": kl[c] if health.has_variance else None,
             "mean": mean[c],
             "std": std[c],
-            "scaled_mean": (mean[c] - shift) * factor,
-            "scaled_std": std[c] * factor,
+            "scaled_mean": scaled_mean[c],
+            "scaled_std": scaled_std[c],
             "outside": int(maps.outside[c]) / elements,
             "histogram": _plot(partial(plots.histogram, counts=maps.histogram[c], total=elements), SMALL),
         }
