@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin  # pipelines look for thi
 from sdvae.model.convolutional import ConvolutionalVAE
 
 
-class AutoencoderKL(ConvolutionalVAE, StockAutoencoderKL):
+class AutoencoderKL(ConvolutionalVAE, StockAutoencoderKL):  # type: ignore[misc]  # other signatures
     """The VAE of Stable Diffusion, which can replace `diffusers.AutoencoderKL` everywhere.
 
     The arguments have diffusers' names and defaults and are kept in config.json.

@@ -79,10 +79,10 @@ class ConvolutionalVAE(ModelMixin):
     """
 
     config: Any  # diffusers' FrozenDict, with attribute access
-    encoder: Encoder  # type: ignore[assignment]
-    decoder: Decoder  # type: ignore[assignment]
+    encoder: Encoder
+    decoder: Decoder
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ResnetBlock", "SelfAttention"]
+    _no_split_modules = ["ResnetBlock", "SelfAttention"]  # type: ignore[assignment]
     _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
 
     _stock: type[Any]
@@ -147,11 +147,11 @@ class ConvolutionalVAE(ModelMixin):
     def fuse_qkv_projections(self) -> None:
         """Compute queries, keys and values of attention in one product. State-dict names do not change."""
         if self.original_attn_processors is None:
-            super().fuse_qkv_projections()
+            super().fuse_qkv_projections()  # type: ignore[misc]  # of diffusers' class
 
     def unfuse_qkv_projections(self) -> None:
         """Undo `fuse_qkv_projections`. Without fused projections this has no effect."""
-        super().unfuse_qkv_projections()
+        super().unfuse_qkv_projections()  # type: ignore[misc]  # of diffusers' class
         for module in self.modules():
             if isinstance(module, Attention):
                 module.fuse_projections(fuse=False)
@@ -226,7 +226,7 @@ class ConvolutionalVAE(ModelMixin):
         image = self._reconstruction(z)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
-    def forward(  # type: ignore[override]  # diffusers' has no list of generators and no posterior
+    def forward(
         self,
         sample: Tensor,
         sample_posterior: bool = False,
@@ -383,7 +383,7 @@ class ConvolutionalVAE(ModelMixin):
             InputError: when the file lacks weights, or for an unknown dtype.
         """
         try:
-            return super().from_single_file(*args, **_with_dtype(kwargs) | {"low_cpu_mem_usage": True})
+            return super().from_single_file(*args, **_with_dtype(kwargs) | {"low_cpu_mem_usage": True})  # type: ignore[misc]  # of diffusers' class
         except NotImplementedError as error:  # a weight that the file lacks is on the meta device, and has no data
             raise InputError(
                 f"{args[0] if args else 'the file'} lacks weights of its configuration ({one_line(error)[:40]}…); "

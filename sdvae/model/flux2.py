@@ -22,7 +22,7 @@ from sdvae.model.config import DOWN_BLOCK_TYPES, UP_BLOCK_TYPES
 from sdvae.model.convolutional import ConvolutionalVAE
 
 
-class AutoencoderKLFlux2(ConvolutionalVAE, StockAutoencoderKLFlux2):
+class AutoencoderKLFlux2(ConvolutionalVAE, StockAutoencoderKLFlux2):  # type: ignore[misc]  # other signatures
     """The VAE of FLUX.2, which can replace `diffusers.AutoencoderKLFlux2` everywhere.
 
     `encode` and `decode` take and give latents before the batch norm, (B, latent_channels, H/f, W/f), as in diffusers.
