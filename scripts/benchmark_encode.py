@@ -2,7 +2,7 @@
 
     python scripts/benchmark_encode.py --images FOLDER                          # the packaged VAE, 256x256
     python scripts/benchmark_encode.py --images FOLDER --config configs/sd_f8c4.yaml --count 12 --batch 4
-    python scripts/benchmark_encode.py --images FOLDER --ray true               # also through Ray, on this machine
+    python scripts/benchmark_encode.py --images FOLDER --count 1024 --ray true  # also through Ray, on this machine
     python scripts/benchmark_encode.py --memory_rows 1000000
     python scripts/benchmark_encode.py --reader_rows 8192
     python scripts/benchmark_encode.py --shards 250000
@@ -11,7 +11,7 @@
 - plain loop: diffusers' class as loaded, torchvision's transforms, a DataLoader, and torch.save of one file per image.
 
 - through Ray: `sdvae encode --engine ray` on a cluster of this machine alone, from the moment at which its processes
-  have started and have encoded one shard for each worker.
+  have started and have encoded one shard for each worker. On either side a shard has 64 images.
 
 Each repetition runs all of them, one after the other, and the ratios are taken within a repetition.
 
@@ -60,6 +60,8 @@ from sdvae.latents.shards import RangeShards
 from sdvae.latents.task import EncodeTask
 from sdvae.latents.writer import LatentWriter
 from sdvae.training.build import build_vae
+
+SHARD_ROWS = 64
 
 
 class Files(Dataset[tuple[torch.Tensor, str]]):
@@ -162,14 +164,14 @@ def through_ray(arguments: argparse.Namespace, paths: Sequence[Path], scratch: P
         batch_size=arguments.batch,
         num_workers=arguments.workers,
         device=arguments.device,
-        shard_rows=2 * arguments.batch,
+        shard_rows=SHARD_ROWS,
         engine="ray",
     )
     ray.init("local", log_to_driver=False, logging_level="ERROR")
     try:
         encoders = start_encoders(config)
         ray.get(encoders[0].begin.remote())
-        shards = range(-(-len(paths) // (2 * arguments.batch)))
+        shards = range(-(-len(paths) // SHARD_ROWS))
         first = len(encoders) * arguments.workers
         list(encode_all(encoders, set(shards[:first]), arguments.workers))
         start = time.perf_counter()
@@ -192,7 +194,7 @@ def prepared(arguments: argparse.Namespace, output: Path, vae: str) -> EncodeTas
     )
     task = EncodeTask(config)
     first = subset(open_source(arguments.images), range(min(arguments.count, task.shards.total or 0)))
-    task.shards = RangeShards(first, None, 64)
+    task.shards = RangeShards(first, None, SHARD_ROWS)
     task.targets[0].fingerprint["shards"] = len(task.shards)
     return task
 
@@ -371,6 +373,9 @@ def main() -> None:
             time_shards(arguments.shards, Path(scratch))
         elif arguments.images is None:
             parser.error("give --images FOLDER, --memory_rows N, --reader_rows N or --shards N")
+        elif arguments.ray and arguments.count < 4 * SHARD_ROWS * arguments.workers:
+            least = 4 * SHARD_ROWS * arguments.workers
+            parser.error(f"--ray needs a count of {least} or more, 4 shards for each worker")
         else:
             compare(arguments, Path(scratch))
 

@@ -73,11 +73,23 @@ def test_fine_tuning_needs_fewer_images():
 
 def test_crops_too_small_for_the_discriminator_or_for_lpips_are_refused():
     small = DataConfig(resolution=16)
-    with pytest.raises(InputError, match="need crops of 24 pixels or more for one patch"):
+    with pytest.raises(InputError, match="sees images of 16 pixels; need 24 or more for one patch"):
         recipe(data=small)
     equivariant = LossConfig(equivariance=EquivarianceConfig(0.25, (0.25,)))
     with pytest.raises(InputError, match="need images of 32 pixels or more for LPIPS"):
         recipe(equivariant, data=DataConfig(resolution=64))
+    replacing = LossConfig(
+        equivariance=EquivarianceConfig(scales=(0.25,), probability=0.5),
+        discriminator=DiscriminatorConfig(weight=0.5),
+        lpips_weight=0,
+    )
+    with pytest.raises(InputError, match="the discriminator sees images of 16 pixels; need 24 or more"):
+        recipe(replacing, data=DataConfig(resolution=64))
+
+
+def test_equivariance_is_a_further_term_or_takes_the_place_of_another():
+    with pytest.raises(InputError, match="need one of the two: a further term, or"):
+        recipe(LossConfig(equivariance=EquivarianceConfig(weight=0.25, probability=0.5)))
 
 
 def probed(config: TrainConfig, change=lambda vae: None) -> list[str]:
@@ -130,3 +142,12 @@ def test_a_kl_weight_in_another_unit_is_found():
 def test_a_vae_that_does_not_reconstruct_is_not_the_one_to_fine_tune():
     (finding,) = probed(recipe(fine_tune=FineTuneConfig(source="other.safetensors")))
     assert "other.safetensors reconstructs the first images at" in finding
+
+
+def test_the_discriminator_may_start_at_a_part_of_the_run():
+    gan = DiscriminatorConfig(weight=0.5, start_fraction=0.3)
+    config = recipe(LossConfig(discriminator=gan))
+    assert config.loss.discriminator.start_step == 300
+    assert recipe(config.loss).loss == config.loss  # as a recipe that a run wrote is read again
+    with pytest.raises(InputError, match="need one of the two"):
+        recipe(LossConfig(discriminator=replace(gan, start_step=7)))

@@ -85,10 +85,15 @@ def plainly(config: TrainConfig, players: Players, perceptual, adaptive: bool) -
     posterior = vae.encode(x).latent_dist
     z = posterior.sample(posterior_generators(SEEDS))
     pair = None
-    if transformation is not None:
+    if transformation is not None and transformation.alone:
+        reconstruction = vae.decode(transformation(z, transformation.latent_size(z))).sample
+        x = transformation(x, reconstruction.shape[2:])
+        values = x[0].numel()
+    else:
+        reconstruction = vae.decode(z).sample
+    if transformation is not None and not transformation.alone:
         decoded = vae.decode(transformation(z, transformation.latent_size(z))).sample
         pair = (transformation(x, decoded.shape[2:]), decoded)
-    reconstruction = vae.decode(z).sample
     logvar = players.generator.network.logvar
     terms = loss_terms(x, reconstruction, posterior, config.loss, perceptual, pair, logvar)
     nll = values * terms.nll(config.loss)
@@ -111,7 +116,15 @@ def plainly(config: TrainConfig, players: Players, perceptual, adaptive: bool) -
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
-@pytest.mark.parametrize("extras", [{}, {"learn_logvar": True}, {"equivariance": EquivarianceConfig(0.25, (0.5,))}])
+@pytest.mark.parametrize(
+    "extras",
+    [
+        {},
+        {"learn_logvar": True},
+        {"equivariance": EquivarianceConfig(0.25, (0.5,))},
+        {"equivariance": EquivarianceConfig(scales=(0.5625,), rotations=True, probability=1.0)},
+    ],
+)
 def test_the_vaes_gradient_is_that_of_ldms_loss(accelerator, perceptual, adaptive, extras):
     config = recipe(discriminator={"adaptive": adaptive}, **extras)
     players = players_of(config, accelerator)
@@ -303,6 +316,20 @@ def test_learning_rate_warms_up_and_falls():
     assert learning_rate_at(10, 1.0, replace(config, schedule="constant"), 11) == 1.0
 
 
+def test_schedules_end_at_their_floor_and_wsd_is_constant_until_it_falls():
+    cosine = OptimizerConfig(schedule="cosine", final_fraction=0.1)
+    assert learning_rate_at(100, 2.0, cosine, 100) == pytest.approx(0.2)
+    assert learning_rate_at(50, 2.0, cosine, 100) == pytest.approx(0.2 + 1.8 / 2)
+    wsd = OptimizerConfig(schedule="wsd", warmup_steps=10, decay_fraction=0.25, final_fraction=0.1)
+    rates = [learning_rate_at(step, 2.0, wsd, 100) for step in range(101)]
+    assert rates[9] == pytest.approx(2.0 * 10 / 11)
+    assert set(rates[10:76]) == {2.0}
+    assert rates[76:] == pytest.approx([0.2 + 1.8 * (1 - math.sqrt(i / 25)) for i in range(1, 26)])
+    assert rates[100] == pytest.approx(0.2)
+    whole = replace(wsd, decay_fraction=1.0)  # never before the end of the warm-up
+    assert [learning_rate_at(step, 2.0, whole, 100) for step in range(11)] == pytest.approx(rates[:11])
+
+
 def test_a_rotation_and_a_scale_take_image_and_latents_alike(accelerator):
     """Means over patches stand for the encoder. A ramp, which every filter keeps, shows what goes where."""
     config = EquivarianceConfig(1.0, (0.5,), rotations=True)
@@ -320,6 +347,27 @@ def test_a_rotation_and_a_scale_take_image_and_latents_alike(accelerator):
         torch.testing.assert_close(torch.nn.functional.avg_pool2d(image, 8)[inside], small[inside], atol=0.01, rtol=0)
         assert transformation == transformation_at(step, 3, config)
     assert len(turned) > 1
+
+
+def test_a_transformation_comes_alone_with_its_probability_and_not_beside_a_weight(accelerator):
+    config = EquivarianceConfig(scales=(0.5, 0.75), rotations=True, probability=0.3)
+    drawn = [transformation_at(step, 3, config) for step in range(2000)]
+    alone = [transformation for transformation in drawn if transformation is not None]
+    assert len(alone) == pytest.approx(600, abs=60)  # three standard deviations
+    assert {(t.scale, t.quarter_turns, t.alone) for t in alone} == {
+        (scale, turns, True) for scale in (0.5, 0.75) for turns in range(4)
+    }
+    assert not any(transformation_at(step, 3, EquivarianceConfig(0.5)).alone for step in range(20))
+
+
+def test_the_discriminator_sees_the_transformed_images(accelerator, perceptual):
+    config = recipe(equivariance=EquivarianceConfig(scales=(0.5,), probability=1.0))
+    _, real, fake = TrainStep(config, players_of(config, accelerator), perceptual, accelerator).generator_pass(
+        0, images(), SEEDS
+    )
+    assert real.shape == fake.shape == (2, 3, 32, 32)
+    turned = torch.rot90(images(), transformation_at(0, config.seed, config.loss.equivariance).quarter_turns, (2, 3))
+    torch.testing.assert_close(real.mean((2, 3)), turned.mean((2, 3)), atol=0.02, rtol=0)
 
 
 def test_kl_of_the_posterior_is_untouched_by_the_discriminator(accelerator):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from PIL import Image
 
@@ -23,6 +24,7 @@ from sdvae.training.build import build_vae
 from sdvae.training.checkpoint import checkpoints, read_checkpoint
 from sdvae.training.ema import WeightAverage, ema_decay_at
 from sdvae.training.loop import train
+from sdvae.training.players import Players
 from sdvae.weights import load_vae, save_ldm
 from tests.conftest import draw_photographs, tiny_arguments
 from tests.faults import fault
@@ -292,6 +294,18 @@ def test_ema_equals_its_recursion_in_float64():
     assert ema_decay_at(0, 0.999) == 0.1
     assert ema_decay_at(10**6, 0.999) == 0.999
     assert not any(p.requires_grad for p in average.model.parameters())
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 250])
+def test_the_half_life_of_the_moving_average_is_in_images_whatever_the_batch(batch_size):
+    config = parse_train_config(
+        [
+            *("--model.block_out_channels=[8]", "--model.norm_num_groups=4", "--optimizer.ema_half_life=4000"),
+            *(f"--batch_size={batch_size}", "--gradient_accumulation_steps=2", "--loss.lpips_weight=0"),
+        ]
+    )
+    decay = Players(build_vae(config.model), config, Accelerator(cpu=True)).ema.decay
+    assert decay ** (4000 / (2 * batch_size)) == pytest.approx(0.5)
 
 
 def test_bad_images_are_named_and_skipped(photographs, tmp_path, caplog):

@@ -6,7 +6,7 @@ Only the standard library is imported here, so that a misspelt key is refused be
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from sdvae.errors import InputError, Ranges, check_ranges
@@ -21,6 +21,7 @@ RANGES: Ranges = (
         "steps batch_size gradient_accumulation_steps log_every validate_every max_skipped_steps scale_images "
         "grid_images data.validation_count data.resolution data.validation_resolution optimizer.learning_rate "
         "optimizer.grad_clip_norm data.max_pixels checkpoint.every_steps checkpoint.keep_last "
+        "optimizer.ema_half_life "
         "loss.discriminator.layers loss.discriminator.width loss.discriminator.learning_rate "
         "distil.encoder_width distil.decoder_width distil.latent_weight",
     ),
@@ -37,7 +38,8 @@ RANGES: Ranges = (
         "a number from 0 to 1",
         lambda x: 0 <= x <= 1,
         "data.flip data.color_jitter data.max_bad_fraction data.label_dropout optimizer.ema_decay "
-        "distil.teacher_weight",
+        "distil.teacher_weight loss.equivariance.probability loss.discriminator.start_fraction "
+        "optimizer.final_fraction optimizer.decay_fraction",
     ),
     ("numbers from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.betas loss.discriminator.betas"),
     ("factors above 0 and up to 1", lambda x: 0 < x <= 1, "loss.equivariance.scales"),
@@ -161,6 +163,8 @@ class DiscriminatorConfig:
     start_step: int = 50_000
     """The first step, counted from 0, in which the discriminator learns. One step trains both VAE and discriminator;
     in LDM, whose value is 50001, some versions of its framework count a batch as two steps."""
+    start_fraction: float | None = None
+    """Instead of start_step: the part of the run after which the discriminator starts to learn."""
     warmup_steps: int = 0
     """Steps in which the discriminator already learns, and its term is not yet in the VAE's objective."""
     ramp_steps: int = 0
@@ -198,18 +202,28 @@ class DiscriminatorConfig:
 
 @dataclass(frozen=True)
 class EquivarianceConfig:
-    """Equivariance of the latents: besides D(z) with x, D(t(z)) is compared with t(x) for a transformation t.
+    """Equivariance of the latents: D(t(z)) is compared with t(x) for a transformation t, in one of two ways.
 
-    Scaling is from Skorokhodov et al. 2025, «Improving the Diffusability of Autoencoders» (arXiv 2502.14831), scaling
-    with rotations from Kouzelis et al. 2025, «EQ-VAE» (arXiv 2502.09509).
+    With `weight` the comparison is a further term beside D(z) with x, as in Skorokhodov et al. 2025, «Improving the
+    Diffusability of Autoencoders» (arXiv 2502.14831). With `probability` it takes the place of D(z) with x in some
+    steps, as in Kouzelis et al. 2025, «EQ-VAE» (arXiv 2502.09509).
     """
 
     weight: float = 0.0
-    """Weight of the reconstruction term (with LPIPS) of the transformed image; 0 is off."""
+    """Weight of the reconstruction term (with LPIPS) of the transformed image, which costs a second decode; 0 is off.
+    The discriminator does not see the transformed image."""
     scales: tuple[float, ...] = (0.5, 0.25)
     """Factors by which images and latents are shrunk; each step draws one of them. 1.0 keeps the size."""
     rotations: bool = False
     """Also rotate by a multiple of 90 degrees, which each step draws."""
+    probability: float = 0.0
+    """Probability that a step transforms: then only t(z) is decoded, and all terms, with the discriminator's, compare
+    it with t(x). EQ-VAE: 0.5, with rotations and scales of 8/32, 9/32, … 31/32. 0 is off."""
+
+    @property
+    def smallest_scale(self) -> float:
+        """The smallest factor by which images are shrunk; 1 if equivariance is off."""
+        return min(self.scales) if self.weight > 0 or self.probability > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -249,8 +263,14 @@ class OptimizerConfig:
     bitsandbytes)."""
     learning_rate: float = 1e-4
     """Peak learning rate. It is not scaled by batch size or number of processes."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or falling to 0 along a half cosine."""
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """After the warm-up: constant; falling along a half cosine; or warm-up, stable, decay (Hu et al. 2024, «MiniCPM»,
+    arXiv 2404.06395): constant, and falling in the last part of the run as 1 - sqrt (Hägele et al. 2024, arXiv
+    2405.18392)."""
+    final_fraction: float = 0.0
+    """Learning rate after the last step as a fraction of the peak, for cosine and wsd."""
+    decay_fraction: float = 0.2
+    """Part of the run in which the learning rate falls, for wsd."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     betas: tuple[float, float] = (0.5, 0.9)
@@ -262,6 +282,10 @@ class OptimizerConfig:
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights. The average is validated and saved. After n updates the
     decay is min(ema_decay, (1 + n) / (10 + n))."""
+    ema_half_life: int | None = None
+    """Instead of ema_decay: the number of training images after which weights count half as much in the average
+    (Karras et al. 2020, StyleGAN2, has 10,000). Unlike ema_decay, it means the same for any batch size and number of
+    processes."""
 
 
 @dataclass(frozen=True)
@@ -389,10 +413,15 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
 
+    def images_per_step(self, processes: int) -> int:
+        """The number of images in a step of all processes together."""
+        return self.batch_size * self.gradient_accumulation_steps * processes
+
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
         if not self.loss.equivariance.scales:
             raise InputError("got loss.equivariance.scales=[]; need one factor or more")
+        self._resolve_start_of_discriminator()
         self._check_student()
         self._check_likelihood()
         self._check_labels()
@@ -406,6 +435,20 @@ class TrainConfig:
         low, high = self.data.crop_scale
         if not 0 < low <= high <= 1:
             raise InputError(f"got data.crop_scale=[{low}, {high}]; need 0 < low <= high <= 1")
+
+    def _resolve_start_of_discriminator(self) -> None:
+        """Set loss.discriminator.start_step, which all else reads, if start_fraction is given in its place."""
+        given = self.loss.discriminator
+        if given.start_fraction is None:
+            return
+        start = round(given.start_fraction * self.steps)
+        if given.start_step not in (DiscriminatorConfig.start_step, start):  # `start` is in a recipe that a run wrote
+            raise InputError(
+                f"got loss.discriminator.start_step={given.start_step} and start_fraction={given.start_fraction}; need "
+                "one of the two"
+            )
+        loss = replace(self.loss, discriminator=replace(given, start_step=start))
+        object.__setattr__(self, "loss", loss)
 
     def _check_resolutions(self) -> None:
         # the compression ratio of a VAE or student that is trained further is known only when it has been loaded
@@ -422,16 +465,16 @@ class TrainConfig:
             if side is not None and side < SMALLEST_SIDE:
                 raise InputError(f"got data.{key}={side}; need at least {SMALLEST_SIDE}, or SSIM has no window")
         side, gan, equivariance = self.data.resolution, self.loss.discriminator, self.loss.equivariance
-        if gan.weight > 0 and gan.sees == "images" and side < gan.smallest_side:
+        # the discriminator sees transformed images only where they take the place of the others
+        seen = side * (equivariance.smallest_scale if equivariance.probability > 0 else 1)
+        if gan.weight > 0 and gan.sees == "images" and seen < gan.smallest_side:
             raise InputError(
-                f"got data.resolution={side} with loss.discriminator.layers={gan.layers}; need crops of "
-                f"{gan.smallest_side} pixels or more for one patch; take fewer layers"
+                f"got {'' if seen == side else 'loss.equivariance.scales with '}data.resolution={side} and "
+                f"loss.discriminator.layers={gan.layers}, so that the discriminator sees images of {seen:g} pixels; "
+                f"need {gan.smallest_side} or more for one patch; take fewer layers"
             )
-        if (
-            equivariance.weight > 0
-            and self.loss.lpips_weight > 0
-            and side * min(equivariance.scales) < SMALLEST_LPIPS_SIDE
-        ):
+        smallest = side * equivariance.smallest_scale
+        if smallest < side and self.loss.lpips_weight > 0 and smallest < SMALLEST_LPIPS_SIDE:
             raise InputError(
                 f"got loss.equivariance.scales={list(equivariance.scales)} on crops of {side}; need images of "
                 f"{SMALLEST_LPIPS_SIDE} pixels or more for LPIPS; take larger factors or crops"
@@ -465,7 +508,12 @@ class TrainConfig:
                     f"got loss.reconstruction=bce with {self.model.in_channels} channels; need grey images: set "
                     "model.in_channels=1"
                 )
-        if self.data.pad and loss.equivariance.weight > 0:
+        if loss.equivariance.weight > 0 and loss.equivariance.probability > 0:
+            raise InputError(
+                "got loss.equivariance.weight and loss.equivariance.probability; need one of the two: a further term, "
+                "or a probability that the transformed image takes the place of the other"
+            )
+        if self.data.pad and (loss.equivariance.weight > 0 or loss.equivariance.probability > 0):
             raise InputError(
                 "got data.pad=true with loss.equivariance, whose transformed images and latents would not match; "
                 "need a resolution without padding; set data.pad=false"

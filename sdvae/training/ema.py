@@ -18,6 +18,16 @@ def ema_decay_at(update: int, decay: float) -> float:
     return min(decay, (1 + update) / (10 + update))
 
 
+def decay_of_half_life(half_life: float, images_per_step: int) -> float:
+    """The decay d of one step after which weights that `half_life` images ago were the newest count half: d^n = 1/2.
+
+    Args:
+        half_life: in images, n · images_per_step.
+        images_per_step: over all processes and micro-batches.
+    """
+    return 0.5 ** (images_per_step / half_life)
+
+
 class WeightAverage:
     """ema <- d·ema + (1 - d)·weights after every step, with d = ema_decay_at(n).
 

@@ -101,7 +101,7 @@ class Training:
         self.accelerator = accelerator
         self.run = RunFolder(recipe.output_dir)
         self.signals = StopSignal()
-        self.images_per_step = recipe.batch_size * accelerator.num_processes * recipe.gradient_accumulation_steps
+        self.images_per_step = recipe.images_per_step(accelerator.num_processes)
 
         # before all else, because what the processes do together depends on the recipe
         check_same(accelerator, plain(recipe), FREE_ON_A_MACHINE)

@@ -162,10 +162,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Transformation:
-    """A transformation of images and latents: rotate by `quarter_turns` · 90 degrees, then shrink by `scale`."""
+    """A transformation of images and latents: rotate by `quarter_turns` · 90 degrees, then shrink by `scale`.
+
+    Attributes:
+        scale: a factor up to 1.
+        quarter_turns: 0 to 3, counter-clockwise.
+        alone: whether only the transformed latents are decoded (`equivariance.probability`), or the others as well.
+    """
 
     scale: float
     quarter_turns: int
+    alone: bool = False
 
     def __call__(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         """(B, C, H, W) images or latents -> (B, C, *size), with an antialiasing filter, computed in fp32 or wider."""
@@ -183,13 +190,16 @@ class Transformation:
 
 
 def transformation_at(step: int, seed: int, config: EquivarianceConfig) -> Transformation | None:
-    """The transformation of step `step`: the same on every process and in every micro-batch of the step."""
-    if config.weight == 0:
+    """The transformation of step `step`, if it has one: the same on every process and in all its micro-batches."""
+    if config.weight == 0 and config.probability == 0:
         return None
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     which = int(torch.randint(len(config.scales), (), generator=generator))
-    turns = int(torch.randint(4, (), generator=generator))
-    return Transformation(config.scales[which], turns if config.rotations else 0)
+    turns = int(torch.randint(4, (), generator=generator)) if config.rotations else 0
+    if config.weight > 0:
+        return Transformation(config.scales[which], turns)
+    replaces = float(torch.rand((), generator=generator)) < config.probability
+    return Transformation(config.scales[which], turns, alone=True) if replaces else None
 
 
 def kl_weight_at(step: int, config: LossConfig) -> float:
@@ -203,13 +213,18 @@ def kl_weight_at(step: int, config: LossConfig) -> float:
 
 
 def learning_rate_at(step: int, peak: float, config: OptimizerConfig, steps: int) -> float:
-    """The learning rate of step `step` of `steps`, counted from 0: linear warm-up, then constant or a half cosine.
+    """The learning rate of step `step` of `steps`, counted from 0: linear warm-up, then the schedule.
 
     It depends only on the step, so a run can be continued without the state of a scheduler.
     """
     if step < config.warmup_steps:
         return peak * (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
+    if config.schedule == "cosine":
+        done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        left = 0.5 * (1.0 + math.cos(math.pi * done))
+    elif config.schedule == "wsd":
+        first = max(config.warmup_steps, steps - round(config.decay_fraction * steps))  # the step before it falls
+        left = 1.0 - math.sqrt(max(0, step - first) / max(1, steps - first))
+    else:
         return peak
-    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * done))
+    return peak * (config.final_fraction + (1.0 - config.final_fraction) * left)

@@ -16,7 +16,7 @@ from sdvae.model import Autoencoder, AutoencoderTiny, ConvolutionalVAE, Diagonal
 from sdvae.roundtrip import decode_output, encode_images
 from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
 from sdvae.training.discriminator import LeCam, PatchDiscriminator
-from sdvae.training.ema import WeightAverage
+from sdvae.training.ema import WeightAverage, decay_of_half_life
 from sdvae.training.objective import Transformation, learning_rate_at
 from sdvae.tutorial.adversary import LatentDiscriminator
 
@@ -29,7 +29,8 @@ class VAEOutput(NamedTuple):
     They are a tuple of tensors, because accelerate converts such a tuple to fp32 after a forward pass under autocast.
 
     Attributes:
-        reconstruction: (B, C, H, W), the decoder's output: images in [-1, 1], or logits.
+        reconstruction: (B, C, H, W), the decoder's output: images in [-1, 1], or logits. It is D(t(z)), of another
+            height and width, in a step whose transformation comes alone.
         moments: (B, 2C_z, h, w), parameters of the posterior.
         transformed: D(t(z)); None without a transformation.
         logvar: s, the log-variance of the likelihood; None unless it is learned.
@@ -69,13 +70,16 @@ class TrainingForward(nn.Module):
         transformation: Transformation | None,
         **conditioning: Tensor,
     ) -> VAEOutput:
-        """Encode, sample, and decode the sample and its transformation.
+        """Encode, sample, and decode the sample, its transformation, or both.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
             generators: the generators of the posterior's noise, one for each image.
-            transformation: the one that the equivariance term uses.
+            transformation: the step's, for equivariance of the latents; None for none.
             conditioning: other inputs of `encode` and `decode`, such as labels.
+
+        Returns:
+            If the transformation comes `alone`, D(t(z)) is the reconstruction.
         """
         posterior = encode_images(self.vae, images, **conditioning)
         z = posterior.sample(generators)
@@ -83,6 +87,8 @@ class TrainingForward(nn.Module):
         if transformation is not None:
             small = transformation(z, transformation.latent_size(z))
             transformed = self.vae.decode(small, **conditioning).sample
+            if transformation.alone:
+                return VAEOutput(transformed, posterior.parameters, None, self.logvar)
         reconstruction = decode_output(self.vae, z, images.shape[2:], **conditioning)
         return VAEOutput(reconstruction, posterior.parameters, transformed, self.logvar)
 
@@ -169,7 +175,10 @@ class Players:
 
     def __init__(self, vae: Autoencoder, config: TrainConfig, accelerator: Accelerator):
         self.vae = vae
-        self.ema = WeightAverage(vae, config.optimizer.ema_decay)  # copies the VAE, so this comes before wrapping it
+        decay, half_life = config.optimizer.ema_decay, config.optimizer.ema_half_life
+        if half_life is not None:
+            decay = decay_of_half_life(half_life, config.images_per_step(accelerator.num_processes))
+        self.ema = WeightAverage(vae, decay)  # copies the VAE, so this comes before wrapping it
         if config.compile:
             assert isinstance(vae, ConvolutionalVAE)  # a recipe that compiles a student is refused
             # block by block, because the adaptive weight needs the gradient of conv_out before the backward pass

@@ -185,7 +185,9 @@ class TrainStep:
             images, posterior_generators(noise_seeds), transformation, **conditioning
         )
         pair = None
-        if transformation is not None and output.transformed is not None:
+        if transformation is not None and transformation.alone:
+            images = transformation(images, output.reconstruction.shape[2:])
+        elif transformation is not None and output.transformed is not None:
             pair = (transformation(images, output.transformed.shape[2:]), output.transformed)
         terms = loss_terms(
             images, output.reconstruction, output.posterior, config, self.perceptual, pair, output.logvar
