@@ -20,11 +20,13 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdvae import AutoencoderKLFlux2, InputError, LatentDataset, Previews, load_vae, save_ldm, save_vae, speed_up
 from sdvae.cli import main, parse_train_config
+from sdvae.data import EvaluationImages, evaluation_loader
 from sdvae.io import read_json
 from sdvae.latents.convert import export_latents
 from sdvae.latents.encode import encode
@@ -32,9 +34,13 @@ from sdvae.latents.scaling import LatentScaling, scaling_of
 from sdvae.model import fp16
 from sdvae.model.state import BATCH_NORM, COUNTER
 from sdvae.previews import decode_scaled, fit_preview
+from sdvae.studio.demo import view
 from sdvae.training import loop, save
+from sdvae.training.build import build_accelerator
 from sdvae.training.checkpoint import checkpoints, read_checkpoint
 from sdvae.training.data import open_sources, reading_of
+from sdvae.training.distil import Teacher
+from sdvae.training.model_card import card_head, loading_text
 from sdvae.weights import export_targets
 from tests.conftest import tiny_arguments
 from tests.faults import Crash, blank, fault
@@ -52,6 +58,7 @@ SHAPE: dict[str, Any] = {
 }
 WIDTHS = "decoder_block_out_channels"
 NARROW_DECODER = {WIDTHS: (4, 4, 8)}
+BUCKETS = {"buckets": "area", "bucket_step": 8, "max_aspect": 1.7, "mirror": True, "dtype": "fp32"}
 CASES = {
     "one width for both": {},
     "a narrow decoder": NARROW_DECODER,
@@ -332,8 +339,7 @@ def test_the_scaling_is_the_pipelines_and_bfls(vae):
 def latents(folder, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("latents")
     draw(root / "photos", 7, sizes=((40, 40), (60, 36)))
-    buckets = {"buckets": "area", "bucket_step": 8, "max_aspect": 1.7, "mirror": True, "dtype": "fp32"}
-    encode(options(root / "photos", root / "out", folder, **buckets))
+    encode(options(root / "photos", root / "out", folder, **BUCKETS))
     return root / "out"
 
 
@@ -497,10 +503,7 @@ def undrawn(monkeypatch):
 def patches_by_hand(vae: Any, config: Any) -> tuple[Tensor, Tensor]:
     """Mean and variance of the channels of patches, over samples of the training images' posteriors, in float64."""
     train_source, _ = open_sources(config.data, config.seed)
-    reading = reading_of(config)
-    from sdvae.data import EvaluationImages, evaluation_loader
-
-    images = EvaluationImages(train_source, config.data.evaluation_resolution, reading)
+    images = EvaluationImages(train_source, config.data.evaluation_resolution, reading_of(config))
     loader = evaluation_loader(images, range(len(train_source)), batch_size=1, num_workers=0)
     with torch.no_grad():
         posteriors = [vae.encode(batch["image"]).latent_dist for batch in loader]
@@ -582,9 +585,6 @@ def test_a_student_of_it_learns_latents_as_a_diffusion_model_has_them(folder, va
     config = parse_train_config(arguments)
     student = load_vae(loop.train(config))
     assert student.config.latent_channels == 4
-    from sdvae.training.build import build_accelerator
-    from sdvae.training.distil import Teacher
-
     lesson = Teacher(load_vae(folder), build_accelerator(config)).lesson(images_of())
     z = vae.encode(images_of()).latent_dist.mode()
     want = Flux2Pipeline._unpatchify_latents(pipelines_latents(vae, z))
@@ -601,13 +601,36 @@ def test_a_student_of_it_learns_latents_as_a_diffusion_model_has_them(folder, va
 def test_every_command_takes_it(folder, vae, latents, tmp_path, capsys):
     photos = str(latents.parent / "photos")
     picture = str(sorted((latents.parent / "photos").iterdir())[0])
-    main(["reconstruct", picture, f"--vae={folder}", f"--output={tmp_path / 'reconstructed'}"])
-    main(["evaluate", str(folder), f"--data={photos}", "--resolution=32", "--lpips=none", f"--output={tmp_path / 'e'}"])
-    main(["fp16", "audit", str(folder), f"--images={photos}", "--count=2", "--resolution=32"])
-    main(["report", str(folder), f"--data={photos}", "--resolution=32", f"--output={tmp_path / 'r'}", "--lpips=none"])
-    page = (tmp_path / "r" / "report.html").read_text() if (tmp_path / "r").is_dir() else (tmp_path / "r").read_text()
-    assert "a batch norm over patches of 2 × 2 latents" in page
-    main(["explore", "pca", f"--vae={folder}", f"--data={photos}", "--resolution=32", f"--output={tmp_path / 'x'}"])
-    main(["export", str(folder), str(tmp_path / "ae.safetensors")])
-    out = capsys.readouterr().out
-    assert "comfyui    will not load it" in out  # of other widths than FLUX.2's
+
+    def run(*arguments: object) -> None:
+        assert main([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
+
+    few = ["--resolution=32", "--count=2"]
+    run("reconstruct", picture, f"--vae={folder}", f"--output={tmp_path / 'reconstructed'}")
+    run(
+        "evaluate", folder, f"--data={photos}", "--resolution=32", "--lpips=none", f"--output={tmp_path / 'evaluation'}"
+    )
+    run("fp16", "audit", folder, f"--images={photos}", *few)
+    run("report", folder, f"--data={photos}", *few, f"--output={tmp_path / 'report.html'}", "--lpips=none")
+    assert "a batch norm over patches of 2 × 2 latents" in (tmp_path / "report.html").read_text()
+    run("explore", "pca", f"--vae={folder}", f"--data={photos}", *few, f"--output={tmp_path / 'explored'}")
+    run("export", folder, tmp_path / "ae.safetensors")
+    assert "takes no batch norm over the latents (FLUX.2's)" in capsys.readouterr().out
+    encode(options(latents.parent / "photos", latents, folder, **BUCKETS, verify=True))
+
+
+def test_the_demo_scales_noise_and_files_by_the_batch_norm(folder, vae, tmp_path):
+    model = view.Model.load(str(folder))
+    assert model.std == pytest.approx(float((vae.bn.running_var + 1e-4).mean().sqrt()), rel=1e-5)
+    x = images_of(32, 1)
+    view.save_latents(model, view.Encoded(x, model.encode(x), None, 0.0), tmp_path / "z.safetensors")
+    with safe_open(tmp_path / "z.safetensors", "pt") as file:
+        assert "scaling_factor" not in file.metadata()
+        scaling = LatentScaling.from_json(json.loads(file.metadata()["scaling"]))
+        z = file.get_tensor("mean")
+    torch.testing.assert_close(scaling.normalize(z), pipelines_latents(vae, vae.encode(x).latent_dist.mode()))
+
+
+def test_a_model_card_names_the_class_and_the_batch_norm(vae):
+    assert "each 2x2 positions as one, of 16 channels, normalised by the batch norm `bn`" in card_head(vae, "title")
+    assert "AutoencoderKLFlux2.from_pretrained" in loading_text(vae, "me/vae")
