@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # «as» the same name marks a name as public for type checke
     from sdvae.model import AutoencoderKLFlux2 as AutoencoderKLFlux2
     from sdvae.model import AutoencoderTiny as AutoencoderTiny
     from sdvae.model import DiagonalGaussian as DiagonalGaussian
+    from sdvae.model.stream import stream as stream
     from sdvae.previews import Previews as Previews
     from sdvae.roundtrip import crop_to as crop_to
     from sdvae.roundtrip import pad_to_multiple as pad_to_multiple
@@ -38,6 +39,7 @@ _MODULE_OF = {
     "AutoencoderKLFlux2": "sdvae.model",
     "AutoencoderTiny": "sdvae.model",
     "DiagonalGaussian": "sdvae.model",
+    "stream": "sdvae.model.stream",
     "round_trip": "sdvae.roundtrip",
     "pad_to_multiple": "sdvae.roundtrip",
     "Previews": "sdvae.previews",

@@ -27,7 +27,7 @@ LEVELS = {"down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "
 LEVELS |= {"up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D")}
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "no attention": {"mid_block_add_attention": False},
+    "no attention, reflect padding": {"mid_block_add_attention": False, "padding_mode": "reflect"},
     "attention in a level": LEVELS,
     "wider below": {"block_out_channels": (32, 64, 128)},
     "wider above": {"block_out_channels": (64, 32, 32)},

@@ -532,7 +532,7 @@ def test_the_adversary_pulls_the_encoder_and_learns_from_draws_of_the_prior():
         0.5 * (F.softplus(-network(real)).mean() + F.softplus(network(fake)).mean()), list(network.parameters())
     )
     vae.zero_grad()
-    step.discriminator_pass(real, fake)
+    step.discriminator_pass(real, fake, torch.arange(len(real)))
     for parameter, gradient in zip(network.parameters(), want, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-8)
     assert all(p.grad is None for p in vae.parameters())

@@ -50,6 +50,13 @@ def circular(conv: nn.Conv2d) -> None:
     conv.padding_mode = "circular"
 
 
+def padded_by(mode: str, vae: Any) -> None:
+    """As the model card of a VAE that was trained with other padding asks for."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d) and any(module.padding):
+            module.padding_mode = mode
+
+
 def seamless(conv: nn.Conv2d) -> None:
     """As scripts for seamless textures do."""
     conv._conv_forward = lambda x, weight, bias: nn.functional.conv2d(
@@ -138,6 +145,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "weights stored in fp8": lambda vae: vae.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
     "parametrized weight": lambda vae: parametrize.register_parametrization(upsampler_conv(vae), "weight", Twice()),
     "circular padding": lambda vae: [circular(m) for m in vae.decoder.modules() if isinstance(m, nn.Conv2d)],
+    "reflect padding": partial(padded_by, "reflect"),
+    "replicate padding": partial(padded_by, "replicate"),
     "circular padding of an upsampler": lambda vae: circular(upsampler_conv(vae)),
     "another forward within a conv": lambda vae: seamless(block(vae).conv1),
     "another forward within an upsampler's conv": lambda vae: seamless(upsampler_conv(vae)),

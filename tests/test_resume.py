@@ -46,6 +46,8 @@ EVERYTHING = {
     "loss__discriminator__width": "8",
     "loss__discriminator__r1_weight": "0.1",
     "loss__discriminator__lecam_weight": "0.1",
+    "loss__discriminator__augment": "[color,translation,cutout]",
+    "loss__discriminator__consistency_weight": "0.1",
     "loss__equivariance__weight": "0.25",
     "optimizer__warmup_steps": "2",
     "optimizer__schedule": "cosine",
@@ -320,6 +322,19 @@ def test_more_steps_continue_a_finished_run(whole, tmp_path):
     long, continued = (read_checkpoint(checkpoints(tmp_path / name / "checkpoints")[0]) for name in ("long", "run"))
     assert not differences(continued.weights, long.weights)
     assert not differences(continued.optimizers, long.optimizers)
+
+
+def test_a_run_starts_from_the_discriminator_that_another_run_kept(whole, tmp_path):
+    source, kept = whole
+    file = source.parent / "run" / "discriminator.safetensors"
+    wait = {"steps": "1", "optimizer__warmup_steps": "0", "loss__discriminator__start_step": "5"}
+    given = {"loss__discriminator__source": str(file), "data__num_workers": "0"}
+    run(source, tmp_path / "run", **wait, **given)
+    (checkpoint,) = checkpoints(tmp_path / "run" / "checkpoints")
+    assert not differences(read_checkpoint(checkpoint).weights["discriminator"], kept["weights"]["discriminator"])
+    assert not (tmp_path / "run" / "discriminator.safetensors").exists(), "it has learned nothing"
+    with pytest.raises(InputError, match="does not fit the recipe's network: 6 weights differ, such as"):
+        run(source, tmp_path / "other", **wait, **given, loss__discriminator__width="16")
 
 
 def test_another_number_of_images_is_refused(tmp_path):

@@ -152,7 +152,7 @@ def test_discriminator_step_leaves_vae_gradients_empty(accelerator, perceptual, 
     players = players_of(config, accelerator)
     _, _, reconstruction = TrainStep(config, players, perceptual, accelerator).generator_pass(0, images(), SEEDS)
     players.generator.optimizer.zero_grad()
-    TrainStep(config, players, None, accelerator).discriminator_pass(images(), reconstruction)
+    TrainStep(config, players, None, accelerator).discriminator_pass(images(), reconstruction, SEEDS)
     assert gradients(players.discriminator.network)
     assert not gradients(players.generator.network)
 
@@ -163,7 +163,7 @@ def test_r1_and_lecam_are_in_the_discriminators_gradient(accelerator, perceptual
         config = recipe(discriminator=extras)
         players = players_of(config, accelerator)
         players.lecam.update(0.5, -0.5)
-        TrainStep(config, players, None, accelerator).discriminator_pass(images(), images().flip(0))
+        TrainStep(config, players, None, accelerator).discriminator_pass(images(), images().flip(0), SEEDS)
         found[name] = gradients(players.discriminator.network)
     assert relative_error(found["r1"], found["plain"]) > 1e-3
     assert relative_error(found["lecam"], found["plain"]) > 1e-3

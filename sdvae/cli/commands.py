@@ -119,7 +119,7 @@ def export(options: ExportOptions) -> None:
     if preview is not None:
         print(f"wrote {preview.write_beside(written[-1])}: {preview}")
     for program, reason in export_targets(vae).items():
-        print(f"  {program:10} {'loads it' if reason is None else 'will not load it: ' + reason}")
+        print(f"  {program:10} {'loads it' if reason is None else 'cannot use it as it is: ' + reason}")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sdvae.model.config import PADDING_MODES
 from sdvae.model.plain import has_geometry, is_replaced
 
 
@@ -27,7 +28,7 @@ def is_recorded() -> bool:
 
 
 def fits_conv3x3(x: Tensor, conv: nn.Conv2d, device_type: str) -> bool:
-    """Whether `conv` of x is a 3x3 conv of stride 1 and padding 1, on a device of this type, outside a compiler.
+    """Whether `conv` of x is a 3x3 conv of stride 1 and padding 1 of any kind, on such a device, outside a compiler.
 
     It reads only the layer's weight and bias.
     """
@@ -35,7 +36,7 @@ def fits_conv3x3(x: Tensor, conv: nn.Conv2d, device_type: str) -> bool:
         return False
     plain = is_ordinary(x) and x.ndim == 4 and type(conv.weight) is nn.Parameter
     here = x.device.type == conv.weight.device.type == device_type
-    unchanged = has_geometry(conv, 3, padding=1) and not is_replaced(conv)
+    unchanged = has_geometry(conv, 3, padding=1, modes=PADDING_MODES) and not is_replaced(conv)
     return plain and here and unchanged and x.shape[0] > 0
 
 

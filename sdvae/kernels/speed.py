@@ -14,6 +14,7 @@ from sdvae.kernels.forms import FORMS, Forms, own_modules, use
 from sdvae.kernels.winograd import has_nnpack
 from sdvae.model import Autoencoder
 from sdvae.model.blocks import Upsample
+from sdvae.model.config import PADDING_MODES
 from sdvae.model.plain import has_geometry, kind_of
 from sdvae.runtime import keep_freed_memory
 
@@ -114,7 +115,7 @@ def as_it_is(vae: Autoencoder) -> Forms:
 
 def is_conv3x3(module: nn.Module) -> bool:
     """Whether it is a 3x3 conv of stride 1 that has no hook of its own class, such as a parametrization."""
-    return kind_of(module) is nn.Conv2d and has_geometry(module, 3, padding=1)
+    return kind_of(module) is nn.Conv2d and has_geometry(module, 3, padding=1, modes=PADDING_MODES)
 
 
 def takes_winograd(vae: Autoencoder, dtype: torch.dtype | None = None) -> bool:

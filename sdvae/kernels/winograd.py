@@ -81,9 +81,12 @@ class FastConv3x3(nn.Conv2d):
         exact = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         if not (exact and fits_conv3x3(x, self, "cpu") and self.pays(*x.shape[2:])):
             return super().forward(x)
+        padding = 1
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, (1, 1, 1, 1), mode=self.padding_mode), 0
         if torch.is_grad_enabled():
-            return _Conv3x3.apply(x, self.weight, self.bias)
-        return _nnpack(x, self.weight, self.bias)
+            return _Conv3x3.apply(x, self.weight, self.bias, padding)
+        return _nnpack(x, self.weight, self.bias, padding)
 
     def pays(self, height: int, width: int) -> bool:
         return winograd_pays(self.in_channels, self.out_channels, height, width)
@@ -98,20 +101,21 @@ class MeasuredConv3x3(FastConv3x3):
         return has_nnpack()
 
 
-def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+def weight_gradient(x: Tensor, grad: Tensor, padding: int = 1) -> Tensor:
     """Gradient of a 3x3 conv's weights in F(4x4, 3x3): Σ_tiles Gᵀ [(A dY Aᵀ) ⊙ (Bᵀ x B)] G.
 
     Args:
-        x: (B, C, H, W), the conv's input.
+        x: (B, C, H + 2 - 2 · padding, W + 2 - 2 · padding), the conv's input.
         grad: (B, O, H, W), the gradient of its output.
+        padding: rows and columns of zeros that the conv adds on each side, 1 or 0.
 
     Returns:
         (O, C, 3, 3).
     """
-    batch, channels, height, width = x.shape
+    batch, channels, (height, width) = x.shape[0], x.shape[1], grad.shape[2:]
     rows, columns = -(-height // TILE), -(-width // TILE)
     below, right = rows * TILE - height, columns * TILE - width
-    x = F.pad(x, (1, right + 1, 1, below + 1))
+    x = F.pad(x, (padding, right + padding, padding, below + padding))
     grad = F.pad(grad, (0, right, 0, below)) if below or right else grad
     bytes_a_row = INPUT.shape[0] * channels * batch * columns * x.element_size()
     chunk = max(1, int(CHUNK_BYTES / bytes_a_row))
@@ -127,10 +131,11 @@ def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
 
 class _Conv3x3(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
-        return _nnpack(x, weight, bias)
+        ctx.padding = padding
+        return _nnpack(x, weight, bias, padding)
 
     @staticmethod
     @once_differentiable
@@ -138,27 +143,34 @@ class _Conv3x3(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         out_channels, channels = weight.shape[:2]
         grad = grad.contiguous()
-        wanted = list(ctx.needs_input_grad)
+        wanted = list(ctx.needs_input_grad[:3])
         found: list[Tensor | None] = [None, None, None]
         if wanted[0]:
             wanted[0] = False  # the gradient of x is a conv of the same kind, with the kernel turned by 180 degrees
-            found[0] = _nnpack(grad, weight.flip(2, 3).transpose(0, 1).contiguous(), None)
-        if wanted[1] and weight_gradient_pays(channels, out_channels, *x.shape[2:]):
+            found[0] = _nnpack(grad, weight.flip(2, 3).transpose(0, 1).contiguous(), None, 2 - ctx.padding)
+        if wanted[1] and weight_gradient_pays(channels, out_channels, *grad.shape[2:]):
             wanted[1] = False
-            found[1] = weight_gradient(x, grad)
+            found[1] = weight_gradient(x, grad, ctx.padding)
         if wanted[2] and not wanted[1]:
             wanted[2] = False
             found[2] = grad.sum(dim=(0, 2, 3))
         if any(wanted):
-            geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, …, groups
+            geometry = (
+                [1, 1],
+                [ctx.padding] * 2,
+                [1, 1],
+                False,
+                [0, 0],
+                1,
+            )  # stride, padding, dilation, transposed, …, groups
             rest = torch.ops.aten.convolution_backward(grad, x, weight, [out_channels], *geometry, wanted)
             found = [new if new is not None else old for old, new in zip(found, rest, strict=True)]
-        return tuple(found)
+        return (*found, None)
 
 
-def _nnpack(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The conv, image by image, since on batches NNPACK is slower than a direct conv."""
-    images = [torch._nnpack_spatial_convolution(image, weight, bias, [1, 1]) for image in x.split(1)]
+def _nnpack(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    """The conv with this padding of zeros, image by image, since on batches NNPACK is slower than a direct conv."""
+    images = [torch._nnpack_spatial_convolution(image, weight, bias, [padding] * 2) for image in x.split(1)]
     return images[0] if len(images) == 1 else torch.cat(images)
 
 

@@ -267,8 +267,8 @@ class EncodeTask:
     def _fingerprint(self, sha256: str, identity: dict[str, Any], crops: Crops) -> dict[str, Any]:
         # Batch size and number of threads only change rounding, so they are left out.
         config = self.config
-        # the weights determine the rest
-        network = {key: self.vae_config[key] for key in ("norm_num_groups", "act_fn") if key in self.vae_config}
+        beside_weights = ("norm_num_groups", "act_fn", "padding_mode")  # the weights determine the rest
+        network = {key: self.vae_config[key] for key in beside_weights if key in self.vae_config}
         return {
             "vae": {"encoder_sha256": sha256, **network, "precision": self.precision},
             "stored": {

@@ -39,6 +39,9 @@ class AutoencoderKL(ConvolutionalVAE, StockAutoencoderKL):  # type: ignore[misc]
         use_quant_conv: a 1x1 conv after the encoder (SD: yes; SD3, Flux: no).
         use_post_quant_conv: a 1x1 conv before the decoder (SD: yes; SD3, Flux: no).
         mid_block_add_attention: self-attention in the middle blocks.
+        padding_mode: how 3x3 convs extend a map at its edges: "zeros", "reflect" or "replicate". diffusers' class pads
+            with zeros, and does not have this argument. So config.json only has the key if it is another word, and
+            diffusers then warns that it ignores the key.
 
     Raises:
         InputError: when the arguments do not fit together.
@@ -67,6 +70,7 @@ class AutoencoderKL(ConvolutionalVAE, StockAutoencoderKL):  # type: ignore[misc]
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
+        padding_mode: str = "zeros",
     ):
         ModelMixin.__init__(self)  # instead of diffusers' class's, which builds its own networks
         self._build()

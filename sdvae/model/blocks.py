@@ -111,7 +111,7 @@ class SelfAttention(Attention):
 
 
 class Downsample(nn.Module):
-    """A 3x3 conv of stride 2. The only padding is one column on the right and one row below, as in LDM."""
+    """A 3x3 conv of stride 2. The only padding is one column of zeros on the right and one row below, as in LDM."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -301,6 +301,17 @@ def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+
+
+def set_padding(network: nn.Module, mode: str) -> None:
+    """Let all convs that pad their input themselves do it in `mode`.
+
+    The convs of downsamplers do not: `Downsample` pads for them. This is what those do who train VAEs with another
+    padding in diffusers or ComfyUI (such as Anzhc's MS-LC-EQ-D-VR, whose model card has these lines).
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and any(module.padding):
+            module.padding_mode = mode  # type: ignore[assignment]  # torch's stubs want a Literal
 
 
 def checkpointed(module: Any, function: Callable[..., Tensor], x: Tensor, temb: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from sdvae.errors import InputError
 
@@ -16,6 +16,8 @@ ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")  # those that diffusers'
 CLASS_NAMES = ("AutoencoderKL", "ConditionalAutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny")
 LOGVAR_RANGE = (-30.0, 20.0)  # of a posterior; LDM, ldm/modules/distributions/distributions.py
 LIKELIHOODS = ("gaussian", "bernoulli")
+# How 3x3 convs extend a map at its edges, in torch's names. All published VAEs of 2022 to 2024 pad with zeros.
+PADDING_MODES = ("zeros", "reflect", "replicate")
 # diffusers' names for levels without and with self-attention, which some levels of LDM's f16 and f32 models have
 DOWN_BLOCK_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCK_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
@@ -46,6 +48,9 @@ class ModelShape:
     """Self-attention in the middle blocks."""
     force_upcast: bool = True
     """Tell SDXL pipelines to run this VAE in fp32 even under fp16. Needs the quant convs."""
+    padding_mode: Literal["zeros", "reflect", "replicate"] = "zeros"
+    """How 3x3 convolutions extend an image or map at its edges; those of downsamplers always use zeros. diffusers and
+    other programs know zeros alone: with another value, what they decode is wrong at the edges."""
     sample_size: int = 512
     """Side in pixels that pipelines take as the default and that diffusers' own tiling uses."""
     batch_norm: bool = False
@@ -78,6 +83,8 @@ class ModelShape:
             raise InputError(f"got model.in_channels={self.in_channels}; need 3 for RGB or 1 for grey images")
         if self.act_fn not in ACTIVATIONS:
             raise InputError(f"got model.act_fn={self.act_fn!r}; need one of {', '.join(ACTIVATIONS)}")
+        if self.padding_mode not in PADDING_MODES:
+            raise InputError(f"got model.padding_mode={self.padding_mode!r}; need one of {', '.join(PADDING_MODES)}")
         if self.num_classes < 0:
             raise InputError(f"got model.num_classes={self.num_classes}; need 0 for none, or how many there are")
         if self.force_upcast and not self.use_quant_conv and not self.batch_norm:

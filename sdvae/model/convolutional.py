@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -24,11 +25,18 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from sdvae.errors import InputError, first_few, one_line
-from sdvae.model.blocks import Decoder, Encoder, only
-from sdvae.model.config import DOWN_BLOCK_TYPES, LIKELIHOODS, UP_BLOCK_TYPES, decoder_widths, level_attention
+from sdvae.model.blocks import Decoder, Encoder, only, set_padding
+from sdvae.model.config import (
+    DOWN_BLOCK_TYPES,
+    LIKELIHOODS,
+    PADDING_MODES,
+    UP_BLOCK_TYPES,
+    decoder_widths,
+    level_attention,
+)
 from sdvae.model.patches import PatchSize
 from sdvae.model.posterior import DiagonalGaussian
-from sdvae.model.state import initialise, is_network, rebuilt
+from sdvae.model.state import declared_padding, initialise, is_network, rebuilt
 from sdvae.model.tiling import Streamed, can_stream, plan
 from sdvae.runtime import DTYPES, dtype_named
 
@@ -79,6 +87,7 @@ class ConvolutionalVAE(ModelMixin):
     """
 
     config: Any  # diffusers' FrozenDict, with attribute access
+    _internal_dict: Any  # the same, which diffusers sets
     encoder: Encoder
     decoder: Decoder
     _supports_gradient_checkpointing = True
@@ -117,6 +126,7 @@ class ConvolutionalVAE(ModelMixin):
         self.decoder = Decoder(channels, config.out_channels, up_widths, up, **shared)
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+        self.set_padding_mode(config.get("padding_mode", "zeros"))
         self.use_slicing = False
         self.use_tiling = False
         self._memory_bytes: int | None = None
@@ -187,6 +197,30 @@ class ConvolutionalVAE(ModelMixin):
             raise InputError(f"got likelihood {likelihood!r}; need one of {', '.join(LIKELIHOODS)}")
         if likelihood != self.likelihood:
             self.register_to_config(_likelihood=likelihood)
+
+    @property
+    def padding_mode(self) -> str:
+        """How 3x3 convs extend a map at its edges: "zeros", "reflect" or "replicate"."""
+        return declared_padding(self)
+
+    def set_padding_mode(self, padding_mode: str) -> None:
+        """Set `padding_mode`, in the layers and in the configuration.
+
+        Raises:
+            InputError: for another word.
+        """
+        if padding_mode not in PADDING_MODES:
+            raise InputError(f"got padding_mode {padding_mode!r}; need one of {', '.join(PADDING_MODES)}")
+        set_padding(self, padding_mode)
+        if padding_mode != self.padding_mode:
+            by_default = [key for key in self.config.get("_use_default_values", []) if key != "padding_mode"]
+            self.register_to_config(padding_mode=padding_mode, _use_default_values=by_default)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """diffusers' `register_to_config`. The default of `padding_mode` is left out, as diffusers does not know it."""
+        super().register_to_config(**kwargs)
+        if self.config.get("padding_mode") == "zeros":
+            self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "padding_mode"})
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
@@ -316,12 +350,19 @@ class ConvolutionalVAE(ModelMixin):
 
         Config, device, dtype and mode are the same. If it is put into a pipeline before `pipe.save_pretrained`, the
         saved folder can be loaded where sdvae is not installed: the pipeline's model_index.json names the package of
-        each class.
+        each class. The layers of the copy have this VAE's `padding_mode`. If it is not zeros, a warning says that
+        diffusers does not read it from a folder.
 
         Raises:
             InputError: as `save_pretrained` does.
         """
         stock = rebuilt(self, self._stock)
+        if self.padding_mode != "zeros":
+            logger.warning(
+                "the layers of this copy pad by %s, but diffusers does not read that from a folder, and pads by "
+                "zeros: after loading set their padding_mode again (docs/inference.md, «Padding»)",
+                self.padding_mode,
+            )
         stock.load_state_dict({name: weight.clone() for name, weight in stock.state_dict().items()}, assign=True)
         return stock
 
@@ -405,6 +446,7 @@ class ConvolutionalVAE(ModelMixin):
                 raise InputError(
                     f"{name} {size} is not a positive multiple of {factor}; {crop}pad to {up} (sdvae.pad_to_multiple)"
                 )
+        self._check_reflects(x, factor)
 
     def _check_latents(self, z: Tensor) -> None:
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
@@ -416,3 +458,12 @@ class ConvolutionalVAE(ModelMixin):
             raise InputError(f"got latents of {z.dtype}; need unscaled floats; convert them: z.float()")
         if 0 in z.shape[2:]:
             raise InputError(f"got latents of shape {tuple(z.shape)}, with a side of zero; need at least 1")
+        self._check_reflects(z, 1)
+
+    def _check_reflects(self, x: Tensor, factor: int) -> None:
+        """Refuse maps that have no second row or column to reflect at the lowest resolution."""
+        if self.padding_mode == "reflect" and min(x.shape[2:]) < 2 * factor:
+            height, width = x.shape[2:]
+            raise InputError(
+                f"got {height} x {width} for a VAE that pads by reflection; need at least {2 * factor} on each side"
+            )

@@ -49,6 +49,7 @@ class AutoencoderKLFlux2(ConvolutionalVAE, StockAutoencoderKLFlux2):  # type: ig
         batch_norm_momentum: kept for diffusers; the running statistics are measured, not averaged (docs/training.md).
         patch_size: height and width, in positions, of the patches that are normalised. diffusers' pipelines know only
             2 x 2.
+        padding_mode: how 3x3 convs extend a map at its edges, as in `AutoencoderKL`.
 
     Raises:
         InputError: when the arguments do not fit together.
@@ -77,6 +78,7 @@ class AutoencoderKLFlux2(ConvolutionalVAE, StockAutoencoderKLFlux2):  # type: ig
         batch_norm_eps: float = 1e-4,
         batch_norm_momentum: float = 0.1,
         patch_size: tuple[int, int] = (2, 2),
+        padding_mode: str = "zeros",
     ):
         ModelMixin.__init__(self)  # instead of diffusers' class's, which builds its own networks
         self._build()

@@ -8,6 +8,7 @@ plain is called in the ordinary way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -51,15 +52,20 @@ def _own(module: nn.Module, name: str) -> Any:
     return None if function is None else MethodType(function, module)
 
 
-def is_conv(module: nn.Module | None, kernel: int, stride: int = 1, padding: int = 0) -> bool:
-    """Whether it is a plain `nn.Conv2d` of this shape, padded with zeros."""
-    return is_plain(module, nn.Conv2d) and has_geometry(module, kernel, stride, padding)
+def is_conv(
+    module: nn.Module | None, kernel: int, stride: int = 1, padding: int = 0, modes: Sequence[str] = ("zeros",)
+) -> bool:
+    """Whether it is a plain `nn.Conv2d` of this shape, padded in one of these modes."""
+    return is_plain(module, nn.Conv2d) and has_geometry(module, kernel, stride, padding, modes)
 
 
-def has_geometry(conv: nn.Module | None, kernel: int, stride: int = 1, padding: int = 0) -> bool:
+def has_geometry(
+    conv: nn.Module | None, kernel: int, stride: int = 1, padding: int = 0, modes: Sequence[str] = ("zeros",)
+) -> bool:
     """Whether a conv has this geometry, which users can change at any time by setting its attributes."""
     return (
         isinstance(conv, nn.Conv2d)
         and (conv.kernel_size, conv.stride, conv.padding) == ((kernel,) * 2, (stride,) * 2, (padding,) * 2)
-        and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
+        and (conv.dilation, conv.groups) == ((1, 1), 1)
+        and conv.padding_mode in modes
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.errors import InputError, first_few
+from sdvae.model.blocks import set_padding
 
 NETWORK = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 COUNTER = "bn.num_batches_tracked"  # an integer, which nothing here reads
@@ -76,6 +77,7 @@ def plain_weights(vae: Any) -> dict[str, Tensor]:
         plain = key if layer is None else layer + key.removeprefix(f"{layer}base_layer.")
         weights[unwrapped_name(plain)] = weight.detach()
     _check_names(weights, vae)
+    _check_padding(weights, vae)
     _check_data(weights, vae)
     computed_in = torch.bfloat16 if vae.dtype in FLOAT8 else vae.dtype
     return _separate({key: widened(weight, computed_in) for key, weight in weights.items()})
@@ -83,16 +85,48 @@ def plain_weights(vae: Any) -> dict[str, Tensor]:
 
 def rebuilt(vae: Any, kind: type[Any]) -> Any:
     """A newly built model of class `kind`, with the configuration, the `plain_weights` and the mode of `vae`."""
+    return built(vae, kind, plain_weights(vae), declared_padding(vae))
+
+
+def built(vae: Any, kind: type[Any], weights: Mapping[str, Tensor], padding_mode: str) -> Any:
+    """A newly built model of class `kind`, with the configuration and the mode of `vae`, around these weights.
+
+    Args:
+        vae: the model whose configuration and mode it gets.
+        kind: its class.
+        weights: name -> tensor, which is not copied. A parameter stays the same object.
+        padding_mode: how its 3x3 convs pad; diffusers' class does not take it as an argument.
+    """
     with torch.device("meta"):  # only shapes: no memory, no random initialisation
-        model = kind(**_arguments(vae))
+        model = kind(**_arguments(vae, kind))
     model.register_to_config(**{key: value for key, value in vae.config.items() if key != "_class_name"})
-    model.load_state_dict(plain_weights(vae), assign=True)
+    set_padding(model, padding_mode)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(weights[name].requires_grad)  # since assigning hands this on to the weights
+    model.load_state_dict(weights, assign=True)
     return model.train(vae.training)
 
 
-def _arguments(vae: Any) -> dict[str, Any]:
-    """The keys of a model's config that its class takes: not notes, nor what AutoencoderTiny adds by itself."""
-    return {key: vae.config[key] for key in inspect.signature(type(vae).__init__).parameters if key in vae.config}
+def shared_weights(vae: Any) -> dict[str, Tensor]:
+    """The parameters and buffers of `vae` themselves, by the names that a newly built VAE of its class has.
+
+    Raises:
+        InputError: when these are not all that computes, or weights have no data; as `plain_weights`.
+    """
+    weights: dict[str, Tensor] = vae.state_dict(keep_vars=True)
+    _check_names(weights, vae)
+    _check_data(weights, vae)
+    return weights
+
+
+def declared_padding(vae: Any) -> str:
+    """The padding of a model's 3x3 convs by its configuration, which says nothing if they pad with zeros."""
+    return vae.config.get("padding_mode", "zeros")
+
+
+def _arguments(vae: Any, kind: type[Any]) -> dict[str, Any]:
+    """The keys of a model's config that a class takes: not notes, nor what AutoencoderTiny adds by itself."""
+    return {key: vae.config[key] for key in inspect.signature(kind.__init__).parameters if key in vae.config}
 
 
 def _is_merged(module: nn.Module) -> bool:
@@ -103,7 +137,7 @@ def _is_merged(module: nn.Module) -> bool:
 
 def _check_names(weights: dict[str, Tensor], vae: Any) -> None:
     with torch.device("meta"):
-        expected = type(vae)(**_arguments(vae))
+        expected = type(vae)(**_arguments(vae, type(vae)))
     shapes = {key: weight.shape for key, weight in expected.state_dict().items()}
     if (odd := sorted(weights.keys() - shapes.keys())) or shapes.keys() - weights.keys():
         for pattern, addition, remedy in _ADDITIONS:
@@ -122,6 +156,19 @@ def _check_names(weights: dict[str, Tensor], vae: Any) -> None:
             f"the VAE has weights of another shape than its configuration says ({first_few(wrong)}); need equal ones; "
             "set vae.config with vae.register_to_config(…), or put the layers back"
         )
+
+
+def _check_padding(weights: dict[str, Tensor], vae: Any) -> None:
+    """Refuse convs whose padding was changed, but not in the configuration, from which a loaded VAE takes it."""
+    declared, layers = declared_padding(vae), {key.rpartition(".")[0] for key in weights}
+    for name, module in vae.named_modules():
+        own = unwrapped_name(f"{name}.").removesuffix(".").removesuffix(".base_layer") in layers
+        if own and isinstance(module, nn.Conv2d) and any(module.padding) and module.padding_mode != declared:
+            setter = "set_padding_mode(" if hasattr(vae, "set_padding_mode") else "register_to_config(padding_mode="
+            raise InputError(
+                f"the VAE's layer {name} pads with {module.padding_mode}, and its configuration says {declared}; need "
+                f"the same in both; call vae.{setter}{module.padding_mode!r}), or change the layers back"
+            )
 
 
 def _check_data(weights: dict[str, Tensor], vae: Any) -> None:

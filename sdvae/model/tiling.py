@@ -4,7 +4,7 @@ Usually, tiling means running the whole network on each tile. Group norm and att
 image, which causes seams and wrong colours. Here the network runs layer by layer over the whole image, and each layer
 computes its output in strips of rows:
 
-- a 3x3 conv also reads one row above and one below its strip, the halo;
+- a 3x3 conv also reads one row above and one below its strip, the halo; only at the edges of the map does it pad;
 - group norm takes its statistics from all strips, merged by Chan et al. 1979, «Updating formulae and a pairwise
   algorithm for computing sample variances», eq. 2.1; after that it is a scale and a shift of each channel;
 - attention, at the lowest resolution, computes keys and values of all positions, and then queries strip by strip.
@@ -43,7 +43,7 @@ from sdvae.model.blocks import (
     activated_in_place,
     fused_norm,
 )
-from sdvae.model.config import DOWN_BLOCK_TYPES, UP_BLOCK_TYPES, decoder_widths, level_attention
+from sdvae.model.config import DOWN_BLOCK_TYPES, PADDING_MODES, UP_BLOCK_TYPES, decoder_widths, level_attention
 from sdvae.model.plain import has_geometry, is_conv, is_plain, kind_of
 from sdvae.model.posterior import at_least_fp32
 from sdvae.runtime import give_back
@@ -53,7 +53,7 @@ STRIPS_A_MAP = 64  # least number of strips in a map; larger strips would take m
 STRIPS_AT_ONCE = 6  # the most strips that a layer holds, of which one and more are left for kernels' workspaces
 FREE_SHARE = 0.7  # share of an accelerator's free memory that maps may take if no budget is given
 
-CONVS = ({"kernel": 3, "padding": 1}, {"kernel": 3, "stride": 2}, {"kernel": 1})
+CONVS: tuple[dict[str, int], ...] = ({"kernel": 3, "padding": 1}, {"kernel": 3, "stride": 2}, {"kernel": 1})
 BLOCKS = {Encoder, Decoder, DownBlock, UpBlock, MidBlock, ResnetBlock, Downsample, Upsample, nn.ModuleList}
 LAYERS = {nn.Conv2d, nn.GroupNorm, nn.Linear, SelfAttention, nn.Dropout, nn.SiLU, nn.Mish, nn.GELU, nn.ReLU}
 KNOWN = BLOCKS | LAYERS
@@ -81,7 +81,7 @@ def _can_stream_layer(module: nn.Module, groups: int) -> bool:
     if not is_known(module):
         return False
     if isinstance(module, nn.Conv2d):
-        return any(has_geometry(module, **geometry) for geometry in CONVS)
+        return any(has_geometry(module, **geometry, modes=PADDING_MODES) for geometry in CONVS)
     if isinstance(module, nn.GroupNorm):
         return module.num_groups == groups and module.affine
     return not isinstance(module, SelfAttention) or type(module.processor) in PROCESSORS
@@ -485,13 +485,15 @@ def _conv_rows(conv: nn.Conv2d, rows: Tensor, above: bool, below: bool) -> Tenso
     """A conv of some rows of a map. The output leaves the halo out.
 
     Args:
-        conv: 1x1, or 3x3 padded with zeros.
+        conv: 1x1, or 3x3 padded by 1.
         rows: (B, C, h, W), with the halo.
-        above: whether the first row is halo. Otherwise it is the map's first row, and is padded with zeros above.
+        above: whether the first row is halo. Otherwise it is the map's first row, and the conv pads above it.
         below: the same for the last row.
     """
-    if above and below and type(conv) is nn.Conv2d and is_conv(conv, 3, padding=1):
-        return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))  # computes no halo rows
+    if above and below and type(conv) is nn.Conv2d and is_conv(conv, 3, padding=1, modes=PADDING_MODES):
+        if conv.padding_mode == "zeros":
+            return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))  # computes no halo rows
+        return F.conv2d(F.pad(rows, (1, 1, 0, 0), mode=conv.padding_mode), conv.weight, conv.bias)
     return _without_ends(conv(rows), above, below)
 
 

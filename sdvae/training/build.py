@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -16,21 +17,23 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     gather_object,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from sdvae.errors import InputError
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, ConvolutionalVAE
 from sdvae.model.config import shape_of
 from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
+from sdvae.training.checkpoint import check_fit
 from sdvae.training.config import DistilConfig, ModelConfig, TrainConfig
 from sdvae.training.distil import build_student
 from sdvae.training.initialise import initialise
 from sdvae.training.players import freeze_encoder
-from sdvae.training.processes import everywhere, from_main
+from sdvae.training.processes import everywhere, from_main, on_main
 from sdvae.training.run_folder import RunFolder
 from sdvae.tutorial.conditional import ConditionalAutoencoderKL
 from sdvae.weights import load_kl, load_vae
+from sdvae.weights.read import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -208,3 +211,18 @@ def build_perceptual(config: TrainConfig, accelerator: Accelerator) -> Perceptua
         )
     perceptual.load_state_dict(from_main(accelerator, perceptual.state_dict()))  # files may differ between machines
     return perceptual.to(accelerator.device)
+
+
+def load_discriminator(network: nn.Module, source: str, accelerator: Accelerator) -> None:
+    """Start a discriminator from the discriminator.safetensors of another run, which the main process reads.
+
+    Raises:
+        InputError: on every process, when the file cannot be read or is of a discriminator of another shape.
+    """
+
+    def read() -> dict[str, Tensor]:
+        weights = read_weights(Path(source), lambda keys: {key: key for key in keys})
+        check_fit(network.state_dict(), weights, source)
+        return weights
+
+    network.load_state_dict(on_main(accelerator, read))

@@ -150,3 +150,15 @@ def prune(root: Path, keep_last: int) -> None:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str) -> None:
+    """Compare the names and shapes of weights.
+
+    Raises:
+        InputError: when they differ.
+    """
+    wrong = sorted(expected.keys() ^ found.keys())
+    wrong += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
+    if wrong:
+        raise InputError(f"{origin} does not fit the recipe's network: {len(wrong)} weights differ, such as {wrong[0]}")

@@ -31,6 +31,7 @@ RANGES: Ranges = (
         "data.num_workers data.cache_mib loss.lpips_weight loss.kl_weight loss.kl_warmup_steps loss.free_bits "
         "loss.discriminator.weight loss.discriminator.start_step loss.discriminator.warmup_steps "
         "loss.discriminator.ramp_steps loss.discriminator.r1_weight loss.discriminator.lecam_weight "
+        "loss.discriminator.consistency_weight "
         "loss.equivariance.weight optimizer.warmup_steps optimizer.weight_decay distil.encoder_blocks "
         "distil.decoder_blocks",
     ),
@@ -179,6 +180,17 @@ class DiscriminatorConfig:
     norm: Literal["group", "none"] = "group"
     """Norm of the PatchGAN. Group norm uses each image separately, so gradients do not depend on how a batch is
     divided. With LDM's batch norm they would."""
+    downsampling: Literal["stride", "blur"] = "stride"
+    """Of the PatchGAN: convolutions of stride 2, or convolutions that are blurred with a binomial filter before every
+    second value is kept (Zhang 2019, arXiv 1904.11486), which does not alias and costs four times as much."""
+    augment: tuple[Literal["color", "translation", "cutout"], ...] = ()
+    """Random changes of the real and fake images that it sees, through which gradients pass (DiffAug: Zhao et al.
+    2020, arXiv 2006.10738), for small data sets. DiffAug has all three."""
+    consistency_weight: float = 0.0
+    """Weight of the squared difference between the score of an image and of the same image changed by `augment`, for
+    real and fake images (Zhao et al. 2021, arXiv 2002.04724, equation 4; 10 there). 0 is off."""
+    source: str | None = None
+    """A discriminator.safetensors, which every run with a discriminator writes beside model/, to start from."""
     r1_weight: float = 0.0
     """Weight γ/2 of R1, the squared gradient at real images (Mescheder et al. 2018); 0 is off."""
     lecam_weight: float = 0.0
@@ -465,6 +477,15 @@ class TrainConfig:
             if side is not None and side < SMALLEST_SIDE:
                 raise InputError(f"got data.{key}={side}; need at least {SMALLEST_SIDE}, or SSIM has no window")
         side, gan, equivariance = self.data.resolution, self.loss.discriminator, self.loss.equivariance
+        if gan.consistency_weight > 0 and not gan.augment:
+            raise InputError(
+                "got loss.discriminator.consistency_weight without augment; need something to be consistent under; set "
+                "loss.discriminator.augment, such as [color, translation, cutout]"
+            )
+        if gan.sees == "latents" and (gan.augment or gan.downsampling != "stride"):
+            raise InputError(
+                "got loss.discriminator.augment or downsampling with sees=latents; they are of images; leave them out"
+            )
         # the discriminator sees transformed images only where they take the place of the others
         seen = side * (equivariance.smallest_scale if equivariance.probability > 0 else 1)
         if gan.weight > 0 and gan.sees == "images" and seen < gan.smallest_side:

@@ -27,6 +27,19 @@ GROUP_WIDTH = 16  # channels in each group of the norm
 LECAM_DECAY = 0.999  # Tseng et al. 2021, section 3.2: moving averages of the scores
 
 
+class Blur(nn.Conv2d):
+    """Blur each channel with the filter [1, 2, 1] / 4 along both sides, and keep every second value.
+
+    Zhang 2019, «Making Convolutional Networks Shift-Invariant Again», section 3.2. (B, C, H, W) -> (B, C, ⌈H/2⌉, ⌈W/2⌉)
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, 2, 1, groups=channels, bias=False, padding_mode="reflect")
+        binomial = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.weight.data = (binomial[:, None] * binomial).expand(channels, 1, 3, 3).clone()
+        self.weight.requires_grad_(False)
+
+
 class PatchDiscriminator(nn.Module):
     """4x4 convolutions: `layers` of stride 2, one of stride 1, and one to a single channel.
 
@@ -34,20 +47,27 @@ class PatchDiscriminator(nn.Module):
     h = H/8 - 2.
     """
 
-    def __init__(self, in_channels: int, layers: int = 3, width: int = 64, norm: str = "group"):
+    def __init__(
+        self, in_channels: int, layers: int = 3, width: int = 64, norm: str = "group", downsampling: str = "stride"
+    ):
         super().__init__()
+        stride = 1 if downsampling == "blur" else 2
         widths = [width * min(2**i, MAX_WIDENING) for i in range(layers + 1)]
-        blocks: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
+        blocks: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride, padding=1), nn.LeakyReLU(SLOPE)]
+        if downsampling == "blur":
+            blocks.append(Blur(width))
         for i, (before, after) in enumerate(pairwise(widths)):
-            stride = 1 if i == layers - 1 else 2
-            blocks.append(nn.Conv2d(before, after, 4, stride, padding=1, bias=norm == "none"))
+            is_last = i == layers - 1
+            blocks.append(nn.Conv2d(before, after, 4, 1 if is_last else stride, padding=1, bias=norm == "none"))
+            if downsampling == "blur" and not is_last:
+                blocks.append(Blur(after))
             if norm == "group":
                 blocks.append(nn.GroupNorm(max(after // GROUP_WIDTH, 1), after))
             blocks.append(nn.LeakyReLU(SLOPE))
         blocks.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
         self.layers = nn.Sequential(*blocks)
         for module in self.layers:
-            if isinstance(module, nn.Conv2d):
+            if type(module) is nn.Conv2d:
                 nn.init.normal_(module.weight, std=INIT_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -81,6 +101,20 @@ def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
     """
     (gradient,) = torch.autograd.grad(real_logits.float().sum(), images, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+def consistency_penalty(changed_logits: Tensor, logits: Tensor) -> Tensor:
+    """The mean over images of (D(T(x)) - D(x))², with D the mean score of an image's patches.
+
+    Zhao et al. 2021, «Improved Consistency Regularization for GANs», equation 4 (balanced consistency regularisation).
+    The mean is taken first, because a shift of the image moves its patches.
+
+    Args:
+        changed_logits: the scores of changed images, (B, …).
+        logits: the scores of the images, (B, …).
+    """
+    changed, plain = (x.float().flatten(1).mean(1) for x in (changed_logits, logits))
+    return (changed - plain).square().mean()
 
 
 class LeCam:

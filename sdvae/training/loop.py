@@ -21,7 +21,14 @@ from sdvae.data import BadImages, ImageSource
 from sdvae.data.dataset import Batch
 from sdvae.errors import one_line
 from sdvae.model import Autoencoder, ConvolutionalVAE
-from sdvae.training.build import build_accelerator, build_perceptual, lay_out, starting_student, starting_vae
+from sdvae.training.build import (
+    build_accelerator,
+    build_perceptual,
+    lay_out,
+    load_discriminator,
+    starting_student,
+    starting_vae,
+)
 from sdvae.training.checkpoint import checkpoint_name
 from sdvae.training.config import TrainConfig, check_used
 from sdvae.training.data import (
@@ -145,6 +152,9 @@ class Training:
         if found is None:
             self.findings += everywhere(accelerator, self._probe)
         players = Players(vae, config, accelerator)
+        source = config.loss.discriminator.source
+        if found is None and source is not None and players.discriminator is not None:
+            load_discriminator(players.discriminator.network, source, accelerator)
         origin = Origin(
             config=plain(self.recipe),
             images_per_step=self.images_per_step,

@@ -85,6 +85,19 @@ posterior = vae.encode(images, labels=labels).latent_dist
 ```
 """
 
+PADDING_TEXT = """
+It was trained with `padding_mode: {mode}`, as its `config.json` says, and sdvae's `load_vae` reads that. diffusers says
+that it ignores it, pads with zeros, and gives wrong values at the edges, unless this follows:
+
+```python
+import torch
+
+for module in vae.modules():
+    if isinstance(module, torch.nn.Conv2d) and any(module.padding):
+        module.padding_mode = "{mode}"
+```
+"""
+
 LOGITS_TEXT = """
 Its decoder gives the logits of each pixel's brightness; `sdvae.roundtrip.decode_images` gives images in [-1, 1].
 """
@@ -263,6 +276,8 @@ def loading_text(vae: ConvolutionalVAE, place: str, *, what: str = "this folder"
         text = CONDITIONAL_TEXT.format(last=classes - 1, place=place)
     else:
         text = LOADING_TEXT.format(name=type(vae).__name__, what=what, place=place)
+    if not classes and vae.padding_mode != "zeros":
+        text += PADDING_TEXT.format(mode=vae.padding_mode)
     if vae.likelihood == "bernoulli":
         text += LOGITS_TEXT
     if programs:

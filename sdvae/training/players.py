@@ -236,7 +236,8 @@ def build_discriminator(vae: Autoencoder, settings: DiscriminatorConfig, resolut
         resolution: side in pixels of the training crops.
     """
     if settings.sees == "images":
-        return PatchDiscriminator(vae.config.in_channels, settings.layers, settings.width, settings.norm)
+        shape = (settings.layers, settings.width, settings.norm, settings.downsampling)
+        return PatchDiscriminator(vae.config.in_channels, *shape)
     side = math.ceil(resolution / vae.spatial_compression_ratio)
     return LatentDiscriminator(vae.config.latent_channels * side**2, settings.layers, settings.width)
 

@@ -41,12 +41,15 @@ FREE_ON_A_MACHINE = frozenset(
         "distil.config",
         "distil.student",
         "loss.perceptual.weights",
+        "loss.discriminator.source",
     }
 )
 
 
 class RunFolder:
     """config.yaml, metrics.jsonl, curves.png, images/, checkpoints/, model/, best_model/ and tracker logs.
+
+    With a discriminator also discriminator.safetensors.
 
     Only the main process reads and writes here. The others may be on machines that do not see the folder.
     """
@@ -62,6 +65,7 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.model = self.root / "model"
         self.best_model = self.root / "best_model"
+        self.discriminator = self.root / "discriminator.safetensors"
         self.lock = self.root / ".lock"
         self.damaged: list[tuple[Path, str]] = []  # checkpoints that `find` could not read, and why
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from sdvae.data import BadImages, ImageSource
 from sdvae.io import replacing
@@ -20,6 +21,7 @@ from sdvae.pictures import latent_plot, reconstruction_grid, student_grid, train
 from sdvae.statistics import LatentMoments
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import evaluation_batches, first_images
+from sdvae.training.discriminator import discriminator_learns_at
 from sdvae.training.distil import Teacher
 from sdvae.training.log import RunLog
 from sdvae.training.model_card import GRID_NAME, model_card, student_card
@@ -103,6 +105,9 @@ class Validator:
             save_model(self.run, average, config, result, step, progress.position)
             if improved:
                 keep_best(self.run)
+            discriminator = self.players.discriminator
+            if discriminator is not None and discriminator_learns_at(step - 1, config.loss.discriminator):
+                save_discriminator(self.run, discriminator.network)
 
         on_main(self.accelerator, write)
         progress.validated = True
@@ -205,6 +210,12 @@ def save_model(
         vae.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         grid_of(result).save(folder / GRID_NAME)
+
+
+def save_discriminator(run: RunFolder, network: nn.Module) -> None:
+    """Write discriminator.safetensors, from which another run can start with `loss.discriminator.source`."""
+    with replacing(run.discriminator) as file:
+        save_file({name: weight.detach().cpu().contiguous() for name, weight in network.state_dict().items()}, file)
 
 
 def keep_best(run: RunFolder) -> None:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from sdvae.data import BadImages, ImageSource
 from sdvae.errors import InputError
-from sdvae.training.checkpoint import Checkpoint, checkpoint_name, prune, write_checkpoint
+from sdvae.training.checkpoint import Checkpoint, check_fit, checkpoint_name, prune, write_checkpoint
 from sdvae.training.config import TrainConfig
 from sdvae.training.log import Meter
 from sdvae.training.players import Players
@@ -239,18 +239,6 @@ class _BadImages:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._bad_images.add([(name, reason) for name, reason in state["bad_images"]])
-
-
-def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str) -> None:
-    """Compare the names and shapes of weights.
-
-    Raises:
-        InputError: when they differ.
-    """
-    wrong = sorted(expected.keys() ^ found.keys())
-    wrong += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
-    if wrong:
-        raise InputError(f"{origin} does not fit the recipe's network: {len(wrong)} weights differ, such as {wrong[0]}")
 
 
 def digest_of_names(source: ImageSource) -> str:

@@ -20,10 +20,12 @@ from sdvae.data.dataset import Batch
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.noise import posterior_generators
 from sdvae.training.adversarial import adaptively_weighted
+from sdvae.training.augment import augmented
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import conditioning_of
 from sdvae.training.discriminator import (
     PatchDiscriminator,
+    consistency_penalty,
     discriminator_learns_at,
     discriminator_loss,
     generator_loss,
@@ -119,7 +121,7 @@ class TrainStep:
                 terms, real, fake = self.generator_pass(step, images, batch["noise_seed"], **conditioning_of(batch))
             if learns and players.discriminator is not None:
                 with self._gradients_of(players.discriminator, last=left == 0):
-                    more, mean_logits = self.discriminator_pass(real, fake)
+                    more, mean_logits = self.discriminator_pass(real, fake, batch["noise_seed"])
                 terms |= more
                 logits.append(mean_logits)
             values.append(terms)
@@ -163,7 +165,8 @@ class TrainStep:
         weight = generator_weight_at(step, config.discriminator)
         if weight > 0 and players.discriminator is not None:
             with frozen(players.discriminator.network), self.accelerator.autocast():
-                g = generator_loss(players.discriminator.network(outcome.fake))
+                seen = augmented(outcome.fake, config.discriminator.augment, noise_seeds, "generator")
+                g = generator_loss(players.discriminator.network(seen))
             gan_weight = g.new_full((), weight)
             if config.discriminator.adaptive and config.discriminator.sees == "images":
                 last_layer = players.vae.decoder.conv_out.weight
@@ -204,12 +207,15 @@ class TrainStep:
             values=terms.logged(self.perceptual),
         )
 
-    def discriminator_pass(self, real_inputs: Tensor, fake_inputs: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def discriminator_pass(
+        self, real_inputs: Tensor, fake_inputs: Tensor, noise_seeds: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Forward and backward pass of the discriminator.
 
         Args:
             real_inputs: images, or samples of the prior.
             fake_inputs: their reconstructions, or samples of the posterior; the same shape, without gradients.
+            noise_seeds: (B,) int64, from which the augmentation is drawn.
 
         Returns:
             Scalars for the log, and the mean logits of real and fake, (2,) fp32.
@@ -217,9 +223,18 @@ class TrainStep:
         player, settings = self.players.discriminator, self.config.loss.discriminator
         assert player is not None
         assert isinstance(player.network, PatchDiscriminator | LatentDiscriminator)
-        real, fake = player.wrapped(torch.cat([real_inputs, fake_inputs])).chunk(2)
+        unchanged = [real_inputs, fake_inputs] if settings.consistency_weight > 0 else []
+        real_inputs = augmented(real_inputs, settings.augment, noise_seeds, "real")
+        fake_inputs = augmented(fake_inputs, settings.augment, noise_seeds, "fake")
+        seen = [real_inputs, fake_inputs, *unchanged]
+        real, fake, *plain = player.wrapped(torch.cat(seen)).chunk(len(seen))
         loss = discriminator_loss(real, fake, settings.loss)
         values = {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
+        values |= {"real_accuracy": (real > 0).float().mean(), "fake_accuracy": (fake < 0).float().mean()}
+        if plain:
+            penalty = consistency_penalty(real, plain[0]) + consistency_penalty(fake, plain[1])
+            loss = loss + settings.consistency_weight * penalty
+            values["consistency"] = penalty
         if settings.r1_weight > 0:
             # In fp32, since a squared gradient exceeds the range of half precision. This calls `layers`, because
             # accelerate has put autocast into `forward`.

@@ -59,6 +59,7 @@ class ConditionalAutoencoderKL(AutoencoderKL):
             for i, plain in enumerate(resnets):
                 channels = plain.conv1.in_channels, plain.conv1.out_channels
                 resnets[i] = ResnetBlock(*channels, self.config.norm_num_groups, self.config.act_fn, width)
+        self.set_padding_mode(self.padding_mode)  # in the new blocks too
 
     @apply_forward_hook
     def encode(

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdvae.errors import InputError
 from sdvae.io import read_json
 from sdvae.model import Autoencoder, AutoencoderKLFlux2, AutoencoderTiny
-from sdvae.model.config import CLASS_NAMES, LIKELIHOODS, ModelShape, block_types
+from sdvae.model.config import CLASS_NAMES, LIKELIHOODS, PADDING_MODES, ModelShape, block_types
 from sdvae.model.kinds import KINDS
 from sdvae.model.patches import PatchSize
 from sdvae.weights.family import FLUX, SD, family_of
@@ -35,8 +35,10 @@ SILENT: dict[type[Autoencoder], tuple[str, ...]] = {
 # What the shapes of the weights do not tell. `save_ldm` writes these into the metadata of its file.
 UNSHAPED = (
     *("scaling_factor", "shift_factor", "latents_mean", "latents_std", "_likelihood"),
-    *("norm_num_groups", "act_fn", "force_upcast", "sample_size", "batch_norm_eps", "batch_norm_momentum"),
+    *("norm_num_groups", "act_fn", "force_upcast", "sample_size", "padding_mode"),
+    *("batch_norm_eps", "batch_norm_momentum"),
 )
+WORDS = {"_likelihood": LIKELIHOODS, "padding_mode": PADDING_MODES}  # keys that take one of these
 FLUX2_SAMPLE_SIZE = 1024  # in diffusers' config.json of FLUX.2
 METADATA_KEY = "sdvae.config"
 
@@ -87,9 +89,9 @@ def checked_config(config: Mapping[str, Any], origin: str, kind: type[Autoencode
     for key, value in config.items():
         if key in SILENT.get(kind, ()):
             continue
-        if key == "_likelihood" and kind is not AutoencoderTiny:
-            if value not in LIKELIHOODS:
-                raise InputError(f"{origin} has {key} = {value!r}; need one of {', '.join(LIKELIHOODS)}; correct it")
+        if key in WORDS and kind is not AutoencoderTiny:
+            if value not in WORDS[key]:
+                raise InputError(f"{origin} has {key} = {value!r}; need one of {', '.join(WORDS[key])}; correct it")
             known[key] = value
             continue
         if key.startswith("_"):

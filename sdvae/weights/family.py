@@ -84,6 +84,10 @@ FAMILIES = (
 )
 
 
+# Published VAEs that were trained with reflect padding, which none of their files says. Anzhc's model card asks for it.
+REFLECTING = re.compile(r"ms[-_ ]?lc[-_ ]?eq[-_ ]?d[-_ ]?vr", re.IGNORECASE)
+
+
 def family_of(keys: Iterable[str], metadata: Mapping[str, str], latent_channels: int) -> tuple[Family, str] | None:
     """The family that a file's VAE belongs to.
 

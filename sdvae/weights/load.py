@@ -19,6 +19,7 @@ from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderKLFlux2, Autoenco
 from sdvae.model.state import COUNTER, is_network, unwrapped_name, widened
 from sdvae.runtime import DTYPES, dtype_named
 from sdvae.weights.config import checked_config, config_in, infer_config, kind_of, read_config
+from sdvae.weights.family import REFLECTING
 from sdvae.weights.names import from_ldm, has_batch_norm, is_diffusers_layout, modern_names
 from sdvae.weights.read import (
     WEIGHT_DTYPES,
@@ -67,7 +68,8 @@ def load_vae(
         config: keys that replace those of config.json, or those inferred from the shapes in a single file; a dict or
             the path of a config.json. A single file may not tell SDXL's scaling factor (0.13025) from SD's, or SD3's
             from Flux's; then a warning says what was assumed. It does not give the number of groups when a width is
-            not a multiple of 32.
+            not a multiple of 32. Only sdvae's own files say that a VAE pads by reflection; for others give
+            `padding_mode`.
         dtype: the dtype of the weights: a torch.dtype, its name ("fp16" or "float16"), or "file" to keep the file's own
             (the widest, if it has several; bfloat16 for weights of 8 bits, which it holds exactly). Half precision
             halves the memory, but a CPU lacks it for many operations.
@@ -123,6 +125,12 @@ def load_vae(
             metadata = read_metadata(path)
             given = {**config_in(metadata, origin, kind), **given}
             settings = infer_config(weights, given, origin, keys=keys, metadata=metadata)
+    if kind is AutoencoderKL and "padding_mode" not in settings and REFLECTING.search(f"{source} {origin}"):
+        log.warning(
+            "%s: VAEs of this name were trained with reflect padding, and nothing here says so. Zeros are assumed; for "
+            "reflection give {'padding_mode': 'reflect'} as config= (sdvae export: --config FILE.json)",
+            origin,
+        )
     return _build(kind, settings, weights, origin, wanted)
 
 

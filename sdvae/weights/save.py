@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from sdvae.io import read_json, refuse_url, replacing
 from sdvae.model import Autoencoder, AutoencoderTiny
 from sdvae.model.config import CLASS_NAMES, decoder_widths
 from sdvae.model.kinds import KINDS
-from sdvae.model.state import COUNTER, plain_weights, rebuilt
+from sdvae.model.state import COUNTER, declared_padding, plain_weights, rebuilt
 from sdvae.weights.config import metadata_of
 from sdvae.weights.load import STEM
 from sdvae.weights.names import to_ldm
 from sdvae.weights.read import SAFETENSORS_SUFFIXES, check_tensors
 from sdvae.weights.tiny import PARTS, check_told_by_shapes, names_of_pair, to_taesd
+
+log = logging.getLogger(__name__)
 
 RGB_FACTORS = "latent_rgb_factors.json"  # beside a VAE: the linear map that `sdvae export --data` fits to it
 
@@ -52,6 +55,12 @@ def save_ldm(vae: Autoencoder, path: str | Path, *, dtype: torch.dtype | None = 
     if isinstance(model, StockAutoencoderTiny):
         raise InputError(
             "got a student for one file in LDM's layout; need an AutoencoderKL; use save_taesd, or a folder"
+        )
+    if (padding := declared_padding(model)) != "zeros":
+        log.warning(
+            "%s: load_vae reads from this file that the VAE pads by %s; other programs pad with zeros and give wrong "
+            "edges, unless its layers' padding_mode is set after loading (docs/inference.md, «Padding»)",
+            *(path, padding),
         )
     ldm = {key: weight.cpu().contiguous() for key, weight in to_ldm(_checked_weights(model, dtype)).items()}
     with replacing(path) as temporary:
@@ -198,7 +207,7 @@ def _other_files(folder: Path) -> list[Path]:
 
 
 def export_targets(vae: Autoencoder) -> dict[str, str | None]:
-    """Which programs can load this VAE.
+    """Which programs can load this VAE and compute what it does.
 
     "diffusers" loads the folder of `save_vae`; "comfyui", "a1111" and "kohya" load the file of `save_ldm`. These three
     build a network of fixed shape (ComfyUI comfy/sd.py, A1111 modules/sd_vae.py, kohya library/model_util.py). A
@@ -208,7 +217,7 @@ def export_targets(vae: Autoencoder) -> dict[str, str | None]:
         vae: the model; only its configuration is used.
 
     Returns:
-        For each program None if it can load the VAE, else the reason why it cannot.
+        For each program None if it can, else the reason why it cannot.
     """
     config: Any = vae.config
     if isinstance(vae, AutoencoderTiny):
@@ -218,7 +227,13 @@ def export_targets(vae: Autoencoder) -> dict[str, str | None]:
     sd_widths, x4_widths = (128, 256, 512, 512), (128, 256, 512)
     level_attention = any(name.startswith("Attn") for name in (*config.down_block_types, *config.up_block_types))
     has_quant = config.use_quant_conv and config.use_post_quant_conv
+    zeros = (
+        vae.padding_mode == "zeros",
+        f"pads with zeros, and this VAE by {vae.padding_mode}, so that edges come out wrong unless its layers' "
+        "padding_mode is set after loading",
+    )
     common = [
+        zeros,
         (config.in_channels == 3 and config.out_channels == 3, "needs 3 image channels"),
         (config.layers_per_block == 2, f"needs layers_per_block 2, got {config.layers_per_block}"),
         (config.norm_num_groups == 32, f"needs norm_num_groups 32, got {config.norm_num_groups}"),
@@ -249,7 +264,7 @@ def export_targets(vae: Autoencoder) -> dict[str, str | None]:
         (has_quant, "needs both quant convs"),
     ]
     return {
-        "diffusers": None,
+        "diffusers": _reason([zeros]),
         "comfyui": _reason(comfyui),
         "a1111": _reason(sd1),
         "kohya": _reason(sd1),
