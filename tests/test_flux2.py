@@ -24,7 +24,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sdvae import AutoencoderKLFlux2, InputError, LatentDataset, Previews, load_vae, save_ldm, save_vae, speed_up
+from sdvae import (
+    AutoencoderKLFlux2,
+    InputError,
+    LatentDataset,
+    Previews,
+    load_vae,
+    save_ldm,
+    save_vae,
+    speed_up,
+    stream,
+)
 from sdvae.cli import main, parse_train_config
 from sdvae.data import EvaluationImages, evaluation_loader
 from sdvae.io import read_json
@@ -158,6 +168,17 @@ def test_strips_and_kernels_compute_the_same_with_a_decoder_of_other_widths():
     vae.disable_tiling()
     speed_up(vae)
     assert torch.allclose(vae(x).sample, want.sample, atol=1e-4)
+
+
+@torch.no_grad()
+def test_diffusers_own_is_streamed_around_its_weights_and_its_batch_norm():
+    stock = stock_of(flux2_vae(**NARROW_DECODER))
+    want = stock(images_of()).sample
+    vae = stream(stock)
+    assert type(vae) is AutoencoderKLFlux2
+    assert torch.allclose(vae(images_of()).sample, want, atol=1e-5)
+    shared = {name: id(weight) for name, weight in stock.state_dict(keep_vars=True).items()}
+    assert {name: id(weight) for name, weight in vae.state_dict(keep_vars=True).items()} == shared
 
 
 def test_the_fp16_rescaling_keeps_function_and_batch_norm():

@@ -218,7 +218,7 @@ class ConvolutionalVAE(ModelMixin):
 
     def register_to_config(self, **kwargs: Any) -> None:
         """diffusers' `register_to_config`. The default of `padding_mode` is left out, as diffusers does not know it."""
-        super().register_to_config(**kwargs)
+        super().register_to_config(**kwargs)  # type: ignore[misc]  # of diffusers' class
         if self.config.get("padding_mode") == "zeros":
             self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "padding_mode"})
 

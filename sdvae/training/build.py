@@ -122,6 +122,12 @@ def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, Convolutiona
     settings = config.distil
     assert settings.teacher is not None
     teacher = load_kl(settings.teacher, subfolder=settings.subfolder, config=settings.config, dtype=torch.float32)
+    if isinstance(teacher, AutoencoderKLFlux2):
+        logger.warning(
+            "%s has a batch norm, which its pipelines read and a student has not: the student serves for previews "
+            "(sdvae.Previews), and not as pipe.vae",
+            settings.teacher,
+        )
     student = build_student(settings, teacher) if settings.student is None else load_student(settings, teacher)
     return student.train(), teacher, describing(config, teacher)
 

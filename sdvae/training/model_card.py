@@ -60,6 +60,16 @@ pipe.vae = student  # in the pipeline of a diffusion model for the teacher's lat
 ```
 """
 
+STUDENT_OF_BATCH_NORM_TEXT = """The teacher's pipelines read the batch norm of their VAE, which a student has not. So it
+serves for previews. Its latents are the normalised ones, with the patches of 2x2 positions undone:
+
+```python
+from sdvae import Previews, load_vae
+
+pipe(…, callback_on_step_end=Previews(load_vae("{place}"), show, size=(height, width)))
+```
+"""
+
 STUDENT_NOTE = """
 `psnr` and the like compare the images with what the student decodes from the teacher's latents; `…_to_teacher` compares
 the teacher's pictures with it, and `teacher_…` the images with the teacher's pictures. `psnr_round_trip` takes the
@@ -195,7 +205,8 @@ def student_card(
         parameters=sum(p.numel() for p in student.parameters()) / 1e6,
         version=version(),
     )
-    loading = STUDENT_LOADING_TEXT.format(place="path/to/this/folder")
+    text = STUDENT_OF_BATCH_NORM_TEXT if config.model.batch_norm else STUDENT_LOADING_TEXT
+    loading = text.format(place="path/to/this/folder")
     return head + "\n".join(
         [
             section(LOADING, loading),
