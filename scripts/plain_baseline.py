@@ -27,7 +27,7 @@ from sdvae.cli import parse_train_config
 from sdvae.errors import exit_code
 from sdvae.metrics.image import image_metrics
 from sdvae.training.build import build_vae
-from sdvae.training.data import evaluation_batches, open_sources, training_batches
+from sdvae.training.data import evaluation_batches, open_sources, training_batches, training_images
 
 KL_WEIGHT = 1e-6
 
@@ -48,7 +48,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(vae.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.999), weight_decay=1e-2)
 
     start = time.perf_counter()
-    for batch in tqdm(training_batches(train_source, config, accelerator), mininterval=60):
+    for batch in tqdm(training_batches(training_images(train_source, config), config, accelerator), mininterval=60):
         images = batch["image"].to(accelerator.device)
         posterior = vae.encode(images).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample

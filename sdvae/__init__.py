@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # «as» the same name marks a name as public for type checke
     from sdvae.training.config import TrainConfig as TrainConfig
     from sdvae.training.loop import train as train
     from sdvae.weights import export_targets as export_targets
+    from sdvae.weights import load_autoencoder as load_autoencoder
     from sdvae.weights import load_vae as load_vae
     from sdvae.weights import save_ldm as save_ldm
     from sdvae.weights import save_taesd as save_taesd
@@ -46,6 +47,7 @@ _MODULE_OF = {
     "crop_to": "sdvae.roundtrip",
     "speed_up": "sdvae.kernels.speed",
     "keep_freed_memory": "sdvae.runtime",
+    "load_autoencoder": "sdvae.weights",
     "load_vae": "sdvae.weights",
     "save_vae": "sdvae.weights",
     "save_ldm": "sdvae.weights",

@@ -12,7 +12,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,6 @@ def fit_preview(vae: Autoencoder, data: str, count: int = 64, resolution: int = 
     source = open_source(data)
     config: Any = vae.config
     images = EvaluationImages(source, resolution, ReadOptions(channels=config.in_channels, min_side=1, color=color))
-    scaling = scaling_of(vae)
     device = torch.device(accelerator_type() or "cpu")
     encoder = copy.deepcopy(vae)
     nn.Module.to(encoder, device, torch.float32)  # diffusers' own method warns about the dtype
@@ -251,15 +250,39 @@ def fit_preview(vae: Autoencoder, data: str, count: int = 64, resolution: int = 
     for batch in evaluation_loader(images, range(min(count, len(source))), batch_size=BATCH_SIZE, num_workers=0):
         if batch["name"]:
             x = pad_to_multiple(batch["image"], vae.spatial_compression_ratio)
-            sums.update(scaling.scaled(encode_images(encoder, x.to(device)).mean), x)
+            sums.update(encode_images(encoder, x.to(device)).mean, x)
             seen += len(x)
     if not seen:
         raise InputError(f"none of the images in {data!r} can be read; choose others with --data")
+    return preview_of(vae, sums, seen, resolution)
+
+
+def preview_of(vae: Autoencoder, sums: LatentRGB, images: int, resolution: int) -> Preview:
+    """The linear map of a VAE's latents, as its configuration or its batch norm scales them.
+
+    A map serves all positions, so with patches the shift and the scale of a channel are their means over the positions
+    of a patch. In natural images these differ little.
+
+    Args:
+        vae: the VAE; only its configuration is used.
+        sums: of its unscaled latents.
+        images: the number of images that were counted.
+        resolution: their side in pixels.
+
+    Raises:
+        InputError: when no image was counted, or all have one colour, or the VAE has no scaling_factor.
+    """
+    config: Any = vae.config
+    scaling, fitted = scaling_of(vae), sums.fit()
+    positions = math.prod(scaling.patch_size)
+    shift, scale = (part.double().reshape(-1, positions).mean(dim=1) for part in (scaling.shift, scaling.scale))
+    # z = s / scale + shift, so factors · z + bias = (factors / scale) · s + (bias + factors · shift)
+    factors, bias = fitted.factors / scale[:, None], fitted.bias + (fitted.factors * shift[:, None]).sum(0)
     keys = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     about = {key: config[key] for key in keys if config.get(key) is not None}
-    about |= {"compression_ratio": vae.spatial_compression_ratio, "images": seen, "resolution": resolution}
+    about |= {"compression_ratio": vae.spatial_compression_ratio, "images": images, "resolution": resolution}
     undone = "" if scaling.patch_size == (1, 1) else ", and then the patches are undone"
-    return Preview(sums.fit(), scaling.formula + undone, about)
+    return Preview(replace(fitted, factors=factors, bias=bias), scaling.formula + undone, about)
 
 
 def read_preview(path: str | Path) -> RGBFactors:

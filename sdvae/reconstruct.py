@@ -15,7 +15,7 @@ from sdvae.io import printable, replacing
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.image import image_metrics
 from sdvae.roundtrip import check_image_channels, round_trip
-from sdvae.weights import load_vae
+from sdvae.weights import load_autoencoder
 
 
 def reconstruct_files(
@@ -34,7 +34,7 @@ def reconstruct_files(
 
     Args:
         files: images.
-        vae: a source for `load_vae`; None is the VAE in this package.
+        vae: a source for `load_autoencoder`; None is the VAE in this package.
         subfolder: folder inside the source that holds the VAE.
         output: folder for the reconstructions.
         max_side: a number of pixels; images with a longer side are shrunk to it.
@@ -54,7 +54,7 @@ def reconstruct_files(
             raise InputError(f"two files would be written to {target}; need different names; reconstruct them apart")
         if target.exists() and path.exists() and target.samefile(path):
             raise InputError(f"{path} would be overwritten; choose another folder with --output")
-    model = load_vae(vae, subfolder=subfolder, dtype=torch.float32)
+    model = load_autoencoder(vae, subfolder=subfolder, dtype=torch.float32)
     check_image_channels(model, vae)
     reading = ReadOptions(channels=model.config.in_channels, min_side=SMALLEST_SIDE, color=color)
     images = [read_file(path, reading, max_side) for path in paths]

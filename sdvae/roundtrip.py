@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdvae.errors import InputError
-from sdvae.model import Autoencoder, DiagonalGaussian
+from sdvae.model import AnyAutoencoder, DiagonalGaussian
 from sdvae.model.convolutional import check_floating
-from sdvae.model.kinds import has_posterior
+from sdvae.model.kinds import class_name, has_posterior
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class RoundTrip:
 
 @torch.no_grad()
 def round_trip(
-    vae: Autoencoder,
+    vae: AnyAutoencoder,
     images: Tensor,
     *,
     latents: Literal["mode", "sample"] = "mode",
@@ -87,7 +87,7 @@ def round_trip(
     return RoundTrip(posterior, z, reconstruction, middle - start, end - middle)
 
 
-def compute_device(vae: Autoencoder) -> torch.device:
+def compute_device(vae: AnyAutoencoder) -> torch.device:
     """The device that the VAE computes on, which takes its inputs.
 
     accelerate's offloading keeps the weights elsewhere, so that the VAE's own `device` is «meta» or the host.
@@ -98,7 +98,7 @@ def compute_device(vae: Autoencoder) -> torch.device:
     return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
 
 
-def encode_images(vae: Autoencoder, images: Tensor, labels: Tensor | None = None) -> DiagonalGaussian:
+def encode_images(vae: AnyAutoencoder, images: Tensor, labels: Tensor | None = None) -> DiagonalGaussian:
     """The posterior over the latents of images of any size, which are padded for the encoder.
 
     Args:
@@ -114,7 +114,7 @@ def encode_images(vae: Autoencoder, images: Tensor, labels: Tensor | None = None
 
 
 def decode_images(
-    vae: Autoencoder, z: Tensor, size: tuple[int, int] | torch.Size, labels: Tensor | None = None
+    vae: AnyAutoencoder, z: Tensor, size: tuple[int, int] | torch.Size, labels: Tensor | None = None
 ) -> Tensor:
     """The images that latents decode to.
 
@@ -131,7 +131,7 @@ def decode_images(
 
 
 def decode_output(
-    vae: Autoencoder, z: Tensor, size: tuple[int, int] | torch.Size, labels: Tensor | None = None
+    vae: AnyAutoencoder, z: Tensor, size: tuple[int, int] | torch.Size, labels: Tensor | None = None
 ) -> Tensor:
     """The decoder's output, cropped. `link` maps it to images, and a likelihood is computed from it.
 
@@ -141,7 +141,7 @@ def decode_output(
     return crop_to(vae.decode(z, **_given(labels)).sample, height, width)
 
 
-def link(vae: Autoencoder, output: Tensor) -> Tensor:
+def link(vae: AnyAutoencoder, output: Tensor) -> Tensor:
     """Map the decoder's output to images in [-1, 1], according to the VAE's likelihood."""
     return bernoulli_mean(output) if vae.likelihood == "bernoulli" else output
 
@@ -173,7 +173,7 @@ def crop_to(images: Tensor, height: int, width: int) -> Tensor:
     return images if images.shape[-2:] == (height, width) else images[..., :height, :width]
 
 
-def check_image_channels(vae: Autoencoder, source: str | None) -> None:
+def check_image_channels(vae: AnyAutoencoder, source: str | None) -> None:
     """Refuse a VAE whose images cannot be read from files or drawn.
 
     Args:
@@ -188,7 +188,7 @@ def check_image_channels(vae: Autoencoder, source: str | None) -> None:
         raise InputError(f"got {source} with {channels} image channels; need 1 (grey) or 3 (RGB) in and out")
 
 
-def say_if_no_posterior(vae: Autoencoder, name: object, consequence: str) -> None:
+def say_if_no_posterior(vae: AnyAutoencoder, name: object, consequence: str) -> None:
     """Log that a VAE's encoder predicts no variance, and what follows from that.
 
     Args:
@@ -197,7 +197,7 @@ def say_if_no_posterior(vae: Autoencoder, name: object, consequence: str) -> Non
         consequence: the rest of the sentence.
     """
     if not has_posterior(vae):
-        logger.warning("%s is an %s, whose encoder predicts no variance: %s", name, type(vae).__name__, consequence)
+        logger.warning("%s is an %s, whose encoder predicts no variance: %s", name, class_name(vae), consequence)
 
 
 def _given(labels: Tensor | None) -> dict[str, Tensor]:

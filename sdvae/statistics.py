@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,30 @@ class LatentMoments:
                 f"the latents' std is {self.std}, so they have no scaling factor; need images that can be read"
             )
         return 1.0 / self.std, self.mean if with_shift else None
+
+    def config_keys(self, *, by_channel: bool = False, with_shift: bool = False) -> dict[str, Any]:
+        """The scaling of these latents, under all its keys in a VAE's config. Those that it does not use are None.
+
+        Args:
+            by_channel: scale each channel to mean 0 and standard deviation 1, by latents_mean and latents_std. SDXL's
+                pipelines give (z - latents_mean) · scaling_factor / latents_std to the diffusion model, so
+                scaling_factor is 1; they do not use a shift_factor.
+            with_shift: also give the mean of all latents as shift_factor; not together with `by_channel`.
+
+        Raises:
+            InputError: when no image was counted, or the latents, or with `by_channel` a channel, do not vary.
+        """
+        scale, shift = self.factors(with_shift)
+        if not by_channel:
+            return {"scaling_factor": scale, "shift_factor": shift, "latents_mean": None, "latents_std": None}
+        assert not with_shift
+        mean, std = self.channel_mean.tolist(), self.channel_std.tolist()
+        still = [channel for channel, value in enumerate(std) if value == 0]
+        if still:
+            raise InputError(
+                f"the latents do not vary in channels {still}, which have no scale; scale all channels alike"
+            )
+        return {"scaling_factor": 1.0, "shift_factor": None, "latents_mean": mean, "latents_std": std}
 
     @property
     def active_channels(self) -> int:
@@ -446,7 +470,7 @@ class LatentMaps:
 
 @dataclass(frozen=True)
 class RGBFactors:
-    """An affine map from scaled latents to an image of their size, and how well it fits.
+    """An affine map from latents to an image of their size, and how well it fits.
 
     Attributes:
         factors: (C, 3) float64: the rows of UIs' «latent RGB factors».
@@ -461,7 +485,7 @@ class RGBFactors:
     psnr: float
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, C, h, w), scaled -> (B, 3, h, w), nominally in [-1, 1] and not clamped."""
+        """Latents (B, C, h, w) -> (B, 3, h, w), nominally in [-1, 1] and not clamped."""
         return torch.einsum("bchw,ck->bkhw", z, self.factors.to(z)) + self.bias.to(z)[:, None, None]
 
 
@@ -484,7 +508,7 @@ class LatentRGB:
         """Add a batch.
 
         Args:
-            z: (B, C, h, w), scaled as a diffusion model gets them.
+            z: (B, C, h, w), the latents that the map shall take.
             images: (B, 3, f·h, f·w) in [-1, 1].
         """
         small = F.adaptive_avg_pool2d(

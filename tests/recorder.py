@@ -23,9 +23,9 @@ def record(argv: list[str]) -> None:
     steps: list[dict] = []
     make_batches, clip = loop.training_batches, Player.clip
 
-    def recording_batches(source, config, accelerator, **where):
+    def recording_batches(images, config, accelerator, **where):
         assert accelerator.num_processes == world_size
-        for batch in make_batches(source, config, accelerator, **where):
+        for batch in make_batches(images, config, accelerator, **where):
             samples.extend(zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True))
             yield batch
 

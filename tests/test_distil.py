@@ -362,6 +362,7 @@ def test_only_the_student_is_saved_and_every_class_loads_it(whole, photographs):
     card = (whole / "model" / "README.md").read_text()
     assert "AutoencoderTiny.from_pretrained" in card
     assert "| teacher_psnr |" in card
+    assert "## Previews" in card
     assert not any("kl" in name for line in kept["metrics"] for name in line)
 
 

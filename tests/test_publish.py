@@ -69,7 +69,7 @@ def test_a_run_arrives_in_one_commit_and_loads_with_diffusers(hub, trained, tmp_
     assert hub.commits == [("me/vae", "main", "the run")]
     assert hub.created == [("me/vae", True)]
     folder = hub.download("me/vae", tmp_path / "clone")
-    assert {path.name for path in folder.iterdir()} == FILES | {"reconstructions.png"}
+    assert {path.name for path in folder.iterdir()} == FILES | {"reconstructions.png", "latent_rgb_factors.json"}
 
     stock = StockAutoencoderKL.from_pretrained(folder)
     ours = load_vae(trained / "model")

@@ -25,12 +25,12 @@ from sdvae.data import center_crop, open_source, split_off, to_tensor
 from sdvae.errors import InputError
 from sdvae.metrics.image import image_metrics
 from sdvae.metrics.perceptual import load_perceptual, perceptual_if_any
+from sdvae.metrics.spectrum import radial_power
 from sdvae.model import AutoencoderKL, DiagonalGaussian
 from sdvae.pictures import AMPLIFICATION, CAPTION_HEIGHT, GAP, reconstruction_grid
 from sdvae.statistics import HISTOGRAM_BINS, HISTOGRAM_RANGE, LatentHealth, LatentMaps
 from sdvae.studio.report.gallery import Gallery, webp
 from sdvae.studio.report.robustness import HALVES, Rounded, deltas, drift
-from sdvae.studio.report.spectra import radial_power
 from sdvae.training.run_folder import to_yaml
 from tests.conftest import draw_photographs, tiny_arguments
 
@@ -338,6 +338,10 @@ def test_the_spectrum_of_white_noise_is_its_variance_and_a_wave_is_found_in_its_
     assert radial_power(noise).mean(0)[4:].numpy() == pytest.approx(0.09, rel=0.1)
     wave = torch.cos(2 * math.pi * 9 * torch.arange(64) / 64).expand(1, 1, 64, 64)
     assert int(radial_power(wave)[0].argmax()) + 1 == 9
+
+
+def scaling(number: float) -> torch.Tensor:
+    return torch.full((1, 1, 1), number)
 
 
 def test_maps_covariance_and_histogram_are_those_of_all_elements_at_once():

@@ -98,6 +98,7 @@ def test_a_run_leaves_its_recipe_log_pictures_and_model(finished):
         "README.md",
         "config.json",
         "diffusion_pytorch_model.safetensors",
+        "latent_rgb_factors.json",
         "reconstructions.png",
     ]
 
@@ -185,6 +186,23 @@ def test_the_saved_model_is_the_stock_class_with_its_measured_factor(finished):
     assert stock.config.sample_size == 512
     psnr = -10 * torch.log10(((reconstruction - x) / 2).square().mean((1, 2, 3))).mean()
     assert held_out["validation/psnr"] == pytest.approx(float(psnr), abs=1e-2)
+
+    # and the latent RGB factors, by least squares over the validation images; four positions in each of the images
+    with torch.no_grad():
+        z = stock.encode(x).latent_dist.mean * stock.config.scaling_factor
+    small = torch.nn.functional.avg_pool2d(x, 8).movedim(1, -1).reshape(-1, 3).double()
+    a = z.movedim(1, -1).reshape(-1, 4).double()
+    a = torch.cat([a, torch.ones_like(a[:, :1])], 1)
+    wanted = torch.linalg.lstsq(a, small).solution
+    written = json.loads((output / "model" / "latent_rgb_factors.json").read_text())
+    found = torch.tensor([*written["latent_rgb_factors"], written["latent_rgb_factors_bias"]], dtype=torch.float64)
+    torch.testing.assert_close(a @ found, a @ wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=1e-2)
+    assert (written["images"], written["scaling_factor"]) == (len(x), stock.config.scaling_factor)
+    card = (output / "model" / "README.md").read_text()
+    bias = " | ".join(f"{value:.4f}" for value in written["latent_rgb_factors_bias"])
+    assert "## Previews\n\nThe linear map from latents to RGB that comes nearest to images shrunk by 8" in card
+    assert f"| bias | {bias} |" in card
 
 
 def test_the_card_names_data_recipe_and_a_random_trunk(finished):

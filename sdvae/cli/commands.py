@@ -18,6 +18,8 @@ from sdvae.latents.config import EncodeConfig
 from sdvae.studio.settings import ColorOption, DemoOptions, ReportOptions, Settings
 from sdvae.training.config import TrainConfig
 
+SDXL_CHANNELS = 4  # of latents whose latents_mean and latents_std diffusers' SDXL pipelines can read
+
 
 def train(options: TrainConfig) -> None:
     """Train a VAE from a recipe: --config FILE [--dotted.key=value …]"""
@@ -79,6 +81,10 @@ class ExportOptions(ColorOption):
     latents: str | None = None
     """A folder that `sdvae encode` wrote. The scaling_factor measured there is written with the VAE, and the
     shift_factor as well if the VAE has one; or the statistics of its batch norm, for a VAE of FLUX.2's kind."""
+    by_channel: bool = False
+    """With `latents`: write latents_mean and latents_std, the mean and standard deviation of each channel measured
+    there, and 1 as scaling_factor. SDXL's pipelines and `LatentDataset` then scale each channel to mean 0 and standard
+    deviation 1. Other pipelines do not read these keys; SDXL's take 4 latent channels."""
     data: str | None = None
     """Images, whatever `data.source` takes in training: fit «latent RGB factors» to them, the linear map that previews
     latents without a decoder, and write latent_rgb_factors.json into the folder or beside the file."""
@@ -88,6 +94,8 @@ class ExportOptions(ColorOption):
     """With `data`: side in pixels of the square that is cropped from the centre of each image."""
 
     def __post_init__(self) -> None:
+        if self.by_channel and self.latents is None:
+            raise InputError("got by_channel without latents; need the folder they were measured on; add --latents")
         if self.data is None and (self.count, self.resolution) != (64, 256):
             raise InputError("got count or resolution without data; they are for fitting RGB factors; add --data")
         name = self.target.lower()
@@ -108,7 +116,13 @@ def export(options: ExportOptions) -> None:
         from sdvae.latents.encoder import encoder_sha256
         from sdvae.latents.folder import LatentFolder
 
-        print(LatentFolder(options.latents).write_scaling(vae, encoder_sha256(source(dtype="file"))))
+        sha256 = encoder_sha256(source(dtype="file"))
+        print(LatentFolder(options.latents).write_scaling(vae, sha256, by_channel=options.by_channel))
+        if options.by_channel and vae.config.latent_channels != SDXL_CHANNELS:
+            print(
+                f"SDXL's pipelines, which read latents_mean and latents_std, take {SDXL_CHANNELS} latent channels; "
+                f"this VAE has {vae.config.latent_channels}, and LatentDataset scales by them"
+            )
     preview = None
     if options.data is not None:
         from sdvae.previews import fit_preview
@@ -120,6 +134,46 @@ def export(options: ExportOptions) -> None:
         print(f"wrote {preview.write_beside(written[-1])}: {preview}")
     for program, reason in export_targets(vae).items():
         print(f"  {program:10} {'loads it' if reason is None else 'cannot use it as it is: ' + reason}")
+
+
+@dataclass(frozen=True)
+class WidenOptions:
+    """Options of `sdvae widen`."""
+
+    source: str
+    """The VAE to read: whatever `sdvae export` takes as its source."""
+    target: Path
+    """The diffusers folder to write, for `fine_tune.source` of a recipe."""
+    subfolder: str | None = None
+    """Folder inside the source that holds the VAE."""
+    config: str | None = None
+    """A JSON file with keys of config.json that a single file does not tell."""
+    latent_channels: int | None = None
+    """Channels of the latents; by default as many as the VAE has."""
+    image_channels: int | None = None
+    """4 adds alpha to a VAE of RGB images; by default as many as the VAE has."""
+    block_out_channels: tuple[int, ...] | None = None
+    """Width of each level, all of them larger by the same factor; by default those of the VAE."""
+    seed: int = 0
+    """Seed of the new weights."""
+
+
+def widen(options: WidenOptions) -> None:
+    """Add channels to a VAE, which starts as it was: SOURCE TARGET [--latent_channels 16] [--image_channels 4] …"""
+    from sdvae.training.widen import widened
+    from sdvae.weights import load_kl, save_vae
+
+    vae = load_kl(options.source, subfolder=options.subfolder, config=options.config, dtype="fp32")
+    wide = widened(
+        vae,
+        latent_channels=options.latent_channels,
+        image_channels=options.image_channels,
+        block_out_channels=options.block_out_channels,
+        seed=options.seed,
+    )
+    save_vae(wide, options.target)
+    before, after = (sum(p.numel() for p in model.parameters()) / 1e6 for model in (vae, wide))
+    print(f"wrote {options.target}: {after:.2f} M parameters of {before:.2f} M; train it with fine_tune.source")
 
 
 @dataclass(frozen=True)
@@ -166,7 +220,8 @@ class ReconstructOptions(ColorOption):
     files: tuple[str, ...]
     """Image files."""
     vae: str | None = None
-    """The VAE: whatever `sdvae export` takes as its source. By default the one inside this package."""
+    """The VAE: whatever `sdvae export` takes as its source, or a folder or hub id of another autoencoder of diffusers,
+    such as AutoencoderDC or AutoencoderKLWan. By default the one inside this package."""
     subfolder: str | None = None
     """Folder inside `vae` that holds the VAE."""
     output: Path = Path("reconstructions")
@@ -273,11 +328,14 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command(train, urls=("data.source", "data.validation_source")),
-    "distil": Command(distil, urls=("data.source", "data.validation_source"), first="distil.teacher"),
+    "train": Command(train, urls=("data.source", "data.validation_source", "distil.latents_folder")),
+    "distil": Command(
+        distil, urls=("data.source", "data.validation_source", "distil.latents_folder"), first="distil.teacher"
+    ),
     "encode": Command(encode, urls=("source", "output", "ray_address")),
     "convert": Command(convert, positional=("folder", "target"), urls=("folder",)),
     "export": Command(export, positional=("source", "target"), urls=("latents", "data")),
+    "widen": Command(widen, positional=("source", "target")),
     "fp16": Command(fp16, positional=("action", "vae", "target"), urls=("images",)),
     "reconstruct": Command(reconstruct, positional=("files",)),
     "evaluate": Command(evaluate, positional=("vaes",), urls=("data",)),

@@ -42,17 +42,27 @@ class _LabelledBatch(TypedDict, total=False):
     label: Tensor  # (B,) int64, where the data set has labels: the class, or NO_LABEL
 
 
-class Sample(_LabelledSample):
-    """One image for training."""
+class Crop(TypedDict, total=False):
+    """What is cut out of one image."""
 
     image: Tensor  # (C, R, R) float32 in [-1, 1]
+    moments: Tensor  # (2·C_z, R/f, R/f) float32, where the image is encoded already: its posterior's parameters
+
+
+class Sample(Crop, _LabelledSample):
+    """One image for training."""
+
     index: int  # the key's, even if the image is a substitute
     epoch: int
     noise_seed: int  # of the posterior's noise, 63 bits
     bad: list[tuple[str, str]]  # (name, reason) of the bad images that were found on the way to this one
 
 
-class Batch(_LabelledBatch):
+class _EncodedBatch(TypedDict, total=False):
+    moments: Tensor  # (B, 2·C_z, R/f, R/f) float32, where the images are encoded already
+
+
+class Batch(_EncodedBatch, _LabelledBatch):
     """Samples of training, stacked."""
 
     image: Tensor  # (B, C, R, R) float32 in [-1, 1]
@@ -145,9 +155,8 @@ class TrainingImages(Dataset[Sample]):
         epoch, index = key
         image, found, bad = self._good_image(epoch, index)
         generator = np.random.default_rng(sample_seed(self.seed, epoch, index, "augment"))
-        pixels = to_tensor(random_crop(image, self.resolution, generator, self.crop_scale, self.flip))
         sample = Sample(
-            image=color_jitter(pixels, self.color_jitter, generator),
+            **self._crop(image, found, generator),
             index=index,
             epoch=epoch,
             noise_seed=sample_seed(self.seed, epoch, index, "posterior"),
@@ -157,6 +166,11 @@ class TrainingImages(Dataset[Sample]):
             drop = np.random.default_rng(sample_seed(self.seed, epoch, index, "label")).random() < self.label_dropout
             sample["label"] = NO_LABEL if drop else int(self.labels[found])  # the substitute's, if there is one
         return sample
+
+    def _crop(self, image: Image.Image, index: int, generator: np.random.Generator) -> Crop:
+        """A random crop of the image at an index."""
+        pixels = to_tensor(random_crop(image, self.resolution, generator, self.crop_scale, self.flip))
+        return Crop(image=color_jitter(pixels, self.color_jitter, generator))
 
     def _good_image(self, epoch: int, index: int) -> tuple[Image.Image, int, list[tuple[str, str]]]:
         """Find the image, or the first good one of its substitutes.
@@ -184,7 +198,7 @@ class TrainingImages(Dataset[Sample]):
         if index in self._cache:
             return self._cache[index]
         try:
-            image = read_image(self.source.read(index), self.reading)
+            image = self._read(index)
         except ImageError as error:
             self._bad[index] = str(error)
             raise
@@ -193,6 +207,14 @@ class TrainingImages(Dataset[Sample]):
             self._cache_bytes_left -= size
             self._cache[index] = image.copy()  # the original may still refer to the file's bytes
         return image
+
+    def _read(self, index: int) -> Image.Image:
+        """Read the image at an index, from which crops are cut.
+
+        Raises:
+            ImageError: when it is bad.
+        """
+        return read_image(self.source.read(index), self.reading)
 
 
 class EvaluationImages(Dataset[EvaluationSample]):
@@ -299,6 +321,8 @@ def collate_training(samples: Sequence[Sample]) -> Batch:
     )
     if "label" in samples[0]:
         batch["label"] = torch.tensor([sample["label"] for sample in samples])
+    if "moments" in samples[0]:
+        batch["moments"] = torch.stack([sample["moments"] for sample in samples])
     return batch
 
 

@@ -19,10 +19,12 @@ PRESETS: dict[str, tuple[int, Literal["resize", "adm"]]] = {
     "imagenet_val_50k_256": (50_000, "adm"),
 }
 
+PROBE_STEPS = 500
+
 RANGES: Ranges = (
     ("at least 1", lambda x: x >= 1, "count min_side max_pixels batch_size"),
     (f"at least {SMALLEST_SIDE} for SSIM", lambda x: x >= SMALLEST_SIDE, "resolution"),
-    ("0 or more", lambda x: x >= 0, "images num_workers seed"),
+    ("0 or more", lambda x: x >= 0, "images num_workers seed probe_steps"),
 )
 
 
@@ -31,8 +33,9 @@ class EvaluateConfig:
     """The options of `sdvae evaluate`: which VAEs are measured, on which images, and how."""
 
     vaes: tuple[str, ...] = ()
-    """The VAEs, each given as the source of `sdvae export`; by default the VAE in this package. They may also be given
-    without a name, before the first option."""
+    """The VAEs, each given as the source of `sdvae export`, or a folder or hub id of another autoencoder of diffusers,
+    such as AutoencoderDC or AutoencoderKLWan; by default the VAE in this package. They may also be given without a
+    name, before the first option."""
     data: str = "skimage"
     """The images; whatever data.source takes in training."""
     split: str = "train"
@@ -64,7 +67,8 @@ class EvaluateConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Data type of the VAE's weights and computation."""
     tiling: bool = False
-    """Encode and decode in strips (`enable_tiling`), which bounds the memory for large images."""
+    """Encode and decode in strips (`enable_tiling`), which bounds the memory for large images. There are none for other
+    autoencoders of diffusers."""
     batch_size: int = 8
     """Images in a batch, on each process."""
     num_workers: int = 2
@@ -82,6 +86,23 @@ class EvaluateConfig:
     inception: str | None = None
     """Local file of torch-fidelity's Inception weights (weights-inception-2015-12-05-6726825d.pth); null downloads
     it."""
+    fdd: bool = False
+    """Compute rFDD, the same distance between features of DINOv2. Needs torch-fidelity too."""
+    dinov2: str | None = None
+    """Local file of DINOv2's weights, such as dinov2_vitl14_pretrain.pth, that of published tables; null downloads
+    it."""
+    cmmd: bool = False
+    """Compute CMMD, the maximum mean discrepancy between CLIP's embeddings of originals and reconstructions, times
+    1000. Needs torch-fidelity too."""
+    clip: str | None = None
+    """Local file of CLIP, OpenAI's TorchScript archive (ViT-L-14-336px.pt); null downloads it."""
+    diffusability: bool = False
+    """Also measure how well a diffusion model can learn the latents (docs/diffusability.md): their spectrum,
+    equivariance, intrinsic dimension and entropy, a probe, and with `fid` iFID. Takes minutes on a CPU and holds the
+    latents of all images in memory."""
+    probe_steps: int = PROBE_STEPS
+    """With `diffusability`: training steps of the probe, a small diffusion model; 0 leaves it out. Figures compare only
+    at the same number of steps and images."""
     images: int = 4
     """Draw the first `images` originals beside all reconstructions; 0 draws nothing."""
     output: str = "evaluation"
@@ -95,10 +116,17 @@ class EvaluateConfig:
                 f"got resolution={self.resolution} with lpips={self.lpips}, whose trunk needs {SMALLEST_LPIPS_SIDE}; "
                 "use lpips=vgg or none"
             )
-        if self.inception is not None and not self.fid:
-            raise InputError(
-                f"got inception={self.inception} without fid; need fid=true to use it; set that, or leave it out"
-            )
+        for option, unset, switch in (
+            ("inception", None, "fid"),
+            ("dinov2", None, "fdd"),
+            ("clip", None, "cmmd"),
+            ("probe_steps", PROBE_STEPS, "diffusability"),
+        ):
+            value = getattr(self, option)
+            if value != unset and not getattr(self, switch):
+                raise InputError(
+                    f"got {option}={value} without {switch}; need {switch}=true to use it; set that, or leave it out"
+                )
         doubled = sorted({vae for vae in self.vaes if self.vaes.count(vae) > 1})
         if doubled:
             raise InputError(f"got {doubled[0]} more than once; need each VAE once")

@@ -11,7 +11,7 @@ import logging
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,24 +38,46 @@ from sdvae.data import (
 )
 from sdvae.errors import InputError
 from sdvae.evaluation.config import PRESETS, EvaluateConfig
+from sdvae.evaluation.diffusability import (
+    check_count,
+    check_size,
+    collect,
+    fault_of,
+    halfway,
+    measure,
+    warn_of_few,
+)
 from sdvae.io import make_folder, replacing, utf8, version
+from sdvae.latents.scaling import scaling_of
 from sdvae.metrics.image import image_figures
 from sdvae.metrics.memory import with_peak_memory
 from sdvae.metrics.perceptual import Perceptual, perceptual_if_any
-from sdvae.metrics.table import csv_text, differences, jsonable, markdown_table, means
-from sdvae.model import Autoencoder
+from sdvae.metrics.table import (
+    DIFFUSABILITY_COLUMNS,
+    columns_with_figures,
+    csv_text,
+    differences,
+    jsonable,
+    markdown_table,
+    means,
+)
+from sdvae.model import AnyAutoencoder, StockAutoencoder
+from sdvae.model.kinds import class_name
 from sdvae.noise import sample_seed
 from sdvae.pictures import tile_grid
-from sdvae.roundtrip import RoundTrip, check_image_channels, round_trip, say_if_no_posterior
+from sdvae.roundtrip import RoundTrip, check_image_channels, decode_images, round_trip, say_if_no_posterior
 from sdvae.runtime import DTYPES, accelerator_type
 from sdvae.statistics import LatentHealth, merged
-from sdvae.weights import load_vae
+from sdvae.weights import load_autoencoder
 
 if TYPE_CHECKING:
-    from sdvae.metrics.fid import ReconstructionFID
+    from sdvae.metrics.fid import FrechetDistance, ReconstructionMMD
+
+    Distance = FrechetDistance | ReconstructionMMD
 
 logger = logging.getLogger(__name__)
 
+DISTANCE_NAMES = {"rfid": "rFID", "rfdd": "rFDD", "cmmd": "CMMD"}
 PACKAGED = "packaged"  # name of the VAE that is evaluated when none is given
 
 
@@ -93,6 +115,7 @@ class Bench:
     """The images and metrics, which are the same for all VAEs. The VAEs are measured one after the other.
 
     Attributes:
+        distances: `rfid`, `rfdd` and `cmmd`, those that are wanted.
         reading: how image files are read.
         originals: (index, image (C, R, R)) of the images that are drawn; known after the first VAE.
         bad: images that could not be read.
@@ -102,12 +125,12 @@ class Bench:
     state: PartialState
     source: ImageSource
     perceptual: Perceptual | None
-    fid: ReconstructionFID | None
+    distances: dict[str, Distance]
     reading: ReadOptions
     originals: list[tuple[int, Tensor]] = field(default_factory=list)
     bad: BadImages = field(default_factory=BadImages)
 
-    def result(self, name: str, vae: Autoencoder, first: bool) -> dict[str, Any]:
+    def result(self, name: str, vae: AnyAutoencoder, first: bool) -> dict[str, Any]:
         """All results of one VAE, the same on every process.
 
         Args:
@@ -116,11 +139,10 @@ class Bench:
             first: whether it is the first VAE; the originals are then measured and kept too.
 
         Raises:
-            InputError: when no image can be read, or too few for rFID.
+            InputError: when no image can be read, or too few for a figure.
         """
         vae.to(self.state.device)
         measured = self._measure(name, vae, first).gathered()
-        vae.to("cpu")  # type: ignore[arg-type]
         if first:
             self.originals = _in_order(gather_object(self.originals))
         self.bad.add(gather_object(self.bad.items()))
@@ -133,17 +155,21 @@ class Bench:
                 "%s: %d of %d reconstructions are not finite in %s; see `sdvae fp16`",
                 *(name, not_finite, len(per_image), self.config.precision),
             )
-        rfid = self._rfid(len(per_image))
+        distances = self._distances(len(per_image))
+        diffusability = self._diffusability(name, vae, per_image) if self.config.diffusability else {}
+        vae.to("cpu")  # type: ignore[arg-type]
         encode_seconds, decode_seconds = zip(*measured.seconds, strict=True)
         return {
             "vae": name,
+            "class": class_name(vae),
             "parameters": sum(parameter.numel() for parameter in vae.parameters()),
             "latent_channels": vae.config.latent_channels,
             "compression_ratio": vae.spatial_compression_ratio,
             "images": len(per_image),
             "not_finite": not_finite,
             "means": means(per_image),
-            "rfid": None if not_finite else rfid,
+            **{key: None if not_finite else distances.get(key) for key in DISTANCE_NAMES},
+            **diffusability,
             "active_channels": measured.health.moments.active_channels,
             "health": measured.health.metrics(),
             "complaints": measured.health.complaints(),
@@ -159,7 +185,7 @@ class Bench:
         """Images to be measured, over all processes."""
         return len(self.source) if self.config.count is None else min(self.config.count, len(self.source))
 
-    def _measure(self, name: str, vae: Autoencoder, first: bool) -> Measurements:
+    def _measure(self, name: str, vae: AnyAutoencoder, first: bool) -> Measurements:
         """The measurements on this process's images. The arguments are those of `result`."""
         measured = Measurements(LatentHealth(vae.config.latent_channels))
         for batch in self._batches(name):
@@ -174,10 +200,10 @@ class Bench:
             measured.health.update(trip.posterior)
             for i, figures in enumerate(image_figures(x, y, trip.posterior, self.perceptual)):
                 measured.per_image.append({"index": batch["index"][i], "name": utf8(batch["name"][i]), **figures})
-            if self.fid is not None:
+            for distance in self.distances.values():
                 if first:
-                    self.fid.add(x, real=True)
-                self.fid.add(y, real=False)
+                    distance.add(x, real=True)
+                distance.add(y, real=False)
             for index, original, reconstruction in zip(batch["index"], x.cpu(), y.cpu(), strict=True):
                 if index < self.config.images:
                     measured.drawn.append((index, reconstruction.nan_to_num()))
@@ -200,7 +226,7 @@ class Bench:
                 yield batch
 
     @torch.inference_mode()
-    def _round_trip(self, vae: Autoencoder, x: Tensor, indices: Sequence[int]) -> RoundTrip:
+    def _round_trip(self, vae: AnyAutoencoder, x: Tensor, indices: Sequence[int]) -> RoundTrip:
         """Encode and decode. A sample's noise depends on the seed and the image's place in the data, not its batch."""
         seeds = [sample_seed(self.config.seed, 0, index, "evaluation") for index in indices]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -215,15 +241,47 @@ class Bench:
         y = reconstruction.clamp(-1, 1).where(finite, math.nan)
         return ((y + 1) * 127.5).round() / 127.5 - 1 if self.config.quantize else y
 
-    def _rfid(self, images: int) -> float | None:
-        """rFID of the reconstructions since the last call, or None if `fid` is not set."""
-        if self.fid is None:
+    def _diffusability(self, name: str, vae: AnyAutoencoder, per_image: list[dict[str, Any]]) -> dict[str, Any]:
+        """The figures of `sdvae.evaluation.diffusability`; those of single images are added to `per_image`.
+
+        Every process computes the figures of all images, since they depend on each other; iFID's images are divided.
+        """
+        batches = self._batches(f"{name}, diffusability")
+        images = sorted(gather_object(collect(vae, batches, self.config.seed)), key=lambda image: image.index)
+        check_count(len(images))
+        fault = fault_of(images)
+        if fault is not None:
+            logger.warning("%s has no diffusability: %s", name, fault)
+            return {}
+        ifid = self._ifid(vae, halfway(images))
+        measured = measure(
+            images, probe_steps=self.config.probe_steps, seed=self.config.seed, device=self.state.device, name=name
+        )
+        for figures in per_image:
+            figures |= measured.per_image[figures["index"]]
+        return {**measured.figures, "ifid": ifid, "diffusability": measured.details()}
+
+    @torch.inference_mode()
+    def _ifid(self, vae: AnyAutoencoder, latents: Tensor) -> float | None:
+        """The FID of decoded latents (scaled for a diffusion model) to the originals; None if `fid` is not set."""
+        fid = self.distances.get("rfid")
+        if fid is None:
             return None
-        if images < 2:
+        scaling, size = scaling_of(vae), (self.config.resolution,) * 2
+        mine = latents[self.state.process_index :: self.state.num_processes]
+        for z in mine.split(self.config.batch_size):
+            z = scaling.denormalize(z.to(self.state.device)).to(vae.dtype)
+            fid.add(self._as_measured(decode_images(vae, z, size).float()), real=False)
+        return fid.compute()
+
+    def _distances(self, images: int) -> dict[str, float]:
+        """The distances of the reconstructions since the last call to the originals."""
+        if self.distances and images < 2:
+            name = DISTANCE_NAMES[next(iter(self.distances))]
             raise InputError(
-                f"got {images} image that can be read; rFID needs at least two, and far more for a reliable value"
+                f"got {images} image that can be read; {name} needs at least two, and far more for a reliable value"
             )
-        return self.fid.compute()
+        return {key: distance.compute() for key, distance in self.distances.items()}
 
 
 def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
@@ -243,12 +301,19 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     with state.main_process_first():  # one process downloads; the others find the files in the cache
         source = open_source(config.data, split=config.split, image_column=config.image_column)
         dtype = DTYPES[config.precision]
-        vaes = {name or PACKAGED: load_vae(name, dtype=dtype) for name in config.vaes or (None,)}
+        vaes = {name or PACKAGED: load_autoencoder(name, dtype=dtype) for name in config.vaes or (None,)}
         perceptual = perceptual_if_any(config.lpips, config.lpips_weights, config.lpips_heads)
-        fid = _fid(config, state)
+        distances = _distances(config, state.device)
     for name, vae in vaes.items():
         check_image_channels(vae, name)
         say_if_no_posterior(vae, name, "it has no KL, and its latents are decoded as they are")
+        if config.tiling and isinstance(vae, StockAutoencoder):
+            raise InputError(
+                f"got tiling with {name}, of class {class_name(vae)}, for which there are no strips; need an "
+                "AutoencoderKL or a student; leave tiling out"
+            )
+        if config.diffusability:
+            check_size(vae, name, config.resolution)
     channels = {vae.config.in_channels for vae in vaes.values()}
     if len(channels) > 1:
         raise InputError(f"the VAEs take images of {sorted(channels)} channels; need one kind; evaluate them apart")
@@ -259,36 +324,50 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     reading = ReadOptions(
         channels=channels.pop(), min_side=config.min_side, max_pixels=config.max_pixels, color=config.color
     )
-    bench = Bench(config, state, source, perceptual, fid, reading)
+    bench = Bench(config, state, source, perceptual, distances, reading)
+    if config.diffusability:
+        check_count(bench.count)
     make_folder(Path(config.output))  # before the first image, so that a fault of the folder shows at once
     results: list[dict[str, Any]] = []
     for name, vae in vaes.items():
-        if config.tiling:
+        if config.tiling and not isinstance(vae, StockAutoencoder):
             vae.enable_tiling()
         results.append(bench.result(name, vae, first=not results))
-    _warn_of_few(results[0]["images"], config)
+    _warn_of_few(results[0]["images"], config, distances)
     if state.is_main_process:
         write(results, bench)
     return results
 
 
-def _fid(config: EvaluateConfig, state: PartialState) -> ReconstructionFID | None:
-    if not config.fid:
-        return None
-    from sdvae.metrics.fid import ReconstructionFID
+def _distances(config: EvaluateConfig, device: torch.device) -> dict[str, Distance]:
+    """The distances that are wanted, each with its network."""
+    if not (config.fid or config.fdd or config.cmmd):
+        return {}
+    from sdvae.metrics import fid
 
-    return ReconstructionFID(config.inception, state.device)
+    distances: dict[str, Distance] = {}
+    if config.fid:
+        distances["rfid"] = fid.ReconstructionFID(config.inception, device)
+    if config.fdd:
+        distances["rfdd"] = fid.ReconstructionFDD(config.dinov2, device)
+    if config.cmmd:
+        distances["cmmd"] = fid.ReconstructionMMD(config.clip, device)
+    return distances
 
 
-def _warn_of_few(images: int, config: EvaluateConfig) -> None:
-    """Warn if the number of images is not that of the preset's published tables, or too small for rFID."""
+def _warn_of_few(images: int, config: EvaluateConfig, distances: Mapping[str, Distance]) -> None:
+    """Warn if the number of images is not that of the preset's published tables, or too small for a figure."""
     if config.preset != "none" and images != (published := PRESETS[config.preset][0]):
         logger.warning("%s: published rows are of %d images, these are of %d", config.preset, published, images)
-    if config.fid:
-        from sdvae.metrics.fid import FEATURES
-
-        if images <= FEATURES:
-            logger.warning("rFID of %d images is biased upwards; need more than its %d features", images, FEATURES)
+    for key, distance in distances.items():
+        features = getattr(distance, "features", 0)  # CMMD has no covariance that needs as many images
+        if images <= features:
+            logger.warning(
+                "%s of %d images is biased upwards; need more than its %d features",
+                *(DISTANCE_NAMES[key], images, features),
+            )
+    if config.diffusability:
+        warn_of_few(images)
 
 
 def write(results: list[dict[str, Any]], bench: Bench) -> None:
@@ -301,6 +380,8 @@ def write(results: list[dict[str, Any]], bench: Bench) -> None:
     config = bench.config
     lpips_name = None if bench.perceptual is None else bench.perceptual.name
     table = markdown_table(results, lpips_name) + f"\n{_conditions(results[0], bench)}\n"
+    if config.diffusability:
+        table += f"\n{_diffusability_table(results)}"
     folder = Path(config.output)
     drawn = [result.pop("drawn") for result in results]
     about = {
@@ -333,6 +414,16 @@ def _conditions(result: dict[str, Any], bench: Bench) -> str:
     how = f"{config.resolution} x {config.resolution} pixels, crop «{config.crop}», the posterior's {config.latents}"
     rounded = ", rounded to 8 bits" if config.quantize else ""
     return f"Means over {images} ± 95 % confidence; {how}, {config.precision}{rounded}."
+
+
+def _diffusability_table(results: list[dict[str, Any]]) -> str:
+    """The second table, and a line about each of its columns."""
+    columns = columns_with_figures(results, None, DIFFUSABILITY_COLUMNS)
+    if not columns:
+        return ""
+    direction = {1: "higher is better", -1: "lower is better", 0: "neither high nor low is better"}
+    lines = [f"- {column.title}: {column.about}; {direction[column.better]}." for column in columns]
+    return markdown_table(results, None, columns) + "\n" + "\n".join(lines) + "\n"
 
 
 def _in_order(images: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:

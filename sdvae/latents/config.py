@@ -31,7 +31,8 @@ class EncodeConfig:
     output: str
     """Folder for the latents. If it holds unfinished ones, the same command continues them."""
     vae: str | None = None
-    """A folder, file or hub id, as `sdvae export` takes for SOURCE; by default the small VAE in this package."""
+    """A folder, file or hub id, as `sdvae export` takes for SOURCE, or a folder or hub id of another autoencoder of
+    diffusers, such as AutoencoderDC or AutoencoderKLWan; by default the small VAE in this package."""
     subfolder: str | None = None
     """Folder inside `vae` that holds the VAE."""
     vae_config: str | None = None

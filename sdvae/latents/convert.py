@@ -272,6 +272,8 @@ def _check_kohya(source: _Source) -> None:
             "got latents of a student, which are scaled already, and sd-scripts scales them; need latents of its "
             "teacher; encode with that VAE"
         )
+    if (class_name := source.vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise InputError(f"got latents of an {class_name}; sd-scripts needs SD's or SDXL's VAE; choose another format")
     channels, compression = source.vae["latent_channels"], 2 ** (len(source.vae["block_out_channels"]) - 1)
     if (channels, compression) != (4, 8):
         raise InputError(

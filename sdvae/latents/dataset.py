@@ -22,6 +22,7 @@ from sdvae.errors import InputError
 from sdvae.io import changed_fields
 from sdvae.latents.folder import LatentFolder
 from sdvae.latents.reader import WINDOW, Reader, RowGroup
+from sdvae.latents.rows import from_bytes
 from sdvae.latents.scaling import (
     LatentScaling,
     batch_norm_scaling,
@@ -29,6 +30,7 @@ from sdvae.latents.scaling import (
     config_scaling,
     identity_scaling,
 )
+from sdvae.model import DiagonalGaussian
 from sdvae.model.config import LOGVAR_RANGE
 from sdvae.model.patches import patched
 from sdvae.noise import sample_seeds
@@ -58,6 +60,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         seed: the seed for samples, mirror images and order.
 
     Attributes:
+        has_mirrors: whether the mirror image of each image was encoded too.
         scaling: the `LatentScaling` in use; its `denormalize` turns scaled latents into those that the VAE decodes.
 
     Raises:
@@ -78,10 +81,10 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self._folder.open(finished=True)
         manifest = self._folder.manifest
         stored = manifest["fingerprint"]["stored"]
-        has_mirrors = stored["mirror"]
-        self.mirror = (0.5 if has_mirrors else 0.0) if mirror is None else mirror
-        if not 0 <= self.mirror <= 1 or (self.mirror > 0 and not has_mirrors):
-            have = "has mirror images" if has_mirrors else "has no mirror images; encode with --mirror true"
+        self.has_mirrors: bool = stored["mirror"]
+        self.mirror = (0.5 if self.has_mirrors else 0.0) if mirror is None else mirror
+        if not 0 <= self.mirror <= 1 or (self.mirror > 0 and not self.has_mirrors):
+            have = "has mirror images" if self.has_mirrors else "has no mirror images; encode with --mirror true"
             raise InputError(f"got mirror={mirror}; need a probability, and {folder} {have}")
         self.scaling = _scaling(scaling, self._folder)
         self.sample = sample
@@ -226,6 +229,42 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def row_groups(self) -> list[tuple[int, int]]:
         """(first row, number of rows) of each group that is read at once, in the order of the rows."""
         return [(first, rows) for _, _, first, rows in self._groups]
+
+    @property
+    def where(self) -> str:
+        """The folder or URL."""
+        return str(self._folder.storage)
+
+    def skipped(self) -> dict[str, str]:
+        """The name of each image that has no row, as `sdvae.io.utf8` writes it, and the reason."""
+        lines = sum(self._folder.skipped_lines().values(), [])
+        return {line["name"]: line["reason"] for line in lines}
+
+    def names(self) -> Iterator[str]:
+        """The name of each row's image, as `sdvae.io.utf8` writes it, in the order of the rows."""
+        return self._reader.names(sorted({group[0] for group in self._groups}))
+
+    def origin(self, place: int) -> tuple[str, tuple[int, int]]:
+        """The SHA-256 of the file of a row's image, and height and width of the crop that was encoded, in pixels."""
+        ((group, offset),) = self._find(np.array([place]))
+        height, width = group.pairs["target_size"][offset].tolist()
+        return group.items[offset]["sha256"], (height, width)
+
+    def posterior(self, place: int, *, mirrored: bool = False) -> DiagonalGaussian:
+        """The posterior in a row, over unscaled latents (1, C, h, w) in fp32; without variance if only means are kept.
+
+        Args:
+            place: the row's place in the data set.
+            mirrored: take that of the mirror image.
+        """
+        ((group, offset),) = self._find(np.array([place]))
+        mean, logvar = (
+            from_bytes(group.value(column + "_mirrored" * mirrored, offset), self._folder.dtype, group.shapes[offset])
+            for column in ("mean", "logvar" if self._has_variance else "mean")
+        )
+        if not self._has_variance:
+            return DiagonalGaussian.point(mean[None])
+        return DiagonalGaussian(torch.cat([mean, logvar])[None])
 
     def size_numbers(self) -> np.ndarray:
         """(N,) int: rows with the same number have images, and latents, of the same size."""

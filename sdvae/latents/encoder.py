@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.errors import InputError
-from sdvae.model import Autoencoder, DiagonalGaussian
-from sdvae.model.kinds import has_posterior
+from sdvae.model import AnyAutoencoder, DiagonalGaussian, StockAutoencoder
+from sdvae.model.kinds import class_name, has_posterior
 from sdvae.model.state import sha256_of_weights
 from sdvae.roundtrip import encode_images
 from sdvae.runtime import DTYPES, accelerator_type, resolve_precision
-from sdvae.weights import load_vae
+from sdvae.weights import load_autoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class MomentEncoder:
         mirror: also encode the left-right mirror image.
     """
 
-    def __init__(self, vae: Autoencoder, device: torch.device, precision: str, mirror: bool):
+    def __init__(self, vae: AnyAutoencoder, device: torch.device, precision: str, mirror: bool):
         encoder = _without_decoder(vae)
         self._vae = _copied(encoder, DTYPES[precision], device)
         self._device = device
@@ -98,7 +98,7 @@ class MomentEncoder:
                 self._in_fp32, self._original = _copied(self._original, torch.float32, self._device), None
             return self._encode(self._in_fp32, pixels).cpu()
 
-    def _encode(self, vae: Autoencoder, pixels: Tensor) -> Tensor:
+    def _encode(self, vae: AnyAutoencoder, pixels: Tensor) -> Tensor:
         # Copying uint8 takes a quarter of the bytes of fp32, so values are scaled on the device, as in `to_tensor`.
         x = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
         x = x.contiguous() if next(vae.encoder.parameters()).is_contiguous() else x
@@ -114,7 +114,7 @@ class LatentEncoder:
     The VAE is opened at the first call, and is left out when the object is pickled.
 
     Args:
-        vae: a folder, file or hub id, as `load_vae` takes; by default the small VAE in this package.
+        vae: a folder, file or hub id, as `load_autoencoder` takes; by default the small VAE in this package.
         subfolder: the folder inside `vae` that holds the VAE.
         vae_config: a config.json whose keys replace those of the VAE.
         dtype: «fp16» or «fp32», the dtype of the result.
@@ -139,7 +139,7 @@ class LatentEncoder:
             raise InputError(f"got precision={precision}; need one of auto, {', '.join(DTYPES)}")
         self._vae = {"source": vae, "subfolder": subfolder, "config": vae_config}
         self._dtype, self._precision, self._device = dtype, precision, device
-        self._opened: tuple[Autoencoder, MomentEncoder] | None = None
+        self._opened: tuple[AnyAutoencoder, MomentEncoder] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
@@ -160,7 +160,7 @@ class LatentEncoder:
             InputError: when the images have another dtype or shape.
         """
         if self._opened is None:
-            loaded = load_vae(**self._vae, dtype="file")
+            loaded = load_autoencoder(**self._vae, dtype="file")
             device = choose_device(self._device)
             self._opened = loaded, MomentEncoder(loaded, device, choose_precision(self._precision, device), False)
         vae, encoder = self._opened
@@ -198,17 +198,21 @@ def _in_dtype(moments: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([posterior.mean, posterior.logvar]).to(dtype)
 
 
-def _without_decoder(vae: Autoencoder) -> Autoencoder:
+def _without_decoder(vae: Any) -> Any:
     """A second model that shares the parameters of `vae` and has no decoder."""
+    if isinstance(vae, StockAutoencoder):
+        return StockAutoencoder(_without_decoder(vae.network))
     encoder = copy.copy(vae)
     encoder._modules = {**vae._modules, "decoder": nn.Identity()}
     return encoder
 
 
-def _copied(vae: Autoencoder, dtype: torch.dtype, device: torch.device) -> Autoencoder:
-    """A copy in evaluation mode, in the memory format and with the kernels that encode fastest."""
+def _copied(vae: AnyAutoencoder, dtype: torch.dtype, device: torch.device) -> AnyAutoencoder:
+    """A copy in evaluation mode; of this package's own classes with the layout and the kernels that encode fastest."""
     copied = copy.deepcopy(vae).eval()
     nn.Module.to(copied, device, dtype)  # diffusers' own `to` warns about half precision
+    if isinstance(copied, StockAutoencoder):
+        return copied
     if device.type == "cpu":
         from sdvae.kernels.speed import speed_up
 
@@ -218,10 +222,19 @@ def _copied(vae: Autoencoder, dtype: torch.dtype, device: torch.device) -> Autoe
     return copied
 
 
-def encoder_sha256(vae: Autoencoder) -> str:
+def encoder_sha256(vae: AnyAutoencoder) -> str:
     """A hash of name, dtype, shape and bytes of every weight that latents depend on, so not of the decoder's."""
-    weights = vae.state_dict().items()
+    weights = (vae.network if isinstance(vae, StockAutoencoder) else vae).state_dict().items()
     return sha256_of_weights({name: weight for name, weight in weights if name.startswith(("encoder.", "quant_conv."))})
+
+
+def encoder_identity(vae: AnyAutoencoder) -> dict[str, Any]:
+    """What determines the latents of an image, except for rounding: the weights, and what they do not determine."""
+    beside_weights = ("norm_num_groups", "act_fn", "padding_mode")
+    network = {key: vae.config[key] for key in beside_weights if key in vae.config}
+    if isinstance(vae, StockAutoencoder):  # this package's own classes can be told by their weights
+        network["class"] = class_name(vae)
+    return {"encoder_sha256": encoder_sha256(vae), **network}
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -27,7 +27,7 @@ import torch
 
 from sdvae.data import kinds_of
 from sdvae.errors import InputError, first_few, one_line
-from sdvae.latents.scaling import LatentScaling, config_scaling
+from sdvae.latents.scaling import LatentScaling, channel_scaling, config_scaling
 from sdvae.latents.summary import is_of_student
 from sdvae.model import Autoencoder, AutoencoderKLFlux2
 from sdvae.runtime import DTYPES
@@ -240,15 +240,17 @@ class LatentFolder:
         why = kinds_of(line["reason"] for lines in self.skipped_lines().values() for line in lines)
         return f"{rows} of {rows + skipped} images have a row, and {skipped} have none ({why}; see skipped.jsonl)"
 
-    def write_scaling(self, vae: Autoencoder, encoder_sha256: str) -> str:
+    def write_scaling(self, vae: Autoencoder, encoder_sha256: str, *, by_channel: bool = False) -> str:
         """Write the scaling that was measured on these latents into a VAE's config, or its batch norm.
 
-        These are scaling_factor, and shift_factor if the VAE has one. For a VAE with latents_mean and latents_std they
-        are those two, and a scaling_factor of 1; for one of FLUX.2's kind, the running statistics.
+        This is scaling_factor, and shift_factor if the VAE has one. By channel it is latents_mean and latents_std, a
+        scaling_factor of 1, and a shift_factor of None, as SDXL's pipelines read them. For a VAE of FLUX.2's kind it is
+        the running statistics.
 
         Args:
             vae: the VAE that is to decode them.
             encoder_sha256: the hash of its encoder.
+            by_channel: scale each channel by itself, as is done anyway if the VAE has latents_mean and latents_std.
 
         Returns:
             What was written, as text.
@@ -257,9 +259,11 @@ class LatentFolder:
             InputError: when another VAE made these latents, or they do not vary, or for a student.
         """
         if not isinstance(vae, AutoencoderKLFlux2):
-            factors = self._factors(vae.config, encoder_sha256)
+            factors = self._factors(vae.config, encoder_sha256, by_channel)
             vae.register_to_config(**factors)
-            return ", ".join(f"{key} {value}" for key, value in factors.items())
+            return ", ".join(f"{key} {value}" for key, value in factors.items() if value is not None)
+        if by_channel:
+            raise InputError("got by_channel for a VAE with a batch norm, which scales each channel; leave it out")
         self._check_encoder(encoder_sha256)
         statistics = self.manifest["statistics"]
         mean, variance = torch.tensor(statistics["patches_mean"]), torch.tensor(statistics["patches_var"])
@@ -271,13 +275,15 @@ class LatentFolder:
         if self.manifest["fingerprint"]["vae"]["encoder_sha256"] != encoder_sha256:
             raise InputError(f"the latents in {self.storage} were made by another encoder; need those of this VAE")
 
-    def _factors(self, vae_config: Mapping[str, Any], encoder_sha256: str) -> dict[str, Any]:
+    def _factors(self, vae_config: Mapping[str, Any], encoder_sha256: str, by_channel: bool) -> dict[str, Any]:
         if is_of_student(vae_config):
             raise InputError("got latents for a student, whose own latents are scaled already; leave the latents out")
         self._check_encoder(encoder_sha256)
         statistics = self.manifest["statistics"]
-        if vae_config["latents_mean"] is not None and vae_config["latents_std"] is not None:
-            return {"scaling_factor": 1.0, **{key: statistics[key] for key in ("latents_mean", "latents_std")}}
+        if by_channel or (vae_config["latents_mean"] is not None and vae_config["latents_std"] is not None):
+            _ = channel_scaling(statistics)  # which refuses a channel that does not vary
+            measured = {key: statistics[key] for key in ("latents_mean", "latents_std")}
+            return {"scaling_factor": 1.0, "shift_factor": None, **measured}
         names = ["scaling_factor"] + (["shift_factor"] if vae_config["shift_factor"] is not None else [])
         measured = {name: statistics[name] for name in names}
         if None in measured.values():

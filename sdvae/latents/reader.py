@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,11 @@ class Reader:
         """A column of pairs of whole numbers, of some shards one after the other: (N, 2) int32."""
         parts = [_numbers(self._file(shard).read([column]).column(column), 2) for shard in shards]
         return np.concatenate(parts).astype(np.int32)
+
+    def names(self, shards: Sequence[int]) -> Iterator[str]:
+        """The names of the images of some shards, as the column holds them."""
+        for shard in shards:
+            yield from self._file(shard).read(["name"]).column("name").to_pylist()
 
     def _file(self, shard: int) -> Any:
         if self._process != os.getpid():  # a forked worker opens files of its own

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdvae.errors import InputError
-from sdvae.model import Autoencoder, AutoencoderKLFlux2
+from sdvae.model import AnyAutoencoder, AutoencoderKLFlux2
 from sdvae.model.patches import PatchSize, patched, unpatched
 
 
@@ -84,7 +84,7 @@ def identity_scaling() -> LatentScaling:
     return LatentScaling(_column([0.0]), _column([1.0]))
 
 
-def scaling_of(vae: Autoencoder) -> LatentScaling:
+def scaling_of(vae: AnyAutoencoder) -> LatentScaling:
     """The scaling that diffusers' pipelines apply to the latents of a VAE: by its config, or its batch norm (FLUX.2).
 
     Raises:

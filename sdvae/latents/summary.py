@@ -82,8 +82,11 @@ def card(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], scali
         "sample": ('LatentDataset("this folder")', "the stored samples"),
         "mean": ('LatentDataset("this folder", sample=False)', "the stored means"),
     }[stored["what"]]
-    factor = manifest["vae_config"].get("scaling_factor")
-    factor_text = "" if factor is None else f", scaling_factor {factor}"
+    vae_config = manifest["vae_config"]
+    by_channel = " with latents_mean and latents_std" if vae_config.get("latents_std") is not None else ""
+    factor = vae_config.get("scaling_factor")
+    scaled_by = "" if factor is None else f", scaling_factor {factor}{by_channel}"
+    vae_class = vae_config.get("_class_name", "VAE")  # data sets of older versions do not name it
     # The cache of `datasets` tells two data sets apart only by this head and the folder's last name.
     content = hashlib.sha256("".join(entry["sha256"] for entry in shards).encode()).hexdigest()
     return f"""---
@@ -101,7 +104,7 @@ tags:
 project's README describes. {what}
 in {stored["dtype"]}{", also of the mirror images" if stored["mirror"] else ""}.
 
-- VAE: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}{factor_text}{convention}
+- {vae_class}: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}{scaled_by}{convention}
 - Images: {sizes} (height x width){measured}
 
 ```python

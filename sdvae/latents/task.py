@@ -17,19 +17,19 @@ from sdvae.errors import InputError
 from sdvae.io import is_inside, utf8
 from sdvae.latents.buckets import Placement, Size, bucket_sizes, place
 from sdvae.latents.config import EncodeConfig
-from sdvae.latents.encoder import MomentEncoder, PendingMoments, choose_device, choose_precision, encoder_sha256
+from sdvae.latents.encoder import MomentEncoder, PendingMoments, choose_device, choose_precision, encoder_identity
 from sdvae.latents.folder import MANIFEST
 from sdvae.latents.rows import posterior_values, row_bytes, to_bytes
 from sdvae.latents.scaling import scaling_of
 from sdvae.latents.shards import RangeShards, Shards, SourceImage, StreamShards, rows_per_shard
 from sdvae.latents.writer import LatentWriter
 from sdvae.model import DiagonalGaussian
-from sdvae.model.kinds import has_posterior
+from sdvae.model.kinds import class_name, has_posterior
 from sdvae.noise import sample_seed
 from sdvae.roundtrip import say_if_no_posterior
 from sdvae.runtime import DTYPES
 from sdvae.storage import open_storage
-from sdvae.weights import load_vae
+from sdvae.weights import load_autoencoder
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class EncodeTask:
 
     def __init__(self, config: EncodeConfig):
         # in the file's own dtype, since the fingerprint hashes the weights in that dtype
-        vae = load_vae(config.vae, subfolder=config.subfolder, config=config.vae_config, dtype="file")
+        vae = load_autoencoder(config.vae, subfolder=config.subfolder, config=config.vae_config, dtype="file")
         if not has_posterior(vae):
             if config.store == "sample":
                 raise InputError(f"got store=sample with {config.vae}, which predicts no variance; need store=mean")
@@ -180,10 +180,12 @@ class EncodeTask:
         if is_inside(config.output, config.source):
             raise InputError(f"got output {config.output} inside the source {config.source}; choose another folder")
         self.shards = self.reader.open_shards()
-        self.vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-        sha256, identity = encoder_sha256(vae), self.shards.identity()
+        keys = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+        self.vae_config = {"_class_name": class_name(vae), **keys}
+        made_by = {**encoder_identity(vae), "precision": self.precision}
+        identity = self.shards.identity()
         self.targets = [
-            Target(of_one, LatentWriter(output, config.part_numbers), self._fingerprint(sha256, identity, of_one))
+            Target(of_one, LatentWriter(output, config.part_numbers), self._fingerprint(made_by, identity, of_one))
             for of_one, output in zip(crops, config.outputs.values(), strict=True)
         ]
         self.encoder = MomentEncoder(vae, self.device, self.precision, config.mirror)
@@ -264,13 +266,11 @@ class EncodeTask:
             return None
         return {name: to_bytes(values) for name, values in columns.items()}
 
-    def _fingerprint(self, sha256: str, identity: dict[str, Any], crops: Crops) -> dict[str, Any]:
+    def _fingerprint(self, made_by: dict[str, Any], identity: dict[str, Any], crops: Crops) -> dict[str, Any]:
         # Batch size and number of threads only change rounding, so they are left out.
         config = self.config
-        beside_weights = ("norm_num_groups", "act_fn", "padding_mode")  # the weights determine the rest
-        network = {key: self.vae_config[key] for key in beside_weights if key in self.vae_config}
         return {
-            "vae": {"encoder_sha256": sha256, **network, "precision": self.precision},
+            "vae": made_by,
             "stored": {
                 "what": config.store,
                 "dtype": config.dtype,

@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from sdvae.model.blocks import Decoder, Encoder
     from sdvae.model.convolutional import AutoencoderForwardOutput, ConvolutionalVAE
     from sdvae.model.flux2 import AutoencoderKLFlux2
-    from sdvae.model.kinds import Autoencoder
+    from sdvae.model.kinds import AnyAutoencoder, Autoencoder
     from sdvae.model.posterior import DiagonalGaussian
+    from sdvae.model.stock import StockAutoencoder
     from sdvae.model.tiny import AutoencoderTiny
 
 __all__ = [
+    "AnyAutoencoder",
     "Autoencoder",
     "AutoencoderForwardOutput",
     "AutoencoderKL",
@@ -24,10 +26,12 @@ __all__ = [
     "Decoder",
     "DiagonalGaussian",
     "Encoder",
+    "StockAutoencoder",
 ]
 
 # Imported on first use: recipes read sdvae.model.config, which does not need torch.
 _HOMES = {
+    "AnyAutoencoder": "kinds",
     "Autoencoder": "kinds",
     "AutoencoderForwardOutput": "convolutional",
     "AutoencoderKL": "autoencoder",
@@ -37,6 +41,7 @@ _HOMES = {
     "Decoder": "blocks",
     "DiagonalGaussian": "posterior",
     "Encoder": "blocks",
+    "StockAutoencoder": "stock",
 }
 
 

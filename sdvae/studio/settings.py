@@ -67,8 +67,9 @@ class ReportOptions:
     """Options of `sdvae report`."""
 
     vae: str | None = None
-    """The VAE: whatever `sdvae export` takes as its source, or a run folder of `sdvae train`. By default the one inside
-    this package."""
+    """The VAE: whatever `sdvae export` takes as its source, a run folder of `sdvae train`, or a folder or hub id of
+    another autoencoder of diffusers, such as AutoencoderDC or AutoencoderKLWan. By default the one inside this
+    package."""
     subfolder: str | None = None
     """Folder inside `vae` that holds the VAE."""
     data: str | None = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +22,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from sdvae.errors import InputError
+from sdvae.metrics.features import Features, load_features
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, ConvolutionalVAE
 from sdvae.model.config import shape_of
@@ -27,6 +30,7 @@ from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
 from sdvae.training.checkpoint import check_fit
 from sdvae.training.config import DistilConfig, ModelConfig, TrainConfig
 from sdvae.training.distil import build_student
+from sdvae.training.encoded import check_latents
 from sdvae.training.initialise import initialise
 from sdvae.training.players import freeze_encoder
 from sdvae.training.processes import everywhere, from_main, on_main
@@ -36,6 +40,8 @@ from sdvae.weights import load_kl, load_vae
 from sdvae.weights.read import read_weights
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -117,17 +123,21 @@ def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, Convolutiona
     Both are in fp32 on the CPU.
 
     Raises:
-        InputError: when the teacher cannot be read, or the student's shape does not fit it.
+        InputError: when the teacher cannot be read, when the student's shape does not fit it, or when the latents in
+            distil.latents_folder cannot be used.
     """
     settings = config.distil
     assert settings.teacher is not None
-    teacher = load_kl(settings.teacher, subfolder=settings.subfolder, config=settings.config, dtype=torch.float32)
+    teacher = load_kl(settings.teacher, subfolder=settings.subfolder, config=settings.config, dtype="file")
     if isinstance(teacher, AutoencoderKLFlux2):
         logger.warning(
             "%s has a batch norm, which its pipelines read and a student has not: the student serves for previews "
             "(sdvae.Previews), and not as pipe.vae",
             settings.teacher,
         )
+    if settings.latents_folder is not None:
+        check_latents(config, teacher)  # before the conversion, since the latents name the weights in the file's dtype
+    nn.Module.to(teacher, torch.float32)  # diffusers' own is untyped
     student = build_student(settings, teacher) if settings.student is None else load_student(settings, teacher)
     return student.train(), teacher, describing(config, teacher)
 
@@ -159,7 +169,11 @@ def load_student(config: DistilConfig, teacher: ConvolutionalVAE) -> Autoencoder
 
 def describing(config: TrainConfig, vae: ConvolutionalVAE) -> TrainConfig:
     """The recipe with a model section that describes an existing VAE."""
-    model = ModelConfig(**shape_of(vae.config), measure_shift=vae.config.get("shift_factor") is not None)
+    shape = shape_of(vae.config)
+    is_scaled = vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
+    by_channel = (config.model.measure_channels or is_scaled) and not config.fine_tune.freeze_encoder
+    with_shift = vae.config.get("shift_factor") is not None and not by_channel
+    model = ModelConfig(**shape, measure_shift=with_shift, measure_channels=by_channel)
     return replace(config, model=model)
 
 
@@ -203,13 +217,9 @@ def build_perceptual(config: TrainConfig, accelerator: Accelerator) -> Perceptua
     if config.loss.lpips_weight == 0:
         return None
     settings = config.loss.perceptual
-
-    def load() -> Perceptual:
-        return load_perceptual(settings.net, settings.weights, settings.heads, settings.allow_random)
-
-    # one process of each machine comes first, and the others find its download in torch hub's cache
-    early = everywhere(accelerator, lambda: load() if accelerator.is_local_main_process else None)
-    perceptual = everywhere(accelerator, lambda: load() if early is None else early)
+    perceptual = _downloaded(
+        accelerator, lambda: load_perceptual(settings.net, settings.weights, settings.heads, settings.allow_random)
+    )
     names = set(gather_object([perceptual.name]))
     if len(names) > 1:  # some processes could download the trunk, and others could not
         raise InputError(
@@ -217,6 +227,34 @@ def build_perceptual(config: TrainConfig, accelerator: Accelerator) -> Perceptua
         )
     perceptual.load_state_dict(from_main(accelerator, perceptual.state_dict()))  # files may differ between machines
     return perceptual.to(accelerator.device)
+
+
+def build_features(config: TrainConfig, accelerator: Accelerator) -> Features | None:
+    """The frozen network of a discriminator that has one, on the CPU.
+
+    Raises:
+        InputError: when it cannot be loaded, or when the training images are too small for it.
+    """
+    settings = config.loss.discriminator
+    name, weights = settings.features, settings.features_weights
+    if settings.weight == 0 or name is None:
+        return None
+    features = _downloaded(accelerator, lambda: load_features(name, weights))
+    equivariance = config.loss.equivariance
+    seen = config.data.resolution * (equivariance.smallest_scale if equivariance.probability > 0 else 1)
+    if seen < features.smallest_side:
+        raise InputError(
+            f"got data.resolution={config.data.resolution} with loss.discriminator.features={name}, which then sees "
+            f"images of {seen:g} pixels; need {features.smallest_side} or more; take larger crops"
+        )
+    features.load_state_dict(from_main(accelerator, features.state_dict()))  # files may differ between machines
+    return features
+
+
+def _downloaded(accelerator: Accelerator, load: Callable[[], T]) -> T:
+    """What `load` returns, where one process of each machine comes first, and the others find what it downloaded."""
+    early = everywhere(accelerator, lambda: load() if accelerator.is_local_main_process else None)
+    return everywhere(accelerator, lambda: load() if early is None else early)
 
 
 def load_discriminator(network: nn.Module, source: str, accelerator: Accelerator) -> None:

@@ -61,6 +61,10 @@ class ModelConfig(ModelShape):
 
     measure_shift: bool = False
     """Write the mean of the latents as shift_factor, which SD3 and Flux pipelines need; if false, it is null."""
+    measure_channels: bool = False
+    """Write latents_mean and latents_std, the mean and standard deviation of each channel, and 1 as scaling_factor.
+    SDXL's pipelines and `LatentDataset` then scale each channel to mean 0 and standard deviation 1. Other pipelines do
+    not read these keys, so the VAE is for SDXL's alone; those take 4 latent channels."""
     initialisation: Literal["pass_through", "torch"] = "pass_through"
     """Initial weights: a coarse copy of the input (sdvae/training/initialise.py), or torch's defaults."""
 
@@ -70,6 +74,11 @@ class ModelConfig(ModelShape):
             raise InputError(
                 "got model.measure_shift=true with model.batch_norm=true, which has a running mean in the place of "
                 "shift_factor; need one of the two; leave measure_shift out"
+            )
+        if self.batch_norm and self.measure_channels:
+            raise InputError(
+                "got model.measure_channels=true with model.batch_norm=true, which scales each channel by itself; need "
+                "one of the two; leave measure_channels out"
             )
 
 
@@ -172,11 +181,17 @@ class DiscriminatorConfig:
     """Steps over which `weight` then grows linearly from 0."""
     loss: Literal["hinge", "vanilla"] = "hinge"
     """Hinge (Lim & Ye 2017) or binary cross-entropy (Goodfellow et al. 2014)."""
+    features: str | None = None
+    """Instead of the PatchGAN: light heads on the feature maps of a frozen network (Projected GAN, StyleGAN-T, RAE).
+    convnext_tiny, convnext_small or convnext_base; or a folder, or an id on the hub, of a vision transformer, such as
+    facebook/dino-vits8 or facebook/dinov2-small."""
+    features_weights: str | None = None
+    """Local file with the weights of a ConvNeXt in torchvision's names; null lets torchvision download them."""
     layers: int = 3
     """Number of strided layers of the PatchGAN (with 3, patches have 70x70 pixels), or of hidden layers of the MLP."""
     width: int = 64
-    """Channels of the PatchGAN's first layer, which are doubled in each layer up to eight times as many; or units of
-    each hidden layer of the MLP."""
+    """Channels of the PatchGAN's first layer, which are doubled in each layer up to eight times as many; of each head
+    on frozen features; or units of each hidden layer of the MLP."""
     norm: Literal["group", "none"] = "group"
     """Norm of the PatchGAN. Group norm uses each image separately, so gradients do not depend on how a batch is
     divided. With LDM's batch norm they would."""
@@ -332,6 +347,10 @@ class DistilConfig:
     student: str | None = None
     """A student to start from, whatever `load_vae` reads, such as a TAESD for a VAE that was fine-tuned since. It has
     its own widths and blocks, and those below are not used. Null: new weights."""
+    latents_folder: str | None = None
+    """The finished data set that `sdvae encode` made of data.source with this teacher, a folder or URL. Its latents
+    take the place of the teacher's encoder in training. Crops are cut out of the encoded images and their latents
+    alike: data.crop_scale is not used, and only a data set with mirror images has flips. Null: the encoder runs."""
     encoder_width: int = 64
     """Channels of all maps inside the encoder."""
     encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
@@ -434,6 +453,7 @@ class TrainConfig:
         if not self.loss.equivariance.scales:
             raise InputError("got loss.equivariance.scales=[]; need one factor or more")
         self._resolve_start_of_discriminator()
+        self._check_scaling()
         self._check_student()
         self._check_likelihood()
         self._check_labels()
@@ -462,6 +482,20 @@ class TrainConfig:
         loss = replace(self.loss, discriminator=replace(given, start_step=start))
         object.__setattr__(self, "loss", loss)
 
+    def _check_scaling(self) -> None:
+        if not self.model.measure_channels:
+            return
+        if self.model.measure_shift:
+            raise InputError(
+                "got model.measure_channels and model.measure_shift; need one of them: measure_channels for SDXL's "
+                "pipelines, measure_shift for those of SD3 and Flux"
+            )
+        if self.fine_tune.freeze_encoder:
+            raise InputError(
+                "got model.measure_channels with fine_tune.freeze_encoder, which keeps the scaling; leave it out, or "
+                "measure it afterwards: sdvae export --latents FOLDER --by_channel true"
+            )
+
     def _check_resolutions(self) -> None:
         # the compression ratio of a VAE or student that is trained further is known only when it has been loaded
         levels = len(self.model.block_out_channels if self.distil.teacher is None else self.distil.encoder_blocks)
@@ -482,13 +516,22 @@ class TrainConfig:
                 "got loss.discriminator.consistency_weight without augment; need something to be consistent under; set "
                 "loss.discriminator.augment, such as [color, translation, cutout]"
             )
-        if gan.sees == "latents" and (gan.augment or gan.downsampling != "stride"):
+        if gan.sees == "latents" and (gan.augment or gan.downsampling != "stride" or gan.features):
             raise InputError(
-                "got loss.discriminator.augment or downsampling with sees=latents; they are of images; leave them out"
+                "got loss.discriminator.augment, downsampling or features with sees=latents; they are of images; leave "
+                "them out"
             )
+        of_patches = asdict(replace(gan, norm="group", layers=3, downsampling="stride"))
+        if gan.features is not None and asdict(gan) != of_patches:
+            raise InputError(
+                "got loss.discriminator.features with layers, norm or downsampling, which are of the PatchGAN; leave "
+                "them out"
+            )
+        if gan.features is None and gan.features_weights is not None:
+            raise InputError("got loss.discriminator.features_weights without features; need the network's name")
         # the discriminator sees transformed images only where they take the place of the others
         seen = side * (equivariance.smallest_scale if equivariance.probability > 0 else 1)
-        if gan.weight > 0 and gan.sees == "images" and seen < gan.smallest_side:
+        if gan.weight > 0 and gan.sees == "images" and gan.features is None and seen < gan.smallest_side:
             raise InputError(
                 f"got {'' if seen == side else 'loss.equivariance.scales with '}data.resolution={side} and "
                 f"loss.discriminator.layers={gan.layers}, so that the discriminator sees images of {seen:g} pixels; "
@@ -507,6 +550,11 @@ class TrainConfig:
             raise InputError(
                 f"got distil.{changed[0].partition(':')[0]} without a teacher; need a VAE to learn from; give "
                 "distil.teacher, or use sdvae distil"
+            )
+        if settings.latents_folder is not None and self.data.color_jitter > 0:
+            raise InputError(
+                f"got data.color_jitter={self.data.color_jitter} with distil.latents_folder, whose latents are those "
+                "of unchanged images; need 0; leave one of the two out"
             )
         if len(settings.encoder_blocks) != len(settings.decoder_blocks) or not settings.encoder_blocks:
             raise InputError(

@@ -28,7 +28,9 @@ from sdvae.data import (
 from sdvae.data.dataset import Batch, collate_training, read_labels
 from sdvae.errors import InputError
 from sdvae.io import is_inside
+from sdvae.latents.dataset import LatentDataset
 from sdvae.training.config import DataConfig, TrainConfig
+from sdvae.training.encoded import EncodedImages
 
 
 def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
@@ -70,19 +72,19 @@ def check_output_outside(config: TrainConfig) -> None:
 
 
 def training_batches(
-    source: ImageSource, config: TrainConfig, accelerator: Accelerator, *, start: int = 0, steps: int | None = None
+    images: TrainingImages, config: TrainConfig, accelerator: Accelerator, *, start: int = 0, steps: int | None = None
 ) -> DataLoader:
     """This process's micro-batches, in order.
 
     Args:
-        source: training images.
+        images: the images of `training_images`.
         config: the recipe.
         accelerator: the run's Accelerator.
         start: position of the first sample, counted over all processes.
         steps: the number of optimizer steps; by default that of the whole run.
     """
     batches = ShardedBatches(
-        SampleOrder(len(source), config.seed),
+        SampleOrder(len(images), config.seed),
         config.batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -91,11 +93,26 @@ def training_batches(
     )
     workers = config.data.num_workers
     pin_memory = accelerator.device.type == "cuda"
-    return training_loader(training_images(source, config), batches, num_workers=workers, pin_memory=pin_memory)
+    return training_loader(images, batches, num_workers=workers, pin_memory=pin_memory)
 
 
 def training_images(source: ImageSource, config: TrainConfig) -> TrainingImages:
-    data = config.data
+    """The crops of the training images; with distil.latents_folder those that were encoded, with their posteriors.
+
+    Raises:
+        InputError: when they were not all encoded.
+    """
+    data, folder = config.data, config.distil.latents_folder
+    if folder is not None:
+        return EncodedImages(
+            source,
+            LatentDataset(folder, sample=False, mirror=0.0),
+            resolution=data.resolution,
+            seed=config.seed,
+            reading=reading_of(config),
+            flip=data.flip,
+            cache_mib=data.cache_mib,
+        )
     return TrainingImages(
         source,
         resolution=data.resolution,
@@ -122,10 +139,9 @@ def reading_of(config: TrainConfig) -> ReadOptions:
     )
 
 
-def first_batch(source: ImageSource, config: TrainConfig, count: int) -> Batch:
+def first_batch(images: TrainingImages, config: TrainConfig, count: int) -> Batch:
     """The first `count` training images of the run, the same on every process."""
-    images = training_images(source, config)
-    order = SampleOrder(len(source), config.seed)
+    order = SampleOrder(len(images), config.seed)
     return collate_training([images[order.at(i)] for i in range(count)])
 
 
@@ -147,11 +163,13 @@ def labels_of(source: ImageSource, config: TrainConfig) -> np.ndarray | None:
 
 
 def conditioning_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Inputs of encoder and decoder besides images and latents: `labels` (B,) int64 for a conditional VAE.
+    """Inputs of the forward pass besides images and noise, on the CPU.
 
-    They stay on the CPU, where the VAE can check them without waiting for the device.
+    `labels`, (B,) int64, for a conditional VAE, which can check them there without waiting for the device; `moments`,
+    the parameters of the teacher's posteriors, where a student's images are encoded already.
     """
-    return {"labels": batch["label"]} if "label" in batch else {}
+    names = {"label": "labels", "moments": "moments"}
+    return {name: batch[key] for key, name in names.items() if key in batch}
 
 
 def evaluation_batches(source: ImageSource, config: TrainConfig, accelerator: Accelerator) -> DataLoader:

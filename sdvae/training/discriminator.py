@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdvae.metrics.features import Features
 from sdvae.training.config import DiscriminatorConfig
 
 INIT_STD = 0.02  # DCGAN (Radford et al. 2016, section 3); pix2pix and LDM use it too
@@ -74,6 +75,46 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
+
+
+class FeatureDiscriminator(nn.Module):
+    """Light heads that score each position of the feature maps of a frozen network.
+
+    Sauer et al. 2021, «Projected GANs Converge Faster» (arXiv 2111.01007); with DINO's features Sauer et al. 2023,
+    «StyleGAN-T», and autoencoders since (RAE, SoftVQ). (B, C, H, W) in [-1, 1] -> (B, N) logits, those of all maps.
+
+    The frozen network is no submodule, so it is not in the optimizer and not in checkpoints.
+
+    Args:
+        features: the frozen network.
+        width: channels of each head.
+    """
+
+    def __init__(self, features: Features, width: int):
+        super().__init__()
+        self._features = (features,)
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, width, 1),
+                nn.GroupNorm(max(width // GROUP_WIDTH, 1), width),
+                nn.LeakyReLU(SLOPE),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.LeakyReLU(SLOPE),
+                nn.Conv2d(width, 1, 1),
+            )
+            for channels in features.widths
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+    def layers(self, images: Tensor) -> Tensor:
+        maps = self._features[0](images)
+        return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps, strict=True)], dim=1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FeatureDiscriminator:
+        self._features[0]._apply(fn)  # to the same device and memory format
+        return super()._apply(fn, recurse)
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sdvae.errors import InputError
 from sdvae.latents.scaling import scaling_of
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import AutoencoderTiny, ConvolutionalVAE
+from sdvae.model import AutoencoderTiny, ConvolutionalVAE, DiagonalGaussian
 from sdvae.model.state import sha256_of_weights
 from sdvae.noise import posterior_generators
 from sdvae.roundtrip import decode_images, encode_images
@@ -60,17 +60,27 @@ class Teacher:
 
     @torch.no_grad()
     def lesson(
-        self, images: Tensor, generators: list[torch.Generator] | None = None, *, with_picture: bool = True
+        self,
+        images: Tensor,
+        generators: list[torch.Generator] | None = None,
+        moments: Tensor | None = None,
+        *,
+        with_picture: bool = True,
     ) -> Lesson:
         """Encode and decode images, in the precision of the run.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
             generators: the generators of the posterior's noise, one for each image; None takes the posterior's mode.
+            moments: (B, 2·C_z, h, w), the parameters of the images' posteriors, if they are encoded already. Then the
+                encoder does not run.
             with_picture: whether to decode.
         """
         with self._autocast():
-            posterior = encode_images(self.vae, images)
+            if moments is None:
+                posterior = encode_images(self.vae, images)
+            else:
+                posterior = DiagonalGaussian(moments.to(images.device, non_blocking=True))
             z = posterior.mode() if generators is None else posterior.sample(generators)
             picture = decode_images(self.vae, z, images.shape[2:]).float() if with_picture else None
         scaled, mode = self.scaling.scaled(z.float()), self.scaling.scaled(posterior.mode().float())
@@ -103,17 +113,18 @@ class StudentObjective:
         self.teacher = teacher
         self.perceptual = perceptual
 
-    def __call__(self, step: int, images: Tensor, noise_seeds: Tensor) -> Outcome:
+    def __call__(self, step: int, images: Tensor, noise_seeds: Tensor, moments: Tensor | None = None) -> Outcome:
         """The forward passes of teacher and student.
 
         Args:
             step: not used, since no weight here depends on it.
             images: (B, C, H, W) in [-1, 1].
             noise_seeds: (B,) int64, the seeds of the posterior's noise.
+            moments: (B, 2·C_z, h, w), the parameters of the teacher's posteriors, if the images are encoded already.
         """
         settings, loss = self.config.distil, self.config.loss
         generators = posterior_generators(noise_seeds) if settings.latents == "sample" else None
-        lesson = self.teacher.lesson(images, generators, with_picture=settings.teacher_weight > 0)
+        lesson = self.teacher.lesson(images, generators, moments, with_picture=settings.teacher_weight > 0)
         output = self.wrapped(images, lesson.z)
         nll = images.new_zeros((), dtype=torch.float32)
         values: dict[str, Tensor] = {}

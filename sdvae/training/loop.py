@@ -23,6 +23,7 @@ from sdvae.errors import one_line
 from sdvae.model import Autoencoder, ConvolutionalVAE
 from sdvae.training.build import (
     build_accelerator,
+    build_features,
     build_perceptual,
     lay_out,
     load_discriminator,
@@ -39,8 +40,10 @@ from sdvae.training.data import (
     open_sources,
     stop_if_too_many_are_bad,
     training_batches,
+    training_images,
 )
 from sdvae.training.distil import Teacher
+from sdvae.training.encoded import EncodedImages, encoded_findings
 from sdvae.training.log import Meter, RunLog, progress_bar
 from sdvae.training.players import Players
 from sdvae.training.preflight import PROBED_IMAGES, check_main_is_newest, check_recipe, probe, probe_teacher
@@ -101,6 +104,8 @@ class Training:
             the teacher's, and the memory format.
         vae: the VAE or student that learns.
         teacher: the VAE that a student learns from; None when a VAE learns.
+        images: the crops that are trained on.
+        latents: digest of the data set of their latents; None without one.
     """
 
     def __init__(self, recipe: TrainConfig, accelerator: Accelerator):
@@ -122,6 +127,8 @@ class Training:
         else:
             self.vae, teacher, self.config = everywhere(accelerator, lambda: starting_student(recipe))
             self.teacher = everywhere(accelerator, lambda: Teacher(teacher, accelerator))
+        self.images = everywhere(accelerator, lambda: training_images(self.train_source, self.config))
+        self.latents = self.images.digest if isinstance(self.images, EncodedImages) else None
         self._check_same_input()
         # a VAE that is read may have other weights on another machine, and DDP does not reach their average
         self.vae.load_state_dict(from_main(accelerator, self.vae.state_dict()))
@@ -137,6 +144,8 @@ class Training:
             compression_ratio=self.vae.spatial_compression_ratio,
             perceptual=self.perceptual.name if self.perceptual is not None else None,
         )
+        if isinstance(self.images, EncodedImages):
+            self.findings += encoded_findings(self.config, self.images)
         self.bad_images = BadImages()
         self.meter = Meter(accelerator)
         self.progress = Progress()
@@ -151,7 +160,7 @@ class Training:
         self.config = config = lay_out(vae, self.config, accelerator)
         if found is None:
             self.findings += everywhere(accelerator, self._probe)
-        players = Players(vae, config, accelerator)
+        players = Players(vae, config, accelerator, build_features(config, accelerator))
         source = config.loss.discriminator.source
         if found is None and source is not None and players.discriminator is not None:
             load_discriminator(players.discriminator.network, source, accelerator)
@@ -162,6 +171,7 @@ class Training:
             train_names=digest_of_names(self.train_source),
             perceptual=self.perceptual.name if self.perceptual is not None else None,
             teacher=self.teacher.sha256() if self.teacher is not None else None,
+            latents=self.latents,
         )
         self.state = RunState(origin, players, self.progress, self.meter, self.bad_images, accelerator)
         if found is not None:
@@ -296,6 +306,7 @@ class Training:
             name: {"count": len(source), "digest of names": digest_of_names(source)} for name, source in sources.items()
         }
         facts = {**images, "model": plain(self.config)["model"], "precision": self.accelerator.mixed_precision}
+        facts["digest of latents"] = self.latents
         if self.teacher is not None:
             scaling = self.teacher.scaling
             facts["scaling of latents"] = [part.flatten().tolist() for part in (scaling.shift, scaling.scale)]
@@ -304,11 +315,11 @@ class Training:
 
     def _probe(self) -> list[str]:
         """Findings from the first images of the run, which are the same on every process."""
-        batch = first_batch(self.train_source, self.config, min(self.config.batch_size, PROBED_IMAGES))
+        batch = first_batch(self.images, self.config, min(self.config.batch_size, PROBED_IMAGES))
         self.bad_images.add(batch["bad"])
         images = batch["image"].to(self.accelerator.device)
         if self.teacher is not None:
-            return probe_teacher(self.teacher, images, self.config)
+            return probe_teacher(self.teacher, images, self.config, **conditioning_of(batch))
         assert isinstance(self.vae, ConvolutionalVAE)
         return probe(self.vae, images, batch["noise_seed"], self.config, self.perceptual, **conditioning_of(batch))
 
@@ -319,7 +330,7 @@ class Training:
         """
         steps = self.config.steps - self.progress.step
         start = self.progress.position
-        for batch in training_batches(self.train_source, self.config, self.accelerator, start=start, steps=steps):
+        for batch in training_batches(self.images, self.config, self.accelerator, start=start, steps=steps):
             self.bad_images.add(batch["bad"])
             yield batch
 

@@ -253,6 +253,11 @@ def scaling_text(vae: ConvolutionalVAE, *, is_kept: bool | None = None) -> str:
         )
     shift = vae.config.shift_factor
     factor = f"`scaling_factor` {vae.config.scaling_factor:.5f}"
+    if vae.config.latents_std is not None:
+        return (
+            f"{factor}: `latents_mean` and `latents_std` scale each channel to mean 0 and standard deviation 1, in "
+            "SDXL's pipelines; others do not read them"
+        )
     if is_kept is None:
         return factor
     origin = (

@@ -12,12 +12,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdvae.errors import require
+from sdvae.metrics.equivariance import Transformation
+from sdvae.metrics.features import Features
 from sdvae.model import Autoencoder, AutoencoderTiny, ConvolutionalVAE, DiagonalGaussian
 from sdvae.roundtrip import decode_output, encode_images
 from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
-from sdvae.training.discriminator import LeCam, PatchDiscriminator
+from sdvae.training.discriminator import FeatureDiscriminator, LeCam, PatchDiscriminator
 from sdvae.training.ema import WeightAverage, decay_of_half_life
-from sdvae.training.objective import Transformation, learning_rate_at
+from sdvae.training.objective import learning_rate_at
 from sdvae.tutorial.adversary import LatentDiscriminator
 
 FROZEN_PARTS = ("encoder.", "quant_conv.")  # the parts that latents depend on
@@ -55,12 +57,13 @@ class TrainingForward(nn.Module):
     """All computations of a step that have a gradient in the VAE, in one forward pass, which DDP and autocast wrap.
 
     Attributes:
+        alone: whether in a step with a transformation only the transformed latents are decoded.
         logvar: s, the log-variance of the likelihood; None unless it is learned.
     """
 
-    def __init__(self, vae: ConvolutionalVAE, learn_logvar: bool):
+    def __init__(self, vae: ConvolutionalVAE, learn_logvar: bool, alone: bool):
         super().__init__()
-        self.vae = vae
+        self.vae, self.alone = vae, alone
         self.logvar = nn.Parameter(torch.zeros(())) if learn_logvar else None
 
     def forward(
@@ -79,7 +82,7 @@ class TrainingForward(nn.Module):
             conditioning: other inputs of `encode` and `decode`, such as labels.
 
         Returns:
-            If the transformation comes `alone`, D(t(z)) is the reconstruction.
+            In a step with a transformation that comes `alone`, D(t(z)) is the reconstruction.
         """
         posterior = encode_images(self.vae, images, **conditioning)
         z = posterior.sample(generators)
@@ -87,7 +90,7 @@ class TrainingForward(nn.Module):
         if transformation is not None:
             small = transformation(z, transformation.latent_size(z))
             transformed = self.vae.decode(small, **conditioning).sample
-            if transformation.alone:
+            if self.alone:
                 return VAEOutput(transformed, posterior.parameters, None, self.logvar)
         reconstruction = decode_output(self.vae, z, images.shape[2:], **conditioning)
         return VAEOutput(reconstruction, posterior.parameters, transformed, self.logvar)
@@ -171,9 +174,12 @@ class Players:
             DDP expects a gradient from all others.
         config: the recipe.
         accelerator: wraps the networks.
+        features: the frozen network of a discriminator that has one.
     """
 
-    def __init__(self, vae: Autoencoder, config: TrainConfig, accelerator: Accelerator):
+    def __init__(
+        self, vae: Autoencoder, config: TrainConfig, accelerator: Accelerator, features: Features | None = None
+    ):
         self.vae = vae
         decay, half_life = config.optimizer.ema_decay, config.optimizer.ema_half_life
         if half_life is not None:
@@ -192,7 +198,7 @@ class Players:
         self.lecam = LeCam()
         settings = config.loss.discriminator
         if settings.weight > 0:
-            network = build_discriminator(vae, settings, config.data.resolution)
+            network = build_discriminator(vae, settings, config.data.resolution, features)
             network.to(accelerator.device)
             if config.channels_last:
                 network.to(memory_format=torch.channels_last)
@@ -222,19 +228,24 @@ class Players:
 def forward_of(vae: Autoencoder, config: TrainConfig) -> nn.Module:
     """The forward pass that a step of the VAE or student needs."""
     if isinstance(vae, ConvolutionalVAE):
-        return TrainingForward(vae, config.loss.learn_logvar)
+        return TrainingForward(vae, config.loss.learn_logvar, alone=config.loss.equivariance.probability > 0)
     assert isinstance(vae, AutoencoderTiny)
     return StudentForward(vae)
 
 
-def build_discriminator(vae: Autoencoder, settings: DiscriminatorConfig, resolution: int) -> nn.Module:
+def build_discriminator(
+    vae: Autoencoder, settings: DiscriminatorConfig, resolution: int, features: Features | None = None
+) -> nn.Module:
     """A discriminator for the images or the latents of a VAE.
 
     Args:
         vae: gives the number of channels.
         settings: the kind and the size of the discriminator.
         resolution: side in pixels of the training crops.
+        features: the frozen network, if it has one.
     """
+    if features is not None:
+        return FeatureDiscriminator(features, settings.width)
     if settings.sees == "images":
         shape = (settings.layers, settings.width, settings.norm, settings.downsampling)
         return PatchDiscriminator(vae.config.in_channels, *shape)

@@ -180,15 +180,16 @@ def probe(
     return findings
 
 
-def probe_teacher(teacher: Teacher, images: Tensor, config: TrainConfig) -> list[str]:
+def probe_teacher(teacher: Teacher, images: Tensor, config: TrainConfig, moments: Tensor | None = None) -> list[str]:
     """Findings from one forward pass of the VAE that a student learns from.
 
     Args:
         teacher: the teacher.
         images: (B, C, H, W) in [-1, 1], some training images; PROBED_IMAGES are enough.
         config: the recipe.
+        moments: the parameters of their posteriors, if they are encoded already.
     """
-    lesson = teacher.lesson(images)
+    lesson = teacher.lesson(images, moments=moments)
     assert lesson.picture is not None
     std, (low, high) = float(lesson.mode.std()), SCALED_LATENT_STD
     findings = unlike_images(images, lesson.picture, config.distil.teacher)

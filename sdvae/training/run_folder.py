@@ -40,8 +40,10 @@ FREE_ON_A_MACHINE = frozenset(
         "distil.teacher",
         "distil.config",
         "distil.student",
+        "distil.latents_folder",
         "loss.perceptual.weights",
         "loss.discriminator.source",
+        "loss.discriminator.features_weights",
     }
 )
 

@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdvae.data import BadImages, ImageSource
+from sdvae.errors import InputError
 from sdvae.io import replacing
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import Autoencoder, AutoencoderKLFlux2, AutoencoderTiny, ConvolutionalVAE
 from sdvae.pictures import latent_plot, reconstruction_grid, student_grid, training_curves
+from sdvae.previews import preview_of
 from sdvae.statistics import LatentMoments
-from sdvae.training.config import TrainConfig
+from sdvae.training.config import ModelConfig, TrainConfig
 from sdvae.training.data import evaluation_batches, first_images
 from sdvae.training.discriminator import discriminator_learns_at
 from sdvae.training.distil import Teacher
@@ -92,7 +94,7 @@ class Validator:
         if isinstance(average, ConvolutionalVAE) and not config.fine_tune.freeze_encoder:
             batches = evaluation_batches(self._measured, config, self.accelerator)
             moments = measure_latents(average, batches, self.accelerator, self.bad_images)
-            write_scaling(average, moments, config.model.measure_shift)
+            write_scaling(average, moments, config.model)
         name = config.checkpoint.best_metric
         improved = is_better(result.metrics, progress.best, name, self._measured_on)
         if improved:
@@ -123,22 +125,23 @@ class Validator:
         return validate_student(vae, self.teacher, *given)
 
 
-def write_scaling(vae: ConvolutionalVAE, patches: LatentMoments, with_shift: bool) -> None:
+def write_scaling(vae: ConvolutionalVAE, patches: LatentMoments, model: ModelConfig) -> None:
     """Write how diffusion models are to scale the latents: as factors into the config, or into the batch norm.
 
     Args:
         vae: the VAE.
         patches: the moments of the channels of patches of its latents.
-        with_shift: whether to write a shift_factor as well.
+        model: says which factors.
 
     Raises:
-        InputError: when the latents do not vary.
+        InputError: when the latents, or one of their channels if each is scaled by itself, do not vary.
     """
-    scaling_factor, shift_factor = patches.over_patches(math.prod(vae.patch_size)).factors(with_shift)
+    moments = patches.over_patches(math.prod(vae.patch_size))
+    keys = moments.config_keys(by_channel=model.measure_channels, with_shift=model.measure_shift)
     if isinstance(vae, AutoencoderKLFlux2):
         vae.set_statistics(patches.channel_mean, patches.channel_std.square())
     else:
-        vae.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
+        vae.register_to_config(**keys)
 
 
 def is_better(metrics: dict[str, float], best: dict[str, Any], name: str, measured_on: str) -> bool:
@@ -195,7 +198,9 @@ def save_model(
     step: int,
     images_seen: int,
 ) -> None:
-    """Write model/, completely or not at all: weights, config.json, model card and reconstruction grid.
+    """Write model/, completely or not at all: weights, config.json, model card, reconstruction grid, RGB factors.
+
+    There are no RGB factors if they cannot be fitted, since all validation images have one colour; that is said.
 
     Raises:
         InputError: when a weight is not finite.
@@ -210,6 +215,12 @@ def save_model(
         vae.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         grid_of(result).save(folder / GRID_NAME)
+        try:
+            preview = preview_of(vae, result.colours, len(result.per_image), config.data.evaluation_resolution)
+        except InputError as error:
+            logger.warning("no latent RGB factors: %s", error)
+        else:
+            preview.write_beside(folder)
 
 
 def save_discriminator(run: RunFolder, network: nn.Module) -> None:

@@ -75,6 +75,7 @@ class Origin:
         train_names: digest of the names of the training images.
         perceptual: LPIPS's name, which says its trunk; None without LPIPS.
         teacher: digest of the VAE that a student learns from; None when a VAE learns.
+        latents: digest of the data set of its latents that a student learns from; None without one.
     """
 
     config: dict[str, Any]
@@ -83,12 +84,13 @@ class Origin:
     train_names: str
     perceptual: str | None
     teacher: str | None = None
+    latents: str | None = None
 
     def check(self, state: dict[str, Any], accept_changed_config: bool) -> None:
         """Compare with the state.json of a checkpoint. The recipe is left out: `RunFolder.find` has compared it.
 
         Raises:
-            InputError: when images, trunk or teacher differ.
+            InputError: when images, trunk, teacher or its latents differ.
         """
         if state["train_images"] != self.train_images:
             raise InputError(
@@ -111,6 +113,11 @@ class Origin:
             raise InputError(
                 "distil.teacher has other weights or other factors of its latents than when the run began; restore it, "
                 "start anew with --overwrite=true, or continue with --checkpoint.accept_changed_config=true"
+            )
+        if state.get("latents") != self.latents:  # earlier versions had none
+            raise InputError(
+                "distil.latents_folder holds other latents than when the run began; restore them, start anew with "
+                "--overwrite=true, or continue with --checkpoint.accept_changed_config=true"
             )
 
 

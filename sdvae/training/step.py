@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdvae.data.dataset import Batch
 from sdvae.metrics.perceptual import Perceptual
@@ -24,6 +25,7 @@ from sdvae.training.augment import augmented
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import conditioning_of
 from sdvae.training.discriminator import (
+    FeatureDiscriminator,
     PatchDiscriminator,
     consistency_penalty,
     discriminator_learns_at,
@@ -188,7 +190,7 @@ class TrainStep:
             images, posterior_generators(noise_seeds), transformation, **conditioning
         )
         pair = None
-        if transformation is not None and transformation.alone:
+        if transformation is not None and config.equivariance.probability > 0:
             images = transformation(images, output.reconstruction.shape[2:])
         elif transformation is not None and output.transformed is not None:
             pair = (transformation(images, output.transformed.shape[2:]), output.transformed)
@@ -222,7 +224,7 @@ class TrainStep:
         """
         player, settings = self.players.discriminator, self.config.loss.discriminator
         assert player is not None
-        assert isinstance(player.network, PatchDiscriminator | LatentDiscriminator)
+        assert isinstance(player.network, PatchDiscriminator | FeatureDiscriminator | LatentDiscriminator)
         unchanged = [real_inputs, fake_inputs] if settings.consistency_weight > 0 else []
         real_inputs = augmented(real_inputs, settings.augment, noise_seeds, "real")
         fake_inputs = augmented(fake_inputs, settings.augment, noise_seeds, "fake")
@@ -237,8 +239,8 @@ class TrainStep:
             values["consistency"] = penalty
         if settings.r1_weight > 0:
             # In fp32, since a squared gradient exceeds the range of half precision. This calls `layers`, because
-            # accelerate has put autocast into `forward`.
-            with torch.autocast(real_inputs.device.type, enabled=False):
+            # accelerate has put autocast into `forward`. Only this kind of attention can be differentiated twice.
+            with torch.autocast(real_inputs.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
                 inputs = real_inputs.float().requires_grad_(True)
                 penalty = r1_penalty(player.network.layers(inputs), inputs)
             loss = loss + settings.r1_weight * penalty

@@ -19,8 +19,8 @@ from sdvae.metrics.image import image_metrics, psnr
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderTiny, ConvolutionalVAE, DiagonalGaussian
 from sdvae.noise import posterior_generators, sample_seed
-from sdvae.roundtrip import decode_images, encode_images
-from sdvae.statistics import LatentHealth, LatentMoments, merged
+from sdvae.roundtrip import decode_images, encode_images, pad_to_multiple
+from sdvae.statistics import LatentHealth, LatentMoments, LatentRGB, merged
 from sdvae.training.data import conditioning_of
 from sdvae.training.distil import Teacher
 from sdvae.tutorial.likelihood import elbo
@@ -36,12 +36,14 @@ class ValidationResult:
         per_image: the figures of each image, with its `index` and `name`.
         images: the first few images, (N, C, R, R) in [-1, 1], fp32 on the CPU.
         reconstructions: their reconstructions, the same shape.
+        colours: sums for latent RGB factors, of the unscaled latents and the images.
         pictures: the teacher's reconstructions, the same shape; None unless a student was validated.
     """
 
     metrics: dict[str, float]
     health: LatentHealth | None
     per_image: list[dict[str, Any]]
+    colours: LatentRGB
     images: Tensor
     reconstructions: Tensor
     pictures: Tensor | None = None
@@ -77,6 +79,7 @@ def validate(
         InputError: when no image can be read, or when a figure is not finite.
     """
     health = LatentHealth(vae.config.latent_channels)
+    colours = LatentRGB(vae.config.latent_channels, vae.config.in_channels)
     rows: list[dict[str, Any]] = []
     kept: list[tuple[int, list[Tensor]]] = []
     autocast = nullcontext if full_precision else accelerator.autocast
@@ -87,6 +90,7 @@ def validate(
             posterior = encode_images(vae, images, **conditioning)
             reconstruction = decode_images(vae, posterior.mode(), images.shape[2:], **conditioning)
         health.update(posterior)
+        colours.update(posterior.mean, pad_to_multiple(images, vae.spatial_compression_ratio))
         figures: list[dict[str, float]] = [{} for _ in images]
         if vae.likelihood == "bernoulli":
             seeds = [sample_seed(seed, 0, index, "validation") for index in batch["index"]]
@@ -102,8 +106,8 @@ def validate(
                 kept.append((batch["index"][i], [images[i].float().cpu(), reconstruction[i].float().cpu()]))
 
     rows, metrics, pictures = _of_all_processes(rows, kept, keep)
-    health = merged(gather_object([health]))
-    return ValidationResult({**metrics, **health.metrics()}, health, rows, *pictures)
+    health, colours = merged(gather_object([health])), merged(gather_object([colours]))
+    return ValidationResult({**metrics, **health.metrics()}, health, rows, colours, *pictures)
 
 
 @torch.no_grad()
@@ -128,12 +132,14 @@ def validate_student(
         - `psnr_round_trip`: what the student decodes from its own encoder's latents, compared with the images;
         - `latents`: the mean squared error of its encoder's latents, which are scaled.
     """
+    colours = LatentRGB(student.config.latent_channels, student.config.in_channels)
     rows: list[dict[str, Any]] = []
     kept: list[tuple[int, list[Tensor]]] = []
     for batch in readable(batches, bad_images):
         images = batch["image"].to(accelerator.device)
         lesson = teacher.lesson(images)
         assert lesson.picture is not None
+        colours.update(lesson.mode, pad_to_multiple(images, student.spatial_compression_ratio))
         with accelerator.autocast():
             posterior = encode_images(student, images)
             reconstruction = decode_images(student, lesson.z, images.shape[2:])
@@ -152,7 +158,7 @@ def validate_student(
                 tiles = [tensor[i].float().cpu() for tensor in (images, reconstruction, lesson.picture)]
                 kept.append((batch["index"][i], tiles))
     rows, metrics, pictures = _of_all_processes(rows, kept, keep)
-    return ValidationResult(metrics, None, rows, *pictures)
+    return ValidationResult(metrics, None, rows, merged(gather_object([colours])), *pictures)
 
 
 def _of_all_processes(

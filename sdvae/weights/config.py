@@ -16,21 +16,18 @@ from torch import Tensor
 
 from sdvae.errors import InputError
 from sdvae.io import read_json
-from sdvae.model import Autoencoder, AutoencoderKLFlux2, AutoencoderTiny
+from sdvae.model import ConvolutionalVAE
 from sdvae.model.config import CLASS_NAMES, LIKELIHOODS, PADDING_MODES, ModelShape, block_types
 from sdvae.model.kinds import KINDS
 from sdvae.model.patches import PatchSize
+from sdvae.model.stock import STOCK_KINDS
 from sdvae.weights.family import FLUX, SD, family_of
 from sdvae.weights.names import has_batch_norm
 
 log = logging.getLogger(__name__)
 
-# Keys of config.json that say nothing: AutoencoderTiny writes one by itself, from others; AutoencoderKLFlux2 once had
-# one that no pipeline reads.
-SILENT: dict[type[Autoencoder], tuple[str, ...]] = {
-    AutoencoderTiny: ("block_out_channels",),
-    AutoencoderKLFlux2: ("force_upcast",),
-}
+# Keys that some of diffusers' classes write into config.json by themselves, or have had, and that say nothing.
+DERIVED = ("block_out_channels", "force_upcast")
 
 # What the shapes of the weights do not tell. `save_ldm` writes these into the metadata of its file.
 UNSHAPED = (
@@ -43,33 +40,39 @@ FLUX2_SAMPLE_SIZE = 1024  # in diffusers' config.json of FLUX.2
 METADATA_KEY = "sdvae.config"
 
 
-def kind_of(config: Mapping[str, Any], origin: str) -> type[Autoencoder]:
+def kind_of(config: Mapping[str, Any], origin: str, kinds: Mapping[str, type[Any]] = KINDS) -> type[Any]:
     """The class that a config.json is for.
 
     Args:
         config: the content of the file.
         origin: the file's name, for messages.
+        kinds: the classes that may be loaded.
 
     Raises:
         InputError: when it is for another one.
     """
     class_name = config.get("_class_name", "AutoencoderKL")
-    if class_name not in KINDS:
+    if class_name not in kinds:
+        if class_name in STOCK_KINDS:
+            raise InputError(
+                f"{origin} is for {class_name}, which evaluate, report, reconstruct and encode take, and nothing else "
+                f"does; need an {' or '.join(KINDS)}"
+            )
         other = class_name in CLASS_NAMES
         hint = (
             f"load it with sdvae.tutorial.conditional.{class_name}.from_pretrained" if other else "give a VAE's folder"
         )
-        raise InputError(f"{origin} is for {class_name}; need an {' or '.join(KINDS)}; {hint}")
-    return KINDS[class_name]
+        raise InputError(f"{origin} is for {class_name}; need an {' or '.join(kinds)}; {hint}")
+    return kinds[class_name]
 
 
-def defaults_of(kind: type[Autoencoder]) -> dict[str, Any]:
+def defaults_of(kind: type[Any]) -> dict[str, Any]:
     """The keys that a class takes, each with its default, whose type says what kind of value the key takes."""
     parameters = inspect.signature(kind.__init__).parameters
     return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
 
 
-def checked_config(config: Mapping[str, Any], origin: str, kind: type[Autoencoder]) -> dict[str, Any]:
+def checked_config(config: Mapping[str, Any], origin: str, kind: type[Any]) -> dict[str, Any]:
     """The keys of a config.json that the class takes, with lists as tuples.
 
     Keys that begin with "_", except `_likelihood`, are notes and left out.
@@ -82,14 +85,15 @@ def checked_config(config: Mapping[str, Any], origin: str, kind: type[Autoencode
     Raises:
         InputError: for the config of another class, an unknown key, or a value of the wrong kind.
     """
-    if "_class_name" in config and kind_of(config, origin) is not kind:
+    if config.get("_class_name", kind.__name__) != kind.__name__:
         raise InputError(f"{origin} is for {config['_class_name']}, but the weights are of an {kind.__name__}")
     defaults = defaults_of(kind)
+    is_own = kind.__name__ in KINDS
     known: dict[str, Any] = {}
     for key, value in config.items():
-        if key in SILENT.get(kind, ()):
+        if key in DERIVED and key not in defaults:
             continue
-        if key in WORDS and kind is not AutoencoderTiny:
+        if key in WORDS and issubclass(kind, ConvolutionalVAE):
             if value not in WORDS[key]:
                 raise InputError(f"{origin} has {key} = {value!r}; need one of {', '.join(WORDS[key])}; correct it")
             known[key] = value
@@ -100,7 +104,12 @@ def checked_config(config: Mapping[str, Any], origin: str, kind: type[Autoencode
             close = difflib.get_close_matches(key, defaults, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "remove it if you know that it changes nothing"
             raise InputError(f"{origin} has the unknown key {key!r}; need keys of {kind.__name__}; {hint}")
+        if not is_own:  # the kinds of their values are diffusers' to know
+            known[key] = value
+            continue
         default = defaults[key]
+        if default is None and key == "decoder_block_out_channels" and value is not None:  # None: the encoder's widths
+            default = defaults["block_out_channels"]
         known[key] = tuple(value) if isinstance(default, tuple) and isinstance(value, list) else value
         if need := _fault(default, known[key]):
             raise InputError(f"{origin} has {key} = {value!r}; need {need}; correct it")
@@ -124,7 +133,7 @@ def _fault(default: Any, value: Any) -> str | None:
     return None
 
 
-def read_config(source: Mapping[str, Any] | str | Path | None, kind: type[Autoencoder]) -> dict[str, Any]:
+def read_config(source: Mapping[str, Any] | str | Path | None, kind: type[Any]) -> dict[str, Any]:
     """The checked keys of a config: a dict, the path of a config.json, or None for no keys.
 
     Args:
@@ -150,7 +159,7 @@ def metadata_of(config: Mapping[str, Any]) -> dict[str, str]:
     return {METADATA_KEY: json.dumps({key: config[key] for key in UNSHAPED if config.get(key) is not None})}
 
 
-def config_in(metadata: Mapping[str, str], origin: str, kind: type[Autoencoder]) -> dict[str, Any]:
+def config_in(metadata: Mapping[str, str], origin: str, kind: type[Any]) -> dict[str, Any]:
     """What `metadata_of` wrote: keys of a config, or none.
 
     Raises:

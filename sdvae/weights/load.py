@@ -1,7 +1,8 @@
-"""Loading a Stable Diffusion VAE, or a student of one, from any form in which they are published."""
+"""Loading a Stable Diffusion VAE, a student of one, or another autoencoder, from any form in which it is published."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from functools import reduce
@@ -11,12 +12,22 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdvae.errors import InputError, first_few, one_line
 from sdvae.io import HUB_ID, read_json
-from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, ConvolutionalVAE
+from sdvae.model import (
+    AnyAutoencoder,
+    Autoencoder,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderTiny,
+    ConvolutionalVAE,
+    StockAutoencoder,
+)
+from sdvae.model.kinds import KINDS
 from sdvae.model.state import COUNTER, is_network, unwrapped_name, widened
+from sdvae.model.stock import STOCK_KINDS
 from sdvae.runtime import DTYPES, dtype_named
 from sdvae.weights.config import checked_config, config_in, infer_config, kind_of, read_config
 from sdvae.weights.family import REFLECTING
@@ -83,6 +94,36 @@ def load_vae(
         InputError: when the source is missing, damaged, holds code, or its weights are not exactly those of its
             configuration, all of them floating and finite in `dtype`. Nothing is loaded in part.
     """
+    vae = _load(source, KINDS, subfolder, config, dtype, variant)
+    assert not isinstance(vae, StockAutoencoder)
+    return vae
+
+
+def load_autoencoder(
+    source: str | Path | None = None,
+    *,
+    subfolder: str | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
+    dtype: torch.dtype | str = "fp32",
+    variant: str | None = None,
+) -> AnyAutoencoder:
+    """`load_vae`, also for other classes of diffusers, for measuring, reconstructing and encoding.
+
+    Those classes are the keys of `sdvae.model.stock.USES`. They are read from folders and hub ids alone, and come in a
+    `StockAutoencoder`. The arguments and errors are those of `load_vae`.
+    """
+    return _load(source, {**KINDS, **STOCK_KINDS}, subfolder, config, dtype, variant)
+
+
+def _load(
+    source: str | Path | None,
+    kinds: Mapping[str, type[Any]],
+    subfolder: str | None,
+    config: Mapping[str, Any] | str | Path | None,
+    dtype: torch.dtype | str,
+    variant: str | None,
+) -> AnyAutoencoder:
+    """`load_vae`, for classes of `kinds`."""
     wanted = None if dtype == "file" else dtype_named(dtype) if isinstance(dtype, str) else dtype
     if dtype != "file" and wanted not in WEIGHT_DTYPES:
         raise InputError(f"got dtype={dtype!r}; need one of {', '.join(DTYPES)}, file, or their torch.dtype")
@@ -93,10 +134,14 @@ def load_vae(
         folder = _model_folder(path, subfolder)
         # read before the weights, so that the folder of another class is refused because of its class, not its keys
         content, where = read_json(folder / "config.json"), str(folder / "config.json")
-        kind = kind_of(content, where)
+        kind = kind_of(content, where, kinds)
         settings = {**checked_config(content, where, kind), **read_config(config, kind)}
-        weights = _read_folder(folder, variant)
         origin = str(folder)
+        weights = _read_folder(folder, variant)
+        if kind.__name__ not in KINDS:
+            return StockAutoencoder(_build_stock(kind, settings, modern_names(weights), origin, wanted)).eval()
+        extra = _extra(weights, origin)
+        weights = _standard_names({key: weight for key, weight in weights.items() if key not in extra}, origin)
     else:
         if subfolder is not None:
             raise InputError(f"got subfolder={subfolder!r} with the single file {path}; need a folder; leave it out")
@@ -159,20 +204,53 @@ def _build(
         vae = kind(**shape)
     if isinstance(vae, ConvolutionalVAE):
         vae.set_likelihood(settings.get("_likelihood", "gaussian"))
+    _give(vae, weights, origin, dtype)
+    return vae.eval()
+
+
+def _build_stock(
+    kind: type[nn.Module],
+    settings: Mapping[str, Any],
+    weights: dict[str, Tensor],
+    origin: str,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """An instance of diffusers' own class."""
+    parameters = inspect.signature(kind.__init__).parameters
+    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in ("self", *settings)]
+    if missing:
+        raise InputError(f"{origin} has a config.json without {', '.join(missing)}; get a whole copy")
+    try:
+        with torch.device("meta"):
+            network = kind(**settings)
+    except (TypeError, ValueError, KeyError, IndexError) as error:  # diffusers checks little of a config by itself
+        raise InputError(
+            f"diffusers cannot build an {kind.__name__} of {origin}'s config.json ({one_line(error)[:200]}); correct it"
+        ) from error
+    _give(network, weights, origin, dtype)
+    return network
+
+
+def _give(vae: nn.Module, weights: dict[str, Tensor], origin: str, dtype: torch.dtype | None) -> None:
+    """Give a model without data its weights, in `dtype` or the widest that they have.
+
+    Raises:
+        InputError: when they are not those of the model, or not finite.
+    """
     expected = vae.state_dict()
     if COUNTER in expected:  # some files lack it, and others have it in the dtype of the weights
         weights[COUNTER] = weights.get(COUNTER, torch.zeros(())).long()
     for key, weight in weights.items():
         weights[key] = _reshaped(widened(weight), expected.get(key))
-    _check_fit(expected, weights, origin)
+    check_fit(expected, weights, origin)
+    counters = {key: weights.pop(key) for key in expected if key.endswith(".num_batches_tracked")}  # of batch norms
     check_tensors(weights, origin)
-    widest = reduce(torch.promote_types, {weight.dtype for key, weight in weights.items() if key != COUNTER})
-    for key in weights.keys() - {COUNTER}:  # one at a time: each is freed before the next is converted
+    widest = reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
+    for key in weights:  # one at a time: each is freed before the next is converted
         weights[key] = weights[key].to(dtype or widest).contiguous()
     if dtype not in (None, widest):
         check_tensors(weights, f"{origin} as {dtype}")  # float16 ends at 65504
-    vae.load_state_dict(weights, assign=True)
-    return vae.eval()
+    vae.load_state_dict({**weights, **counters}, assign=True)
 
 
 def _reshaped(weight: Tensor, expected: Tensor | None) -> Tensor:
@@ -186,7 +264,17 @@ def _sides(weight: Tensor) -> list[int]:
     return [side for side in weight.shape if side != 1]
 
 
-def _check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> None:
+def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> None:
+    """Refuse weights whose names or shapes are not the expected ones.
+
+    Args:
+        expected: the state dict of the model, whose values do not count.
+        weights: name -> tensor.
+        origin: where the weights come from, for the message.
+
+    Raises:
+        InputError: with the names of the first few.
+    """
     missing = sorted(expected.keys() - weights.keys())
     unexpected = sorted(weights.keys() - expected.keys())
     wrong = [
@@ -268,7 +356,7 @@ def _model_folder(folder: Path, subfolder: str | None) -> Path:
 
 
 def _read_folder(folder: Path, variant: str | None) -> dict[str, Tensor]:
-    """All weights of a diffusers folder: safetensors if there are any, else .bin.
+    """All weights of a diffusers folder, under the names in its files: safetensors if there are any, else .bin.
 
     Without `variant`, the weights of one, such as diffusion_pytorch_model.fp16.safetensors, are read only if they are
     the only ones.
@@ -287,9 +375,7 @@ def _read_folder(folder: Path, variant: str | None) -> dict[str, Tensor]:
         if len(found) > 1:
             raise InputError(f"{folder} has several variants ({names}); need one; say which: variant=")
         if found:
-            weights = _read_shards(found[0]) if found[0].suffix == ".json" else read_weights(found[0], _unwrapped)
-            extra = _extra(weights, str(folder))
-            return _standard_names({key: weight for key, weight in weights.items() if key not in extra}, str(folder))
+            return _read_shards(found[0]) if found[0].suffix == ".json" else read_weights(found[0], _unwrapped)
     wanted = STEM if variant is None else f"{STEM}.{variant}"
     raise InputError(f"there are no weights in {folder}; need {wanted}.safetensors or {wanted}.bin; get a whole copy")
 

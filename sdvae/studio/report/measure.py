@@ -16,11 +16,11 @@ from sdvae.io import printable
 from sdvae.latents.scaling import scaling_of
 from sdvae.metrics.image import image_figures
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import Autoencoder
+from sdvae.metrics.spectrum import radial_power
+from sdvae.model import AnyAutoencoder
 from sdvae.roundtrip import compute_device, round_trip
 from sdvae.statistics import LatentHealth, LatentMaps
 from sdvae.studio.report.gallery import Gallery
-from sdvae.studio.report.spectra import radial_power
 
 BATCH_SIZE = 4  # images
 FIRST = 4  # images that are also shown with their latents, repeated round trips and half precision
@@ -63,7 +63,7 @@ class Measured:
 
 @torch.inference_mode()
 def measure(
-    vae: Autoencoder,
+    vae: AnyAutoencoder,
     batches: Iterable[dict[str, Any]],
     perceptual: Perceptual | None,
     bad_images: BadImages,

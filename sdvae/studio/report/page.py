@@ -18,14 +18,15 @@ from PIL import Image
 from sdvae.data import to_image
 from sdvae.io import version
 from sdvae.metrics.image import PEAK_PSNR
-from sdvae.model import Autoencoder
+from sdvae.model import AnyAutoencoder
+from sdvae.model.kinds import class_name
 from sdvae.pictures import AMPLIFICATION, draw_curve, draw_log_variances
 from sdvae.statistics import HISTOGRAM_RANGE
 from sdvae.studio.report import plots
 from sdvae.studio.report.gallery import webp
 from sdvae.studio.report.measure import Measured
 from sdvae.studio.report.plots import SMALL, WIDE, svg
-from sdvae.studio.report.robustness import SHOWN_TRIPS, Delta, Drift, computes_natively
+from sdvae.studio.report.robustness import SHOWN_TRIPS, STRIPS_NAME, Delta, Drift, computes_natively
 
 STRIPS = 2  # images whose round trips are shown
 FACTOR_TOLERANCE = 0.1  # if the scaling factor differs from 1/std by more than this share, the page says so
@@ -47,7 +48,7 @@ class Subject:
     """
 
     name: str
-    model: Autoencoder
+    model: AnyAutoencoder
     data: str
     resolution: int
     lpips_name: str | None
@@ -77,6 +78,7 @@ def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[
         **_latents(subject.model, measured),
         **_drift(measured, drift),
         deltas=deltas,
+        strips_are_measured=any(delta.name == STRIPS_NAME for delta in deltas),
         native=computes_natively(subject.model.device),
         peak_psnr=PEAK_PSNR,
         spectra=_spectra(subject, measured),
@@ -87,7 +89,7 @@ def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[
     )
 
 
-def _versions(model: Autoencoder) -> str:
+def _versions(model: AnyAutoencoder) -> str:
     device = model.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or device.type
     return (
@@ -100,15 +102,17 @@ def _head(subject: Subject, measured: Measured) -> dict[str, Any]:
     config, moments = subject.model.config, measured.health.moments
     channels = config.in_channels
     names = ("red", "green", "blue") if channels == 3 else ("grey",) * channels
-    measured_factor = 1 / moments.std if moments.std > 0 else None
+    by_channel = config.get("latents_mean") is not None and config.get("latents_std") is not None
     scaled_std = measured.maps.scaled_moments.std  # 1 if the VAE's scaling is right for these images
     return {
         "date": datetime.datetime.now().astimezone(),
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "latent_shape": tuple(measured.first_latents.shape[1:]),
         "bias": {name: measured.mean(f"bias_{channel}") for channel, name in enumerate(names)},
-        "measured_factor": measured_factor,
+        "class_name": class_name(subject.model),
+        "by_channel": by_channel,
         "scaled_std": scaled_std,
+        "measured_factor": 1 / moments.std if moments.std > 0 else None,
         "factor_is_off": not scaled_std > 0 or abs(1 / scaled_std - 1) > FACTOR_TOLERANCE,
     }
 
@@ -125,7 +129,7 @@ def _reconstructions(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _latents(model: Autoencoder, measured: Measured) -> dict[str, Any]:
+def _latents(model: AnyAutoencoder, measured: Measured) -> dict[str, Any]:
     health, maps = measured.health, measured.maps
     moments = health.moments
     elements = int(moments.sums[0, 0])

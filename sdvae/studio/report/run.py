@@ -15,7 +15,7 @@ from sdvae.errors import InputError
 from sdvae.io import make_folder, printable, replacing
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.perceptual import Perceptual, perceptual_if_any
-from sdvae.model import Autoencoder
+from sdvae.model import AnyAutoencoder
 from sdvae.pictures import read_curves
 from sdvae.roundtrip import check_image_channels
 from sdvae.runtime import accelerator_type
@@ -26,7 +26,7 @@ from sdvae.studio.settings import ReportOptions
 from sdvae.training.data import open_sources, reading_of
 from sdvae.training.recipe import read_recipe
 from sdvae.training.run_folder import RunFolder
-from sdvae.weights import load_vae
+from sdvae.weights import load_autoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def write_report(options: ReportOptions) -> Path:
     if run is not None and subfolder is not None:
         raise InputError(f"got subfolder={subfolder} with a run folder, whose model/ is used; leave subfolder out")
     curves = {} if run is None else read_curves(run.metrics)
-    model = load_vae(vae if run is None else run.model, subfolder=subfolder, dtype=torch.float32)
+    model = load_autoencoder(vae if run is None else run.model, subfolder=subfolder, dtype=torch.float32)
     check_image_channels(model, vae)
     images, data = _photographs(run, options, model.config.in_channels)
     perceptual = perceptual_if_any(options.lpips, options.lpips_weights, options.lpips_heads)
@@ -124,7 +124,7 @@ def _photographs(run: RunFolder | None, options: ReportOptions, channels: int) -
 
 
 def _measured(
-    model: Autoencoder, images: EvaluationImages, count: int, perceptual: Perceptual | None, bad_images: BadImages
+    model: AnyAutoencoder, images: EvaluationImages, count: int, perceptual: Perceptual | None, bad_images: BadImages
 ) -> Measured:
     """Move VAE and LPIPS to the accelerator, if there is one, and measure there."""
     device = torch.device(accelerator_type() or "cpu")

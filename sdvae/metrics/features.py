@@ -1,0 +1,147 @@
+"""Feature maps of a frozen network that was trained on other images: what a discriminator or a loss looks at.
+
+ConvNeXt (Liu et al. 2022, arXiv 2201.03545) is torchvision's. Any vision transformer of the transformers library will
+do too, such as DINO, DINOv2 and DINOv3: it is read from a folder, or from the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from sdvae.errors import InputError, one_line, require
+from sdvae.metrics.perceptual import download_timeout
+from sdvae.weights.read import read_weights
+
+models = torchvision.models
+CONVNEXTS: dict[str, tuple[Callable[..., nn.Module], Any]] = {
+    "convnext_tiny": (models.convnext_tiny, models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1),
+    "convnext_small": (models.convnext_small, models.ConvNeXt_Small_Weights.IMAGENET1K_V1),
+    "convnext_base": (models.convnext_base, models.ConvNeXt_Base_Weights.IMAGENET1K_V1),
+}
+STAGES = (1, 3, 5, 7)  # the places of ConvNeXt's four stages among its layers
+DEPTHS = (0.25, 0.5, 0.75, 1.0)  # of a transformer: after these parts of its blocks
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Features(nn.Module):
+    """Feature maps of images, from four depths of a frozen network. Build it with `load_features`.
+
+    The network stays in evaluation mode, and gets no gradients itself; they pass through it to the images.
+
+    Attributes:
+        name: the name of the network.
+        widths: channels of the four maps.
+        multiple: sides are resized to a multiple of it, the size of a transformer's patches; 1 for ConvNeXt.
+        smallest_side: the smallest side in pixels that gives a map of one position in each depth.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, name: str, widths: list[int], multiple: int = 1, smallest_side: int = 32):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.name, self.widths, self.multiple, self.smallest_side = name, widths, multiple, smallest_side
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> Features:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) or grey (B, 1, H, W) in [-1, 1] -> four maps (B, widths[i], h_i, w_i)."""
+        x = ((images + 1) / 2).expand(-1, 3, -1, -1)
+        x = (x - self.mean.to(x)) / self.std.to(x)
+        sides = [max(1, round(side / self.multiple)) * self.multiple for side in x.shape[2:]]
+        if tuple(sides) != tuple(x.shape[2:]):
+            x = F.interpolate(x, size=sides, mode="bilinear", antialias=True, align_corners=False)
+        return self._of_transformer(x) if self.multiple > 1 else self._of_convnext(x)
+
+    def _of_convnext(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for place, layer in enumerate(self.network.children()):
+            x = layer(x)
+            if place in STAGES:
+                maps.append(x)
+        return maps
+
+    def _of_transformer(self, x: Tensor) -> list[Tensor]:
+        height, width = (side // self.multiple for side in x.shape[2:])
+        states = self.network(x, output_hidden_states=True, **self._positions()).hidden_states[1:]
+        chosen = [states[math.ceil(depth * len(states)) - 1] for depth in DEPTHS]
+        # the tokens of the image are the last ones, after those of the class and of registers
+        return [tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width)) for tokens in chosen]
+
+    def _positions(self) -> dict[str, bool]:
+        """ViT, the class of DINO, resizes its position embedding only on request; the others always do."""
+        network: Any = self.network
+        return {"interpolate_pos_encoding": True} if network.config.model_type == "vit" else {}
+
+
+def load_features(net: str, weights: str | None = None) -> Features:
+    """A frozen network, on the CPU.
+
+    Args:
+        net: a key of CONVNEXTS; or a folder, or an id on the hub, of a vision transformer, such as
+            facebook/dinov2-small.
+        weights: for a ConvNeXt, a file in torchvision's names; None downloads it, or uses torch hub's cache.
+
+    Raises:
+        InputError: when the network is not known, or its weights cannot be loaded or do not fit.
+    """
+    return _convnext(net, weights) if net in CONVNEXTS else _transformer(net, weights)
+
+
+def _convnext(net: str, weights: str | None) -> Features:
+    build, published = CONVNEXTS[net]
+    network: Any = build().features
+    expected = network.state_dict()
+    if weights is not None:
+        found = read_weights(Path(weights), lambda keys: {key: key[9:] for key in keys if key.startswith("features.")})
+    else:
+        try:
+            with download_timeout():
+                whole = published.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise InputError(
+                f"no weights of {net}: the download failed ({one_line(error)}); give a local file with `weights`"
+            ) from error
+        found = {key[9:]: tensor for key, tensor in whole.items() if key.startswith("features.")}
+    wrong = sorted(expected.keys() ^ found.keys())
+    wrong += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
+    if wrong:
+        raise InputError(
+            f"{weights or 'the download'} is not {net}: {len(wrong)} weights are missing, unknown or of another shape, "
+            f"such as features.{wrong[0]}; need torchvision's names"
+        )
+    network.load_state_dict(found)
+    widths = [list(network.children())[place][-1].block[-2].out_features for place in STAGES]
+    return Features(network, net, widths)
+
+
+def _transformer(net: str, weights: str | None) -> Features:
+    if weights is not None:
+        raise InputError(f"got weights={weights} for {net}, which holds its own; need weights for a ConvNeXt alone")
+    require("transformers", f"the features of {net}", "quickstart")
+    from transformers import AutoModel
+
+    try:
+        network = AutoModel.from_pretrained(net)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"got {net} as a network for features ({one_line(error)[:200]}); need one of {', '.join(CONVNEXTS)}, or a "
+            "folder or hub id of a vision transformer"
+        ) from error
+    patch, width = (getattr(network.config, key, None) for key in ("patch_size", "hidden_size"))
+    if not isinstance(patch, int) or not isinstance(width, int):
+        raise InputError(f"got {net}, a {type(network).__name__}; need a vision transformer, such as DINOv2")
+    return Features(network, Path(net).name, [width] * len(DEPTHS), patch, patch)
