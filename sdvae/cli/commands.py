@@ -80,7 +80,7 @@ class ExportOptions(ColorOption):
     """Dtype of the written weights. `file` keeps that of the source."""
     latents: str | None = None
     """A folder that `sdvae encode` wrote. The scaling_factor measured there is written with the VAE, and the
-    shift_factor as well if the VAE has one."""
+    shift_factor as well if the VAE has one; or the statistics of its batch norm, for a VAE of FLUX.2's kind."""
     by_channel: bool = False
     """With `latents`: write latents_mean and latents_std, the mean and standard deviation of each channel measured
     there, and 1 as scaling_factor. SDXL's pipelines and `LatentDataset` then scale each channel to mean 0 and standard
@@ -128,10 +128,8 @@ def export(options: ExportOptions) -> None:
         from sdvae.latents.folder import LatentFolder
 
         sha256 = encoder_sha256(source(dtype="file"))
-        factors = LatentFolder(options.latents).factors(vae.config, sha256, by_channel=options.by_channel)
-        vae.register_to_config(**factors)
-        print(", ".join(f"{key} {value}" for key, value in factors.items() if value is not None))
-        if "latents_std" in factors and vae.config.latent_channels != SDXL_CHANNELS:
+        print(LatentFolder(options.latents).write_scaling(vae, sha256, by_channel=options.by_channel))
+        if options.by_channel and vae.config.latent_channels != SDXL_CHANNELS:
             print(
                 f"SDXL's pipelines, which read latents_mean and latents_std, take {SDXL_CHANNELS} latent channels; "
                 f"this VAE has {vae.config.latent_channels}, and LatentDataset scales by them"
