@@ -115,6 +115,7 @@ def desk(tmp_path_factory) -> Path:
         coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
         coarse.resize((160, 144), Image.Resampling.BICUBIC).save(images / f"{i:02}.png")
     shutil.copy(images / "00.png", desk / "photo.jpg")  # a file is named by its content
+    (desk / "reflect.json").write_text('{"padding_mode": "reflect"}')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(desk)
         encode = next(line for line in commands("docs/latents.md") if line.startswith("sdvae encode"))

@@ -57,7 +57,7 @@ def test_the_core_imports_what_an_installation_without_extras_brings_and_nothing
     core = [file for file in (ROOT / "sdvae").rglob("*.py") if "studio" not in file.parts]
     imported = imported_distributions(core)
     # imported by the one option that needs it, or where torch brought it
-    lazily = {"bitsandbytes", "onnxruntime", "ray", "triton"}
+    lazily = {"bitsandbytes", "onnxruntime", "ray", "torch-fidelity", "transformers", "triton"}
     assert imported.keys() - lazily == requirement_names(PROJECT["dependencies"]), imported
 
 
