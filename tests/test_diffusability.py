@@ -17,7 +17,7 @@ from torch import Tensor
 from sdvae import InputError, load_vae, save_vae
 from sdvae.cli import main
 from sdvae.evaluation.diffusability import SMALLEST_SET, LatentImage, check_size, collect, fault_of, halfway, measure
-from sdvae.latents.scaling import scaling_of
+from sdvae.latents.scaling import LatentScaling, scaling_of
 from sdvae.metrics import fid
 from sdvae.metrics.equivariance import SCALES, TURNS, Transformation, Transformed, encoder_errors, transform
 from sdvae.metrics.geometry import nearest_neighbours, negentropy, slerp, two_nn
@@ -234,6 +234,60 @@ def test_cmmd_is_the_mean_of_kernels_pair_by_pair(monkeypatch):
     assert wanted == pytest.approx(0, abs=1e-9), "of the originals themselves"
 
 
+def test_clip_comes_from_a_local_archive_and_other_files_are_refused(tmp_path, monkeypatch):
+    """A tiny CLIP in the form of OpenAI's files: a TorchScript archive of which the tensors count."""
+    from torch_fidelity.feature_extractor_clip import CLIPVisual
+
+    monkeypatch.setattr(
+        "torch_fidelity.feature_extractor_clip.load_state_dict_from_url", lambda *_, **__: pytest.fail("no download")
+    )
+    torch.manual_seed(0)
+
+    class Archive(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.visual = CLIPVisual(8, 28, 1, 64, 14).visual
+            self.text_projection = torch.nn.Parameter(torch.zeros(4, 8))  # tells the width of the embedding
+
+    archive = Archive()
+    torch.jit.script(Holder(archive.state_dict())).save(str(tmp_path / "clip.pt"))
+    measured = fid.ReconstructionMMD(str(tmp_path / "clip.pt"), CPU)
+    x = normal(4, 3, 28, 28).clamp(-1, 1)
+    measured.add(x, real=True)
+    pixels = ((x + 1) * 127.5).round()
+    mean, std = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    with torch.inference_mode():
+        wanted = F.normalize(archive.visual.eval()((pixels / 255 - mean) / std), dim=1)
+    torch.testing.assert_close(measured._real[0].float(), wanted, atol=5e-3, rtol=0)  # OpenAI's weights are in fp16
+    (tmp_path / "clip.pt").write_bytes(b"rubbish")
+    with pytest.raises(InputError, match="does not hold CLIP's weights"):
+        fid.ReconstructionMMD(str(tmp_path / "clip.pt"), CPU)
+
+
+class Holder(torch.nn.Module):
+    """Tensors under given names, some of them with dots."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        super().__init__()
+        for name, tensor in tensors.items():
+            *path, last = name.split(".")
+            place: torch.nn.Module = self
+            for part in path:
+                if not hasattr(place, part):
+                    place.add_module(part, Empty())
+                place = getattr(place, part)
+            place.register_buffer(last, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Empty(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 def test_dinov2_is_transformers_own_with_the_published_names(tmp_path):
     transformers = pytest.importorskip("transformers")
     from sdvae.metrics.dinov2 import DinoV2
@@ -324,9 +378,26 @@ def test_latents_are_those_a_diffusion_model_gets_and_samples_depend_on_image_an
     assert not torch.allclose(other[0].latents, alone[0].latents, atol=1e-3)
     with torch.no_grad():
         posterior = vae.encode(x[2:3]).latent_dist
-    unscaled = scaling_of(vae.config).denormalize(alone[0].latents)
+    unscaled = scaling_of(vae).denormalize(alone[0].latents)
     assert ((unscaled - posterior.mean) / posterior.std).abs().max() < 6
     assert unscaled.mean().item() == pytest.approx(posterior.mean.mean().item(), abs=0.5)
+
+
+def test_latents_in_patches_are_measured_as_such_and_decode_again(monkeypatch):
+    """As those of FLUX.2: 2 x 2 positions are one with four times the channels."""
+    scaling = LatentScaling(torch.zeros(1, 1, 1), torch.full((1, 1, 1), 0.5), (2, 2))
+    monkeypatch.setattr("sdvae.evaluation.diffusability.scaling_of", lambda _: scaling)
+    vae, x = tiny_vae(), photographs_like(SMALLEST_SET, 32)
+    check_size(vae, "a", 32)
+    with pytest.raises(InputError, match="latents are then 6 x 6"):
+        check_size(vae, "a", 24)
+    found = collect(vae, [{"image": x, "index": list(range(SMALLEST_SET))}], seed=0)
+    assert found[0].latents.shape == (8, 8, 8)
+    assert scaling.denormalize(halfway(found)).shape == (SMALLEST_SET, 2, 16, 16)
+    result = measure(found, probe_steps=1, seed=0, device=CPU, name="a")
+    assert len(result.entropy) == 8
+    assert result.probe is not None
+    assert math.isfinite(result.probe.ratio.mean().item())
 
 
 def test_a_factor_and_a_constant_on_the_latents_change_no_figure():

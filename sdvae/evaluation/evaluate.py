@@ -425,6 +425,9 @@ def _diffusability_table(results: list[dict[str, Any]]) -> str:
     if not columns:
         return ""
     lines = [f"- {column.title}: {column.about}; {direction(column)}." for column in columns]
+    measured = next(result for result in results if "image_slope" in result)
+    slope, share = measured["image_slope"], measured["image_high_share"]
+    lines.append(f"\nThe images have a slope of {slope:.2f} and {share:.3f} of their energy in the finest octave.")
     return markdown_table(results, None, columns) + "\n" + "\n".join(lines) + "\n"
 
 

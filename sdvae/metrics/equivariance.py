@@ -2,13 +2,11 @@
 
 For a transformation τ of images and latents, an encoder E and a decoder D:
 
-- the encoder's error is ||E(τx) - τE(x)||², in parts of the variance of E(τx) (Kouzelis et al. 2025, «EQ-VAE», arXiv
-  2502.09509);
-- the decoder's loss is how much farther D(τE(x)) is from τx than D(E(τx)) is, in dB of PSNR. «EQ-VAE» and «scale
-  equivariance» (Skorokhodov et al. 2025, arXiv 2502.14831) train the first to be near τx.
+- the encoder's error is ||E(τx) - τE(x)||², in parts of the variance of E(τx);
+- the decoder's loss is how much farther D(τE(x)) is from τx than D(E(τx)) is, in dB of PSNR.
 
-An autoencoder without regularisation follows none of them well. Both papers find that a fine-tuning that lowers these
-errors lets a diffusion model learn faster.
+Two fine-tunings train D(τE(x)) to be near τx, «EQ-VAE» (Kouzelis et al. 2025, arXiv 2502.09509) and «scale
+equivariance» (Skorokhodov et al. 2025, arXiv 2502.14831). Both papers find that a diffusion model then learns faster.
 """
 
 from __future__ import annotations

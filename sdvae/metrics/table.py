@@ -71,7 +71,13 @@ DIFFUSABILITY_COLUMNS = (
         0,
         "exponent of the power law nearest to the latents' spectrum: 0 for white noise, about -2 for photographs",
     ),
-    Column("high_share", "finest octave", ".3f", -1, "share of the latents' energy above half the highest frequency"),
+    Column(
+        "high_share",
+        "finest octave",
+        ".3f",
+        0,
+        "share of the latents' energy above half the highest frequency: 0.74 for white noise",
+    ),
     Column(
         "encoder_scale_error",
         "encoder, scale",

@@ -218,6 +218,8 @@ def _diffusability(found: Diffusability) -> dict[str, Any]:
     return {
         "rows": rows,
         "images": len(found.per_image),
+        "image_slope": found.figures["image_slope"],
+        "image_high_share": found.figures["image_high_share"],
         "held_out": 0 if probe is None else len(probe.held_out),
         "spectra": _plot(partial(plots.latent_spectra, latents=found.spectrum, images=found.image_spectrum)),
         "levels": None if probe is None else _plot(partial(plots.noise_levels, levels=probe.levels)),
