@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sdvae.alpha import as_seen, colours
 from sdvae.data import EvaluationImages, ReadOptions, evaluation_loader, open_source, to_image
 from sdvae.data.reading import Color
 from sdvae.errors import InputError
@@ -246,11 +247,11 @@ def fit_preview(vae: Autoencoder, data: str, count: int = 64, resolution: int = 
     nn.Module.to(encoder, device, torch.float32)  # diffusers' own method warns about the dtype
     if device.type == "cpu":
         speed_up(encoder)
-    sums, seen = LatentRGB(config.latent_channels, config.in_channels), 0
+    sums, seen = LatentRGB(config.latent_channels, min(3, config.in_channels)), 0
     for batch in evaluation_loader(images, range(min(count, len(source))), batch_size=BATCH_SIZE, num_workers=0):
         if batch["name"]:
             x = pad_to_multiple(batch["image"], vae.spatial_compression_ratio)
-            sums.update(encode_images(encoder, x.to(device)).mean, x)
+            sums.update(encode_images(encoder, x.to(device)).mean, colours(as_seen(x)))
             seen += len(x)
     if not seen:
         raise InputError(f"none of the images in {data!r} can be read; choose others with --data")

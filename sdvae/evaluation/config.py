@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sdvae.errors import InputError, Ranges, check_ranges
 from sdvae.metrics import SMALLEST_LPIPS_SIDE, SMALLEST_SIDE
@@ -19,13 +19,35 @@ PRESETS: dict[str, tuple[int, Literal["resize", "adm"]]] = {
     "imagenet_val_50k_256": (50_000, "adm"),
 }
 
-PROBE_STEPS = 500
+PROBE_STEPS = 500  # training steps of the probe of diffusability
 
 RANGES: Ranges = (
     ("at least 1", lambda x: x >= 1, "count min_side max_pixels batch_size"),
     (f"at least {SMALLEST_SIDE} for SSIM", lambda x: x >= SMALLEST_SIDE, "resolution"),
-    ("0 or more", lambda x: x >= 0, "images num_workers seed probe_steps"),
+    ("0 or more", lambda x: x >= 0, "images num_workers seed"),
 )
+
+
+def check_used(options: Any, option: str, unset: Any, switch: str) -> None:
+    """Refuse an option that is set and would not be used.
+
+    Args:
+        options: a dataclass of options.
+        option: its name.
+        unset: its default.
+        switch: name of the option that has to be true for it.
+    """
+    value = getattr(options, option)
+    if value != unset and not getattr(options, switch):
+        raise InputError(
+            f"got {option}={value} without {switch}; need {switch}=true to use it; set that, or leave it out"
+        )
+
+
+def check_probe_steps(options: Any) -> None:
+    """Refuse a number of steps below 0, or one without `diffusability`."""
+    check_ranges(options, (("0 or more", lambda x: x >= 0, "probe_steps"),))
+    check_used(options, "probe_steps", PROBE_STEPS, "diffusability")
 
 
 @dataclass(frozen=True)
@@ -116,17 +138,9 @@ class EvaluateConfig:
                 f"got resolution={self.resolution} with lpips={self.lpips}, whose trunk needs {SMALLEST_LPIPS_SIDE}; "
                 "use lpips=vgg or none"
             )
-        for option, unset, switch in (
-            ("inception", None, "fid"),
-            ("dinov2", None, "fdd"),
-            ("clip", None, "cmmd"),
-            ("probe_steps", PROBE_STEPS, "diffusability"),
-        ):
-            value = getattr(self, option)
-            if value != unset and not getattr(self, switch):
-                raise InputError(
-                    f"got {option}={value} without {switch}; need {switch}=true to use it; set that, or leave it out"
-                )
+        for option, switch in (("inception", "fid"), ("dinov2", "fdd"), ("clip", "cmmd")):
+            check_used(self, option, None, switch)
+        check_probe_steps(self)
         doubled = sorted({vae for vae in self.vaes if self.vaes.count(vae) > 1})
         if doubled:
             raise InputError(f"got {doubled[0]} more than once; need each VAE once")

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sdvae.alpha import as_seen, colours
 from sdvae.data import (
     BadImages,
     EvaluationImages,
@@ -57,6 +58,7 @@ from sdvae.metrics.table import (
     columns_with_figures,
     csv_text,
     differences,
+    direction,
     jsonable,
     markdown_table,
     means,
@@ -169,7 +171,7 @@ class Bench:
             "not_finite": not_finite,
             "means": means(per_image),
             **{key: None if not_finite else distances.get(key) for key in DISTANCE_NAMES},
-            **diffusability,
+            **(diffusability | ({"ifid": None} if not_finite else {})),
             "active_channels": measured.health.moments.active_channels,
             "health": measured.health.metrics(),
             "complaints": measured.health.complaints(),
@@ -202,8 +204,8 @@ class Bench:
                 measured.per_image.append({"index": batch["index"][i], "name": utf8(batch["name"][i]), **figures})
             for distance in self.distances.values():
                 if first:
-                    distance.add(x, real=True)
-                distance.add(y, real=False)
+                    distance.add(colours(as_seen(x)), real=True)
+                distance.add(colours(as_seen(y)), real=False)
             for index, original, reconstruction in zip(batch["index"], x.cpu(), y.cpu(), strict=True):
                 if index < self.config.images:
                     measured.drawn.append((index, reconstruction.nan_to_num()))
@@ -261,7 +263,6 @@ class Bench:
             figures |= measured.per_image[figures["index"]]
         return {**measured.figures, "ifid": ifid, "diffusability": measured.details()}
 
-    @torch.inference_mode()
     def _ifid(self, vae: AnyAutoencoder, latents: Tensor) -> float | None:
         """The FID of decoded latents (scaled for a diffusion model) to the originals; None if `fid` is not set."""
         fid = self.distances.get("rfid")
@@ -271,7 +272,9 @@ class Bench:
         mine = latents[self.state.process_index :: self.state.num_processes]
         for z in mine.split(self.config.batch_size):
             z = scaling.denormalize(z.to(self.state.device)).to(vae.dtype)
-            fid.add(self._as_measured(decode_images(vae, z, size).float()), real=False)
+            with torch.inference_mode():  # but not around `compute`, which makes the tensors of the next sum
+                images = decode_images(vae, z, size).float()
+            fid.add(self._as_measured(images), real=False)
         return fid.compute()
 
     def _distances(self, images: int) -> dict[str, float]:
@@ -305,7 +308,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         perceptual = perceptual_if_any(config.lpips, config.lpips_weights, config.lpips_heads)
         distances = _distances(config, state.device)
     for name, vae in vaes.items():
-        check_image_channels(vae, name)
+        check_image_channels(vae, name, alpha=True)
         say_if_no_posterior(vae, name, "it has no KL, and its latents are decoded as they are")
         if config.tiling and isinstance(vae, StockAutoencoder):
             raise InputError(
@@ -421,8 +424,7 @@ def _diffusability_table(results: list[dict[str, Any]]) -> str:
     columns = columns_with_figures(results, None, DIFFUSABILITY_COLUMNS)
     if not columns:
         return ""
-    direction = {1: "higher is better", -1: "lower is better", 0: "neither high nor low is better"}
-    lines = [f"- {column.title}: {column.about}; {direction[column.better]}." for column in columns]
+    lines = [f"- {column.title}: {column.about}; {direction(column)}." for column in columns]
     return markdown_table(results, None, columns) + "\n" + "\n".join(lines) + "\n"
 
 

@@ -75,10 +75,12 @@ class Spectra:
     def slope(self) -> float:
         """a of the power law P(f) ∝ f^a that is nearest to the mean power.
 
-        The least-squares line of log P against log f, weighted by 1/f so that every octave counts the same. White noise
-        has 0 and photographs have about -2 (Field 1987; van der Schaaf & van Hateren 1996).
+        The least-squares line of log P against log f, weighted by 1/f so that every octave counts the same. The first
+        ring is left out: under the window, subtracting the mean takes a part of its power. White noise has 0 and
+        photographs have about -2 (Field 1987; van der Schaaf & van Hateren 1996).
         """
-        x, y, weight = self.frequency.log(), self.mean.log(), 1 / self.frequency
+        frequency = self.frequency[1:]
+        x, y, weight = frequency.log(), self.mean[1:].log(), 1 / frequency
         x = x - (weight * x).sum() / weight.sum()
         return float((weight * x * y).sum() / (weight * x.square()).sum())
 

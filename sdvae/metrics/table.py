@@ -37,6 +37,7 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column("psnr", "PSNR, dB", ".2f", 1),
+    Column("psnr_alpha", "PSNR of alpha, dB", ".2f", 1),
     Column("ssim", "SSIM", ".3f", 1),
     Column("lpips", "LPIPS", ".4f", -1),
     Column("rfid", "rFID", ".2f", -1),
@@ -45,7 +46,7 @@ COLUMNS = (
     Column("kl_nats", "KL, nats", ".0f", 0),
     Column("bits_per_pixel", "bits a pixel", ".2f", 0),
     Column("active_channels", "active channels", "", 0),
-    Column("bias", "colour bias R G B", "", 0),
+    Column("bias", "colour bias R G B (alpha)", "", 0),
     Column("encode_ms", "encode, ms", ".0f", 0),
     Column("decode_ms", "decode, ms", ".0f", 0),
     Column("memory_mib", "memory of an image, MiB", ".0f", 0),
@@ -172,8 +173,8 @@ def markdown_table(
     for result in results:
         cells = [printable(result["vae"]).replace("|", "\\|")]
         for column in shown:
-            number = _number(result, column.key, lpips_name)
-            cell = "" if number is None else _written(number, column.form)
+            number = figure_of(result, column.key, lpips_name)
+            cell = "" if number is None else written(number, column.form)
             cells.append(f"**{cell}**" if cell and result is best[column.key] else cell)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -184,7 +185,7 @@ def columns_with_figures(
 ) -> list[Column]:
     """The columns in which at least one VAE has a figure. The arguments are those of `markdown_table`."""
     return [
-        column for column in columns if any(_number(result, column.key, lpips_name) is not None for result in results)
+        column for column in columns if any(figure_of(result, column.key, lpips_name) is not None for result in results)
     ]
 
 
@@ -200,11 +201,17 @@ def csv_text(results: Sequence[Mapping[str, Any]]) -> str:
     return stream.getvalue()
 
 
+def direction(column: Column) -> str:
+    """Which numbers are better, in words."""
+    return {1: "higher is better", -1: "lower is better", 0: "neither high nor low is better"}[column.better]
+
+
 def _figure_names(per_image: ImageFigures) -> list[str]:
     return list(dict.fromkeys(key for image in per_image for key in image if key not in ("index", "name")))
 
 
-def _number(result: Mapping[str, Any], key: str, lpips_name: str | None) -> Any:
+def figure_of(result: Mapping[str, Any], key: str, lpips_name: str | None = None) -> Any:
+    """A figure of a result: the mean over images, or else the figure of the whole set; None if there is neither."""
     if key == "bias":
         channels = [result["means"][name] for name in result["means"] if name.startswith("bias_")]
         return " ".join(f"{channel.mean:+.2f}" for channel in channels) or None
@@ -212,7 +219,8 @@ def _number(result: Mapping[str, Any], key: str, lpips_name: str | None) -> Any:
     return result["means"].get(key, result.get(key))
 
 
-def _written(number: Any, form: str) -> str:
+def written(number: Any, form: str) -> str:
+    """A number, or a mean with half the width of its confidence interval."""
     if isinstance(number, MeanEstimate):
         half = (number.high - number.low) / 2
         return f"{number.mean:{form}}" + (f" ± {half:{form}}" if math.isfinite(half) else "")
@@ -220,7 +228,7 @@ def _written(number: Any, form: str) -> str:
 
 
 def _best(results: Sequence[Mapping[str, Any]], key: str, better: int, lpips_name: str | None) -> Any:
-    numbers = [(_number(result, key, lpips_name), result) for result in results]
+    numbers = [(figure_of(result, key, lpips_name), result) for result in results]
     if not better or len(results) < 2:
         return None
     known = [(n.mean if isinstance(n, MeanEstimate) else n, result) for n, result in numbers if n is not None]

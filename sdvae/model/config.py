@@ -28,7 +28,7 @@ class ModelShape:
     """The shape of the autoencoder, in diffusers' names. A new key is added here and in `AutoencoderKL.__init__`."""
 
     in_channels: int = 3
-    """Channels of the images and of their reconstructions: 3 for RGB, 1 for grey."""
+    """Channels of the images and of their reconstructions: 3 for RGB, 1 for grey, 4 for RGB with alpha."""
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     """Width of each level; n levels compress by 2^(n-1) along each side."""
     decoder_block_out_channels: tuple[int, ...] = ()
@@ -79,8 +79,8 @@ class ModelShape:
         sizes = (self.layers_per_block, self.latent_channels, self.norm_num_groups, *self.block_out_channels, *own)
         if min(sizes) < 1:
             raise InputError("got a model with a width, layer, latent channel or group count below 1; need 1 or more")
-        if self.in_channels not in (1, 3):
-            raise InputError(f"got model.in_channels={self.in_channels}; need 3 for RGB or 1 for grey images")
+        if self.in_channels not in (1, 3, 4):
+            raise InputError(f"got model.in_channels={self.in_channels}; need 3 for RGB, 1 for grey or 4 for RGBA")
         if self.act_fn not in ACTIVATIONS:
             raise InputError(f"got model.act_fn={self.act_fn!r}; need one of {', '.join(ACTIVATIONS)}")
         if self.padding_mode not in PADDING_MODES:

@@ -26,6 +26,7 @@ from sdvae.metrics.features import Features, load_features
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, ConvolutionalVAE
 from sdvae.model.config import shape_of
+from sdvae.roundtrip import check_image_channels
 from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
 from sdvae.training.checkpoint import check_fit
 from sdvae.training.config import DistilConfig, ModelConfig, TrainConfig
@@ -129,6 +130,7 @@ def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, Convolutiona
     settings = config.distil
     assert settings.teacher is not None
     teacher = load_kl(settings.teacher, subfolder=settings.subfolder, config=settings.config, dtype="file")
+    check_image_channels(teacher, settings.teacher)  # a student of images with alpha is not trained
     if isinstance(teacher, AutoencoderKLFlux2):
         logger.warning(
             "%s has a batch norm, which its pipelines read and a student has not: the student serves for previews "

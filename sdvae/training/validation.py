@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from sdvae.alpha import as_seen
+from sdvae.alpha import colours as without_alpha
 from sdvae.data import BadImages
 from sdvae.errors import InputError
 from sdvae.metrics.image import image_metrics, psnr
@@ -79,7 +81,7 @@ def validate(
         InputError: when no image can be read, or when a figure is not finite.
     """
     health = LatentHealth(vae.config.latent_channels)
-    colours = LatentRGB(vae.config.latent_channels, vae.config.in_channels)
+    colours = LatentRGB(vae.config.latent_channels, min(3, vae.config.in_channels))
     rows: list[dict[str, Any]] = []
     kept: list[tuple[int, list[Tensor]]] = []
     autocast = nullcontext if full_precision else accelerator.autocast
@@ -90,7 +92,7 @@ def validate(
             posterior = encode_images(vae, images, **conditioning)
             reconstruction = decode_images(vae, posterior.mode(), images.shape[2:], **conditioning)
         health.update(posterior)
-        colours.update(posterior.mean, pad_to_multiple(images, vae.spatial_compression_ratio))
+        colours.update(posterior.mean, pad_to_multiple(without_alpha(as_seen(images)), vae.spatial_compression_ratio))
         figures: list[dict[str, float]] = [{} for _ in images]
         if vae.likelihood == "bernoulli":
             seeds = [sample_seed(seed, 0, index, "validation") for index in batch["index"]]

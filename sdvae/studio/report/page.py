@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 
 from sdvae.data import to_image
+from sdvae.evaluation.diffusability import Diffusability
 from sdvae.io import version
 from sdvae.metrics.image import PEAK_PSNR
+from sdvae.metrics.table import DIFFUSABILITY_COLUMNS, direction, figure_of, means, written
 from sdvae.model import AnyAutoencoder
 from sdvae.model.kinds import class_name
 from sdvae.pictures import AMPLIFICATION, draw_curve, draw_log_variances
@@ -57,7 +59,13 @@ class Subject:
     recipe: str | None
 
 
-def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[Delta]) -> str:
+def render(
+    subject: Subject,
+    measured: Measured,
+    drift: Drift,
+    deltas: Sequence[Delta],
+    diffusability: Diffusability | None = None,
+) -> str:
     """The page's HTML. The template escapes all names, which may come from anywhere."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sdvae.studio.report", "."),
@@ -82,6 +90,7 @@ def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[
         native=computes_natively(subject.model.device),
         peak_psnr=PEAK_PSNR,
         spectra=_spectra(subject, measured),
+        diffusability=None if diffusability is None else _diffusability(diffusability),
         curves={
             name: _plot(partial(draw_curve, name=name, steps=steps, values=values), SMALL)
             for name, (steps, values) in subject.curves.items()
@@ -194,6 +203,24 @@ def _spectra(subject: Subject, measured: Measured) -> dict[str, Any]:
         "ratio": _plot(partial(plots.power_ratio, measured=measured, factor=factor)),
         "edge": 1 / (2 * factor),
         "factor": factor,
+    }
+
+
+def _diffusability(found: Diffusability) -> dict[str, Any]:
+    """The figures as (name, number, what it is, which is better), and the plots."""
+    result = {**found.figures, "means": means(list(found.per_image.values()))}
+    rows = [
+        (column.title, written(number, column.form), column.about, direction(column))
+        for column in DIFFUSABILITY_COLUMNS
+        if (number := figure_of(result, column.key)) is not None
+    ]
+    probe = found.probe
+    return {
+        "rows": rows,
+        "images": len(found.per_image),
+        "held_out": 0 if probe is None else len(probe.held_out),
+        "spectra": _plot(partial(plots.latent_spectra, latents=found.spectrum, images=found.image_spectrum)),
+        "levels": None if probe is None else _plot(partial(plots.noise_levels, levels=probe.levels)),
     }
 
 
