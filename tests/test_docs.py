@@ -162,6 +162,8 @@ def latents(names: dict[str, Any]) -> None:
     assert names["images"].shape == (8, 3, 256, 256)
     unscaled = LatentDataset("latents", sample=False, mirror=0, scaling="none")
     assert np.array_equal(names["mean"], unscaled[0]["latents"])
+    torch.testing.assert_close(names["scaled"], names["by_hand"])
+    assert names["decoded"].shape == (1, 3, 64, 64)
 
 
 def scale(names: dict[str, Any]) -> None:
