@@ -20,15 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DiTPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from jsonargparse.typing import PositiveInt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
-from torch.nn import functional as F
 
 from sdvae import AutoencoderKL, InputError, load_vae
 from sdvae.data import open_source, read_image, to_image, to_tensor
+from sdvae.diffusion.denoiser import Batch, new_denoiser, new_scheduler, train
 from sdvae.errors import exit_code
 from sdvae.io import replacing
 from sdvae.latents.config import EncodeConfig
@@ -48,10 +48,8 @@ CLASSES: dict[str, tuple[str, int, int | tuple[int, ...]]] = {
     "retina": ("retina", 256, (206, 206, 205, 205)),  # the corners are black
     "tissue": ("ihc", 192, 0),
 }
-NO_CLASS = 1000  # the label that DiTPipeline uses for the unconditional half of guidance
 GUIDANCE = 1.5  # v = v(no class) + GUIDANCE (v(class) - v(no class))
-DROP_LABEL = 0.1  # probability of NO_CLASS in training; Ho & Salimans 2022, «Classifier-free guidance», section 4
-WARM_UP, LOG_EVERY = 100, 100  # steps
+LOG_EVERY = 100  # steps
 SHOWN_CROPS, SHOWN_SAMPLES = 3, 5  # per row of the grid
 SHOWN_STEPS = 6  # in previews.png
 PREVIEW_CROPS = 256  # to which the RGB factors are fitted
@@ -74,94 +72,11 @@ def cut_crops(folder: Path, count: int, seed: int = 0) -> None:
                 crop.resize((SIDE, SIDE), Image.Resampling.LANCZOS).save(temporary / label / f"{i:04}.png")
 
 
-def new_denoiser(latent_channels: int, latent_side: int, widths: Sequence[int] = (48, 96, 128)) -> UNet2DModel:
-    """A UNet with attention at its coarsest level: v(z_t, t, class), (B, C, h, w) -> (B, C, h, w)."""
-    plain = len(widths) - 1
-    return UNet2DModel(
-        sample_size=latent_side,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        layers_per_block=1,
-        block_out_channels=tuple(widths),
-        down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
-        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
-        attention_head_dim=min(32, widths[-1]),
-        norm_num_groups=min(16, widths[0]),
-        num_class_embeds=NO_CLASS + 1,
-    )
-
-
-def new_scheduler() -> DDIMScheduler:
-    """z_t = sqrt(ᾱ_t) z + sqrt(1 - ᾱ_t) ε, t = 0 … 999, with the cosine ᾱ of Nichol & Dhariwal 2021, equation 17.
-
-    The model predicts v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) z (Salimans & Ho 2022, appendix D), which depends on
-    z even at the highest noise. Sampling is DDIM (Song et al. 2021), from the last t downwards (Lin et al. 2024, 3.3).
-    """
-    return DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )
-
-
-def batches(dataset: LatentDataset, batch_size: int) -> Iterator[dict]:
+def batches(dataset: LatentDataset, batch_size: int) -> Iterator[Batch]:
     """Batches without end; each epoch has its own order, mirror images and samples of the posteriors."""
     for epoch in itertools.count():
-        yield from dataset.loader(batch_size, epoch=epoch)
-
-
-def denoising_loss(model: UNet2DModel, scheduler: DDIMScheduler, z: Tensor, labels: Tensor) -> Tensor:
-    """E |v - v_θ(z_t, t, class)|² with uniform t: Ho et al. 2020, equation 14, with v instead of ε.
-
-    Args:
-        z: (B, C, h, w) scaled latents.
-        labels: (B,); each is replaced by NO_CLASS with probability DROP_LABEL.
-
-    Returns:
-        The mean over all elements, a scalar.
-    """
-    t = torch.randint(scheduler.config.num_train_timesteps, labels.shape)
-    noise = torch.randn_like(z)
-    labels = labels.masked_fill(torch.rand(labels.shape) < DROP_LABEL, NO_CLASS)
-    predicted = model(scheduler.add_noise(z, noise, t), timestep=t, class_labels=labels).sample
-    return F.mse_loss(predicted, scheduler.get_velocity(z, noise, t))
-
-
-def train(
-    model: UNet2DModel,
-    scheduler: DDIMScheduler,
-    dataset: LatentDataset,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float = 1e-3,
-) -> list[float]:
-    """Train with AdamW, a linear warm-up and a cosine schedule to zero.
-
-    Returns:
-        The loss of each step.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
-    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARM_UP, total_iters=WARM_UP)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    schedule = torch.optim.lr_scheduler.ChainedScheduler([warm_up, cosine])
-    losses: list[float] = []
-    start = time.perf_counter()
-    model.train()
-    for step, batch in enumerate(itertools.islice(batches(dataset, batch_size), steps), 1):
-        loss = denoising_loss(model, scheduler, batch["latents"], batch["label"])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if step % LOG_EVERY == 0 or step == steps:
-            mean, seconds = np.mean(losses[-LOG_EVERY:]), time.perf_counter() - start
-            print(f"step {step}/{steps}  loss {mean:.4f}  {seconds:.0f} s", flush=True)
-    model.eval()
-    return losses
+        for batch in dataset.loader(batch_size, epoch=epoch):
+            yield batch["latents"], batch["label"]
 
 
 @torch.inference_mode()
@@ -261,8 +176,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     vae = load_kl(arguments.vae)
-    if vae.config.shift_factor or vae.config.latents_mean:
-        raise InputError("got a VAE with a shift; need one without: DiTPipeline only divides by scaling_factor")
+    if vae.patch_size != (1, 1) or vae.config.shift_factor or vae.config.latents_mean:
+        raise InputError(
+            "got a VAE with a shift or a batch norm; need one without: DiTPipeline only divides by scaling_factor"
+        )
 
     crops, latents = arguments.output / "crops", arguments.output / "latents"
     cut_crops(crops, arguments.crops)
@@ -272,9 +189,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(arguments.seed)
     channels, side = vae.config.latent_channels, SIDE // vae.spatial_compression_ratio
-    model, scheduler = new_denoiser(channels, side, arguments.widths), new_scheduler()
+    model, scheduler = new_denoiser(channels, side, arguments.widths, classes=True), new_scheduler()
     print(f"a denoiser of {model.num_parameters() / 1e6:.2f} M parameters")
-    train(model, scheduler, dataset, steps=arguments.steps, batch_size=arguments.batch_size)
+    losses: list[float] = []
+    start, steps = time.perf_counter(), arguments.steps
+    for loss in train(model, scheduler, batches(dataset, arguments.batch_size), steps=steps):
+        losses.append(loss)
+        if len(losses) % LOG_EVERY == 0 or len(losses) == steps:
+            mean, seconds = np.mean(losses[-LOG_EVERY:]), time.perf_counter() - start
+            print(f"step {len(losses)}/{steps}  loss {mean:.4f}  {seconds:.0f} s", flush=True)
 
     # DiTPipeline is diffusers' class-conditional pipeline. A UNet2DModel has all that it uses of its `transformer`.
     pipe = DiTPipeline(transformer=model, vae=vae.float(), scheduler=scheduler)

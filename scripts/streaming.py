@@ -29,7 +29,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 from safetensors.torch import load_file, save_file
 
-from sdvae import AutoencoderKL, InputError, load_vae, speed_up
+from sdvae import AutoencoderKL, InputError, load_vae, speed_up, stream
 from sdvae.cli import parse_train_config
 from sdvae.data import open_source, read_image, to_tensor
 from sdvae.errors import exit_code
@@ -37,7 +37,7 @@ from sdvae.metrics.memory import with_peak_memory
 from sdvae.training.build import build_vae
 
 SIDES = ("whole image", "whole after speed_up", "strips", "strips after speed_up")
-SIDES += ("diffusers, whole", "diffusers, tiled")
+SIDES += ("diffusers, whole", "diffusers, tiled", "diffusers, streamed")
 
 
 def build(arguments: argparse.Namespace) -> AutoencoderKL:
@@ -76,6 +76,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if arguments.measure.startswith("diffusers"):
         vae = vae.to_diffusers()
     vae = vae.to(device)
+    if arguments.measure == "diffusers, streamed":
+        vae = stream(vae, memory_bytes=arguments.memory_bytes)
     if (
         arguments.measure.endswith("speed_up") and device == "cpu"
     ):  # its Winograd convolutions add rounding to the error

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sdvae.errors import InputError
 from sdvae.model import AnyAutoencoder, DiagonalGaussian
-from sdvae.model.autoencoder import check_floating
+from sdvae.model.convolutional import check_floating
 from sdvae.model.kinds import class_name, has_posterior
 
 logger = logging.getLogger(__name__)

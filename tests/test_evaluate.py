@@ -397,4 +397,4 @@ def test_a_mean_of_one_image_has_no_interval_and_pairs_go_by_index():
     assert table[0].split("|")[1:-1] == [" VAE ", " PSNR, dB ", " rFID "]
     assert table[2].startswith("| a\\|b | **3.00")
     assert "**1.00**" in table[2]
-    assert {key for key, _, _, _ in COLUMNS} >= {"psnr", "ssim", "lpips", "rfid", "kl_nats"}
+    assert {column.key for column in COLUMNS} >= {"psnr", "ssim", "lpips", "rfid", "kl_nats"}

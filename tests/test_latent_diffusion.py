@@ -14,22 +14,19 @@ from PIL import Image
 
 from scripts.latent_diffusion import (
     CLASSES,
-    NO_CLASS,
     SIDE,
+    batches,
     cut_crops,
     decoded_crops,
-    denoising_loss,
     draw,
     grid,
     main,
-    new_denoiser,
-    new_scheduler,
     strips,
-    train,
     watch,
 )
 from sdvae import AutoencoderKL, InputError, load_vae, save_vae
 from sdvae.data import to_image
+from sdvae.diffusion.denoiser import NO_CLASS, denoising_loss, new_denoiser, new_scheduler, train
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.dataset import LatentDataset
 from sdvae.latents.encode import encode
@@ -59,7 +56,7 @@ def vae() -> AutoencoderKL:
 @pytest.fixture
 def denoiser() -> UNet2DModel:
     torch.manual_seed(0)
-    return new_denoiser(4, SIDE // 8, WIDTHS)
+    return new_denoiser(4, SIDE // 8, WIDTHS, classes=True)
 
 
 def pipeline(denoiser: UNet2DModel, vae: AutoencoderKL) -> DiTPipeline:
@@ -86,7 +83,7 @@ def test_labels_number_the_classes_as_the_script_does(latents):
 def test_training_moves_the_weights_and_the_loss_stays_finite(latents, denoiser):
     before = copy.deepcopy(denoiser.state_dict())
     dataset = LatentDataset(latents)
-    losses = train(denoiser, new_scheduler(), dataset, steps=3, batch_size=8)
+    losses = list(train(denoiser, new_scheduler(), batches(dataset, batch_size=8), steps=3))
     assert len(losses) == 3, "more than an epoch has batches for"
     assert np.isfinite(losses).all()
     still = [name for name, weight in denoiser.state_dict().items() if torch.equal(weight, before[name])]

@@ -85,13 +85,14 @@ def plainly(config: TrainConfig, players: Players, perceptual, adaptive: bool) -
     posterior = vae.encode(x).latent_dist
     z = posterior.sample(posterior_generators(SEEDS))
     pair = None
-    if transformation is not None and transformation.alone:
+    alone = transformation is not None and config.loss.equivariance.probability > 0
+    if alone:
         reconstruction = vae.decode(transformation(z, transformation.latent_size(z))).sample
         x = transformation(x, reconstruction.shape[2:])
         values = x[0].numel()
     else:
         reconstruction = vae.decode(z).sample
-    if transformation is not None and not transformation.alone:
+    if transformation is not None and not alone:
         decoded = vae.decode(transformation(z, transformation.latent_size(z))).sample
         pair = (transformation(x, decoded.shape[2:]), decoded)
     logvar = players.generator.network.logvar
@@ -349,15 +350,13 @@ def test_a_rotation_and_a_scale_take_image_and_latents_alike(accelerator):
     assert len(turned) > 1
 
 
-def test_a_transformation_comes_alone_with_its_probability_and_not_beside_a_weight(accelerator):
+def test_a_step_has_a_transformation_with_the_probability_that_is_given():
     config = EquivarianceConfig(scales=(0.5, 0.75), rotations=True, probability=0.3)
     drawn = [transformation_at(step, 3, config) for step in range(2000)]
-    alone = [transformation for transformation in drawn if transformation is not None]
-    assert len(alone) == pytest.approx(600, abs=60)  # three standard deviations
-    assert {(t.scale, t.quarter_turns, t.alone) for t in alone} == {
-        (scale, turns, True) for scale in (0.5, 0.75) for turns in range(4)
-    }
-    assert not any(transformation_at(step, 3, EquivarianceConfig(0.5)).alone for step in range(20))
+    found = [transformation for transformation in drawn if transformation is not None]
+    assert len(found) == pytest.approx(600, abs=60)  # three standard deviations
+    assert {(t.scale, t.quarter_turns) for t in found} == {(s, turns) for s in (0.5, 0.75) for turns in range(4)}
+    assert all(transformation_at(step, 3, EquivarianceConfig(0.5)) is not None for step in range(20))
 
 
 def test_the_discriminator_sees_the_transformed_images(accelerator, perceptual):

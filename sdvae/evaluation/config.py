@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sdvae.errors import InputError, Ranges, check_ranges
 from sdvae.metrics import SMALLEST_LPIPS_SIDE, SMALLEST_SIDE
@@ -19,11 +19,35 @@ PRESETS: dict[str, tuple[int, Literal["resize", "adm"]]] = {
     "imagenet_val_50k_256": (50_000, "adm"),
 }
 
+PROBE_STEPS = 500  # training steps of the probe of diffusability
+
 RANGES: Ranges = (
     ("at least 1", lambda x: x >= 1, "count min_side max_pixels batch_size"),
     (f"at least {SMALLEST_SIDE} for SSIM", lambda x: x >= SMALLEST_SIDE, "resolution"),
     ("0 or more", lambda x: x >= 0, "images num_workers seed"),
 )
+
+
+def check_used(options: Any, option: str, unset: Any, switch: str) -> None:
+    """Refuse an option that is set and would not be used.
+
+    Args:
+        options: a dataclass of options.
+        option: its name.
+        unset: its default.
+        switch: name of the option that has to be true for it.
+    """
+    value = getattr(options, option)
+    if value != unset and not getattr(options, switch):
+        raise InputError(
+            f"got {option}={value} without {switch}; need {switch}=true to use it; set that, or leave it out"
+        )
+
+
+def check_probe_steps(options: Any) -> None:
+    """Refuse a number of steps below 0, or one without `diffusability`."""
+    check_ranges(options, (("0 or more", lambda x: x >= 0, "probe_steps"),))
+    check_used(options, "probe_steps", PROBE_STEPS, "diffusability")
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,23 @@ class EvaluateConfig:
     inception: str | None = None
     """Local file of torch-fidelity's Inception weights (weights-inception-2015-12-05-6726825d.pth); null downloads
     it."""
+    fdd: bool = False
+    """Compute rFDD, the same distance between features of DINOv2. Needs torch-fidelity too."""
+    dinov2: str | None = None
+    """Local file of DINOv2's weights, such as dinov2_vitl14_pretrain.pth, that of published tables; null downloads
+    it."""
+    cmmd: bool = False
+    """Compute CMMD, the maximum mean discrepancy between CLIP's embeddings of originals and reconstructions, times
+    1000. Needs torch-fidelity too."""
+    clip: str | None = None
+    """Local file of CLIP, OpenAI's TorchScript archive (ViT-L-14-336px.pt); null downloads it."""
+    diffusability: bool = False
+    """Also measure how well a diffusion model can learn the latents (docs/diffusability.md): their spectrum,
+    equivariance, intrinsic dimension and entropy, a probe, and with `fid` iFID. Takes minutes on a CPU and holds the
+    latents of all images in memory."""
+    probe_steps: int = PROBE_STEPS
+    """With `diffusability`: training steps of the probe, a small diffusion model; 0 leaves it out. Figures compare only
+    at the same number of steps and images."""
     images: int = 4
     """Draw the first `images` originals beside all reconstructions; 0 draws nothing."""
     output: str = "evaluation"
@@ -97,10 +138,9 @@ class EvaluateConfig:
                 f"got resolution={self.resolution} with lpips={self.lpips}, whose trunk needs {SMALLEST_LPIPS_SIDE}; "
                 "use lpips=vgg or none"
             )
-        if self.inception is not None and not self.fid:
-            raise InputError(
-                f"got inception={self.inception} without fid; need fid=true to use it; set that, or leave it out"
-            )
+        for option, switch in (("inception", "fid"), ("dinov2", "fdd"), ("clip", "cmmd")):
+            check_used(self, option, None, switch)
+        check_probe_steps(self)
         doubled = sorted({vae for vae in self.vaes if self.vaes.count(vae) > 1})
         if doubled:
             raise InputError(f"got {doubled[0]} more than once; need each VAE once")

@@ -11,7 +11,7 @@ import logging
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,25 +39,47 @@ from sdvae.data import (
 )
 from sdvae.errors import InputError
 from sdvae.evaluation.config import PRESETS, EvaluateConfig
+from sdvae.evaluation.diffusability import (
+    check_count,
+    check_size,
+    collect,
+    fault_of,
+    halfway,
+    measure,
+    warn_of_few,
+)
 from sdvae.io import make_folder, replacing, utf8, version
+from sdvae.latents.scaling import scaling_of
 from sdvae.metrics.image import image_figures
 from sdvae.metrics.memory import with_peak_memory
 from sdvae.metrics.perceptual import Perceptual, perceptual_if_any
-from sdvae.metrics.table import csv_text, differences, jsonable, markdown_table, means
+from sdvae.metrics.table import (
+    DIFFUSABILITY_COLUMNS,
+    columns_with_figures,
+    csv_text,
+    differences,
+    direction,
+    jsonable,
+    markdown_table,
+    means,
+)
 from sdvae.model import AnyAutoencoder, StockAutoencoder
 from sdvae.model.kinds import class_name
 from sdvae.noise import sample_seed
 from sdvae.pictures import tile_grid
-from sdvae.roundtrip import RoundTrip, check_image_channels, round_trip, say_if_no_posterior
+from sdvae.roundtrip import RoundTrip, check_image_channels, decode_images, round_trip, say_if_no_posterior
 from sdvae.runtime import DTYPES, accelerator_type
 from sdvae.statistics import LatentHealth, merged
 from sdvae.weights import load_autoencoder
 
 if TYPE_CHECKING:
-    from sdvae.metrics.fid import ReconstructionFID
+    from sdvae.metrics.fid import FrechetDistance, ReconstructionMMD
+
+    Distance = FrechetDistance | ReconstructionMMD
 
 logger = logging.getLogger(__name__)
 
+DISTANCE_NAMES = {"rfid": "rFID", "rfdd": "rFDD", "cmmd": "CMMD"}
 PACKAGED = "packaged"  # name of the VAE that is evaluated when none is given
 
 
@@ -95,6 +117,7 @@ class Bench:
     """The images and metrics, which are the same for all VAEs. The VAEs are measured one after the other.
 
     Attributes:
+        distances: `rfid`, `rfdd` and `cmmd`, those that are wanted.
         reading: how image files are read.
         originals: (index, image (C, R, R)) of the images that are drawn; known after the first VAE.
         bad: images that could not be read.
@@ -104,7 +127,7 @@ class Bench:
     state: PartialState
     source: ImageSource
     perceptual: Perceptual | None
-    fid: ReconstructionFID | None
+    distances: dict[str, Distance]
     reading: ReadOptions
     originals: list[tuple[int, Tensor]] = field(default_factory=list)
     bad: BadImages = field(default_factory=BadImages)
@@ -118,11 +141,10 @@ class Bench:
             first: whether it is the first VAE; the originals are then measured and kept too.
 
         Raises:
-            InputError: when no image can be read, or too few for rFID.
+            InputError: when no image can be read, or too few for a figure.
         """
         vae.to(self.state.device)
         measured = self._measure(name, vae, first).gathered()
-        vae.to("cpu")  # type: ignore[arg-type]
         if first:
             self.originals = _in_order(gather_object(self.originals))
         self.bad.add(gather_object(self.bad.items()))
@@ -135,7 +157,9 @@ class Bench:
                 "%s: %d of %d reconstructions are not finite in %s; see `sdvae fp16`",
                 *(name, not_finite, len(per_image), self.config.precision),
             )
-        rfid = self._rfid(len(per_image))
+        distances = self._distances(len(per_image))
+        diffusability = self._diffusability(name, vae, per_image) if self.config.diffusability else {}
+        vae.to("cpu")  # type: ignore[arg-type]
         encode_seconds, decode_seconds = zip(*measured.seconds, strict=True)
         return {
             "vae": name,
@@ -146,7 +170,8 @@ class Bench:
             "images": len(per_image),
             "not_finite": not_finite,
             "means": means(per_image),
-            "rfid": None if not_finite else rfid,
+            **{key: None if not_finite else distances.get(key) for key in DISTANCE_NAMES},
+            **(diffusability | ({"ifid": None} if not_finite else {})),
             "active_channels": measured.health.moments.active_channels,
             "health": measured.health.metrics(),
             "complaints": measured.health.complaints(),
@@ -177,10 +202,10 @@ class Bench:
             measured.health.update(trip.posterior)
             for i, figures in enumerate(image_figures(x, y, trip.posterior, self.perceptual)):
                 measured.per_image.append({"index": batch["index"][i], "name": utf8(batch["name"][i]), **figures})
-            if self.fid is not None:
+            for distance in self.distances.values():
                 if first:
-                    self.fid.add(colours(as_seen(x)), real=True)
-                self.fid.add(colours(as_seen(y)), real=False)
+                    distance.add(colours(as_seen(x)), real=True)
+                distance.add(colours(as_seen(y)), real=False)
             for index, original, reconstruction in zip(batch["index"], x.cpu(), y.cpu(), strict=True):
                 if index < self.config.images:
                     measured.drawn.append((index, reconstruction.nan_to_num()))
@@ -218,15 +243,48 @@ class Bench:
         y = reconstruction.clamp(-1, 1).where(finite, math.nan)
         return ((y + 1) * 127.5).round() / 127.5 - 1 if self.config.quantize else y
 
-    def _rfid(self, images: int) -> float | None:
-        """rFID of the reconstructions since the last call, or None if `fid` is not set."""
-        if self.fid is None:
+    def _diffusability(self, name: str, vae: AnyAutoencoder, per_image: list[dict[str, Any]]) -> dict[str, Any]:
+        """The figures of `sdvae.evaluation.diffusability`; those of single images are added to `per_image`.
+
+        Every process computes the figures of all images, since they depend on each other; iFID's images are divided.
+        """
+        batches = self._batches(f"{name}, diffusability")
+        images = sorted(gather_object(collect(vae, batches, self.config.seed)), key=lambda image: image.index)
+        check_count(len(images))
+        fault = fault_of(images)
+        if fault is not None:
+            logger.warning("%s has no diffusability: %s", name, fault)
+            return {}
+        ifid = self._ifid(vae, halfway(images))
+        measured = measure(
+            images, probe_steps=self.config.probe_steps, seed=self.config.seed, device=self.state.device, name=name
+        )
+        for figures in per_image:
+            figures |= measured.per_image[figures["index"]]
+        return {**measured.figures, "ifid": ifid, "diffusability": measured.details()}
+
+    def _ifid(self, vae: AnyAutoencoder, latents: Tensor) -> float | None:
+        """The FID of decoded latents (scaled for a diffusion model) to the originals; None if `fid` is not set."""
+        fid = self.distances.get("rfid")
+        if fid is None:
             return None
-        if images < 2:
+        scaling, size = scaling_of(vae), (self.config.resolution,) * 2
+        mine = latents[self.state.process_index :: self.state.num_processes]
+        for z in mine.split(self.config.batch_size):
+            z = scaling.denormalize(z.to(self.state.device)).to(vae.dtype)
+            with torch.inference_mode():  # but not around `compute`, which makes the tensors of the next sum
+                images = decode_images(vae, z, size).float()
+            fid.add(self._as_measured(images), real=False)
+        return fid.compute()
+
+    def _distances(self, images: int) -> dict[str, float]:
+        """The distances of the reconstructions since the last call to the originals."""
+        if self.distances and images < 2:
+            name = DISTANCE_NAMES[next(iter(self.distances))]
             raise InputError(
-                f"got {images} image that can be read; rFID needs at least two, and far more for a reliable value"
+                f"got {images} image that can be read; {name} needs at least two, and far more for a reliable value"
             )
-        return self.fid.compute()
+        return {key: distance.compute() for key, distance in self.distances.items()}
 
 
 def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
@@ -248,7 +306,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         dtype = DTYPES[config.precision]
         vaes = {name or PACKAGED: load_autoencoder(name, dtype=dtype) for name in config.vaes or (None,)}
         perceptual = perceptual_if_any(config.lpips, config.lpips_weights, config.lpips_heads)
-        fid = _fid(config, state)
+        distances = _distances(config, state.device)
     for name, vae in vaes.items():
         check_image_channels(vae, name, alpha=True)
         say_if_no_posterior(vae, name, "it has no KL, and its latents are decoded as they are")
@@ -257,6 +315,8 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
                 f"got tiling with {name}, of class {class_name(vae)}, for which there are no strips; need an "
                 "AutoencoderKL or a student; leave tiling out"
             )
+        if config.diffusability:
+            check_size(vae, name, config.resolution)
     channels = {vae.config.in_channels for vae in vaes.values()}
     if len(channels) > 1:
         raise InputError(f"the VAEs take images of {sorted(channels)} channels; need one kind; evaluate them apart")
@@ -267,36 +327,50 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     reading = ReadOptions(
         channels=channels.pop(), min_side=config.min_side, max_pixels=config.max_pixels, color=config.color
     )
-    bench = Bench(config, state, source, perceptual, fid, reading)
+    bench = Bench(config, state, source, perceptual, distances, reading)
+    if config.diffusability:
+        check_count(bench.count)
     make_folder(Path(config.output))  # before the first image, so that a fault of the folder shows at once
     results: list[dict[str, Any]] = []
     for name, vae in vaes.items():
         if config.tiling and not isinstance(vae, StockAutoencoder):
             vae.enable_tiling()
         results.append(bench.result(name, vae, first=not results))
-    _warn_of_few(results[0]["images"], config)
+    _warn_of_few(results[0]["images"], config, distances)
     if state.is_main_process:
         write(results, bench)
     return results
 
 
-def _fid(config: EvaluateConfig, state: PartialState) -> ReconstructionFID | None:
-    if not config.fid:
-        return None
-    from sdvae.metrics.fid import ReconstructionFID
+def _distances(config: EvaluateConfig, device: torch.device) -> dict[str, Distance]:
+    """The distances that are wanted, each with its network."""
+    if not (config.fid or config.fdd or config.cmmd):
+        return {}
+    from sdvae.metrics import fid
 
-    return ReconstructionFID(config.inception, state.device)
+    distances: dict[str, Distance] = {}
+    if config.fid:
+        distances["rfid"] = fid.ReconstructionFID(config.inception, device)
+    if config.fdd:
+        distances["rfdd"] = fid.ReconstructionFDD(config.dinov2, device)
+    if config.cmmd:
+        distances["cmmd"] = fid.ReconstructionMMD(config.clip, device)
+    return distances
 
 
-def _warn_of_few(images: int, config: EvaluateConfig) -> None:
-    """Warn if the number of images is not that of the preset's published tables, or too small for rFID."""
+def _warn_of_few(images: int, config: EvaluateConfig, distances: Mapping[str, Distance]) -> None:
+    """Warn if the number of images is not that of the preset's published tables, or too small for a figure."""
     if config.preset != "none" and images != (published := PRESETS[config.preset][0]):
         logger.warning("%s: published rows are of %d images, these are of %d", config.preset, published, images)
-    if config.fid:
-        from sdvae.metrics.fid import FEATURES
-
-        if images <= FEATURES:
-            logger.warning("rFID of %d images is biased upwards; need more than its %d features", images, FEATURES)
+    for key, distance in distances.items():
+        features = getattr(distance, "features", 0)  # CMMD has no covariance that needs as many images
+        if images <= features:
+            logger.warning(
+                "%s of %d images is biased upwards; need more than its %d features",
+                *(DISTANCE_NAMES[key], images, features),
+            )
+    if config.diffusability:
+        warn_of_few(images)
 
 
 def write(results: list[dict[str, Any]], bench: Bench) -> None:
@@ -309,6 +383,8 @@ def write(results: list[dict[str, Any]], bench: Bench) -> None:
     config = bench.config
     lpips_name = None if bench.perceptual is None else bench.perceptual.name
     table = markdown_table(results, lpips_name) + f"\n{_conditions(results[0], bench)}\n"
+    if config.diffusability:
+        table += f"\n{_diffusability_table(results)}"
     folder = Path(config.output)
     drawn = [result.pop("drawn") for result in results]
     about = {
@@ -341,6 +417,15 @@ def _conditions(result: dict[str, Any], bench: Bench) -> str:
     how = f"{config.resolution} x {config.resolution} pixels, crop «{config.crop}», the posterior's {config.latents}"
     rounded = ", rounded to 8 bits" if config.quantize else ""
     return f"Means over {images} ± 95 % confidence; {how}, {config.precision}{rounded}."
+
+
+def _diffusability_table(results: list[dict[str, Any]]) -> str:
+    """The second table, and a line about each of its columns."""
+    columns = columns_with_figures(results, None, DIFFUSABILITY_COLUMNS)
+    if not columns:
+        return ""
+    lines = [f"- {column.title}: {column.about}; {direction(column)}." for column in columns]
+    return markdown_table(results, None, columns) + "\n" + "\n".join(lines) + "\n"
 
 
 def _in_order(images: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:

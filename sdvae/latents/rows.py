@@ -27,6 +27,7 @@ from sdvae.model import DiagonalGaussian
 from sdvae.runtime import DTYPES
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
     from datasets import Features
 
@@ -108,11 +109,11 @@ def to_bytes(values: Tensor) -> bytes:
     return values.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def from_bytes(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+def from_bytes(data: bytes | np.ndarray, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     """Read the bytes of latents.
 
     Args:
-        data: the stored bytes.
+        data: the stored bytes, or an array of uint8 that holds them.
         dtype: the dtype of these values.
         shape: (C, h, w).
 

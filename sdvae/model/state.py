@@ -15,6 +15,8 @@ from sdvae.errors import InputError, first_few
 from sdvae.model.blocks import set_padding
 
 NETWORK = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+COUNTER = "bn.num_batches_tracked"  # an integer, which nothing here reads
+BATCH_NORM = ("bn.running_mean", "bn.running_var", COUNTER)  # FLUX.2's
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod)\.")
 # Marks in the names of weights that a layer has beside or instead of its own -> what put them there, and the remedy.
@@ -39,12 +41,12 @@ def unwrapped_name(key: str) -> str:
 
 
 def is_network(key: str) -> bool:
-    """Whether a key, without prefix, names a weight of the network, or the codebook of a VQ model.
+    """Whether a key, without prefix, names a weight of the network, its batch norm, or the codebook of a VQ model.
 
     A key of this kind that a VAE has no place for means that the weights are those of another network. Any other key
     is something that was stored beside the VAE.
     """
-    return key.startswith((*NETWORK, "quantize."))
+    return key.startswith((*NETWORK, "quantize.")) or key in BATCH_NORM
 
 
 def plain_weights(vae: Any) -> dict[str, Tensor]:
@@ -106,12 +108,12 @@ def built(vae: Any, kind: type[Any], weights: Mapping[str, Tensor], padding_mode
 
 
 def shared_weights(vae: Any) -> dict[str, Tensor]:
-    """The parameters of `vae` themselves, by the names that a newly built VAE of its class has.
+    """The parameters and buffers of `vae` themselves, by the names that a newly built VAE of its class has.
 
     Raises:
         InputError: when these are not all that computes, or weights have no data; as `plain_weights`.
     """
-    weights: dict[str, Tensor] = dict(vae.named_parameters())
+    weights: dict[str, Tensor] = vae.state_dict(keep_vars=True)
     _check_names(weights, vae)
     _check_data(weights, vae)
     return weights

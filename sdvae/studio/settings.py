@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sdvae.evaluation.config import PROBE_STEPS, check_probe_steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class ColorOption:
@@ -91,3 +93,10 @@ class ReportOptions:
     """Local file of that network's weights, with torchvision's names."""
     lpips_heads: Literal["lpips", "uniform"] = "lpips"
     """`uniform` gives all features the same weight."""
+    diffusability: bool = False
+    """Add a section on how well a diffusion model can learn the latents, as in `sdvae evaluate`; takes minutes more."""
+    probe_steps: int = PROBE_STEPS
+    """With `diffusability`: training steps of the probe, a small diffusion model; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        check_probe_steps(self)

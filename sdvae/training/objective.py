@@ -17,13 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sdvae.alpha import colours
+from sdvae.metrics.equivariance import Transformation
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
-from sdvae.model.posterior import at_least_fp32
 from sdvae.roundtrip import bernoulli_mean
 from sdvae.training.config import EquivarianceConfig, LossConfig, OptimizerConfig
 from sdvae.tutorial.likelihood import bernoulli_error, free_bits_kl
@@ -162,35 +161,6 @@ class Outcome:
     values: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Transformation:
-    """A transformation of images and latents: rotate by `quarter_turns` · 90 degrees, then shrink by `scale`.
-
-    Attributes:
-        scale: a factor up to 1.
-        quarter_turns: 0 to 3, counter-clockwise.
-        alone: whether only the transformed latents are decoded (`equivariance.probability`), or the others as well.
-    """
-
-    scale: float
-    quarter_turns: int
-    alone: bool = False
-
-    def __call__(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
-        """(B, C, H, W) images or latents -> (B, C, *size), with an antialiasing filter, computed in fp32 or wider."""
-        x = torch.rot90(x, self.quarter_turns, dims=(2, 3))
-        if x.shape[2:] == size:
-            return x
-        return F.interpolate(at_least_fp32(x), size=size, mode="bilinear", antialias=True, align_corners=False)
-
-    def latent_size(self, latents: Tensor) -> tuple[int, int]:
-        """Height and width of the transformed latents, at least 1 each."""
-        height, width = latents.shape[2:]
-        if self.quarter_turns % 2:
-            height, width = width, height
-        return max(1, round(height * self.scale)), max(1, round(width * self.scale))
-
-
 def transformation_at(step: int, seed: int, config: EquivarianceConfig) -> Transformation | None:
     """The transformation of step `step`, if it has one: the same on every process and in all its micro-batches."""
     if config.weight == 0 and config.probability == 0:
@@ -198,10 +168,9 @@ def transformation_at(step: int, seed: int, config: EquivarianceConfig) -> Trans
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     which = int(torch.randint(len(config.scales), (), generator=generator))
     turns = int(torch.randint(4, (), generator=generator)) if config.rotations else 0
-    if config.weight > 0:
-        return Transformation(config.scales[which], turns)
-    replaces = float(torch.rand((), generator=generator)) < config.probability
-    return Transformation(config.scales[which], turns, alone=True) if replaces else None
+    if config.probability > 0 and float(torch.rand((), generator=generator)) >= config.probability:
+        return None
+    return Transformation(config.scales[which], turns)
 
 
 def kl_weight_at(step: int, config: LossConfig) -> float:

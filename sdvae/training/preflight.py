@@ -16,7 +16,7 @@ from sdvae.alpha import as_seen, colours, random_backgrounds
 from sdvae.errors import InputError
 from sdvae.metrics.image import psnr
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import AutoencoderKL
+from sdvae.model import ConvolutionalVAE
 from sdvae.noise import posterior_generators
 from sdvae.roundtrip import decode_images, decode_output, encode_images
 from sdvae.training.checkpoint import checkpoint_name, newest_step
@@ -142,7 +142,7 @@ def check_recipe(
 
 @torch.no_grad()
 def probe(
-    vae: AutoencoderKL,
+    vae: ConvolutionalVAE,
     images: Tensor,
     noise_seeds: Tensor,
     config: TrainConfig,

@@ -19,7 +19,7 @@ from sdvae.data import BadImages
 from sdvae.errors import InputError
 from sdvae.metrics.image import image_metrics, psnr
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import AutoencoderKL, AutoencoderTiny
+from sdvae.model import AutoencoderTiny, ConvolutionalVAE, DiagonalGaussian
 from sdvae.noise import posterior_generators, sample_seed
 from sdvae.roundtrip import decode_images, encode_images, pad_to_multiple
 from sdvae.statistics import LatentHealth, LatentMoments, LatentRGB, merged
@@ -53,7 +53,7 @@ class ValidationResult:
 
 @torch.no_grad()
 def validate(
-    vae: AutoencoderKL,
+    vae: ConvolutionalVAE,
     batches: Iterable[dict[str, Any]],
     accelerator: Accelerator,
     perceptual: Perceptual | None,
@@ -190,14 +190,22 @@ def _of_all_processes(
 
 @torch.no_grad()
 def measure_latents(
-    vae: AutoencoderKL, batches: Iterable[dict[str, Any]], accelerator: Accelerator, bad_images: BadImages
+    vae: ConvolutionalVAE, batches: Iterable[dict[str, Any]], accelerator: Accelerator, bad_images: BadImages
 ) -> LatentMoments:
-    """Moments of the latents over every process's share of the images."""
-    moments = LatentMoments(vae.config.latent_channels)
+    """Moments of the channels of patches of the latents, over every process's share of the images.
+
+    A last row or column that does not fill a patch is left out. Patches are of one position unless there is a batch
+    norm, and then their channels are those of the latents.
+    """
+    p, q = vae.patch_size
+    moments = LatentMoments(vae.config.latent_channels * p * q)
     for batch in readable(batches, bad_images):
         conditioning = conditioning_of(batch)
         with accelerator.autocast():
-            moments.update(encode_images(vae, batch["image"].to(accelerator.device), **conditioning))
+            posterior = encode_images(vae, batch["image"].to(accelerator.device), **conditioning)
+        height, width = posterior.mean.shape[2:]
+        whole = posterior.parameters[:, :, : height // p * p, : width // q * q]
+        moments.update(DiagonalGaussian(whole).patched((p, q)))
     return merged(gather_object([moments]))
 
 

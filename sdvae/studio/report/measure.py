@@ -16,11 +16,11 @@ from sdvae.io import printable
 from sdvae.latents.scaling import scaling_of
 from sdvae.metrics.image import image_figures
 from sdvae.metrics.perceptual import Perceptual
+from sdvae.metrics.spectrum import radial_power
 from sdvae.model import AnyAutoencoder
 from sdvae.roundtrip import compute_device, round_trip
 from sdvae.statistics import LatentHealth, LatentMaps
 from sdvae.studio.report.gallery import Gallery
-from sdvae.studio.report.spectra import radial_power
 
 BATCH_SIZE = 4  # images
 FIRST = 4  # images that are also shown with their latents, repeated round trips and half precision
@@ -101,8 +101,7 @@ def measure(
         y, posterior = trip.reconstruction.clamp(-1, 1), trip.posterior
         if maps is None:
             _, *shape = trip.latents.shape
-            scaling = scaling_of(vae)
-            maps = LatentMaps((shape[0], shape[1], shape[2]), scaling.shift, scaling.scale)
+            maps = LatentMaps((shape[0], shape[1], shape[2]), scaling_of(vae).scaled)
         health.update(posterior)
         maps.update(posterior, generator)
         spectra = spectra + torch.stack([radial_power(x), radial_power(y)]).sum(dim=1)

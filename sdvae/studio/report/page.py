@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 
 from sdvae.data import to_image
+from sdvae.evaluation.diffusability import Diffusability
 from sdvae.io import version
 from sdvae.metrics.image import PEAK_PSNR
+from sdvae.metrics.table import DIFFUSABILITY_COLUMNS, direction, figure_of, means, written
 from sdvae.model import AnyAutoencoder
 from sdvae.model.kinds import class_name
 from sdvae.pictures import AMPLIFICATION, draw_curve, draw_log_variances
@@ -57,7 +59,13 @@ class Subject:
     recipe: str | None
 
 
-def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[Delta]) -> str:
+def render(
+    subject: Subject,
+    measured: Measured,
+    drift: Drift,
+    deltas: Sequence[Delta],
+    diffusability: Diffusability | None = None,
+) -> str:
     """The page's HTML. The template escapes all names, which may come from anywhere."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sdvae.studio.report", "."),
@@ -82,6 +90,7 @@ def render(subject: Subject, measured: Measured, drift: Drift, deltas: Sequence[
         native=computes_natively(subject.model.device),
         peak_psnr=PEAK_PSNR,
         spectra=_spectra(subject, measured),
+        diffusability=None if diffusability is None else _diffusability(diffusability),
         curves={
             name: _plot(partial(draw_curve, name=name, steps=steps, values=values), SMALL)
             for name, (steps, values) in subject.curves.items()
@@ -103,7 +112,7 @@ def _head(subject: Subject, measured: Measured) -> dict[str, Any]:
     channels = config.in_channels
     names = ("red", "green", "blue") if channels == 3 else ("grey",) * channels
     by_channel = config.get("latents_mean") is not None and config.get("latents_std") is not None
-    scaled_std = _scaled_std(measured) if by_channel else moments.std * config.scaling_factor
+    scaled_std = measured.maps.scaled_moments.std  # 1 if the VAE's scaling is right for these images
     return {
         "date": datetime.datetime.now().astimezone(),
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
@@ -113,17 +122,8 @@ def _head(subject: Subject, measured: Measured) -> dict[str, Any]:
         "by_channel": by_channel,
         "scaled_std": scaled_std,
         "measured_factor": 1 / moments.std if moments.std > 0 else None,
-        "factor_is_off": scaled_std == 0 or abs(1 / scaled_std - 1) > FACTOR_TOLERANCE,
+        "factor_is_off": not scaled_std > 0 or abs(1 / scaled_std - 1) > FACTOR_TOLERANCE,
     }
-
-
-def _scaled_std(measured: Measured) -> float:
-    """The standard deviation of all scaled latents together."""
-    moments, maps = measured.health.moments, measured.maps
-    scale = maps.scale.flatten()
-    mean = (moments.channel_mean - maps.shift.flatten()) * scale  # (C,) each
-    square = (moments.channel_std * scale).square() + mean.square()
-    return float((square.mean() - mean.mean().square()).clamp(min=0).sqrt())
 
 
 def _reconstructions(measured: Measured) -> dict[str, Any]:
@@ -143,14 +143,15 @@ def _latents(model: AnyAutoencoder, measured: Measured) -> dict[str, Any]:
     moments = health.moments
     elements = int(moments.sums[0, 0])
     kl, mean, std = (values.tolist() for values in (health.channel_kl, moments.channel_mean, moments.channel_std))
-    scale, shift = maps.scale.flatten().tolist(), maps.shift.flatten().tolist()
+    scaled = maps.scaled_moments
+    scaled_mean, scaled_std = scaled.channel_mean.tolist(), scaled.channel_std.tolist()
     channels = [
         {
             "kl": kl[c] if health.has_variance else None,
             "mean": mean[c],
             "std": std[c],
-            "scaled_mean": (mean[c] - shift[c]) * scale[c],
-            "scaled_std": std[c] * scale[c],
+            "scaled_mean": scaled_mean[c],
+            "scaled_std": scaled_std[c],
             "outside": int(maps.outside[c]) / elements,
             "histogram": _plot(partial(plots.histogram, counts=maps.histogram[c], total=elements), SMALL),
         }
@@ -202,6 +203,24 @@ def _spectra(subject: Subject, measured: Measured) -> dict[str, Any]:
         "ratio": _plot(partial(plots.power_ratio, measured=measured, factor=factor)),
         "edge": 1 / (2 * factor),
         "factor": factor,
+    }
+
+
+def _diffusability(found: Diffusability) -> dict[str, Any]:
+    """The figures as (name, number, what it is, which is better), and the plots."""
+    result = {**found.figures, "means": means(list(found.per_image.values()))}
+    rows = [
+        (column.title, written(number, column.form), column.about, direction(column))
+        for column in DIFFUSABILITY_COLUMNS
+        if (number := figure_of(result, column.key)) is not None
+    ]
+    probe = found.probe
+    return {
+        "rows": rows,
+        "images": len(found.per_image),
+        "held_out": 0 if probe is None else len(probe.held_out),
+        "spectra": _plot(partial(plots.latent_spectra, latents=found.spectrum, images=found.image_spectrum)),
+        "levels": None if probe is None else _plot(partial(plots.noise_levels, levels=probe.levels)),
     }
 
 

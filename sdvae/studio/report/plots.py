@@ -6,7 +6,7 @@ They contain no text from outside: matplotlib would take dollar signs in a file'
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -18,6 +18,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
+from sdvae.diffusion.probe import NoiseLevel
+from sdvae.metrics.spectrum import Spectra
 from sdvae.statistics import HISTOGRAM_BINS, HISTOGRAM_RANGE
 from sdvae.studio.report.measure import Measured
 from sdvae.studio.report.robustness import Drift
@@ -144,6 +146,22 @@ def power_ratio(axes: Axes, measured: Measured, factor: int) -> None:
     axes.set(xlabel="cycles a pixel", ylabel="reconstructions / originals")
     _plain_ticks(axes.xaxis)
     _plain_ticks(axes.yaxis)
+
+
+def latent_spectra(axes: Axes, latents: Spectra, images: Spectra) -> None:
+    """The share of the energy above each frequency, of latents and of images."""
+    for spectra, colour, label in ((images, INK, "images"), (latents, RED, "latents")):
+        axes.plot(spectra.frequency.numpy(), spectra.share_above.numpy(), color=colour, label=label)
+    axes.set(xlabel="frequency, parts of the highest", ylabel="share of the energy above", xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+
+
+def noise_levels(axes: Axes, levels: Sequence[NoiseLevel]) -> None:
+    """The probe's error divided by that of the linear denoiser, at each noise level."""
+    ratios = [level.error / level.linear_error for level in levels]
+    axes.plot([level.log_snr for level in levels], ratios, color=RED, marker="o", markersize=3.5)
+    axes.axhline(1, color=INK, linewidth=1)
+    axes.set(xlabel="log of signal to noise: much noise is on the left", ylabel="probe ÷ linear")
 
 
 def _frequencies(measured: Measured) -> np.ndarray:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from sdvae.data import BadImages, EvaluationImages, ReadOptions, evaluation_loader, open_source
 from sdvae.errors import InputError
+from sdvae.evaluation.diffusability import Diffusability, check_count, check_size, collect, fault_of, warn_of_few
+from sdvae.evaluation.diffusability import measure as measure_diffusability
 from sdvae.io import make_folder, printable, replacing
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.perceptual import Perceptual, perceptual_if_any
 from sdvae.model import AnyAutoencoder
 from sdvae.pictures import read_curves
-from sdvae.roundtrip import check_image_channels
+from sdvae.roundtrip import check_image_channels, compute_device
 from sdvae.runtime import accelerator_type
-from sdvae.studio.report.measure import BATCH_SIZE, Measured, measure
+from sdvae.studio.report.measure import BATCH_SIZE, SAMPLE_SEED, Measured, measure
 from sdvae.studio.report.page import Subject, render
 from sdvae.studio.report.robustness import deltas, drift
 from sdvae.studio.settings import ReportOptions
@@ -59,10 +63,14 @@ def write_report(options: ReportOptions) -> Path:
     check_image_channels(model, vae)
     images, data = _photographs(run, options, model.config.in_channels)
     perceptual = perceptual_if_any(options.lpips, options.lpips_weights, options.lpips_heads)
+    bad_images = BadImages()
+    if options.diffusability:
+        check_size(model, "this VAE", images.resolution)
+        check_count(min(options.count, len(images)))
     make_folder(output.parent)
 
-    bad_images = BadImages()
     measured = _measured(model, images, options.count, perceptual, bad_images)
+    learned = _diffusability(model, images, options) if options.diffusability else None
     subject = Subject(
         name=PACKAGED if vae is None else printable(_name(vae)),
         model=model,
@@ -75,7 +83,7 @@ def write_report(options: ReportOptions) -> Path:
     )
     logger.info("repeated round trips, half precision and strips, of the first %d images", len(measured.first))
     first = measured.first.to(model.device)
-    page = render(subject, measured, drift(model, first), deltas(model, first)).encode()
+    page = render(subject, measured, drift(model, first), deltas(model, first), learned).encode()
     with replacing(output) as temporary:
         temporary.write_bytes(page)
     print(f"wrote {output}: {measured.images} images, {len(page) / 1e6:.1f} MB")
@@ -131,9 +139,29 @@ def _measured(
     model.to(device)  # type: ignore[arg-type]
     if perceptual is not None:
         perceptual.to(device)
+    return measure(model, _batches(images, count, "reconstructing"), perceptual, bad_images)
+
+
+def _diffusability(model: AnyAutoencoder, images: EvaluationImages, options: ReportOptions) -> Diffusability | None:
+    """How well a diffusion model can learn the latents; None, with a warning, if they have a fault."""
+    batches = _batches(images, options.count, "encoding")
+    found = collect(model, (batch for batch in batches if batch["name"]), SAMPLE_SEED)
+    check_count(len(found))
+    fault = fault_of(found)
+    if fault is not None:
+        logger.warning("diffusability is left out: %s", fault)
+        return None
+    warn_of_few(len(found))
+    device = compute_device(model)
+    return measure_diffusability(
+        found, probe_steps=options.probe_steps, seed=SAMPLE_SEED, device=device, name="diffusability"
+    )
+
+
+def _batches(images: EvaluationImages, count: int, name: str) -> Iterator[dict[str, Any]]:
+    """Batches of the first images, with a progress bar."""
     loader = evaluation_loader(images, range(min(count, len(images))), batch_size=BATCH_SIZE, num_workers=0)
-    batches = tqdm(loader, "reconstructing", unit="batch", file=sys.stderr, leave=False)
-    return measure(model, batches, perceptual, bad_images)
+    yield from tqdm(loader, name, unit="batch", file=sys.stderr, leave=False)
 
 
 def _name(vae: str) -> str:

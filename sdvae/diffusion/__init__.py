@@ -1,0 +1,1 @@
+"""A small diffusion model of latents, and what a short training of it says about a VAE."""
