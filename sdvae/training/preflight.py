@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from sdvae.alpha import as_seen, random_backgrounds
+from sdvae.alpha import as_seen, colours, random_backgrounds
 from sdvae.errors import InputError
 from sdvae.metrics.image import psnr
 from sdvae.metrics.perceptual import Perceptual
@@ -207,7 +207,7 @@ def probe_teacher(teacher: Teacher, images: Tensor, config: TrainConfig, moments
 
 def unlike_images(images: Tensor, reconstruction: Tensor, source: str | None) -> list[str]:
     """A finding if a VAE that was read from `source` does not reconstruct images, (B, C, H, W) in [-1, 1]."""
-    mean_db = float(psnr(as_seen(images), as_seen(reconstruction.clamp(-1, 1))).mean())
+    mean_db = float(psnr(colours(images), colours(reconstruction)).mean())  # a widened VAE does not know alpha yet
     if mean_db >= RECOGNISABLE_PSNR:
         return []
     return [f"{source} reconstructs the first images at only {mean_db:.1f} dB: is it the right VAE?"]
