@@ -511,10 +511,10 @@ class LatentRGB:
             z: (B, C, h, w), the latents that the map shall take.
             images: (B, 3, f·h, f·w) in [-1, 1].
         """
-        small = F.adaptive_avg_pool2d(
-            images.detach().cpu().double(), (z.shape[2], z.shape[3])
-        )  # the mean of f x f pixels
-        v = torch.cat([z.detach().cpu().double(), torch.ones_like(small[:, :1]), small], dim=1)
+        # in float64, which a device may lack
+        z, images = z.detach().cpu().double(), images.detach().cpu().double()
+        small = F.adaptive_avg_pool2d(images, (z.shape[2], z.shape[3]))  # the mean of f x f pixels
+        v = torch.cat([z, torch.ones_like(small[:, :1]), small], dim=1)
         v = v.transpose(0, 1).flatten(1)  # (C + 1 + colours, positions)
         self.sums += v @ v.T
 
