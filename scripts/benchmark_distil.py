@@ -4,10 +4,9 @@
     python scripts/benchmark_distil.py --config configs/tiny.yaml --distil.teacher VAE \
         --data.source path/to/photographs --distil.latents_folder latents
 
-Takes the options of `sdvae distil`, distil.latents_folder among them. The same
-student does one step from images and one from latents in turn. Prints the median of a step's seconds, with its loading
-of images, and the median of each pair's ratio. Seconds are those of the process on a core, which other programs on the
-machine disturb less than the clock's.
+Takes the options of `sdvae distil`, distil.latents_folder among them. The same student does one step from images and
+one from latents in turn. Prints the median of a step's seconds, with its loading of images, and the median of each
+pair's ratio. Seconds are those of the process on a core, which other programs disturb less than the clock's.
 """
 
 from __future__ import annotations

@@ -176,8 +176,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     vae = load_kl(arguments.vae)
-    if vae.config.shift_factor or vae.config.latents_mean:
-        raise InputError("got a VAE with a shift; need one without: DiTPipeline only divides by scaling_factor")
+    if vae.patch_size != (1, 1) or vae.config.shift_factor or vae.config.latents_mean:
+        raise InputError(
+            "got a VAE with a shift or a batch norm; need one without: DiTPipeline only divides by scaling_factor"
+        )
 
     crops, latents = arguments.output / "crops", arguments.output / "latents"
     cut_crops(crops, arguments.crops)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # «as» the same name marks a name as public for type checke
     from sdvae.latents.encode import encode as encode
     from sdvae.latents.encoder import LatentEncoder as LatentEncoder
     from sdvae.model import AutoencoderKL as AutoencoderKL
+    from sdvae.model import AutoencoderKLFlux2 as AutoencoderKLFlux2
     from sdvae.model import AutoencoderTiny as AutoencoderTiny
     from sdvae.model import DiagonalGaussian as DiagonalGaussian
     from sdvae.model.stream import stream as stream
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 # misspelt, or only asks for help, need not wait for torch.
 _MODULE_OF = {
     "AutoencoderKL": "sdvae.model",
+    "AutoencoderKLFlux2": "sdvae.model",
     "AutoencoderTiny": "sdvae.model",
     "DiagonalGaussian": "sdvae.model",
     "stream": "sdvae.model.stream",

@@ -11,7 +11,7 @@ from torch import Tensor
 from sdvae.data import EvaluationImages, ReadOptions, open_source
 from sdvae.data.reading import Color
 from sdvae.errors import InputError
-from sdvae.model import AutoencoderKL
+from sdvae.model import ConvolutionalVAE
 from sdvae.model.fp16 import FP16_MAX, audit, fix
 from sdvae.roundtrip import pad_to_multiple, round_trip
 from sdvae.weights import load_kl, save_vae
@@ -80,7 +80,7 @@ def fix_vae(
 
 
 def calibration_images(
-    vae: AutoencoderKL, source: str, count: int, resolution: int, color: Color = "srgb"
+    vae: ConvolutionalVAE, source: str, count: int, resolution: int, color: Color = "srgb"
 ) -> list[Tensor]:
     """The first readable images, padded to a multiple of the VAE's compression ratio.
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from sdvae.alpha import drawn
 from sdvae.data import to_image
 from sdvae.errors import InputError
 from sdvae.model.config import LOGVAR_RANGE
@@ -30,9 +31,11 @@ def reconstruction_grid(images: Tensor, reconstructions: Tensor) -> Image.Image:
     """A row for each image: original | reconstruction | amplified absolute difference.
 
     Args:
-        images: (N, C, H, W) in [-1, 1], C 1 or 3; values outside are clamped.
+        images: (N, C, H, W) in [-1, 1], C 1, 3 or 4; values outside are clamped. Images with alpha are drawn over a
+            board of squares.
         reconstructions: the same shape.
     """
+    images, reconstructions = drawn(images), drawn(reconstructions)
     rows = list(zip(images, reconstructions, amplified_difference(images, reconstructions), strict=True))
     return tile_grid(rows, ["original", "reconstruction", f"{AMPLIFICATION} x |difference|"])
 
@@ -73,7 +76,7 @@ def tile_grid(
     matplotlib's subplots would resample them.
 
     Args:
-        tiles: for each row a list of (C, H, W) float in [-1, 1], C 1 or 3; None leaves a place empty.
+        tiles: for each row a list of (C, H, W) float in [-1, 1], C 1, 3 or 4; None leaves a place empty.
         columns: text above each column; may be empty strings.
         rows: text left of each row.
         captions: text below each tile, in the shape of `tiles`.
@@ -116,7 +119,7 @@ def tile_grid(
         for column, tile in enumerate(row):
             x = left + column * (width + GAP)
             if tile is not None:
-                grid.paste(to_image(tile), (x, top))
+                grid.paste(to_image(drawn(tile[None])[0]), (x, top))
             if texts:
                 write(texts[column], x + width / 2, top + height + room / 2, "center", "mm")
         top += height + GAP + room

@@ -20,13 +20,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sdvae.alpha import as_seen, colours
 from sdvae.data import EvaluationImages, ReadOptions, evaluation_loader, open_source, to_image
 from sdvae.data.reading import Color
 from sdvae.errors import InputError
 from sdvae.io import printable, read_json, replacing, with_section
 from sdvae.kernels.speed import speed_up
-from sdvae.latents.scaling import scaling_of
+from sdvae.latents.scaling import identity_scaling, scaling_of
 from sdvae.model import Autoencoder
+from sdvae.model.patches import unpatched
 from sdvae.roundtrip import compute_device, decode_images, encode_images, pad_to_multiple
 from sdvae.runtime import accelerator_type
 from sdvae.statistics import LatentRGB, RGBFactors
@@ -36,7 +38,7 @@ BATCH_SIZE = 4  # images
 PREVIEWS = "Previews"  # heading of the section in a model card
 PREVIEWS_TEXT = """The linear map from latents to RGB that comes nearest to images shrunk by {compression_ratio}
 («latent RGB factors»), also in `{name}`. It takes latents as a diffusion model gets them,
-`(z - shift_factor) * scaling_factor`, and gives values from -1 to 1:
+{scaling}, and gives values from -1 to 1:
 
 | | {colours} |
 |---|{rules}
@@ -104,7 +106,8 @@ def decode_scaled(decoder: Decoder, z: Tensor) -> Tensor:
 
     Args:
         decoder: a VAE, a student, or a linear map.
-        z: (B, C, h, w), as a diffusion model gives them, on the decoder's device.
+        z: (B, C, h, w), as a diffusion model gives them, on the decoder's device. Those of FLUX.2's kind may also be
+            its patches, (B, 4·C, h/2, w/2), for a VAE.
 
     Returns:
         (B, 3, H, W) in fp32, nominally in [-1, 1]; for a linear map H = h and W = w.
@@ -112,12 +115,15 @@ def decode_scaled(decoder: Decoder, z: Tensor) -> Tensor:
     Raises:
         InputError: when the decoder takes another number of channels.
     """
+    scaling = identity_scaling() if isinstance(decoder, RGBFactors) else scaling_of(decoder)
     channels = len(decoder.factors) if isinstance(decoder, RGBFactors) else decoder.config.latent_channels
+    if z.shape[1] == channels * math.prod(scaling.patch_size):
+        z = unpatched(z, scaling.patch_size)
     if z.shape[1] != channels:
         raise InputError(f"got latents of {z.shape[1]} channels for a decoder of {channels}; need one of the same VAE")
     if isinstance(decoder, RGBFactors):
         return decoder.decode(z.float())
-    unscaled = scaling_of(decoder).denormalize(z.float())
+    unscaled = scaling.unscaled(z.float())
     ratio = decoder.spatial_compression_ratio
     size = (ratio * z.shape[2], ratio * z.shape[3])
     return decode_images(decoder, unscaled.to(compute_device(decoder), decoder.dtype), size).float()
@@ -154,10 +160,13 @@ class Preview:
 
     Attributes:
         map: from latents scaled as a diffusion model gets them.
-        about: the scaling, the compression ratio, and the number and size of the images that it was fitted to.
+        scaling: that scaling, in words.
+        about: the factors of the scaling, the compression ratio, and the number and size of the images that it was
+            fitted to.
     """
 
     map: RGBFactors
+    scaling: str
     about: dict[str, Any]
 
     @property
@@ -182,6 +191,7 @@ class Preview:
             rules="---|" * len(colours),
             table=table,
             fit=self.fit,
+            scaling=f"`{self.scaling}`",
             **self.about,
         )
 
@@ -197,7 +207,7 @@ class Preview:
         content = {
             "latent_rgb_factors": self.map.factors.tolist(),
             "latent_rgb_factors_bias": self.map.bias.tolist(),
-            "input": "latents as a diffusion model gets them: (z - shift_factor) * scaling_factor",
+            "input": f"latents as a diffusion model gets them: {self.scaling}",
             "output": "RGB in [-1, 1], one pixel for each position of the latents",
             "r2": self.map.r2.tolist(),
             "psnr": self.map.psnr,
@@ -237,11 +247,11 @@ def fit_preview(vae: Autoencoder, data: str, count: int = 64, resolution: int = 
     nn.Module.to(encoder, device, torch.float32)  # diffusers' own method warns about the dtype
     if device.type == "cpu":
         speed_up(encoder)
-    sums, seen = LatentRGB(config.latent_channels, config.in_channels), 0
+    sums, seen = LatentRGB(config.latent_channels, min(3, config.in_channels)), 0
     for batch in evaluation_loader(images, range(min(count, len(source))), batch_size=BATCH_SIZE, num_workers=0):
         if batch["name"]:
             x = pad_to_multiple(batch["image"], vae.spatial_compression_ratio)
-            sums.update(encode_images(encoder, x.to(device)).mean, x)
+            sums.update(encode_images(encoder, x.to(device)).mean, colours(as_seen(x)))
             seen += len(x)
     if not seen:
         raise InputError(f"none of the images in {data!r} can be read; choose others with --data")
@@ -249,7 +259,10 @@ def fit_preview(vae: Autoencoder, data: str, count: int = 64, resolution: int = 
 
 
 def preview_of(vae: Autoencoder, sums: LatentRGB, images: int, resolution: int) -> Preview:
-    """The linear map of a VAE's latents, as its configuration scales them.
+    """The linear map of a VAE's latents, as its configuration or its batch norm scales them.
+
+    A map serves all positions, so with patches the shift and the scale of a channel are their means over the positions
+    of a patch. In natural images these differ little.
 
     Args:
         vae: the VAE; only its configuration is used.
@@ -262,13 +275,15 @@ def preview_of(vae: Autoencoder, sums: LatentRGB, images: int, resolution: int) 
     """
     config: Any = vae.config
     scaling, fitted = scaling_of(vae), sums.fit()
-    shift, scale = (part.flatten().double() for part in (scaling.shift, scaling.scale))
+    positions = math.prod(scaling.patch_size)
+    shift, scale = (part.double().reshape(-1, positions).mean(dim=1) for part in (scaling.shift, scaling.scale))
     # z = s / scale + shift, so factors · z + bias = (factors / scale) · s + (bias + factors · shift)
     factors, bias = fitted.factors / scale[:, None], fitted.bias + (fitted.factors * shift[:, None]).sum(0)
     keys = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     about = {key: config[key] for key in keys if config.get(key) is not None}
     about |= {"compression_ratio": vae.spatial_compression_ratio, "images": images, "resolution": resolution}
-    return Preview(replace(fitted, factors=factors, bias=bias), about)
+    undone = "" if scaling.patch_size == (1, 1) else ", and then the patches are undone"
+    return Preview(replace(fitted, factors=factors, bias=bias), scaling.formula + undone, about)
 
 
 def read_preview(path: str | Path) -> RGBFactors:

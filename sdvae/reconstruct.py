@@ -55,7 +55,7 @@ def reconstruct_files(
         if target.exists() and path.exists() and target.samefile(path):
             raise InputError(f"{path} would be overwritten; choose another folder with --output")
     model = load_autoencoder(vae, subfolder=subfolder, dtype=torch.float32)
-    check_image_channels(model, vae)
+    check_image_channels(model, vae, alpha=True)
     reading = ReadOptions(channels=model.config.in_channels, min_side=SMALLEST_SIDE, color=color)
     images = [read_file(path, reading, max_side) for path in paths]
     output.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def reconstruct_files(
 
 
 def read_file(path: Path, reading: ReadOptions, max_side: int) -> Image.Image:
-    """An image of at most `max_side` pixels a side, grey or RGB.
+    """An image of at most `max_side` pixels a side, grey, RGB or RGBA.
 
     Raises:
         InputError: with the file's name, when it cannot be read or is too small.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sdvae.errors import InputError
 from sdvae.model import AnyAutoencoder, DiagonalGaussian
-from sdvae.model.autoencoder import check_floating
+from sdvae.model.convolutional import check_floating
 from sdvae.model.kinds import class_name, has_posterior
 
 logger = logging.getLogger(__name__)
@@ -173,19 +173,21 @@ def crop_to(images: Tensor, height: int, width: int) -> Tensor:
     return images if images.shape[-2:] == (height, width) else images[..., :height, :width]
 
 
-def check_image_channels(vae: AnyAutoencoder, source: str | None) -> None:
+def check_image_channels(vae: AnyAutoencoder, source: str | None, *, alpha: bool = False) -> None:
     """Refuse a VAE whose images cannot be read from files or drawn.
 
     Args:
         vae: the VAE.
         source: the VAE's name, for the message.
+        alpha: whether images with alpha can be.
 
     Raises:
-        InputError: unless the VAE takes and gives grey images, or takes and gives RGB images.
+        InputError: unless the VAE takes and gives grey images, or RGB images, or RGBA images where they can be used.
     """
     channels = (vae.config.in_channels, vae.config.out_channels)
-    if channels not in ((1, 1), (3, 3)):
-        raise InputError(f"got {source} with {channels} image channels; need 1 (grey) or 3 (RGB) in and out")
+    if channels not in ((1, 1), (3, 3), (4, 4))[: 3 if alpha else 2]:
+        need = "1 (grey), 3 (RGB) or 4 (RGBA)" if alpha else "1 (grey) or 3 (RGB)"
+        raise InputError(f"got {source} with {channels} image channels; need {need} in and out")
 
 
 def say_if_no_posterior(vae: AnyAutoencoder, name: object, consequence: str) -> None:

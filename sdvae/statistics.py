@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -69,7 +69,10 @@ class LatentMoments:
 
     def update(self, posterior: DiagonalGaussian) -> None:
         posterior = _in_float64(posterior)
-        mean, var = posterior.mean, posterior.var
+        self.add(posterior.mean, posterior.var)
+
+    def add(self, mean: Tensor, var: Tensor) -> None:
+        """`update` with the mean and the variance of each element, (B, C, h, w) float64 on the CPU."""
         count = torch.full((mean.shape[1],), mean.numel() / mean.shape[1], dtype=torch.float64)
         over = (0, 2, 3)
         self.sums += torch.stack([count, mean.sum(over), mean.square().sum(over), var.sum(over)])
@@ -384,24 +387,24 @@ class LatentCovariance:
 class LatentMaps:
     """Statistics of posteriors of one size by position, in float64.
 
-    A diffusion model gets scaled latents, (z - shift) · scale.
-
     Args:
         shape: (C, h, w) of the latents.
-        shift: of the VAE's scaling; (C, 1, 1), or (1, 1, 1) if it is the same for all channels.
-        scale: the same.
+        scaled: maps latents (…, C, h, w) to those of a diffusion model, in the same places: a shift and a scale of each
+            element.
 
     Attributes:
         images: the number of images that were counted.
+        scaled_moments: of scaled latents.
         histogram: (C, HISTOGRAM_BINS) int64, of scaled samples.
         outside: (C,) int64, number of scaled samples outside HISTOGRAM_RANGE.
     """
 
-    def __init__(self, shape: tuple[int, int, int], shift: Tensor, scale: Tensor):
+    def __init__(self, shape: tuple[int, int, int], scaled: Callable[[Tensor], Tensor]):
         channels, height, width = shape
-        self.shift = shift.expand(channels, 1, 1).double()
-        self.scale = scale.expand(channels, 1, 1).double()
+        self.scaled = scaled
+        self._gain = scaled(torch.ones(shape, dtype=torch.float64)) - scaled(torch.zeros(shape, dtype=torch.float64))
         self.images = 0
+        self.scaled_moments = LatentMoments(channels)
         self.histogram = torch.zeros(channels, HISTOGRAM_BINS, dtype=torch.int64)
         self.outside = torch.zeros(channels, dtype=torch.int64)
         self._kl = torch.zeros(height, width, dtype=torch.float64)
@@ -421,14 +424,11 @@ class LatentMaps:
         self._kl += posterior.kl_map().sum(dim=(0, 1))
         self._sums += torch.stack([mean.sum(0), mean.square().sum(0), var.sum(0)])
         self._covariance.update(posterior)
+        self.scaled_moments.add(self.scaled(mean), var * self._gain.square())
         scaled = self.scaled(posterior.sample(generator)).transpose(0, 1).flatten(1)  # (C, B·h·w)
         self.histogram += torch.stack([torch.histc(c, HISTOGRAM_BINS, *HISTOGRAM_RANGE).long() for c in scaled])
         low, high = HISTOGRAM_RANGE
         self.outside += ((scaled < low) | (scaled > high)).sum(dim=1)
-
-    def scaled(self, z: Tensor) -> Tensor:
-        """Latents as a diffusion model gets them."""
-        return (z - self.shift.to(z)) * self.scale.to(z)
 
     def kl(self) -> Tensor:
         """(h, w): KL in nats at each position, summed over channels and averaged over images."""
@@ -445,8 +445,8 @@ class LatentMaps:
         """
         mean, square, var = self._sums / self.images  # (C, h, w) each
         centre = moments.channel_mean[:, None, None]
-        variance = square - 2 * centre * mean + centre.square() + var  # (C, h, w)
-        return (self.scale.square() * variance.clamp(min=0)).mean(dim=0).sqrt()
+        variance = (square - 2 * centre * mean + centre.square() + var).clamp(min=0)
+        return (self._gain.square() * variance).mean(dim=0).sqrt()
 
     def covariance(self, moments: LatentMoments) -> Tensor:
         """(C, C), of unscaled latents over images and positions; the diagonal is channel_std².

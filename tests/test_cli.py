@@ -60,7 +60,7 @@ def test_a_saved_recipe_reads_back_the_same(recipe, tmp_path):
         (["--data.crop_scale=[0.9,0.1]"], r"crop_scale=\[0.9, 0.1\]; need 0 < low <= high <= 1"),
         (["--model.block_out_channels=[]"], r"need a width for each level"),
         (["--model.act_fn=foo"], r"act_fn='foo'; need one of silu"),
-        (["--model.in_channels=2"], r"in_channels=2; need 3 for RGB or 1"),
+        (["--model.in_channels=2"], r"in_channels=2; need 3 for RGB, 1 for grey or 4"),
         (["--model.latent_channels=0"], r"need 1 or more"),
         (["--data.resolution=8"], r"data.resolution=8; need at least 16"),
         (["--loss.kl_weight=-1"], r"loss.kl_weight=-1.0; need 0 or more"),

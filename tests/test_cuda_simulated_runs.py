@@ -45,7 +45,7 @@ AT_A_VALIDATION = {
     "training/validation.py:measure_latents",
     "statistics.py:_in_float64",
 }
-AT_A_VALIDATION |= {"weights/read.py:<listcomp>", "model/autoencoder.py:save_pretrained"}
+AT_A_VALIDATION |= {"weights/read.py:<listcomp>", "model/convolutional.py:save_pretrained"}
 AT_A_VALIDATION |= {"tutorial/conditional.py:_embedded"}
 AT_A_CHECKPOINT = {"training/checkpoint.py:<dictcomp>", "training/state.py:state_dict"}
 SOMETIMES = AT_THE_START | AT_A_VALIDATION | AT_A_CHECKPOINT

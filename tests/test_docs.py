@@ -115,6 +115,7 @@ def desk(tmp_path_factory) -> Path:
         coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
         coarse.resize((160, 144), Image.Resampling.BICUBIC).save(images / f"{i:02}.png")
     shutil.copy(images / "00.png", desk / "photo.jpg")  # a file is named by its content
+    (desk / "reflect.json").write_text('{"padding_mode": "reflect"}')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(desk)
         encode = next(line for line in commands("docs/latents.md") if line.startswith("sdvae encode"))
@@ -161,6 +162,8 @@ def latents(names: dict[str, Any]) -> None:
     assert names["images"].shape == (8, 3, 256, 256)
     unscaled = LatentDataset("latents", sample=False, mirror=0, scaling="none")
     assert np.array_equal(names["mean"], unscaled[0]["latents"])
+    torch.testing.assert_close(names["scaled"], names["by_hand"])
+    assert names["decoded"].shape == (1, 3, 64, 64)
 
 
 def scale(names: dict[str, Any]) -> None:

@@ -69,6 +69,7 @@ def test_the_maps_of_convnext_are_its_four_stages_of_normalised_images(convnext)
     grey = images[:, :1]
     with torch.no_grad():
         torch.testing.assert_close(features(grey)[3], features(grey.expand(-1, 3, -1, -1))[3])
+        torch.testing.assert_close(features(torch.cat([images, grey], dim=1))[3], found[3])  # alpha is left out
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

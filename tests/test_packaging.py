@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sdvae.cli import main
+from sdvae.weights.load import PACKAGED_VAE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,7 +56,8 @@ def test_no_module_imports_from_a_layer_above_it():
 def test_the_core_imports_what_an_installation_without_extras_brings_and_nothing_else():
     core = [file for file in (ROOT / "sdvae").rglob("*.py") if "studio" not in file.parts]
     imported = imported_distributions(core)
-    lazily = {"bitsandbytes", "ray", "triton"}  # imported by the one option that needs it, or where torch brought it
+    # imported by the one option that needs it, or where torch brought it
+    lazily = {"bitsandbytes", "onnxruntime", "ray", "torch-fidelity", "transformers", "triton"}
     assert imported.keys() - lazily == requirement_names(PROJECT["dependencies"]), imported
 
 
@@ -71,6 +73,7 @@ def test_the_studio_imports_what_its_extra_brings():
         ("gradio", "studio", ["demo"]),
         ("jinja2", "studio", ["report", "--output={folder}/report.html"]),
         ("torch_fidelity", "fid", ["evaluate", "--fid=true", "--lpips=none", "--count=1", "--output={folder}/table"]),
+        ("onnxscript", "onnx", ["export", str(PACKAGED_VAE), "{folder}/onnx", "--onnx=true"]),
         ("skimage", "quickstart", ["evaluate", "--lpips=none", "--output={folder}/table"]),
     ],
 )

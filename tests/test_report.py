@@ -350,7 +350,7 @@ def test_maps_covariance_and_histogram_are_those_of_all_elements_at_once():
     parameters[:, 0] += 2.0
     parameters[4:, 3:] = -30.0  # without noise
     posterior = DiagonalGaussian(parameters.double())
-    health, maps = LatentHealth(3), LatentMaps((3, 4, 5), scaling(0.25), scaling(0.5))
+    health, maps = LatentHealth(3), LatentMaps((3, 4, 5), lambda z: (z - 0.25) * 0.5)
     for part in parameters.split(4):
         health.update(DiagonalGaussian(part))
         maps.update(DiagonalGaussian(part), generator)
@@ -364,8 +364,10 @@ def test_maps_covariance_and_histogram_are_those_of_all_elements_at_once():
     torch.testing.assert_close(maps.correlation(moments).diagonal(), torch.ones(3, dtype=torch.float64))
     centred = mean - mean.mean((0, 2, 3), keepdim=True)
     torch.testing.assert_close(maps.std(moments), 0.5 * (centred.square() + var).mean((0, 1)).sqrt())
+    torch.testing.assert_close(maps.scaled_moments.channel_mean, 0.5 * (moments.channel_mean - 0.25))
+    torch.testing.assert_close(maps.scaled_moments.channel_std, 0.5 * moments.channel_std)
     assert (maps.histogram.sum(1) + maps.outside).tolist() == [6 * 4 * 5] * 3
-    exact = LatentMaps((3, 4, 5), scaling(0.25), scaling(2.0))
+    exact = LatentMaps((3, 4, 5), lambda z: (z - 0.25) * 2.0)
     exact.update(DiagonalGaussian(parameters[4:]), generator)
     scaled = 2.0 * (mean[4:].transpose(0, 1).flatten(1).numpy() - 0.25)
     wanted = [np.histogram(channel, HISTOGRAM_BINS, HISTOGRAM_RANGE)[0] for channel in scaled]

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from PIL import Image
 
-from sdvae import InputError
+from sdvae import AutoencoderKLFlux2, InputError
 from sdvae.cli import main, parse_train_config
 from sdvae.data import center_crop, open_source, read_image, to_tensor
 from sdvae.runtime import resolve_precision
@@ -416,7 +416,7 @@ def test_fp16_on_a_cpu_is_refused():
         resolve_precision("fp16", "cpu")
 
 
-@pytest.mark.parametrize("name", ["finetune_decoder", "sd3_f8c16"])
+@pytest.mark.parametrize("name", ["finetune_decoder", "sd3_f8c16", "flux2_f8c32"])
 def test_a_recipe_starts(name, finished, photographs, tmp_path, monkeypatch):
     """For real, at a tiny size; where a published trunk or VAE is asked for, a random or a tiny one stands in."""
     recipe = ROOT / "configs" / f"{name}.yaml"
@@ -439,8 +439,10 @@ def test_a_recipe_starts(name, finished, photographs, tmp_path, monkeypatch):
     assert len(model.config.block_out_channels) == 4
     if published.fine_tune.source is None:
         assert model.config.latent_channels == published.model.latent_channels
-        assert (model.config.shift_factor is not None) == published.model.measure_shift
-        assert model.config.force_upcast == published.model.force_upcast
+        assert isinstance(model, AutoencoderKLFlux2) == published.model.batch_norm
+        if not published.model.batch_norm:
+            assert (model.config.shift_factor is not None) == published.model.measure_shift
+            assert model.config.force_upcast == published.model.force_upcast
 
 
 def explained_variance(vae) -> float:

@@ -80,11 +80,15 @@ class ExportOptions(ColorOption):
     """Dtype of the written weights. `file` keeps that of the source."""
     latents: str | None = None
     """A folder that `sdvae encode` wrote. The scaling_factor measured there is written with the VAE, and the
-    shift_factor as well if the VAE has one."""
+    shift_factor as well if the VAE has one; or the statistics of its batch norm, for a VAE of FLUX.2's kind."""
     by_channel: bool = False
     """With `latents`: write latents_mean and latents_std, the mean and standard deviation of each channel measured
     there, and 1 as scaling_factor. SDXL's pipelines and `LatentDataset` then scale each channel to mean 0 and standard
     deviation 1. Other pipelines do not read these keys; SDXL's take 4 latent channels."""
+    onnx: bool = False
+    """Write vae_encoder/model.onnx and vae_decoder/model.onnx into the folder TARGET, as optimum's pipelines for ONNX
+    Runtime read them, and compare both with the VAE if onnxruntime is installed. Needs the extra onnx. Computes in the
+    dtype of the weights, fp32 or fp16."""
     data: str | None = None
     """Images, whatever `data.source` takes in training: fit «latent RGB factors» to them, the linear map that previews
     latents without a decoder, and write latent_rgb_factors.json into the folder or beside the file."""
@@ -99,6 +103,13 @@ class ExportOptions(ColorOption):
         if self.data is None and (self.count, self.resolution) != (64, 256):
             raise InputError("got count or resolution without data; they are for fitting RGB factors; add --data")
         name = self.target.lower()
+        if name.endswith(".onnx") or (self.onnx and Path(name).suffix in (".safetensors", ".sft", ".pth")):
+            raise InputError(
+                f"got target {self.target}; ONNX takes two files, an encoder and a decoder; need the name of a folder, "
+                "and --onnx true"
+            )
+        if self.onnx and self.data is not None:
+            raise InputError("got data with onnx; RGB factors are written beside a VAE that sdvae reads; leave it out")
         if name.endswith((".ckpt", ".pt", ".pth", ".bin")) and not name.endswith(("_encoder.pth", "_decoder.pth")):
             raise InputError(
                 f"got target {self.target}; need FILE.safetensors or a folder: pickles are not written, except a "
@@ -107,7 +118,7 @@ class ExportOptions(ColorOption):
 
 
 def export(options: ExportOptions) -> None:
-    """Write a VAE in another format: SOURCE TARGET [--dtype fp16] [--data DATA]"""
+    """Write a VAE in another format: SOURCE TARGET [--dtype fp16] [--onnx true] [--data DATA]"""
     from sdvae.weights import export_targets, load_vae, save_as
 
     source = partial(load_vae, options.source, subfolder=options.subfolder, config=options.config)
@@ -117,14 +128,17 @@ def export(options: ExportOptions) -> None:
         from sdvae.latents.folder import LatentFolder
 
         sha256 = encoder_sha256(source(dtype="file"))
-        factors = LatentFolder(options.latents).factors(vae.config, sha256, by_channel=options.by_channel)
-        vae.register_to_config(**factors)
-        print(", ".join(f"{key} {value}" for key, value in factors.items() if value is not None))
-        if "latents_std" in factors and vae.config.latent_channels != SDXL_CHANNELS:
+        print(LatentFolder(options.latents).write_scaling(vae, sha256, by_channel=options.by_channel))
+        if options.by_channel and vae.config.latent_channels != SDXL_CHANNELS:
             print(
                 f"SDXL's pipelines, which read latents_mean and latents_std, take {SDXL_CHANNELS} latent channels; "
                 f"this VAE has {vae.config.latent_channels}, and LatentDataset scales by them"
             )
+    if options.onnx:
+        from sdvae.weights.onnx import save_onnx
+
+        print(f"wrote {' and '.join(map(str, save_onnx(vae, options.target)))}")
+        return
     preview = None
     if options.data is not None:
         from sdvae.previews import fit_preview

@@ -8,6 +8,7 @@ from PIL import Image
 from PIL.Image import Resampling, Transpose
 from torch import Tensor
 
+from sdvae.data.reading import MODES
 from sdvae.errors import InputError
 
 # Pillow antialiases when it shrinks. Bicubic rings less than Lanczos, and an autoencoder learns to draw rings.
@@ -15,17 +16,17 @@ RESAMPLING = Resampling.BICUBIC
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Convert an "RGB" or "L" image to a contiguous (C, H, W) float32 tensor; 0 becomes -1 and 255 becomes 1."""
+    """Convert an "RGB", "L" or "RGBA" image to a contiguous (C, H, W) float32 tensor; 0 becomes -1, 255 becomes 1."""
     pixels = torch.from_numpy(np.array(image))  # (H, W, C) or (H, W) uint8
     pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 def to_image(tensor: Tensor) -> Image.Image:
-    """Convert a tensor to an "L" or "RGB" image.
+    """Convert a tensor to an "L", "RGB" or "RGBA" image.
 
     Args:
-        tensor: (C, H, W) float in [-1, 1], C in {1, 3}. Values outside are clamped.
+        tensor: (C, H, W) float in [-1, 1], C in {1, 3, 4}. Values outside are clamped.
 
     Returns:
         The image, each value rounded to the nearest of 0..255.
@@ -33,8 +34,8 @@ def to_image(tensor: Tensor) -> Image.Image:
     Raises:
         InputError: for another shape, or NaN, which has no colour.
     """
-    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
-        raise InputError(f"image tensor has shape {tuple(tensor.shape)}; need (C, H, W) with C 1 or 3")
+    if tensor.ndim != 3 or tensor.shape[0] not in MODES:
+        raise InputError(f"image tensor has shape {tuple(tensor.shape)}; need (C, H, W) with C 1, 3 or 4")
     tensor = tensor.detach().float().cpu()
     if tensor.isnan().any():
         raise InputError("image tensor holds NaN; need numbers, look for what overflowed before this point")
@@ -100,7 +101,7 @@ def random_crop(
     """Cut out a random square, resize it to size x size with antialiasing, and perhaps mirror it.
 
     Args:
-        image: "RGB" or "L".
+        image: "RGB", "L" or "RGBA". Pillow resizes colours multiplied by alpha, so hidden ones do not spread.
         size: side of the result, in pixels.
         generator: the random generator; four numbers are drawn from it in every case.
         scale: the range of the square's side as a fraction of the short side, from which it is drawn uniformly. The
@@ -122,7 +123,7 @@ def random_crop(
 
 
 def color_jitter(image: Tensor, strength: float, generator: np.random.Generator) -> Tensor:
-    """Change brightness, contrast and saturation at random, and sometimes the order of the channels.
+    """Change brightness, contrast and saturation at random, and sometimes the order of the colours. Alpha stays.
 
     With values in [0, 1], brightness multiplies them, contrast multiplies their distance from the mean luma, and
     saturation their distance from each pixel's luma. Each factor is uniform in 1 ± `strength`. Then the channels get a
@@ -132,7 +133,7 @@ def color_jitter(image: Tensor, strength: float, generator: np.random.Generator)
     differently. With them pixels, and so the losses of training, would be different.
 
     Args:
-        image: (C, H, W) float in [-1, 1], C in {1, 3}; grey has no saturation and no order of channels.
+        image: (C, H, W) float in [-1, 1], C in {1, 3, 4}; grey has no saturation and no order of channels.
         strength: a number in [0, 1]; 0 returns the image itself.
         generator: the random generator; four numbers and a permutation are drawn, or nothing if `strength` is 0.
 
@@ -150,7 +151,7 @@ def color_jitter(image: Tensor, strength: float, generator: np.random.Generator)
     permute = generator.random() < strength
     order = generator.permutation(3)
 
-    x = (image + 1.0).mul_(0.5 * brightness)
+    x = (image[:3] + 1.0).mul_(0.5 * brightness)
     mean = _luma(x).mean()
     x = (x - mean).mul_(contrast).add_(mean)
     if len(x) == 3:
@@ -158,7 +159,7 @@ def color_jitter(image: Tensor, strength: float, generator: np.random.Generator)
         x = (x - luma).mul_(saturation).add_(luma)
         if permute:
             x = x[torch.from_numpy(order)]
-    return x.mul_(2.0).sub_(1.0).clamp_(-1.0, 1.0)
+    return torch.cat([x.mul_(2.0).sub_(1.0).clamp_(-1.0, 1.0), image[3:]])
 
 
 def _luma(x: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ What `read_image` does with each kind of file; docs/images.md has more, and how 
 - The format is recognised by the content and never by the file name's extension (`sdvae/data/signatures.py`). A layout
   that has not been compared with an independent reader is refused as «not supported» (`sdvae/data/containers.py`).
 - The EXIF orientation is applied, all eight values of it; in AVIF, `irot` and `imir` in its stead.
-- Alpha is composited on `background`, never dropped: RGBA, LA, PA, premultiplied alpha, palettes with
-  transparency, and the single transparent colour (tRNS) of grey and RGB PNGs.
+- Alpha is composited on `background`, or kept where `channels` is 4, never dropped: RGBA, LA, PA, premultiplied
+  alpha, palettes with transparency, and the single transparent colour (tRNS) of grey and RGB PNGs.
 - 16-bit grey is scaled, 0 -> 0 and 65535 -> 255, and rounded. For 16-bit colour, Pillow takes the high byte, which
   differs from that by at most one level. 32-bit integers count as 16-bit if all values fit, and floats as fractions if
   all lie in [0, 1]; otherwise the range from minimum to maximum is stretched to 0..255. No value is clipped.
@@ -38,7 +38,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, COLORMAP, PHOTOMETRIC_INTERPRETAT
 from sdvae.data.color import profile_of, to_srgb
 from sdvae.data.containers import prepare
 from sdvae.data.libtiff import libtiff_errors
-from sdvae.data.reading import MAX_PIXELS, ImageError, ReadOptions
+from sdvae.data.reading import MAX_PIXELS, MODES, ImageError, ReadOptions
 from sdvae.data.signatures import format_of
 from sdvae.errors import one_line
 
@@ -66,8 +66,8 @@ def read_image(data: bytes | str | PathLike[str], options: ReadOptions = ReadOpt
         options: what it becomes, and which files are refused.
 
     Returns:
-        An image of mode "RGB" or "L", without metadata except `info["orientation"]`: how the pixels were turned, as one
-        of EXIF's eight numbers.
+        An image of mode "RGB", "L" or "RGBA", without metadata except `info["orientation"]`: how the pixels were
+        turned, as one of EXIF's eight numbers.
 
     Raises:
         ImageError: when the file is not an image, is damaged, or exceeds a limit; the message is the reason.
@@ -92,7 +92,7 @@ def read_image(data: bytes | str | PathLike[str], options: ReadOptions = ReadOpt
         # image itself and removes the tag.
         orientation = _exif_orientation(image)
         profile = profile_of(image, data) if options.color == "srgb" else None
-        image = _to_rgb_or_grey(image, profile, options.channels, options.background)
+        image = _to_mode(image, profile, MODES[options.channels], options.background)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # for a damaged file, Pillow's plugins raise exceptions of any class
@@ -192,11 +192,8 @@ def _rescale_palette(image: Image.Image) -> None:
         image.putpalette(bytes(palette), "RGB;L")
 
 
-def _to_rgb_or_grey(
-    image: Image.Image, profile: bytes | None, channels: int, background: tuple[int, int, int]
-) -> Image.Image:
+def _to_mode(image: Image.Image, profile: bytes | None, mode: str, background: tuple[int, int, int]) -> Image.Image:
     """Convert piece by piece: of a large image, little more than itself and the result is in memory."""
-    mode = "L" if channels == 1 else "RGB"
     deep = _deep_scale(image)
     if profile is not None:
         pixel = _to_8_bits(image.crop((0, 0, 1, 1)), deep)
@@ -224,6 +221,8 @@ def _to_8_bits(image: Image.Image, deep: _DeepScale | None) -> Image.Image:
 def _convert(image: Image.Image, profile: bytes | None, mode: str, background: tuple[int, int, int]) -> Image.Image:
     if profile is not None:
         image = to_srgb(image, profile)
+    if mode == "RGBA":
+        return _straight(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.new("RGB", image.size, background)
@@ -232,6 +231,15 @@ def _convert(image: Image.Image, profile: bytes | None, mode: str, background: t
         return image.convert("L")
     image = image.convert("RGB") if image.mode != "RGB" else image
     return image.convert("L") if mode == "L" else image
+
+
+def _straight(image: Image.Image) -> Image.Image:
+    """As "RGBA". What is fully transparent becomes black, as when Pillow resizes: its colour was never meant."""
+    if not image.has_transparency_data:
+        return image.convert("RGB").convert("RGBA")  # Pillow has no direct way from CMYK and LAB
+    rgba = image.convert("RGBA")
+    visible = rgba.getchannel("A").point([0] + [255] * 255)
+    return Image.composite(rgba, Image.new("RGBA", rgba.size, (0, 0, 0, 0)), visible)
 
 
 @dataclass(frozen=True)

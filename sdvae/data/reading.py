@@ -11,6 +11,7 @@ from sdvae.storage import Storage, StorageError
 
 Color = Literal["srgb", "raw"]
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte of RGB
 
 
@@ -38,8 +39,8 @@ class ReadOptions:
     """What `read_image` makes of a file, and which files it refuses.
 
     Attributes:
-        channels: 3 for mode "RGB", 1 for "L".
-        background: RGB in 0..255, the colour behind transparent parts.
+        channels: 3 for mode "RGB", 1 for "L", 4 for "RGBA": straight alpha, opaque where a file has none.
+        background: RGB in 0..255, the colour behind transparent parts; not used if alpha is kept.
         min_side: the smallest permitted length of the shorter side, in pixels; None is 1, and half of the resolution
             for images that are cropped to one. Images that are enlarged more than twice teach the decoder to blur.
         max_pixels: the largest permitted number of pixels; None is MAX_PIXELS. The header is checked before anything is
@@ -55,8 +56,8 @@ class ReadOptions:
     color: Color = "srgb"
 
     def __post_init__(self) -> None:
-        if self.channels not in (1, 3):
-            raise InputError(f"channels is {self.channels}; need 1 (grey) or 3 (RGB)")
+        if self.channels not in MODES:
+            raise InputError(f"channels is {self.channels}; need 1 (grey), 3 (RGB) or 4 (RGBA)")
 
     def check_side(self, width: int, height: int) -> None:
         """Refuse an image whose shorter side is less than `min_side`.

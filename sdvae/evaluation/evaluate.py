@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sdvae.alpha import as_seen, colours
 from sdvae.data import (
     BadImages,
     EvaluationImages,
@@ -203,8 +204,8 @@ class Bench:
                 measured.per_image.append({"index": batch["index"][i], "name": utf8(batch["name"][i]), **figures})
             for distance in self.distances.values():
                 if first:
-                    distance.add(x, real=True)
-                distance.add(y, real=False)
+                    distance.add(colours(as_seen(x)), real=True)
+                distance.add(colours(as_seen(y)), real=False)
             for index, original, reconstruction in zip(batch["index"], x.cpu(), y.cpu(), strict=True):
                 if index < self.config.images:
                     measured.drawn.append((index, reconstruction.nan_to_num()))
@@ -307,7 +308,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         perceptual = perceptual_if_any(config.lpips, config.lpips_weights, config.lpips_heads)
         distances = _distances(config, state.device)
     for name, vae in vaes.items():
-        check_image_channels(vae, name)
+        check_image_channels(vae, name, alpha=True)
         say_if_no_posterior(vae, name, "it has no KL, and its latents are decoded as they are")
         if config.tiling and isinstance(vae, StockAutoencoder):
             raise InputError(

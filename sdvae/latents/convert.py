@@ -60,8 +60,8 @@ def export_latents(
             - «safetensors»: a file for each shard and latent shape, with the stored tensors (N, C, h, w) under their
               columns' names, `index` (N,) int64, `original_size`, `crop_top_left` and `target_size` (N, 2) int32, and
               integer columns of the source (N,) int64. All other values (names, captions, columns with missing
-              numbers) are in a .jsonl file of the same name, a line for each row. stats.json has the statistics and
-              the VAE's factors.
+              numbers) are in a .jsonl file of the same name, a line for each row. stats.json has the statistics, the
+              VAE's factors, and the scaling: shift and scale of each channel, and the patches that they are for.
             - «webdataset»: a .tar for each shard. Each row has KEY.mean.npy and so on (fp32 if bf16 is stored) and
               KEY.json with all other values; KEY.txt if there are captions, and KEY.cls if every row has a label.
             - «kohya»: the files that kohya-ss/sd-scripts writes with --cache_latents_to_disk, to be copied into the
@@ -87,6 +87,12 @@ def export_latents(
     source.check()
     if to == "kohya":
         _check_kohya(source)
+    if source.scaling.patch_size != (1, 1):
+        logger.warning(
+            "the latents are written as the encoder gives them; a diffusion model takes %s, whose numbers are under "
+            "«scaling» in the data set's manifest.json",
+            source.scaling.formula,
+        )
     with replacing(target) as temporary, tqdm(total=source.num_rows, unit=" rows", disable=None) as bar:
         temporary.mkdir()
         _WRITERS[to](source, temporary, bar)
@@ -110,6 +116,7 @@ class _Source:
         self.dtype = folder.dtype
         self.statistics: dict[str, Any] = folder.manifest["statistics"]
         self.vae: dict[str, Any] = folder.manifest["vae_config"]
+        self.scaling = folder.scaling
         self.has_buckets = len(folder.manifest["fingerprint"]["images"]["sizes"]) > 1
         self.num_rows: int = folder.manifest["rows"]
         self.shards = [shard for shard, entry in enumerate(folder.shards) if entry["rows"]]
@@ -214,7 +221,8 @@ def _write_safetensors(source: _Source, target: Path, bar: tqdm) -> None:
             name = f"{stem}-{'x'.join(map(str, shape))}"
             save_file(stack.tensors, target / f"{name}.safetensors", metadata={"format": "pt"})
             (target / f"{name}.jsonl").write_text("".join(stack.lines), encoding="utf-8", newline="\n")
-    stats = {"statistics": source.statistics, "vae": {name: source.vae.get(name) for name in FACTORS}}
+    factors = {name: source.vae.get(name) for name in FACTORS}
+    stats = {"statistics": source.statistics, "vae": factors, "scaling": source.scaling.to_json()}
     (target / "stats.json").write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
 
 

@@ -259,7 +259,9 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """
         ((group, offset),) = self._find(np.array([place]))
         mean, logvar = (
-            from_bytes(group.value(column + "_mirrored" * mirrored, offset), self._folder.dtype, group.shapes[offset])
+            from_bytes(
+                group.value(column + "_mirrored" * mirrored, offset).tobytes(), self._folder.dtype, group.shapes[offset]
+            )
             for column in ("mean", "logvar" if self._has_variance else "mean")
         )
         if not self._has_variance:

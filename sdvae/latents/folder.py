@@ -29,6 +29,7 @@ from sdvae.data import kinds_of
 from sdvae.errors import InputError, first_few, one_line
 from sdvae.latents.scaling import LatentScaling, channel_scaling, config_scaling
 from sdvae.latents.summary import is_of_student
+from sdvae.model import Autoencoder, AutoencoderKLFlux2
 from sdvae.runtime import DTYPES
 from sdvae.storage import is_bad_content, open_storage
 
@@ -239,28 +240,45 @@ class LatentFolder:
         why = kinds_of(line["reason"] for lines in self.skipped_lines().values() for line in lines)
         return f"{rows} of {rows + skipped} images have a row, and {skipped} have none ({why}; see skipped.jsonl)"
 
-    def factors(
-        self, vae_config: Mapping[str, Any], encoder_sha256: str, *, by_channel: bool = False
-    ) -> dict[str, Any]:
-        """The scaling that was measured on these latents, under the keys of a VAE's config.
+    def write_scaling(self, vae: Autoencoder, encoder_sha256: str, *, by_channel: bool = False) -> str:
+        """Write the scaling that was measured on these latents into a VAE's config, or its batch norm.
+
+        This is scaling_factor, and shift_factor if the VAE has one. By channel it is latents_mean and latents_std, a
+        scaling_factor of 1, and a shift_factor of None, as SDXL's pipelines read them. For a VAE of FLUX.2's kind it is
+        the running statistics.
 
         Args:
-            vae_config: the config of the VAE that is to decode them.
-            encoder_sha256: the hash of that VAE's encoder.
+            vae: the VAE that is to decode them.
+            encoder_sha256: the hash of its encoder.
             by_channel: scale each channel by itself, as is done anyway if the VAE has latents_mean and latents_std.
 
         Returns:
-            scaling_factor, and shift_factor if the VAE has one. By channel: latents_mean and latents_std, a
-            scaling_factor of 1, and a shift_factor of None, as SDXL's pipelines read them.
+            What was written, as text.
 
         Raises:
             InputError: when another VAE made these latents, or they do not vary, or for a student.
         """
-        if is_of_student(vae_config):
-            raise InputError("got latents for a student, whose own latents are scaled already; leave the latents out")
+        if not isinstance(vae, AutoencoderKLFlux2):
+            factors = self._factors(vae.config, encoder_sha256, by_channel)
+            vae.register_to_config(**factors)
+            return ", ".join(f"{key} {value}" for key, value in factors.items() if value is not None)
+        if by_channel:
+            raise InputError("got by_channel for a VAE with a batch norm, which scales each channel; leave it out")
+        self._check_encoder(encoder_sha256)
+        statistics = self.manifest["statistics"]
+        mean, variance = torch.tensor(statistics["patches_mean"]), torch.tensor(statistics["patches_var"])
+        vae.set_statistics(mean, variance)
+        return f"a batch norm of mean {float(mean.mean()):.4g} and variance {float(variance.mean()):.4g} on average"
+
+    def _check_encoder(self, encoder_sha256: str) -> None:
         self.open(finished=True)
         if self.manifest["fingerprint"]["vae"]["encoder_sha256"] != encoder_sha256:
             raise InputError(f"the latents in {self.storage} were made by another encoder; need those of this VAE")
+
+    def _factors(self, vae_config: Mapping[str, Any], encoder_sha256: str, by_channel: bool) -> dict[str, Any]:
+        if is_of_student(vae_config):
+            raise InputError("got latents for a student, whose own latents are scaled already; leave the latents out")
+        self._check_encoder(encoder_sha256)
         statistics = self.manifest["statistics"]
         if by_channel or (vae_config["latents_mean"] is not None and vae_config["latents_std"] is not None):
             _ = channel_scaling(statistics)  # which refuses a channel that does not vary

@@ -286,8 +286,14 @@ def finish(folder: LatentWriter, *, is_main: bool = True) -> None:
     if is_finished:
         logger.info("%s: %s", folder.storage, folder.counts())
         if not is_of_student(folder.manifest["vae_config"]):
-            factors = folder.manifest["statistics"]
+            factors, scaling = folder.manifest["statistics"], folder.scaling
             logger.info("scaling_factor %s, shift_factor %s", factors["scaling_factor"], factors["shift_factor"])
+            if scaling.patch_size != (1, 1):
+                logger.info(
+                    "stored are the encoder's latents, of %d channels; LatentDataset gives those of the diffusion "
+                    "model, of %d: %s",
+                    *(len(factors["latents_mean"]), len(scaling.shift), scaling.formula),
+                )
     else:
         folder.refresh()
         left = sum(not folder.is_done(shard) for shard in range(folder.num_shards))

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdvae.errors import InputError
-from sdvae.model import AnyAutoencoder
+from sdvae.model import AnyAutoencoder, AutoencoderKLFlux2
 from sdvae.model.patches import PatchSize, patched, unpatched
 
 
@@ -19,7 +19,8 @@ from sdvae.model.patches import PatchSize, patched, unpatched
 class LatentScaling:
     """normalize(z) = (patched(z) - shift) · scale, and its inverse.
 
-    Without patches (1 x 1), which all VAEs but FLUX.2's have, `patched` changes nothing.
+    Patches are of one position, and `patched` changes nothing, except for FLUX.2's VAE. `scaled` and `unscaled` compute
+    the same values in the layout of the encoder's latents, whose sides need not be multiples of the patch's.
 
     Attributes:
         shift: (C', 1, 1) fp32, or (1, 1, 1) if it is the same for all channels, with C' = C · p · q.
@@ -33,12 +34,40 @@ class LatentScaling:
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Scale latents (…, C, p·h, q·w) of the encoder for a diffusion model: (…, C·p·q, h, w)."""
-        latents = patched(latents, self.patch_size)
-        return (latents - self.shift.to(latents)) * self.scale.to(latents)
+        return patched(self.scaled(latents), self.patch_size)
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Scale latents (…, C·p·q, h, w) of a diffusion model for the decoder: (…, C, p·h, q·w)."""
-        return unpatched(latents / self.scale.to(latents) + self.shift.to(latents), self.patch_size)
+        return self.unscaled(unpatched(latents, self.patch_size))
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """The values of `normalize` in their places among the latents (…, C, h, w)."""
+        return (latents - self._spread(self.shift, latents)) * self._spread(self.scale, latents)
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The inverse of `scaled`."""
+        return latents / self._spread(self.scale, latents) + self._spread(self.shift, latents)
+
+    def _spread(self, values: Tensor, latents: Tensor) -> Tensor:
+        """Shift or scale for each element of latents (…, C, h, w), in a shape that broadcasts to theirs."""
+        if self.patch_size == (1, 1):
+            return values.to(latents)
+        (p, q), (height, width) = self.patch_size, latents.shape[-2:]
+        tiles = unpatched(values, self.patch_size).repeat(1, -(-height // p), -(-width // q))
+        return tiles[:, :height, :width].to(latents)
+
+    @property
+    def std(self) -> float:
+        """The standard deviation of unscaled latents, as far as the scaling tells it: 1/scale, over all channels."""
+        return float(self.scale.double().reciprocal().square().mean().sqrt())
+
+    @property
+    def formula(self) -> str:
+        """Text such as «(z - shift_factor) * scaling_factor»."""
+        if self.patch_size == (1, 1):
+            return "(z - shift_factor) * scaling_factor"
+        p, q = self.patch_size
+        return f"(z - running mean) / sqrt(running variance + eps), by a batch norm over {p} x {q} patches of z"
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads, which JSON can hold. All digits of shift and scale are kept."""
@@ -61,10 +90,9 @@ def scaling_of(vae: AnyAutoencoder) -> LatentScaling:
     Raises:
         InputError: as `config_scaling` does.
     """
-    norm: Any = getattr(vae, "bn", None)
-    if not isinstance(norm, nn.BatchNorm2d):
-        return config_scaling(vae.config)
-    return batch_norm_scaling(norm.running_mean, norm.running_var, norm.eps, tuple(vae.config.patch_size))
+    if isinstance(vae, AutoencoderKLFlux2):
+        return batch_norm_scaling(vae.bn.running_mean, vae.bn.running_var, vae.bn.eps, vae.patch_size)
+    return config_scaling(vae.config)
 
 
 def config_scaling(config: Mapping[str, Any]) -> LatentScaling:

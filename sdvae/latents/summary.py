@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sdvae.io import printable
+from sdvae.latents.scaling import LatentScaling
 from sdvae.model.patches import PatchSize
 from sdvae.statistics import LatentMoments
 
@@ -55,18 +56,24 @@ def batch_norm_statistics(patches: LatentMoments) -> dict[str, list[float]]:
     return {"patches_mean": patches.channel_mean.tolist(), "patches_var": patches.channel_std.square().tolist()}
 
 
-def card(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> str:
+def card(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], scaling: LatentScaling) -> str:
     """The README.md of a data set. The hub and `datasets` read its head.
 
     Args:
         manifest: the manifest of the finished data set.
         shards: the lines of its shards.jsonl.
+        scaling: how pipelines scale its latents.
     """
     fingerprint = manifest["fingerprint"]
     stored, images, vae = fingerprint["stored"], fingerprint["images"], fingerprint["vae"]
     sizes = ", ".join(f"{height} x {width}" for height, width in images["sizes"])
     scaled = is_of_student(manifest["vae_config"])
     what = "Scaled latents of a student" if scaled else f"Unscaled {STORED[stored['what']]}"
+    convention = (
+        ""
+        if scaling.patch_size == (1, 1)
+        else f"\n- As a diffusion model gets them: {scaling.formula}, so of {len(scaling.shift)} channels"
+    )
     factors = {} if scaled else {k: v for k, v in manifest["statistics"].items() if k.endswith("factor")}
     figures = ", ".join(f"{key} {value:.6g}" for key, value in factors.items() if value is not None)
     measured = f"\n- Measured here: {figures}" if figures else ""
@@ -77,7 +84,8 @@ def card(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> st
     }[stored["what"]]
     vae_config = manifest["vae_config"]
     by_channel = " with latents_mean and latents_std" if vae_config.get("latents_std") is not None else ""
-    scaled_by = f"scaling_factor {vae_config.get('scaling_factor')}{by_channel}"
+    factor = vae_config.get("scaling_factor")
+    scaled_by = "" if factor is None else f", scaling_factor {factor}{by_channel}"
     vae_class = vae_config.get("_class_name", "VAE")  # data sets of older versions do not name it
     # The cache of `datasets` tells two data sets apart only by this head and the folder's last name.
     content = hashlib.sha256("".join(entry["sha256"] for entry in shards).encode()).hexdigest()
@@ -96,7 +104,7 @@ tags:
 project's README describes. {what}
 in {stored["dtype"]}{", also of the mirror images" if stored["mirror"] else ""}.
 
-- {vae_class}: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}, {scaled_by}
+- {vae_class}: encoder {vae["encoder_sha256"][:16]}…, {vae["precision"]}{scaled_by}{convention}
 - Images: {sizes} (height x width){measured}
 
 ```python

@@ -205,7 +205,7 @@ class LatentWriter(LatentFolder):
         manifest = {**self._begun(), "complete": True, **counts}
         self.storage.replace(SKIPPED, _json_lines(skipped))
         self.storage.replace(SHARDS, _json_lines(entries))
-        self.storage.replace(CARD, card(manifest, entries).encode())
+        self.storage.replace(CARD, card(manifest, entries, self.scaling).encode())
         self.storage.replace(MANIFEST, _json(manifest))
         self._remove_progress()
         self._read()

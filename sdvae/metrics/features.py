@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from sdvae.alpha import colours
 from sdvae.errors import InputError, one_line, require
 from sdvae.metrics.perceptual import download_timeout
 from sdvae.weights.read import read_weights
@@ -58,8 +59,8 @@ class Features(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) or grey (B, 1, H, W) in [-1, 1] -> four maps (B, widths[i], h_i, w_i)."""
-        x = ((images + 1) / 2).expand(-1, 3, -1, -1)
+        """(B, C, H, W) in [-1, 1], grey, RGB, or RGB and alpha, which is left out -> maps (B, widths[i], h_i, w_i)."""
+        x = ((colours(images) + 1) / 2).expand(-1, 3, -1, -1)
         x = (x - self.mean.to(x)) / self.std.to(x)
         sides = [max(1, round(side / self.multiple)) * self.multiple for side in x.shape[2:]]
         if tuple(sides) != tuple(x.shape[2:]):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from sdvae.alpha import as_seen, colours
 from sdvae.model import DiagonalGaussian
 
 if TYPE_CHECKING:
@@ -28,16 +29,18 @@ def image_metrics(
     torchmetrics' own mean also counts windows over a mirrored border.
 
     Args:
-        images: (B, C, H, W) in [-1, 1].
+        images: (B, C, H, W) in [-1, 1]. With alpha (C = 4), colours are compared as seen over grey (`sdvae.alpha`).
         reconstruction: the same shape; clamped to [-1, 1] first.
         posterior: the posterior of the images.
         perceptual: LPIPS; None leaves it out.
 
     Returns:
-        For each image: `psnr` in dB, `ssim`, the perceptual distance under `perceptual.name`, and `kl` in nats divided
-        by C·H·W, which is left out if the posterior has no variance.
+        For each image: `psnr` in dB, `ssim`, the perceptual distance under `perceptual.name`, `psnr_alpha` if there is
+        alpha, and `kl` in nats divided by C·H·W, which is left out if the posterior has no variance.
     """
-    images, reconstruction = images.float(), reconstruction.float().clamp(-1, 1)
+    values = images[0].numel()
+    seen, seen_again = as_seen(images.float()), as_seen(reconstruction.float().clamp(-1, 1))
+    images, reconstruction = colours(seen), colours(seen_again)
     x, y = (images + 1) / 2, (reconstruction + 1) / 2
     _, ssim_map = structural_similarity_index_measure(
         y, x, sigma=SSIM_SIGMA, data_range=1.0, reduction="none", return_full_image=True
@@ -47,8 +50,10 @@ def image_metrics(
         "psnr": psnr(images, reconstruction),
         "ssim": inside.mean(dim=(1, 2, 3)),
     }
+    if seen.shape[1] == 4:
+        columns["psnr_alpha"] = psnr(seen[:, 3:], seen_again[:, 3:])
     if not posterior.deterministic:
-        columns["kl"] = posterior.kl() / images[0].numel()
+        columns["kl"] = posterior.kl() / values
     if perceptual is not None:
         columns[perceptual.name] = perceptual(reconstruction, images)
     rows = torch.stack(list(columns.values()), dim=1).tolist()  # at once, since each read waits for the device
@@ -72,7 +77,7 @@ def image_figures(
         reconstruction - image in each channel, in 8-bit levels.
     """
     _, channels, height, width = images.shape
-    bias = 127.5 * (reconstruction.clamp(-1, 1) - images).mean(dim=(2, 3))  # (B, C)
+    bias = 127.5 * (as_seen(reconstruction.clamp(-1, 1)) - as_seen(images)).mean(dim=(2, 3))  # (B, C)
     figures = image_metrics(images, reconstruction, posterior, perceptual)
     for of_image, of_channels in zip(figures, bias.tolist(), strict=True):
         if "kl" in of_image:

@@ -37,6 +37,7 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column("psnr", "PSNR, dB", ".2f", 1),
+    Column("psnr_alpha", "PSNR of alpha, dB", ".2f", 1),
     Column("ssim", "SSIM", ".3f", 1),
     Column("lpips", "LPIPS", ".4f", -1),
     Column("rfid", "rFID", ".2f", -1),
@@ -45,7 +46,7 @@ COLUMNS = (
     Column("kl_nats", "KL, nats", ".0f", 0),
     Column("bits_per_pixel", "bits a pixel", ".2f", 0),
     Column("active_channels", "active channels", "", 0),
-    Column("bias", "colour bias R G B", "", 0),
+    Column("bias", "colour bias R G B (alpha)", "", 0),
     Column("encode_ms", "encode, ms", ".0f", 0),
     Column("decode_ms", "decode, ms", ".0f", 0),
     Column("memory_mib", "memory of an image, MiB", ".0f", 0),

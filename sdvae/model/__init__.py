@@ -6,8 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdvae.model.autoencoder import AutoencoderForwardOutput, AutoencoderKL
+    from sdvae.model.autoencoder import AutoencoderKL
     from sdvae.model.blocks import Decoder, Encoder
+    from sdvae.model.convolutional import AutoencoderForwardOutput, ConvolutionalVAE
+    from sdvae.model.flux2 import AutoencoderKLFlux2
     from sdvae.model.kinds import AnyAutoencoder, Autoencoder
     from sdvae.model.posterior import DiagonalGaussian
     from sdvae.model.stock import StockAutoencoder
@@ -18,7 +20,9 @@ __all__ = [
     "Autoencoder",
     "AutoencoderForwardOutput",
     "AutoencoderKL",
+    "AutoencoderKLFlux2",
     "AutoencoderTiny",
+    "ConvolutionalVAE",
     "Decoder",
     "DiagonalGaussian",
     "Encoder",
@@ -29,9 +33,11 @@ __all__ = [
 _HOMES = {
     "AnyAutoencoder": "kinds",
     "Autoencoder": "kinds",
-    "AutoencoderForwardOutput": "autoencoder",
+    "AutoencoderForwardOutput": "convolutional",
     "AutoencoderKL": "autoencoder",
+    "AutoencoderKLFlux2": "flux2",
     "AutoencoderTiny": "tiny",
+    "ConvolutionalVAE": "convolutional",
     "Decoder": "blocks",
     "DiagonalGaussian": "posterior",
     "Encoder": "blocks",

@@ -13,7 +13,7 @@ from sdvae.errors import InputError
 
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")  # those that diffusers' get_activation knows
 # `_class_name` in the config.json of this package's autoencoders
-CLASS_NAMES = ("AutoencoderKL", "ConditionalAutoencoderKL", "AutoencoderTiny")
+CLASS_NAMES = ("AutoencoderKL", "ConditionalAutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny")
 LOGVAR_RANGE = (-30.0, 20.0)  # of a posterior; LDM, ldm/modules/distributions/distributions.py
 LIKELIHOODS = ("gaussian", "bernoulli")
 # How 3x3 convs extend a map at its edges, in torch's names. All published VAEs of 2022 to 2024 pad with zeros.
@@ -28,9 +28,12 @@ class ModelShape:
     """The shape of the autoencoder, in diffusers' names. A new key is added here and in `AutoencoderKL.__init__`."""
 
     in_channels: int = 3
-    """Channels of the images and of their reconstructions: 3 for RGB, 1 for grey."""
+    """Channels of the images and of their reconstructions: 3 for RGB, 1 for grey, 4 for RGB with alpha."""
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     """Width of each level; n levels compress by 2^(n-1) along each side."""
+    decoder_block_out_channels: tuple[int, ...] = ()
+    """Width of each level of the decoder, from the image to the latents, if it is not that of the encoder. Needs
+    batch_norm."""
     layers_per_block: int = 2
     """ResNet blocks in each level of the encoder; the decoder has one more."""
     latent_channels: int = 4
@@ -50,6 +53,9 @@ class ModelShape:
     other programs know zeros alone: with another value, what they decode is wrong at the edges."""
     sample_size: int = 512
     """Side in pixels that pipelines take as the default and that diffusers' own tiling uses."""
+    batch_norm: bool = False
+    """Make an AutoencoderKLFlux2: a batch norm over 2x2 patches of the latents takes the place of scaling_factor and
+    shift_factor, and pipelines of FLUX.2 can use the VAE. Its statistics are measured like those factors."""
     num_classes: int = 0
     """Condition encoder and decoder on a class label, 0 .. num_classes - 1, of each image
     (sdvae/tutorial/conditional.py). 0 is the plain AutoencoderKL."""
@@ -62,28 +68,42 @@ class ModelShape:
     def __post_init__(self) -> None:
         if not self.block_out_channels:
             raise InputError("got model.block_out_channels=[]; need a width for each level")
-        sizes = (self.layers_per_block, self.latent_channels, self.norm_num_groups, *self.block_out_channels)
+        own = self.decoder_block_out_channels
+        if own and (len(own) != len(self.block_out_channels) or not self.batch_norm):
+            raise InputError(
+                f"got model.decoder_block_out_channels={list(own)}; need a width for each of the "
+                f"{len(self.block_out_channels)} levels, and model.batch_norm=true: diffusers' AutoencoderKL has none"
+            )
+        if self.batch_norm and self.num_classes:
+            raise InputError("got model.batch_norm with model.num_classes; need one of the two; leave the other out")
+        sizes = (self.layers_per_block, self.latent_channels, self.norm_num_groups, *self.block_out_channels, *own)
         if min(sizes) < 1:
             raise InputError("got a model with a width, layer, latent channel or group count below 1; need 1 or more")
-        if self.in_channels not in (1, 3):
-            raise InputError(f"got model.in_channels={self.in_channels}; need 3 for RGB or 1 for grey images")
+        if self.in_channels not in (1, 3, 4):
+            raise InputError(f"got model.in_channels={self.in_channels}; need 3 for RGB, 1 for grey or 4 for RGBA")
         if self.act_fn not in ACTIVATIONS:
             raise InputError(f"got model.act_fn={self.act_fn!r}; need one of {', '.join(ACTIVATIONS)}")
         if self.padding_mode not in PADDING_MODES:
             raise InputError(f"got model.padding_mode={self.padding_mode!r}; need one of {', '.join(PADDING_MODES)}")
         if self.num_classes < 0:
             raise InputError(f"got model.num_classes={self.num_classes}; need 0 for none, or how many there are")
-        if self.force_upcast and not self.use_quant_conv:
+        if self.force_upcast and not self.use_quant_conv and not self.batch_norm:
             raise InputError(
                 "got model.force_upcast=true with model.use_quant_conv=false, which SDXL pipelines cannot run; "
                 "set model.force_upcast=false"
             )
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The arguments of `AutoencoderKL`, or of `ConditionalAutoencoderKL` if there are classes."""
+        """The arguments of `AutoencoderKL`, of `ConditionalAutoencoderKL` if there are classes, or of
+        `AutoencoderKLFlux2` if there is a batch norm."""
         same = {field.name: getattr(self, field.name) for field in fields(ModelShape)}
+        del same["batch_norm"]
         if not self.num_classes:
             del same["num_classes"]
+        if self.batch_norm:
+            del same["force_upcast"]
+        if not self.decoder_block_out_channels:
+            del same["decoder_block_out_channels"]
         levels = [False] * len(self.block_out_channels)
         return {
             **same,
@@ -100,9 +120,23 @@ def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
         config: the VAE's config, with diffusers' keys.
     """
     shape = {field.name: config[field.name] for field in fields(ModelShape) if field.name in config}
-    # without quant convs SDXL pipelines cannot upcast, whatever the config says
-    upcast = config["force_upcast"] and config["use_quant_conv"]
-    return {**shape, "block_out_channels": tuple(config["block_out_channels"]), "force_upcast": upcast}
+    return {
+        **shape,
+        "block_out_channels": tuple(config["block_out_channels"]),
+        "decoder_block_out_channels": tuple(config.get("decoder_block_out_channels") or ()),
+        "batch_norm": "batch_norm_eps" in config,
+        # without quant convs SDXL pipelines cannot upcast, whatever the config says
+        "force_upcast": config.get("force_upcast", False) and config["use_quant_conv"],
+    }
+
+
+def decoder_widths(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The width of each level of a VAE's decoder, from the image to the latents: the encoder's, unless it has its own.
+
+    Args:
+        config: the VAE's config, with diffusers' keys.
+    """
+    return tuple(config.get("decoder_block_out_channels") or config["block_out_channels"])
 
 
 def block_types(down: Sequence[bool], up: Sequence[bool]) -> dict[str, tuple[str, ...]]:

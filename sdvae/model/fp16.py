@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.errors import InputError
-from sdvae.model import AutoencoderKL
+from sdvae.model import ConvolutionalVAE
 from sdvae.model.blocks import NORM_EPS, Decoder, Downsample, Encoder, ResnetBlock, SelfAttention, Upsample
 from sdvae.model.tiling import is_known
 
@@ -53,7 +53,7 @@ class Fix:
 
 
 @torch.no_grad()
-def audit(vae: AutoencoderKL, images: Sequence[Tensor]) -> dict[str, float]:
+def audit(vae: ConvolutionalVAE, images: Sequence[Tensor]) -> dict[str, float]:
     """The largest absolute value in each layer's output, in fp32, when some images are encoded and decoded.
 
     Args:
@@ -81,7 +81,7 @@ def audit(vae: AutoencoderKL, images: Sequence[Tensor]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def fix(vae: AutoencoderKL, images: Sequence[Tensor]) -> Fix:
+def fix(vae: ConvolutionalVAE, images: Sequence[Tensor]) -> Fix:
     """Rescale `vae`, in place, so that its largest values on some images stay `MARGIN` times below fp16's largest.
 
     Weights and the norms' eps are multiplied by powers of two. The function that the VAE computes in fp32 stays.
@@ -192,7 +192,7 @@ def _power_of_two(largest: float) -> float:
 
 
 @torch.no_grad()
-def _eps_bound(vae: AutoencoderKL, images: Sequence[Tensor], norms: dict[str, float]) -> float:
+def _eps_bound(vae: ConvolutionalVAE, images: Sequence[Tensor], norms: dict[str, float]) -> float:
     """max over scaled norms, images and groups of 1 - sqrt((s²var + eps s²) / (s²var + eps)), eps = 1e-6."""
     modules = dict(vae.named_modules())
     least: dict[str, float] = {}
@@ -213,7 +213,7 @@ def _eps_bound(vae: AutoencoderKL, images: Sequence[Tensor], norms: dict[str, fl
     return max(bounds, default=0.0)
 
 
-def _subnormal(vae: AutoencoderKL) -> float:
+def _subnormal(vae: ConvolutionalVAE) -> float:
     """The share of the weights that are not 0 and below fp16's normal numbers."""
     weights = torch.cat([p.detach().abs().flatten() for p in vae.parameters()])
     return float(((weights < FP16_NORMAL) & (weights > 0)).double().mean())
@@ -235,14 +235,14 @@ def _watched(
             handle.remove()
 
 
-def _check(vae: AutoencoderKL, images: Sequence[Tensor]) -> None:
+def _check(vae: ConvolutionalVAE, images: Sequence[Tensor]) -> None:
     if not images:
         raise InputError("got no calibration image; need at least one")
     if vae.dtype != torch.float32:
         raise InputError(f"got a VAE in {vae.dtype}; need fp32 to see what fp16 would lose; load it with dtype=fp32")
 
 
-def _check_layers(vae: AutoencoderKL) -> None:
+def _check_layers(vae: ConvolutionalVAE) -> None:
     """Refuse layers whose output need not be multiplied when their weights are."""
     for name, module in vae.named_modules():
         if name.startswith(("encoder", "decoder")) and not is_known(module):

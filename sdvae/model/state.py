@@ -15,6 +15,8 @@ from sdvae.errors import InputError, first_few
 from sdvae.model.blocks import set_padding
 
 NETWORK = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+COUNTER = "bn.num_batches_tracked"  # an integer, which nothing here reads
+BATCH_NORM = ("bn.running_mean", "bn.running_var", COUNTER)  # FLUX.2's
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod)\.")
 # Marks in the names of weights that a layer has beside or instead of its own -> what put them there, and the remedy.
@@ -39,12 +41,12 @@ def unwrapped_name(key: str) -> str:
 
 
 def is_network(key: str) -> bool:
-    """Whether a key, without prefix, names a weight of the network, or the codebook of a VQ model.
+    """Whether a key, without prefix, names a weight of the network, its batch norm, or the codebook of a VQ model.
 
     A key of this kind that a VAE has no place for means that the weights are those of another network. Any other key
     is something that was stored beside the VAE.
     """
-    return key.startswith((*NETWORK, "quantize."))
+    return key.startswith((*NETWORK, "quantize.")) or key in BATCH_NORM
 
 
 def plain_weights(vae: Any) -> dict[str, Tensor]:

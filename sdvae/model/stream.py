@@ -7,21 +7,23 @@ from typing import Any
 import torch
 from accelerate.hooks import add_hook_to_module
 from diffusers.models.attention_processor import Attention
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as StockAutoencoderKL
 from torch import nn
 
 from sdvae.errors import InputError
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.blocks import set_padding
 from sdvae.model.config import PADDING_MODES
+from sdvae.model.convolutional import ConvolutionalVAE
+from sdvae.model.flux2 import AutoencoderKLFlux2
 from sdvae.model.plain import HOOKS, is_plain
 from sdvae.model.state import built, declared_padding, shared_weights
 
-OURS: dict[type[Any], type[Any]] = {StockAutoencoderKL: AutoencoderKL}  # diffusers' class -> the class that streams it
+# diffusers' class -> the class that streams it
+OURS: dict[type[Any], type[Any]] = {kind._stock: kind for kind in (AutoencoderKL, AutoencoderKLFlux2)}
 CALLS = ("encode", "decode", "_encode", "_decode", "_diffusers_hook")  # attributes by which the VAE itself is changed
 
 
-def stream(vae: Any, *, memory_bytes: int | None = None) -> AutoencoderKL:
+def stream(vae: Any, *, memory_bytes: int | None = None) -> ConvolutionalVAE:
     """Encode and decode images of any size in bounded memory, with a VAE of diffusers that is already loaded.
 
         pipe.vae = sdvae.stream(pipe.vae)
@@ -33,14 +35,15 @@ def stream(vae: Any, *, memory_bytes: int | None = None) -> AutoencoderKL:
     computed, with a warning.
 
     Args:
-        vae: a `diffusers.AutoencoderKL`, which stays as it is. For a VAE of this package, this is `enable_tiling`.
+        vae: a `diffusers.AutoencoderKL` or `diffusers.AutoencoderKLFlux2`, which stays as it is. For a VAE of this
+            package, this is `enable_tiling`.
         memory_bytes: what the device may use in addition to weights, input and output, as in `enable_tiling`.
 
     Raises:
         InputError: for another class; or when a layer was replaced, adapted, hooked or changed, because the result
             would not compute what that layer does.
     """
-    if not isinstance(vae, AutoencoderKL):
+    if not isinstance(vae, ConvolutionalVAE):
         vae = _around(vae)
     vae.enable_tiling(memory_bytes=memory_bytes)
     return vae
@@ -49,7 +52,7 @@ def stream(vae: Any, *, memory_bytes: int | None = None) -> AutoencoderKL:
 def _around(vae: Any) -> Any:
     """A model of this package with the parameters of a model of diffusers."""
     if type(vae) not in OURS:
-        names = ", ".join(f"diffusers.{kind.__name__}" for kind in OURS)
+        names = " or ".join(f"diffusers.{kind.__name__}" for kind in OURS)
         raise InputError(f"got a {type(vae).__name__} to stream; need {names}, or this package's class")
     weights = shared_weights(vae)
     padding_mode = _padding_of(vae)

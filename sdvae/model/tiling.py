@@ -43,7 +43,7 @@ from sdvae.model.blocks import (
     activated_in_place,
     fused_norm,
 )
-from sdvae.model.config import DOWN_BLOCK_TYPES, PADDING_MODES, UP_BLOCK_TYPES, level_attention
+from sdvae.model.config import DOWN_BLOCK_TYPES, PADDING_MODES, UP_BLOCK_TYPES, decoder_widths, level_attention
 from sdvae.model.plain import has_geometry, is_conv, is_plain, kind_of
 from sdvae.model.posterior import at_least_fp32
 from sdvae.runtime import give_back
@@ -134,7 +134,7 @@ def _attention_is_fused(vae: Any, device: torch.device, dtype: torch.dtype) -> b
     """Whether torch has a kernel for the lowest level's attention that does not build the matrix of scores."""
     if device.type != "cuda":
         return device.type == "cpu"
-    few = torch.empty(1, 1, 8, vae.config.block_out_channels[-1], device=device, dtype=dtype)
+    few = torch.empty(1, 1, 8, _widths(vae)[-1], device=device, dtype=dtype)
     case = torch.backends.cuda.SDPAParams(few, few, few, None, 0.0, False, False)
     kernels = (torch.backends.cuda.can_use_flash_attention, torch.backends.cuda.can_use_efficient_attention)
     return any(can_use(case) for can_use in kernels)
@@ -150,6 +150,12 @@ def _free_bytes(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def _widths(vae: Any) -> list[int]:
+    """The width of each level, in the encoder or the decoder, whichever has the wider."""
+    widths = zip(vae.config.block_out_channels, decoder_widths(vae.config), strict=True)
+    return [max(pair) for pair in widths]
+
+
 def map_bytes(vae: Any, batch: int, height: int, width: int, dtype: torch.dtype) -> int:
     """The most bytes that maps take at one time: for the two maps of a ResNet block, or of an upsampler.
 
@@ -160,7 +166,7 @@ def map_bytes(vae: Any, batch: int, height: int, width: int, dtype: torch.dtype)
         width: width of the images, in pixels.
         dtype: the dtype of the maps.
     """
-    most, widths = 0, list(vae.config.block_out_channels)
+    most, widths = 0, _widths(vae)
     for level, channels in enumerate(widths):
         wider = widths[min(level + 1, len(widths) - 1)]  # width of the level below, which ends in the upsampler
         most = max(most, max(2 * channels, wider + wider // 4) * (height >> level) * (width >> level))
@@ -172,7 +178,7 @@ def row_bytes(vae: Any, batch: int, height: int, width: int, dtype: torch.dtype)
 
     An upsampler makes two rows of twice the width from one. It has the channels of the level that it comes from.
     """
-    widths = list(vae.config.block_out_channels)
+    widths = _widths(vae)
     wider = [*widths[1:], widths[-1]]
     rows = [2 * max(pair) * (width >> level) for level, pair in enumerate(zip(widths, wider, strict=True))]
     return max(rows) * batch * dtype.itemsize
@@ -195,9 +201,7 @@ def _attended(vae: Any, height: int, width: int) -> int:
     up = level_attention("up_block_types", config.up_block_types, UP_BLOCK_TYPES, levels)
     has_it = [any(kinds) for kinds in zip(down, reversed(up), strict=True)]
     has_it[-1] |= config.mid_block_add_attention
-    sizes = [
-        channels * (height >> level) * (width >> level) for level, channels in enumerate(config.block_out_channels)
-    ]
+    sizes = [channels * (height >> level) * (width >> level) for level, channels in enumerate(_widths(vae))]
     return max((size for size, there in zip(sizes, has_it, strict=True) if there), default=0)
 
 

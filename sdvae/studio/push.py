@@ -23,7 +23,7 @@ from sdvae.data.reading import Color
 from sdvae.errors import InputError, one_line
 from sdvae.io import HUB_ID, replacing, version, with_section
 from sdvae.metrics import SMALLEST_SIDE
-from sdvae.model import AutoencoderKL
+from sdvae.model import ConvolutionalVAE
 from sdvae.previews import PREVIEWS, Preview, fit_preview
 from sdvae.runtime import accelerator_type
 from sdvae.training.model_card import (
@@ -52,7 +52,7 @@ WANT_TOKEN = "need one that may write; create it at https://huggingface.co/setti
 
 
 def push_to_hub(
-    vae: AutoencoderKL | str | Path,
+    vae: ConvolutionalVAE | str | Path,
     repo_id: str,
     *,
     subfolder: str | None = None,
@@ -122,7 +122,7 @@ def push_to_hub(
 
 
 def hub_card(
-    vae: AutoencoderKL,
+    vae: ConvolutionalVAE,
     repo_id: str,
     folder: Path | None,
     *,
@@ -195,7 +195,9 @@ def last_part(value: str) -> str:
 
 
 @torch.no_grad()
-def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int, color: Color = "srgb") -> ValidationResult:
+def measure_on(
+    vae: ConvolutionalVAE, data: str, count: int, resolution: int, color: Color = "srgb"
+) -> ValidationResult:
     """Reconstruct images from the posterior's mode, in fp32.
 
     Args:
@@ -221,9 +223,11 @@ def measure_on(vae: AutoencoderKL, data: str, count: int, resolution: int, color
     return validate(copied, loader, accelerator, None, BadImages(), keep=GRID_IMAGES, full_precision=True)
 
 
-def _open(vae: AutoencoderKL | str | Path, subfolder: str | None) -> tuple[AutoencoderKL, Path | None, str | None]:
+def _open(
+    vae: ConvolutionalVAE | str | Path, subfolder: str | None
+) -> tuple[ConvolutionalVAE, Path | None, str | None]:
     """The model, its folder if it was read from one, and its id if it was read from the hub."""
-    if isinstance(vae, AutoencoderKL):
+    if isinstance(vae, ConvolutionalVAE):
         return vae, None, None
     path = Path(vae).expanduser()
     run = RunFolder(path)
@@ -235,7 +239,7 @@ def _open(vae: AutoencoderKL | str | Path, subfolder: str | None) -> tuple[Autoe
 
 
 def _write(
-    vae: AutoencoderKL,
+    vae: ConvolutionalVAE,
     card: ModelCard,
     source: Path | None,
     measured: ValidationResult | None,

@@ -26,8 +26,8 @@ def augmented(images: Tensor, kinds: Sequence[str], noise_seeds: Tensor, draw: s
 
     Args:
         images: (B, C, H, W) in [-1, 1].
-        kinds: what to do, in this order: «color» (brightness, saturation, contrast), «translation» (a shift, with
-            zeros behind it), «cutout» (zeros in a square).
+        kinds: what to do, in this order: «color» (brightness, saturation, contrast; not of alpha), «translation» (a
+            shift, with zeros behind it), «cutout» (zeros in a square).
         noise_seeds: (B,) int64, one seed for each image.
         draw: a key of DRAWS; the same seed gives different numbers for each.
 
@@ -46,11 +46,12 @@ def augmented(images: Tensor, kinds: Sequence[str], noise_seeds: Tensor, draw: s
 def _color(images: Tensor, generators: list[torch.Generator]) -> Tensor:
     drawn = torch.stack([torch.rand(3, generator=generator) for generator in generators])
     brightness, saturation, contrast = drawn.to(images, non_blocking=True)[:, :, None, None, None].unbind(1)
-    images = images + (brightness - 0.5)
-    grey = images.mean(1, keepdim=True)
-    images = (images - grey) * (2 * saturation) + grey
-    mean = images.mean((1, 2, 3), keepdim=True)
-    return (images - mean) * (contrast + 0.5) + mean
+    colours, alpha = images[:, :3], images[:, 3:]
+    colours = colours + (brightness - 0.5)
+    grey = colours.mean(1, keepdim=True)
+    colours = (colours - grey) * (2 * saturation) + grey
+    mean = colours.mean((1, 2, 3), keepdim=True)
+    return torch.cat([(colours - mean) * (contrast + 0.5) + mean, alpha], dim=1)
 
 
 def _translation(images: Tensor, generators: list[torch.Generator]) -> Tensor:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from sdvae.errors import InputError
 from sdvae.metrics.features import Features, load_features
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
-from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
+from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, ConvolutionalVAE
 from sdvae.model.config import shape_of
+from sdvae.roundtrip import check_image_channels
 from sdvae.runtime import accelerator_type, keep_freed_memory, resolve_precision
 from sdvae.training.checkpoint import check_fit
 from sdvae.training.config import DistilConfig, ModelConfig, TrainConfig
@@ -88,7 +89,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
+def starting_vae(config: TrainConfig) -> tuple[ConvolutionalVAE, TrainConfig]:
     """The VAE before the first step, in fp32 on the CPU, and the recipe with a model section that describes it.
 
     Raises:
@@ -117,7 +118,7 @@ def starting_vae(config: TrainConfig) -> tuple[AutoencoderKL, TrainConfig]:
     return vae.train(), describing(config, vae)
 
 
-def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, AutoencoderKL, TrainConfig]:
+def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, ConvolutionalVAE, TrainConfig]:
     """A student before its first step, its teacher, and the recipe with a model section that describes the teacher.
 
     Both are in fp32 on the CPU.
@@ -129,6 +130,13 @@ def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, AutoencoderK
     settings = config.distil
     assert settings.teacher is not None
     teacher = load_kl(settings.teacher, subfolder=settings.subfolder, config=settings.config, dtype="file")
+    check_image_channels(teacher, settings.teacher)  # a student of images with alpha is not trained
+    if isinstance(teacher, AutoencoderKLFlux2):
+        logger.warning(
+            "%s has a batch norm, which its pipelines read and a student has not: the student serves for previews "
+            "(sdvae.Previews), and not as pipe.vae",
+            settings.teacher,
+        )
     if settings.latents_folder is not None:
         check_latents(config, teacher)  # before the conversion, since the latents name the weights in the file's dtype
     nn.Module.to(teacher, torch.float32)  # diffusers' own is untyped
@@ -136,7 +144,7 @@ def starting_student(config: TrainConfig) -> tuple[AutoencoderTiny, AutoencoderK
     return student.train(), teacher, describing(config, teacher)
 
 
-def load_student(config: DistilConfig, teacher: AutoencoderKL) -> AutoencoderTiny:
+def load_student(config: DistilConfig, teacher: ConvolutionalVAE) -> AutoencoderTiny:
     """The student that the recipe starts from.
 
     Raises:
@@ -161,18 +169,20 @@ def load_student(config: DistilConfig, teacher: AutoencoderKL) -> AutoencoderTin
     return student
 
 
-def describing(config: TrainConfig, vae: AutoencoderKL) -> TrainConfig:
+def describing(config: TrainConfig, vae: ConvolutionalVAE) -> TrainConfig:
     """The recipe with a model section that describes an existing VAE."""
-    is_scaled = vae.config.latents_mean is not None and vae.config.latents_std is not None
+    shape = shape_of(vae.config)
+    is_scaled = vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
     by_channel = (config.model.measure_channels or is_scaled) and not config.fine_tune.freeze_encoder
-    with_shift = vae.config.shift_factor is not None and not by_channel
-    model = ModelConfig(**shape_of(vae.config), measure_shift=with_shift, measure_channels=by_channel)
+    with_shift = vae.config.get("shift_factor") is not None and not by_channel
+    model = ModelConfig(**shape, measure_shift=with_shift, measure_channels=by_channel)
     return replace(config, model=model)
 
 
-def build_vae(config: ModelConfig) -> AutoencoderKL:
-    """A VAE with new weights. Its scaling factor is measured at each validation."""
-    vae = (ConditionalAutoencoderKL if config.num_classes else AutoencoderKL)(**config.to_diffusers())
+def build_vae(config: ModelConfig) -> ConvolutionalVAE:
+    """A VAE with new weights. Its scaling factor, or its batch norm's statistics, are measured at each validation."""
+    kind: type[ConvolutionalVAE] = ConditionalAutoencoderKL if config.num_classes else AutoencoderKL
+    vae = (AutoencoderKLFlux2 if config.batch_norm else kind)(**config.to_diffusers())
     if config.initialisation == "pass_through":
         initialise(vae)
     return vae

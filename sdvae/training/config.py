@@ -68,6 +68,19 @@ class ModelConfig(ModelShape):
     initialisation: Literal["pass_through", "torch"] = "pass_through"
     """Initial weights: a coarse copy of the input (sdvae/training/initialise.py), or torch's defaults."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_norm and self.measure_shift:
+            raise InputError(
+                "got model.measure_shift=true with model.batch_norm=true, which has a running mean in the place of "
+                "shift_factor; need one of the two; leave measure_shift out"
+            )
+        if self.batch_norm and self.measure_channels:
+            raise InputError(
+                "got model.measure_channels=true with model.batch_norm=true, which scales each channel by itself; need "
+                "one of the two; leave measure_channels out"
+            )
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -313,8 +326,8 @@ class FineTuneConfig:
     config: str | None = None
     """A config.json for a source that is a single file, since a file does not hold the scaling factor."""
     freeze_encoder: bool = False
-    """Train only the decoder. Latents, scaling_factor and shift_factor do not change, so every diffusion model for
-    the old VAE can use the new one."""
+    """Train only the decoder. Latents, scaling_factor, shift_factor and batch norm do not change, so every diffusion
+    model for the old VAE can use the new one."""
 
 
 @dataclass(frozen=True)
@@ -409,7 +422,8 @@ class TrainConfig:
     max_skipped_steps: int = 20
     """A step whose loss or gradient is not finite is skipped. After this many skipped steps in a row the run stops."""
     scale_images: int = 512
-    """Number of training images on which scaling_factor = 1/std of the latents is measured at each validation."""
+    """Number of training images on which scaling_factor = 1/std of the latents, or the statistics of model.batch_norm,
+    are measured at each validation."""
     grid_images: int = 8
     """Number of validation images in the reconstruction grid."""
     trackers: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdvae.alpha import colours
 from sdvae.metrics.features import Features
 from sdvae.training.config import DiscriminatorConfig
 
@@ -109,7 +110,7 @@ class FeatureDiscriminator(nn.Module):
         return self.layers(images)
 
     def layers(self, images: Tensor) -> Tensor:
-        maps = self._features[0](images)
+        maps = self._features[0](colours(images))
         return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps, strict=True)], dim=1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FeatureDiscriminator:

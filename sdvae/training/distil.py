@@ -5,7 +5,8 @@
                                   z --student's decoder--> reconstructions, compared with images and pictures
 
 This is knowledge distillation (Hinton et al. 2015), with the networks of TAESD. All latents that the student sees are
-scaled as diffusion models see them (`sdvae.latents.scaling`). The two halves of the student learn at the same time and
+scaled as diffusion models see them (`sdvae.latents.scaling`); those of FLUX.2's kind in the encoder's layout, without
+patches. The two halves of the student learn at the same time and
 independently: its decoder learns from the teacher's latents, never from its own encoder's, so that it fits what a
 diffusion model generates, and both halves can be used alone.
 """
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from sdvae.errors import InputError
 from sdvae.latents.scaling import scaling_of
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import AutoencoderKL, AutoencoderTiny, DiagonalGaussian
+from sdvae.model import AutoencoderTiny, ConvolutionalVAE, DiagonalGaussian
 from sdvae.model.state import sha256_of_weights
 from sdvae.noise import posterior_generators
 from sdvae.roundtrip import decode_images, encode_images
@@ -52,7 +53,7 @@ class Teacher:
         scaling: maps its latents to those of diffusion models.
     """
 
-    def __init__(self, vae: AutoencoderKL, accelerator: Accelerator):
+    def __init__(self, vae: ConvolutionalVAE, accelerator: Accelerator):
         self.vae = vae.eval().requires_grad_(False)
         self.scaling = scaling_of(vae)
         self._autocast = accelerator.autocast
@@ -82,7 +83,7 @@ class Teacher:
                 posterior = DiagonalGaussian(moments.to(images.device, non_blocking=True))
             z = posterior.mode() if generators is None else posterior.sample(generators)
             picture = decode_images(self.vae, z, images.shape[2:]).float() if with_picture else None
-        scaled, mode = self.scaling.normalize(z.float()), self.scaling.normalize(posterior.mode().float())
+        scaled, mode = self.scaling.scaled(z.float()), self.scaling.scaled(posterior.mode().float())
         return Lesson(mode, scaled, picture)
 
     def sha256(self) -> str:
@@ -147,7 +148,7 @@ class StudentObjective:
         )
 
 
-def build_student(config: DistilConfig, teacher: AutoencoderKL) -> AutoencoderTiny:
+def build_student(config: DistilConfig, teacher: ConvolutionalVAE) -> AutoencoderTiny:
     """A student with new weights, for the images and the latents of a teacher.
 
     Raises:

@@ -20,7 +20,7 @@ from sdvae.io import printable, utf8
 from sdvae.latents.dataset import LatentDataset
 from sdvae.latents.encoder import encoder_identity
 from sdvae.latents.folder import LatentFolder
-from sdvae.model import AutoencoderKL
+from sdvae.model import ConvolutionalVAE
 from sdvae.training.config import DataConfig, TrainConfig
 
 
@@ -76,7 +76,7 @@ class EncodedImages(TrainingImages):
         return Crop(image=to_tensor(pixels), moments=moments[:, top : top + side, left : left + side])
 
 
-def check_latents(config: TrainConfig, teacher: AutoencoderKL) -> None:
+def check_latents(config: TrainConfig, teacher: ConvolutionalVAE) -> None:
     """Check that distil.latents_folder holds what the teacher would compute from the recipe's images.
 
     Args:

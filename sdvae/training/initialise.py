@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sdvae.model import AutoencoderKL, AutoencoderTiny
+from sdvae.model import AutoencoderTiny, ConvolutionalVAE
 from sdvae.model.blocks import Downsample, ResnetBlock, SelfAttention, Upsample
 from sdvae.model.tiny import TinyBlock
 
@@ -26,7 +26,7 @@ SYMMETRY_NOISE = 0.3  # as a fraction of LeCun's standard deviation, 1/sqrt(fan_
 
 
 @torch.no_grad()
-def initialise(vae: AutoencoderKL) -> None:
+def initialise(vae: ConvolutionalVAE) -> None:
     """Set all weights in place, with noise from torch's global generator. Norms keep scale 1 and bias 0."""
     for name, parameter in vae.named_parameters():
         if parameter.ndim > 1:

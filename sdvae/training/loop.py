@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from sdvae.data import BadImages, ImageSource
 from sdvae.data.dataset import Batch
 from sdvae.errors import one_line
-from sdvae.model import Autoencoder, AutoencoderKL
+from sdvae.model import Autoencoder, ConvolutionalVAE
 from sdvae.training.build import (
     build_accelerator,
     build_features,
@@ -320,7 +320,7 @@ class Training:
         images = batch["image"].to(self.accelerator.device)
         if self.teacher is not None:
             return probe_teacher(self.teacher, images, self.config, **conditioning_of(batch))
-        assert isinstance(self.vae, AutoencoderKL)
+        assert isinstance(self.vae, ConvolutionalVAE)
         return probe(self.vae, images, batch["noise_seed"], self.config, self.perceptual, **conditioning_of(batch))
 
     def _batches(self) -> Generator[Batch, None, None]:

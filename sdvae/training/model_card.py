@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdvae.io import HUB_ID, printable, version
-from sdvae.model import AutoencoderKL, AutoencoderTiny
+from sdvae.model import AutoencoderKLFlux2, AutoencoderTiny, ConvolutionalVAE
 from sdvae.pictures import AMPLIFICATION
 from sdvae.training.config import TrainConfig
 from sdvae.training.run_folder import to_yaml
@@ -31,7 +31,7 @@ library_name: diffusers
 # {title}
 
 An image VAE that compresses {factor}x{factor} pixels to one position of {latent_channels} latent channels
-({parameters:.2f} M parameters){maker}. `scaling_factor` {scaling_factor:.5f}{origin_of_factor}.
+({parameters:.2f} M parameters){maker}. {scaling}.
 
 """
 
@@ -60,18 +60,28 @@ pipe.vae = student  # in the pipeline of a diffusion model for the teacher's lat
 ```
 """
 
+STUDENT_OF_BATCH_NORM_TEXT = """The teacher's pipelines read the batch norm of their VAE, which a student has not. So it
+serves for previews. Its latents are the normalised ones, with the patches of 2x2 positions undone:
+
+```python
+from sdvae import Previews, load_vae
+
+pipe(…, callback_on_step_end=Previews(load_vae("{place}"), show, size=(height, width)))
+```
+"""
+
 STUDENT_NOTE = """
 `psnr` and the like compare the images with what the student decodes from the teacher's latents; `…_to_teacher` compares
 the teacher's pictures with it, and `teacher_…` the images with the teacher's pictures. `psnr_round_trip` takes the
 latents from the student's own encoder. `latents` is that encoder's mean squared error.
 """
 
-LOADING_TEXT = """Any program that takes diffusers' `AutoencoderKL` loads {what}:
+LOADING_TEXT = """Any program that takes diffusers' `{name}` loads {what}:
 
 ```python
-from diffusers import AutoencoderKL
+from diffusers import {name}
 
-vae = AutoencoderKL.from_pretrained("{place}")
+vae = {name}.from_pretrained("{place}")
 ```
 """
 
@@ -134,21 +144,17 @@ compared with published LPIPS values.
 
 
 def model_card(
-    config: TrainConfig, vae: AutoencoderKL, result: ValidationResult, *, step: int, images_seen: int
+    config: TrainConfig, vae: ConvolutionalVAE, result: ValidationResult, *, step: int, images_seen: int
 ) -> str:
     """Markdown with the figures, the data and the whole recipe.
 
     Args:
         config: the recipe.
-        vae: the VAE with its final scaling factor.
+        vae: the VAE with its final scaling.
         result: the validation that is reported.
         step: the number of steps done.
         images_seen: the number of crops that all processes together have trained on.
     """
-    frozen = config.fine_tune.freeze_encoder
-    origin = "1/std of the latents of the training images"
-    if frozen:
-        origin = "that of the VAE it started from, whose latents it keeps"
     figures = figures_text(
         result,
         f"After {step} steps over {images_seen} image crops; means over",
@@ -161,7 +167,7 @@ def model_card(
         title(printable(Path(config.output_dir).resolve().name), vae),
         base_model=base_model(config.fine_tune.source),
         maker=f", trained with sdvae {version()}",
-        origin_of_factor=_origin_of_scaling(vae, origin),
+        scaling=scaling_text(vae, is_kept=config.fine_tune.freeze_encoder),
     )
     return head + "\n".join(
         [
@@ -199,7 +205,8 @@ def student_card(
         parameters=sum(p.numel() for p in student.parameters()) / 1e6,
         version=version(),
     )
-    loading = STUDENT_LOADING_TEXT.format(place="path/to/this/folder")
+    text = STUDENT_OF_BATCH_NORM_TEXT if config.model.batch_norm else STUDENT_LOADING_TEXT
+    loading = text.format(place="path/to/this/folder")
     return head + "\n".join(
         [
             section(LOADING, loading),
@@ -210,24 +217,8 @@ def student_card(
     )
 
 
-def _origin_of_scaling(vae: AutoencoderKL, origin: str) -> str:
-    """The rest of the sentence about the scaling factor.
-
-    Args:
-        vae: the VAE.
-        origin: what the factor is, if it scales all channels alike.
-    """
-    if vae.config.latents_std is not None:
-        return (
-            ": `latents_mean` and `latents_std` scale each channel to mean 0 and standard deviation 1, in SDXL's "
-            "pipelines; others do not read them"
-        )
-    shift = vae.config.shift_factor
-    return f" is {origin}" + ("" if shift is None else f"; `shift_factor` {shift:.5f} is their mean")
-
-
 def card_head(
-    vae: AutoencoderKL, heading: str, *, base_model: str | None = None, maker: str = "", origin_of_factor: str = ""
+    vae: ConvolutionalVAE, heading: str, *, base_model: str | None = None, maker: str = "", scaling: str | None = None
 ) -> str:
     """Everything above the first section."""
     return CARD.format(
@@ -237,22 +228,57 @@ def card_head(
         latent_channels=vae.config.latent_channels,
         parameters=sum(p.numel() for p in vae.parameters()) / 1e6,
         maker=maker,
-        scaling_factor=vae.config.scaling_factor,
-        origin_of_factor=origin_of_factor,
+        scaling=scaling or scaling_text(vae),
     )
+
+
+def scaling_text(vae: ConvolutionalVAE, *, is_kept: bool | None = None) -> str:
+    """How a diffusion model has to scale the latents.
+
+    Args:
+        vae: the VAE.
+        is_kept: whether the scaling is that of a VAE whose encoder it keeps, or was measured in training; None if that
+            is not known.
+    """
+    if isinstance(vae, AutoencoderKLFlux2):
+        (p, q), channels = vae.patch_size, vae.bn.num_features
+        origin = {
+            None: "",
+            True: ", whose statistics are those of the VAE it started from",
+            False: ", whose statistics are those of the training images",
+        }[is_kept]
+        return (
+            f"Diffusion models take each {p}x{q} positions as one, of {channels} channels, normalised by the batch "
+            f"norm `bn`{origin}"
+        )
+    shift = vae.config.shift_factor
+    factor = f"`scaling_factor` {vae.config.scaling_factor:.5f}"
+    if vae.config.latents_std is not None:
+        return (
+            f"{factor}: `latents_mean` and `latents_std` scale each channel to mean 0 and standard deviation 1, in "
+            "SDXL's pipelines; others do not read them"
+        )
+    if is_kept is None:
+        return factor
+    origin = (
+        "that of the VAE it started from, whose latents it keeps"
+        if is_kept
+        else "1/std of the latents of the training images"
+    )
+    return f"{factor} is {origin}" + ("" if shift is None else f"; `shift_factor` {shift:.5f} is their mean")
 
 
 def section(heading: str, text: str) -> str:
     return f"## {heading}\n\n{text}"
 
 
-def ldm_programs(vae: AutoencoderKL) -> list[str]:
+def ldm_programs(vae: ConvolutionalVAE) -> list[str]:
     """The programs that can load this VAE from LDM_NAME."""
     targets = export_targets(vae)
     return [program for program in LDM_PROGRAMS if targets[program] is None]
 
 
-def loading_text(vae: AutoencoderKL, place: str, *, what: str = "this folder", programs: Sequence[str] = ()) -> str:
+def loading_text(vae: ConvolutionalVAE, place: str, *, what: str = "this folder", programs: Sequence[str] = ()) -> str:
     """How to load the VAE, and what its output means where that is not an image.
 
     Args:
@@ -265,7 +291,7 @@ def loading_text(vae: AutoencoderKL, place: str, *, what: str = "this folder", p
     if classes:
         text = CONDITIONAL_TEXT.format(last=classes - 1, place=place)
     else:
-        text = LOADING_TEXT.format(what=what, place=place)
+        text = LOADING_TEXT.format(name=type(vae).__name__, what=what, place=place)
     if not classes and vae.padding_mode != "zeros":
         text += PADDING_TEXT.format(mode=vae.padding_mode)
     if vae.likelihood == "bernoulli":
@@ -327,6 +353,6 @@ def describe_start(config: TrainConfig) -> str:
     return f", starting from `{config.fine_tune.source}`{frozen}"
 
 
-def title(name: str, vae: AutoencoderKL) -> str:
+def title(name: str, vae: ConvolutionalVAE) -> str:
     """A title such as «quickstart: an f8, 4-channel image VAE»."""
     return f"{name}: an f{vae.spatial_compression_ratio}, {vae.config.latent_channels}-channel image VAE"

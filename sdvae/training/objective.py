@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdvae.alpha import colours
 from sdvae.metrics.equivariance import Transformation
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
@@ -94,7 +95,8 @@ def loss_terms(
     """The terms of one batch.
 
     Args:
-        images: (B, C, H, W) in [-1, 1] and in any float dtype; sums are computed in fp32.
+        images: (B, C, H, W) in [-1, 1] and in any float dtype; sums are computed in fp32. Those with alpha are given
+            as they are seen (`sdvae.alpha.as_seen`), and so is the output; LPIPS leaves alpha out.
         output: the decoder's output for them, the same shape: reconstructions, or logits with «bce».
         posterior: the posterior of the latents that were decoded.
         config: the settings of the loss, which say what terms there are.
@@ -133,7 +135,7 @@ def compare(images: Tensor, output: Tensor, kind: str, perceptual: Perceptual | 
     error = RECONSTRUCTION_ERRORS[kind](images, output)
     if perceptual is None:
         return error, images.new_zeros(())
-    return error, perceptual(bernoulli_mean(output) if kind == "bce" else output, images).mean()
+    return error, perceptual(colours(bernoulli_mean(output) if kind == "bce" else output), colours(images)).mean()
 
 
 @dataclass(frozen=True)

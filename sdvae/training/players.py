@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sdvae.errors import require
 from sdvae.metrics.equivariance import Transformation
 from sdvae.metrics.features import Features
-from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny, DiagonalGaussian
+from sdvae.model import Autoencoder, AutoencoderTiny, ConvolutionalVAE, DiagonalGaussian
 from sdvae.roundtrip import decode_output, encode_images
 from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
 from sdvae.training.discriminator import FeatureDiscriminator, LeCam, PatchDiscriminator
@@ -61,7 +61,7 @@ class TrainingForward(nn.Module):
         logvar: s, the log-variance of the likelihood; None unless it is learned.
     """
 
-    def __init__(self, vae: AutoencoderKL, learn_logvar: bool, alone: bool):
+    def __init__(self, vae: ConvolutionalVAE, learn_logvar: bool, alone: bool):
         super().__init__()
         self.vae, self.alone = vae, alone
         self.logvar = nn.Parameter(torch.zeros(())) if learn_logvar else None
@@ -186,7 +186,7 @@ class Players:
             decay = decay_of_half_life(half_life, config.images_per_step(accelerator.num_processes))
         self.ema = WeightAverage(vae, decay)  # copies the VAE, so this comes before wrapping it
         if config.compile:
-            assert isinstance(vae, AutoencoderKL)  # a recipe that compiles a student is refused
+            assert isinstance(vae, ConvolutionalVAE)  # a recipe that compiles a student is refused
             # block by block, because the adaptive weight needs the gradient of conv_out before the backward pass
             for block in (vae.encoder, vae.decoder.mid_block, *vae.decoder.up_blocks):
                 block.compile()
@@ -227,7 +227,7 @@ class Players:
 
 def forward_of(vae: Autoencoder, config: TrainConfig) -> nn.Module:
     """The forward pass that a step of the VAE or student needs."""
-    if isinstance(vae, AutoencoderKL):
+    if isinstance(vae, ConvolutionalVAE):
         return TrainingForward(vae, config.loss.learn_logvar, alone=config.loss.equivariance.probability > 0)
     assert isinstance(vae, AutoencoderTiny)
     return StudentForward(vae)
@@ -253,7 +253,7 @@ def build_discriminator(
     return LatentDiscriminator(vae.config.latent_channels * side**2, settings.layers, settings.width)
 
 
-def freeze_encoder(vae: AutoencoderKL) -> None:
+def freeze_encoder(vae: ConvolutionalVAE) -> None:
     """Train only the decoder and post_quant_conv, so that the latents do not change."""
     for name, parameter in vae.named_parameters():
         if name.startswith(FROZEN_PARTS):

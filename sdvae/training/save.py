@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,11 @@ from sdvae.data import BadImages, ImageSource
 from sdvae.errors import InputError
 from sdvae.io import replacing
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderTiny
+from sdvae.model import Autoencoder, AutoencoderKLFlux2, AutoencoderTiny, ConvolutionalVAE
 from sdvae.pictures import latent_plot, reconstruction_grid, student_grid, training_curves
 from sdvae.previews import preview_of
-from sdvae.training.config import TrainConfig
+from sdvae.statistics import LatentMoments
+from sdvae.training.config import ModelConfig, TrainConfig
 from sdvae.training.data import evaluation_batches, first_images
 from sdvae.training.discriminator import discriminator_learns_at
 from sdvae.training.distil import Teacher
@@ -89,12 +91,10 @@ class Validator:
         result = self._validate(average)
         self.log.report("validation", result.metrics, step)
         # a frozen encoder keeps the latents and so the factors, and a student's latents are scaled
-        if isinstance(average, AutoencoderKL) and not config.fine_tune.freeze_encoder:
+        if isinstance(average, ConvolutionalVAE) and not config.fine_tune.freeze_encoder:
             batches = evaluation_batches(self._measured, config, self.accelerator)
             moments = measure_latents(average, batches, self.accelerator, self.bad_images)
-            model = config.model
-            keys = moments.config_keys(by_channel=model.measure_channels, with_shift=model.measure_shift)
-            average.register_to_config(**keys)
+            write_scaling(average, moments, config.model)
         name = config.checkpoint.best_metric
         improved = is_better(result.metrics, progress.best, name, self._measured_on)
         if improved:
@@ -118,11 +118,30 @@ class Validator:
         batches = evaluation_batches(self.source, self.config, self.accelerator)
         keep, seed = self.config.grid_images, self.config.seed
         given = (batches, self.accelerator, self.perceptual, self.bad_images, keep)
-        if isinstance(vae, AutoencoderKL):
+        if isinstance(vae, ConvolutionalVAE):
             return validate(vae, *given, seed)
         assert isinstance(vae, AutoencoderTiny)
         assert self.teacher is not None
         return validate_student(vae, self.teacher, *given)
+
+
+def write_scaling(vae: ConvolutionalVAE, patches: LatentMoments, model: ModelConfig) -> None:
+    """Write how diffusion models are to scale the latents: as factors into the config, or into the batch norm.
+
+    Args:
+        vae: the VAE.
+        patches: the moments of the channels of patches of its latents.
+        model: says which factors.
+
+    Raises:
+        InputError: when the latents, or one of their channels if each is scaled by itself, do not vary.
+    """
+    moments = patches.over_patches(math.prod(vae.patch_size))
+    keys = moments.config_keys(by_channel=model.measure_channels, with_shift=model.measure_shift)
+    if isinstance(vae, AutoencoderKLFlux2):
+        vae.set_statistics(patches.channel_mean, patches.channel_std.square())
+    else:
+        vae.register_to_config(**keys)
 
 
 def is_better(metrics: dict[str, float], best: dict[str, Any], name: str, measured_on: str) -> bool:
@@ -187,7 +206,7 @@ def save_model(
         InputError: when a weight is not finite.
     """
     check_tensors(vae.state_dict(), "the trained VAE")
-    if isinstance(vae, AutoencoderKL):
+    if isinstance(vae, ConvolutionalVAE):
         card = model_card(config, vae, result, step=step, images_seen=images_seen)
     else:
         assert isinstance(vae, AutoencoderTiny)

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sdvae.alpha import as_seen, random_backgrounds
 from sdvae.data.dataset import Batch
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.noise import posterior_generators
@@ -189,15 +190,21 @@ class TrainStep:
         output: VAEOutput = players.generator.wrapped(
             images, posterior_generators(noise_seeds), transformation, **conditioning
         )
+        # images with alpha are compared, and shown to the discriminator, as they are seen over random colours
+        background = random_backgrounds(images, noise_seeds)
+        real, seen = as_seen(images, background), as_seen(output.reconstruction, background)
         pair = None
         if transformation is not None and config.equivariance.probability > 0:
-            images = transformation(images, output.reconstruction.shape[2:])
+            real = transformation(real, seen.shape[2:])
         elif transformation is not None and output.transformed is not None:
-            pair = (transformation(images, output.transformed.shape[2:]), output.transformed)
-        terms = loss_terms(
-            images, output.reconstruction, output.posterior, config, self.perceptual, pair, output.logvar
-        )
-        real, fake = images, output.reconstruction
+            transformed = as_seen(output.transformed, background)
+            pair = (transformation(real, transformed.shape[2:]), transformed)
+        terms = loss_terms(real, seen, output.posterior, config, self.perceptual, pair, output.logvar)
+        values = terms.logged(self.perceptual)
+        if seen.shape[1] == 4:
+            values["alpha"] = (seen[:, 3] - real[:, 3]).abs().mean()
+        # not `seen` again, since the gradients of both terms are computed one after the other (`adaptively_weighted`)
+        fake = as_seen(output.reconstruction, background)
         if config.discriminator.sees == "latents":
             fake, real = posterior_and_prior_samples(output.posterior, noise_seeds)
         return Outcome(
@@ -206,7 +213,7 @@ class TrainStep:
             outputs=output.nll_depends_on,
             real=real,
             fake=fake,
-            values=terms.logged(self.perceptual),
+            values=values,
         )
 
     def discriminator_pass(

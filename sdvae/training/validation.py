@@ -13,11 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from sdvae.alpha import as_seen
+from sdvae.alpha import colours as without_alpha
 from sdvae.data import BadImages
 from sdvae.errors import InputError
 from sdvae.metrics.image import image_metrics, psnr
 from sdvae.metrics.perceptual import Perceptual
-from sdvae.model import AutoencoderKL, AutoencoderTiny
+from sdvae.model import AutoencoderTiny, ConvolutionalVAE, DiagonalGaussian
 from sdvae.noise import posterior_generators, sample_seed
 from sdvae.roundtrip import decode_images, encode_images, pad_to_multiple
 from sdvae.statistics import LatentHealth, LatentMoments, LatentRGB, merged
@@ -51,7 +53,7 @@ class ValidationResult:
 
 @torch.no_grad()
 def validate(
-    vae: AutoencoderKL,
+    vae: ConvolutionalVAE,
     batches: Iterable[dict[str, Any]],
     accelerator: Accelerator,
     perceptual: Perceptual | None,
@@ -79,7 +81,7 @@ def validate(
         InputError: when no image can be read, or when a figure is not finite.
     """
     health = LatentHealth(vae.config.latent_channels)
-    colours = LatentRGB(vae.config.latent_channels, vae.config.in_channels)
+    colours = LatentRGB(vae.config.latent_channels, min(3, vae.config.in_channels))
     rows: list[dict[str, Any]] = []
     kept: list[tuple[int, list[Tensor]]] = []
     autocast = nullcontext if full_precision else accelerator.autocast
@@ -90,7 +92,7 @@ def validate(
             posterior = encode_images(vae, images, **conditioning)
             reconstruction = decode_images(vae, posterior.mode(), images.shape[2:], **conditioning)
         health.update(posterior)
-        colours.update(posterior.mean, pad_to_multiple(images, vae.spatial_compression_ratio))
+        colours.update(posterior.mean, pad_to_multiple(without_alpha(as_seen(images)), vae.spatial_compression_ratio))
         figures: list[dict[str, float]] = [{} for _ in images]
         if vae.likelihood == "bernoulli":
             seeds = [sample_seed(seed, 0, index, "validation") for index in batch["index"]]
@@ -188,14 +190,22 @@ def _of_all_processes(
 
 @torch.no_grad()
 def measure_latents(
-    vae: AutoencoderKL, batches: Iterable[dict[str, Any]], accelerator: Accelerator, bad_images: BadImages
+    vae: ConvolutionalVAE, batches: Iterable[dict[str, Any]], accelerator: Accelerator, bad_images: BadImages
 ) -> LatentMoments:
-    """Moments of the latents over every process's share of the images."""
-    moments = LatentMoments(vae.config.latent_channels)
+    """Moments of the channels of patches of the latents, over every process's share of the images.
+
+    A last row or column that does not fill a patch is left out. Patches are of one position unless there is a batch
+    norm, and then their channels are those of the latents.
+    """
+    p, q = vae.patch_size
+    moments = LatentMoments(vae.config.latent_channels * p * q)
     for batch in readable(batches, bad_images):
         conditioning = conditioning_of(batch)
         with accelerator.autocast():
-            moments.update(encode_images(vae, batch["image"].to(accelerator.device), **conditioning))
+            posterior = encode_images(vae, batch["image"].to(accelerator.device), **conditioning)
+        height, width = posterior.mean.shape[2:]
+        whole = posterior.parameters[:, :, : height // p * p, : width // q * q]
+        moments.update(DiagonalGaussian(whole).patched((p, q)))
     return merged(gather_object([moments]))
 
 

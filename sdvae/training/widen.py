@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sdvae.errors import InputError
-from sdvae.model import AutoencoderKL
+from sdvae.model import AutoencoderKL, ConvolutionalVAE
 from sdvae.model.blocks import SelfAttention
 from sdvae.training.initialise import initialise
 
@@ -31,13 +31,13 @@ OPAQUE = 1.0  # of alpha, which like colours is in [-1, 1]
 
 
 def widened(
-    vae: AutoencoderKL,
+    vae: ConvolutionalVAE,
     *,
     latent_channels: int | None = None,
     image_channels: int | None = None,
     block_out_channels: Sequence[int] | None = None,
     seed: int = 0,
-) -> AutoencoderKL:
+) -> ConvolutionalVAE:
     """A wider copy of a VAE.
 
     Args:
@@ -112,7 +112,7 @@ def _widths(old: Any, widths: tuple[int, ...]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _keep_what_was_there(vae: AutoencoderKL, wide: AutoencoderKL) -> None:
+def _keep_what_was_there(vae: ConvolutionalVAE, wide: ConvolutionalVAE) -> None:
     """Put the old weights into the new VAE, and cut what leads from new channels to old ones."""
     c, more = vae.config.latent_channels, wide.config.latent_channels
     moments = torch.cat([torch.arange(c), more + torch.arange(c)])  # where the old means and log-variances are
@@ -148,7 +148,7 @@ def _pass_on(weight: Tensor, channels: Tensor) -> None:
     weight[channels, channels] = 1.0
 
 
-def _attentions(vae: AutoencoderKL) -> list[SelfAttention]:
+def _attentions(vae: ConvolutionalVAE) -> list[SelfAttention]:
     return [module for module in vae.modules() if isinstance(module, SelfAttention)]
 
 

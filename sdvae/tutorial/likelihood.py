@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdvae.errors import InputError
-from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.model import ConvolutionalVAE, DiagonalGaussian
 from sdvae.roundtrip import bernoulli_mean, compute_device, crop_to, decode_output, encode_images
 
 
@@ -81,7 +81,7 @@ class Elbo:
 
 
 def elbo(
-    vae: AutoencoderKL,
+    vae: ConvolutionalVAE,
     images: Tensor,
     labels: Tensor | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
@@ -107,7 +107,7 @@ def elbo(
 
 
 def log_likelihood(
-    vae: AutoencoderKL,
+    vae: ConvolutionalVAE,
     images: Tensor,
     labels: Tensor | None = None,
     *,
@@ -139,7 +139,7 @@ def log_likelihood(
 
 
 def draw_from_prior(
-    vae: AutoencoderKL,
+    vae: ConvolutionalVAE,
     count: int,
     side: int,
     labels: Tensor | None = None,

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,23 +16,27 @@ from torch import Tensor
 
 from sdvae.errors import InputError
 from sdvae.io import read_json
-from sdvae.model import AutoencoderKL
+from sdvae.model import ConvolutionalVAE
 from sdvae.model.config import CLASS_NAMES, LIKELIHOODS, PADDING_MODES, ModelShape, block_types
 from sdvae.model.kinds import KINDS
+from sdvae.model.patches import PatchSize
 from sdvae.model.stock import STOCK_KINDS
 from sdvae.weights.family import FLUX, SD, family_of
+from sdvae.weights.names import has_batch_norm
 
 log = logging.getLogger(__name__)
 
-# Keys that some of diffusers' classes write into config.json by themselves, from others.
+# Keys that some of diffusers' classes write into config.json by themselves, or have had, and that say nothing.
 DERIVED = ("block_out_channels", "force_upcast")
 
 # What the shapes of the weights do not tell. `save_ldm` writes these into the metadata of its file.
 UNSHAPED = (
     *("scaling_factor", "shift_factor", "latents_mean", "latents_std", "_likelihood"),
     *("norm_num_groups", "act_fn", "force_upcast", "sample_size", "padding_mode"),
+    *("batch_norm_eps", "batch_norm_momentum"),
 )
 WORDS = {"_likelihood": LIKELIHOODS, "padding_mode": PADDING_MODES}  # keys that take one of these
+FLUX2_SAMPLE_SIZE = 1024  # in diffusers' config.json of FLUX.2
 METADATA_KEY = "sdvae.config"
 
 
@@ -88,7 +93,7 @@ def checked_config(config: Mapping[str, Any], origin: str, kind: type[Any]) -> d
     for key, value in config.items():
         if key in DERIVED and key not in defaults:
             continue
-        if key in WORDS and kind is AutoencoderKL:
+        if key in WORDS and issubclass(kind, ConvolutionalVAE):
             if value not in WORDS[key]:
                 raise InputError(f"{origin} has {key} = {value!r}; need one of {', '.join(WORDS[key])}; correct it")
             known[key] = value
@@ -103,6 +108,8 @@ def checked_config(config: Mapping[str, Any], origin: str, kind: type[Any]) -> d
             known[key] = value
             continue
         default = defaults[key]
+        if default is None and key == "decoder_block_out_channels" and value is not None:  # None: the encoder's widths
+            default = defaults["block_out_channels"]
         known[key] = tuple(value) if isinstance(default, tuple) and isinstance(value, list) else value
         if need := _fault(default, known[key]):
             raise InputError(f"{origin} has {key} = {value!r}; need {need}; correct it")
@@ -152,7 +159,7 @@ def metadata_of(config: Mapping[str, Any]) -> dict[str, str]:
     return {METADATA_KEY: json.dumps({key: config[key] for key in UNSHAPED if config.get(key) is not None})}
 
 
-def config_in(metadata: Mapping[str, str], origin: str) -> dict[str, Any]:
+def config_in(metadata: Mapping[str, str], origin: str, kind: type[Any]) -> dict[str, Any]:
     """What `metadata_of` wrote: keys of a config, or none.
 
     Raises:
@@ -164,7 +171,7 @@ def config_in(metadata: Mapping[str, str], origin: str) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict):
         raise InputError(f"{origin} has metadata {METADATA_KEY} that is no JSON object; get a whole copy")
-    return checked_config(content, f"{origin}: {METADATA_KEY}", AutoencoderKL)
+    return checked_config(content, f"{origin}: {METADATA_KEY}", kind)
 
 
 def infer_config(
@@ -181,7 +188,7 @@ def infer_config(
     `sample_size`. The factors are those of the family that the other keys of the file or its metadata show. If nothing
     shows it, a VAE of 4 channels gets the factor of SD 1 and 2, and a VAE of 16 channels without quant convs gets
     Flux's, with a warning, because SDXL's and SD3's VAEs have the same shapes. Any other VAE gets the factors 1 and 0,
-    with a warning.
+    with a warning. A VAE with a batch norm, as of FLUX.2, needs none.
 
     Args:
         weights: name -> tensor.
@@ -214,11 +221,13 @@ def infer_config(
         # diffusers' default of 32 would make its tiles 32 pixels wide; published models were trained on 256 to 1024
         "sample_size": ModelShape.sample_size,
     }
-    # SDXL pipelines read post_quant_conv's dtype when they upcast, so a model without it must not ask for that.
-    config["force_upcast"] = config["use_post_quant_conv"]
+    up_widths = tuple(
+        _shape(weights, f"decoder.up_blocks.{level}.resnets.0.conv1.weight", origin)[0]
+        for level in reversed(range(_count(weights, r"decoder\.up_blocks\.(\d+)\..*")))
+    )
     if "norm_num_groups" not in given:
         groups = ModelShape.norm_num_groups
-        odd = [width for width in widths if width % groups]
+        odd = [width for width in (*widths, *up_widths) if width % groups]
         if odd:
             raise InputError(
                 f"{origin} has a level of width {odd[0]}, no multiple of {groups}, so the number of groups is unknown; "
@@ -226,8 +235,26 @@ def infer_config(
                 "`sdvae export SOURCE FOLDER --config FILE` writes a folder that holds it"
             )
         config["norm_num_groups"] = groups
+    if has_batch_norm(weights):
+        own = {"decoder_block_out_channels": up_widths} if up_widths != widths else {}
+        patches = _patch_size(weights, config["latent_channels"], origin)
+        return {**config, **own, "patch_size": patches, "sample_size": FLUX2_SAMPLE_SIZE, **given}
+    # SDXL pipelines read post_quant_conv's dtype when they upcast, so a model without it must not ask for that.
+    config["force_upcast"] = config["use_post_quant_conv"]
     found = None if "scaling_factor" in given else _factors(config, origin, keys, metadata or {})
     return {**config, **(found or {}), **given}
+
+
+def _patch_size(weights: Mapping[str, Tensor], channels: int, origin: str) -> PatchSize:
+    """The square patches over which a batch norm has this many channels of statistics."""
+    count = weights["bn.running_mean"].numel() if "bn.running_mean" in weights else 0
+    side = math.isqrt(count // channels)
+    if not side or side * side * channels != count:
+        raise InputError(
+            f"{origin} has a batch norm of {count} channels over latents of {channels}; need 4 times as many, or those "
+            "of other square patches; get a whole copy"
+        )
+    return (side, side)
 
 
 def _factors(

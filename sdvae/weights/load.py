@@ -16,14 +16,22 @@ from torch import Tensor, nn
 
 from sdvae.errors import InputError, first_few, one_line
 from sdvae.io import HUB_ID, read_json
-from sdvae.model import AnyAutoencoder, Autoencoder, AutoencoderKL, AutoencoderTiny, StockAutoencoder
+from sdvae.model import (
+    AnyAutoencoder,
+    Autoencoder,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderTiny,
+    ConvolutionalVAE,
+    StockAutoencoder,
+)
 from sdvae.model.kinds import KINDS
-from sdvae.model.state import is_network, unwrapped_name, widened
+from sdvae.model.state import COUNTER, is_network, unwrapped_name, widened
 from sdvae.model.stock import STOCK_KINDS
 from sdvae.runtime import DTYPES, dtype_named
 from sdvae.weights.config import checked_config, config_in, infer_config, kind_of, read_config
 from sdvae.weights.family import REFLECTING
-from sdvae.weights.names import from_ldm, is_diffusers_layout, modern_names
+from sdvae.weights.names import from_ldm, has_batch_norm, is_diffusers_layout, modern_names
 from sdvae.weights.read import (
     WEIGHT_DTYPES,
     WEIGHT_SUFFIXES,
@@ -154,13 +162,13 @@ def _load(
             }
             weights = {key: weight for part in pair for key, weight in from_taesd(pair[part], part).items()}
         weights = _standard_names(weights, origin)
-        kind = AutoencoderTiny if is_tiny(weights) else AutoencoderKL
+        kind = AutoencoderTiny if is_tiny(weights) else AutoencoderKLFlux2 if has_batch_norm(weights) else AutoencoderKL
         given = read_config(config, kind)
         if kind is AutoencoderTiny:
             settings = infer_tiny_config(weights, given, origin)
         else:
             metadata = read_metadata(path)
-            given = {**config_in(metadata, origin), **given}
+            given = {**config_in(metadata, origin, kind), **given}
             settings = infer_config(weights, given, origin, keys=keys, metadata=metadata)
     if kind is AutoencoderKL and "padding_mode" not in settings and REFLECTING.search(f"{source} {origin}"):
         log.warning(
@@ -171,14 +179,14 @@ def _load(
     return _build(kind, settings, weights, origin, wanted)
 
 
-def load_kl(*args: Any, **kwargs: Any) -> AutoencoderKL:
+def load_kl(*args: Any, **kwargs: Any) -> ConvolutionalVAE:
     """`load_vae`, with the same arguments, for what needs a posterior: training, fp16, exploring the latent space.
 
     Raises:
         InputError: as `load_vae` does, and for a student.
     """
     vae = load_vae(*args, **kwargs)
-    if not isinstance(vae, AutoencoderKL):
+    if not isinstance(vae, ConvolutionalVAE):
         name = args[0] if args else kwargs.get("source")
         raise InputError(f"{name} is a student ({type(vae).__name__}), without a posterior; need an AutoencoderKL")
     return vae
@@ -194,7 +202,7 @@ def _build(
     shape = {key: value for key, value in settings.items() if not key.startswith("_")}
     with torch.device("meta"):  # only shapes: no memory, no random initialisation
         vae = kind(**shape)
-    if isinstance(vae, AutoencoderKL):
+    if isinstance(vae, ConvolutionalVAE):
         vae.set_likelihood(settings.get("_likelihood", "gaussian"))
     _give(vae, weights, origin, dtype)
     return vae.eval()
@@ -230,6 +238,8 @@ def _give(vae: nn.Module, weights: dict[str, Tensor], origin: str, dtype: torch.
         InputError: when they are not those of the model, or not finite.
     """
     expected = vae.state_dict()
+    if COUNTER in expected:  # some files lack it, and others have it in the dtype of the weights
+        weights[COUNTER] = weights.get(COUNTER, torch.zeros(())).long()
     for key, weight in weights.items():
         weights[key] = _reshaped(widened(weight), expected.get(key))
     check_fit(expected, weights, origin)

@@ -2,7 +2,9 @@
 
 LDM (CompVis, Stability, ComfyUI, A1111, Flux's ae.safetensors) numbers the decoder's levels from the image to the
 latents, and diffusers from the latents to the image. LDM stores attention projections as 1x1 convolutions, and
-diffusers as linear layers. All other weights only have other names.
+diffusers as linear layers. All other weights only have other names. FLUX.2's file (black-forest-labs/flux2,
+src/flux2/autoencoder.py) has LDM's names, except that its quant convs are parts of encoder and decoder; its batch norm
+has diffusers' names.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from itertools import product
 from torch import Tensor
 
 from sdvae.errors import InputError, first_few
+from sdvae.model.state import BATCH_NORM
 
 # Pairs (diffusers, LDM). {level} is diffusers' number of the level, and {mirrored} = levels - 1 - level.
 _RESNETS = [
@@ -62,6 +65,9 @@ TABLE: list[tuple[str, str]] = [
     *((f"{a}.{layer_a}", f"{b}.{layer_b}") for (a, b), (layer_a, layer_b) in product(_ATTENTIONS, _ATTENTION_LAYERS)),
 ]
 
+# LDM's name -> that in FLUX.2's file
+_FLUX2_NAMES = {"quant_conv": "encoder.quant_conv", "post_quant_conv": "decoder.post_quant_conv"}
+
 # Names of attention layers that either layout has had, the first before diffusers 0.13 -> today's names in diffusers'
 # and in LDM's layout.
 _ATTENTION_NAMES = {
@@ -94,6 +100,11 @@ def is_diffusers_layout(keys: list[str]) -> bool:
     return any(_DIFFUSERS_ONLY.fullmatch(key) for key in keys)
 
 
+def has_batch_norm(weights: Mapping[str, Tensor]) -> bool:
+    """Whether the weights, without prefix and in either layout, are those of FLUX.2's kind of VAE."""
+    return any(key in weights for key in BATCH_NORM)
+
+
 def modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename attention layers that have another name to today's name in the layout of the rest, diffusers' or LDM's.
 
@@ -124,7 +135,7 @@ def linear_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert a state dict from diffusers' names to LDM's, without prefix.
 
-    Attention projections (C, C) become (C, C, 1, 1).
+    Attention projections (C, C) become (C, C, 1, 1). Weights with a batch norm get the names in FLUX.2's file.
 
     Args:
         weights: diffusers' name -> tensor.
@@ -136,6 +147,8 @@ def to_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         InputError: naming the keys that a VAE does not have.
     """
     renamed = _renamed(weights, _FROM_DIFFUSERS, _levels(weights, r"decoder\.up_blocks\.(\d+)\..*"), "diffusers")
+    if has_batch_norm(weights):
+        renamed = {old: _in_layer(new, _FLUX2_NAMES) for old, new in renamed.items()}
     return {
         new: weights[old][:, :, None, None] if _PROJECTION_WEIGHT.fullmatch(old) else weights[old]
         for old, new in renamed.items()
@@ -154,9 +167,16 @@ def from_ldm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         InputError: naming the keys that a VAE does not have.
     """
-    weights = modern_names(weights)
+    plain = {name: ldm for ldm, name in _FLUX2_NAMES.items()}
+    weights = modern_names({_in_layer(key, plain): weight for key, weight in weights.items()})
     renamed = _renamed(weights, _FROM_LDM, _levels(weights, r"decoder\.up\.(\d+)\..*"), "LDM")
     return linear_attention({new: weights[old] for old, new in renamed.items()})
+
+
+def _in_layer(key: str, layers: Mapping[str, str]) -> str:
+    """The key with its layer's other name, if `layers` has one."""
+    layer, dot, kind = key.rpartition(".")
+    return f"{layers.get(layer, layer)}{dot}{kind}"
 
 
 def _levels(weights: Mapping[str, Tensor], pattern: str) -> int:
@@ -178,6 +198,8 @@ def _renamed(
 
 
 def _rename(key: str, table: list[tuple[re.Pattern[str], str]], levels: int) -> str | None:
+    if key in BATCH_NORM:
+        return key
     layer, _, kind = key.rpartition(".")
     if kind not in ("weight", "bias"):
         return None

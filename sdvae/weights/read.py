@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdvae.errors import InputError, first_few, one_line
+from sdvae.model.state import COUNTER
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
@@ -134,7 +135,7 @@ def _check_head(path: Path) -> None:
 
 
 def check_tensors(weights: Mapping[str, Tensor], origin: str) -> None:
-    """Check that all weights are floating-point numbers and finite.
+    """Check that all weights are floating-point numbers and finite, except a batch norm's counter.
 
     Args:
         weights: name -> tensor.
@@ -143,7 +144,11 @@ def check_tensors(weights: Mapping[str, Tensor], origin: str) -> None:
     Raises:
         InputError: with the names of the first few that are not.
     """
-    odd = [f"{key} ({weight.dtype})" for key, weight in weights.items() if weight.dtype not in WEIGHT_DTYPES]
+    odd = [
+        f"{key} ({weight.dtype})"
+        for key, weight in weights.items()
+        if weight.dtype not in WEIGHT_DTYPES and key != COUNTER
+    ]
     if odd:
         raise InputError(
             f"{origin} has {len(odd)} tensors of unsupported dtype ({first_few(odd)}); "

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as StockAutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2 as StockAutoencoderKLFlux2
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny as StockAutoencoderTiny
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from sdvae.errors import InputError, first_few
 from sdvae.io import read_json, refuse_url, replacing
 from sdvae.model import Autoencoder, AutoencoderTiny
-from sdvae.model.config import CLASS_NAMES
-from sdvae.model.state import declared_padding, plain_weights, rebuilt
+from sdvae.model.config import CLASS_NAMES, decoder_widths
+from sdvae.model.kinds import KINDS
+from sdvae.model.state import COUNTER, declared_padding, plain_weights, rebuilt
 from sdvae.weights.config import metadata_of
 from sdvae.weights.load import STEM
 from sdvae.weights.names import to_ldm
@@ -136,7 +138,7 @@ def save_as(vae: Autoencoder, target: str | Path) -> list[Path]:
 def _checked_weights(model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     weights = plain_weights(model)
     if dtype is not None:
-        weights = {key: weight.to(dtype) for key, weight in weights.items()}
+        weights = {key: weight if key == COUNTER else weight.to(dtype) for key, weight in weights.items()}
     check_tensors(weights, "the VAE" if dtype is None else f"the VAE as {dtype}")
     return weights
 
@@ -166,7 +168,7 @@ def save_vae(vae: Autoencoder, folder: str | Path) -> None:
             shutil.copy2(file, temporary / file.name)
 
 
-def _unwrapped(vae: Any) -> StockAutoencoderKL | StockAutoencoderTiny:
+def _unwrapped(vae: Any) -> StockAutoencoderKL | StockAutoencoderKLFlux2 | StockAutoencoderTiny:
     """The VAE inside torch.compile and DDP.
 
     Raises:
@@ -175,9 +177,9 @@ def _unwrapped(vae: Any) -> StockAutoencoderKL | StockAutoencoderTiny:
     model = vae
     while isinstance(inside := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
         model = inside
-    if not isinstance(model, (StockAutoencoderKL, StockAutoencoderTiny)):
+    if not isinstance(model, (StockAutoencoderKL, StockAutoencoderKLFlux2, StockAutoencoderTiny)):
         hint = "first call .merge_and_unload()" if hasattr(model, "merge_and_unload") else "give the VAE alone"
-        raise InputError(f"got a {type(model).__name__} to save; need an AutoencoderKL or AutoencoderTiny; {hint}")
+        raise InputError(f"got a {type(model).__name__} to save; need an {' or '.join(KINDS)}; {hint}")
     return model
 
 
@@ -240,13 +242,23 @@ def export_targets(vae: Autoencoder) -> dict[str, str | None]:
         (not level_attention, "takes no attention in the levels"),
         (vae.likelihood == "gaussian", "takes the decoder's output for an image, and this VAE gives logits"),
     ]
+    # The decoder's may be narrower by one factor, and only its last width is looked at.
+    up_widths = decoder_widths(config)
+    in_proportion = up_widths == tuple(up_widths[-1] * width // widths[-1] for width in widths)
+    has_norm = "batch_norm_eps" in config
+    norm = (config.get("batch_norm_eps"), tuple(config.get("patch_size") or ()))
+    sd1_kind = (not has_norm, "takes no batch norm over the latents (FLUX.2's)")
     comfyui = [
         *common,
         (widths in (sd_widths, x4_widths), f"needs widths {sd_widths} or {x4_widths}, got {widths}"),
+        (in_proportion, f"needs a decoder's widths in proportion to {widths}, got {up_widths}"),
+        (not has_norm or norm == (1e-4, (2, 2)), f"needs batch_norm_eps 0.0001 and patch_size (2, 2), got {norm}"),
         (config.use_quant_conv == config.use_post_quant_conv, "needs both quant convs or none"),
     ]
     sd1 = [
         *common,
+        sd1_kind,
+        (up_widths == widths, f"needs a decoder's widths {widths}, got {up_widths}"),
         (widths == sd_widths, f"needs widths {sd_widths}, got {widths}"),
         (config.latent_channels == 4, f"needs 4 latent channels, got {config.latent_channels}"),
         (has_quant, "needs both quant convs"),

@@ -5,6 +5,7 @@ photograph --encode--> latents --edit--> decode --> pictures and figures
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from sdvae.io import printable
 from sdvae.latents.scaling import scaling_of
 from sdvae.metrics import SMALLEST_SIDE
 from sdvae.metrics.image import image_metrics
-from sdvae.model import Autoencoder, DiagonalGaussian
+from sdvae.model import Autoencoder, AutoencoderKLFlux2, DiagonalGaussian
 from sdvae.model.tiling import map_bytes
 from sdvae.pictures import amplified_difference, tile_grid
 from sdvae.previews import decode_scaled
@@ -72,7 +73,7 @@ class Model:
     @property
     def std(self) -> float:
         """Standard deviation of the latents of photographs: 1/scaling_factor of its configuration (LDM, appendix G)."""
-        return 1.0 / self.vae.config.scaling_factor
+        return scaling_of(self.vae).std
 
     @property
     def summary(self) -> str:
@@ -95,7 +96,7 @@ class Model:
     def preview(self, z: Tensor, height: int, width: int) -> Tensor:
         """`decode`, by the student."""
         assert self.student is not None
-        scaled = scaling_of(self.vae).normalize(z).to(self.student.device)
+        scaled = scaling_of(self.vae).scaled(z).to(self.student.device)
         return crop_to(decode_scaled(self.student, scaled), height, width).cpu()
 
     def _tile_if_large(self, height: int, width: int) -> None:
@@ -316,13 +317,14 @@ def save_latents(model: Model, encoded: Encoded, path: Path) -> None:
 
     There is no `logvar` if the encoder predicts no variance.
 
-    Its metadata hold the VAE's name, its scaling_factor (and shift_factor, if it has one), and the image's width and
-    height in pixels, to which the decoded image has to be cropped.
+    Its metadata hold the VAE's name, its scaling_factor (and shift_factor, if it has one; or the scaling by its batch
+    norm), and the image's width and height in pixels, to which the decoded image has to be cropped.
     """
     config = model.vae.config
-    metadata = {"vae": model.name, "scaling_factor": repr(config.scaling_factor)}
-    if config.shift_factor is not None:
-        metadata["shift_factor"] = repr(config.shift_factor)
+    metadata = {"vae": model.name}
+    metadata |= {key: repr(config[key]) for key in ("scaling_factor", "shift_factor") if config.get(key) is not None}
+    if isinstance(model.vae, AutoencoderKLFlux2):
+        metadata["scaling"] = json.dumps(scaling_of(model.vae).to_json())
     height, width = encoded.x.shape[-2:]
     metadata |= {"image_width": str(width), "image_height": str(height)}
     tensors = {"mean": encoded.posterior.mean.contiguous()}

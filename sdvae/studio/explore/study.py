@@ -17,7 +17,7 @@ from sdvae.data.images import ImageError
 from sdvae.errors import InputError
 from sdvae.io import printable, utf8
 from sdvae.metrics import SMALLEST_SIDE
-from sdvae.model import AutoencoderKL, DiagonalGaussian
+from sdvae.model import ConvolutionalVAE, DiagonalGaussian
 from sdvae.roundtrip import decode_images, encode_images
 from sdvae.runtime import accelerator_type
 from sdvae.statistics import LatentCovariance, LatentMoments
@@ -77,7 +77,7 @@ class Study:
         InputError: for settings out of range.
     """
 
-    def __init__(self, vae: AutoencoderKL, settings: Settings):
+    def __init__(self, vae: ConvolutionalVAE, settings: Settings):
         if settings.resolution < SMALLEST_SIDE:
             raise InputError(f"got resolution {settings.resolution}; need {SMALLEST_SIDE} or more")
         if settings.count < 1 or settings.steps < 3:

@@ -101,8 +101,7 @@ def measure(
         y, posterior = trip.reconstruction.clamp(-1, 1), trip.posterior
         if maps is None:
             _, *shape = trip.latents.shape
-            scaling = scaling_of(vae)
-            maps = LatentMaps((shape[0], shape[1], shape[2]), scaling.shift, scaling.scale)
+            maps = LatentMaps((shape[0], shape[1], shape[2]), scaling_of(vae).scaled)
         health.update(posterior)
         maps.update(posterior, generator)
         spectra = spectra + torch.stack([radial_power(x), radial_power(y)]).sum(dim=1)

@@ -112,7 +112,7 @@ def _head(subject: Subject, measured: Measured) -> dict[str, Any]:
     channels = config.in_channels
     names = ("red", "green", "blue") if channels == 3 else ("grey",) * channels
     by_channel = config.get("latents_mean") is not None and config.get("latents_std") is not None
-    scaled_std = _scaled_std(measured) if by_channel else moments.std * config.scaling_factor
+    scaled_std = measured.maps.scaled_moments.std  # 1 if the VAE's scaling is right for these images
     return {
         "date": datetime.datetime.now().astimezone(),
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
@@ -122,17 +122,8 @@ def _head(subject: Subject, measured: Measured) -> dict[str, Any]:
         "by_channel": by_channel,
         "scaled_std": scaled_std,
         "measured_factor": 1 / moments.std if moments.std > 0 else None,
-        "factor_is_off": scaled_std == 0 or abs(1 / scaled_std - 1) > FACTOR_TOLERANCE,
+        "factor_is_off": not scaled_std > 0 or abs(1 / scaled_std - 1) > FACTOR_TOLERANCE,
     }
-
-
-def _scaled_std(measured: Measured) -> float:
-    """The standard deviation of all scaled latents together."""
-    moments, maps = measured.health.moments, measured.maps
-    scale = maps.scale.flatten()
-    mean = (moments.channel_mean - maps.shift.flatten()) * scale  # (C,) each
-    square = (moments.channel_std * scale).square() + mean.square()
-    return float((square.mean() - mean.mean().square()).clamp(min=0).sqrt())
 
 
 def _reconstructions(measured: Measured) -> dict[str, Any]:
@@ -152,14 +143,15 @@ def _latents(model: AnyAutoencoder, measured: Measured) -> dict[str, Any]:
     moments = health.moments
     elements = int(moments.sums[0, 0])
     kl, mean, std = (values.tolist() for values in (health.channel_kl, moments.channel_mean, moments.channel_std))
-    scale, shift = maps.scale.flatten().tolist(), maps.shift.flatten().tolist()
+    scaled = maps.scaled_moments
+    scaled_mean, scaled_std = scaled.channel_mean.tolist(), scaled.channel_std.tolist()
     channels = [
         {
             "kl": kl[c] if health.has_variance else None,
             "mean": mean[c],
             "std": std[c],
-            "scaled_mean": (mean[c] - shift[c]) * scale[c],
-            "scaled_std": std[c] * scale[c],
+            "scaled_mean": scaled_mean[c],
+            "scaled_std": scaled_std[c],
             "outside": int(maps.outside[c]) / elements,
             "histogram": _plot(partial(plots.histogram, counts=maps.histogram[c], total=elements), SMALL),
         }
