@@ -19,6 +19,7 @@ from sdvae.errors import Stopped
 from sdvae.latents.config import EncodeConfig
 from sdvae.latents.dataset import LatentDataset
 from sdvae.latents.encode import encode
+from sdvae.model import AutoencoderKLFlux2
 from sdvae.noise import posterior_generators
 from sdvae.training import loop, save
 from sdvae.training.checkpoint import checkpoints, read_checkpoint
@@ -135,6 +136,22 @@ def test_images_of_several_shapes_are_cut_to_one(made, tmp_path):
     images = crops((vae, source, latents), data__resolution="16")
     assert {images[SampleKey(0, index)]["moments"].shape for index in range(10)} == {(8, 8, 8)}
     assert not any(images[SampleKey(epoch, 3)]["image"].isnan().any() for epoch in range(3))
+
+
+def test_crops_of_latents_that_a_batch_norm_scales_by_patches_have_whole_ones(made, tmp_path):
+    torch.manual_seed(0)
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    flux = AutoencoderKLFlux2(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, **levels).eval()
+    flux.set_statistics(torch.randn(16), torch.rand(16) + 0.5)
+    save_vae(flux, tmp_path / "vae")
+    latents = encoded(made[1], tmp_path / "vae", tmp_path / "latents")
+    images = crops((tmp_path / "vae", made[1], latents), data__resolution="16")
+    rows = LatentDataset(latents, sample=False)
+    places = [(y, x) for y in range(0, 9, 2) for x in range(0, 9, 2)]
+    for index in range(10):
+        moments = images[SampleKey(0, index)]["moments"]
+        whole = [rows.posterior(index, mirrored=mirrored).parameters[0] for mirrored in (False, True)]
+        assert any(torch.equal(moments, z[:, y : y + 8, x : x + 8]) for z in whole for y, x in places)
 
 
 def test_a_data_set_of_means_serves_the_mode(made, tmp_path):

@@ -70,7 +70,10 @@ class EncodedImages(TrainingImages):
         height, width = moments.shape[1:]
         ratio = image.height // height
         side = self.resolution // ratio
-        top, left = int(u_top * (height - side + 1)), int(u_left * (width - side + 1))
+        # where the latents are scaled by patches (FLUX.2), a crop has whole ones
+        rows, columns = self._latents.scaling.patch_size
+        top = rows * int(u_top * ((height - side) // rows + 1))
+        left = columns * int(u_left * ((width - side) // columns + 1))
         whole = image.transpose(Transpose.FLIP_LEFT_RIGHT) if mirrored else image
         pixels = whole.crop((ratio * left, ratio * top, ratio * (left + side), ratio * (top + side)))
         return Crop(image=to_tensor(pixels), moments=moments[:, top : top + side, left : left + side])
