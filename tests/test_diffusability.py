@@ -17,7 +17,7 @@ from torch import Tensor
 from sdvae import InputError, load_vae, save_vae
 from sdvae.cli import main
 from sdvae.evaluation.diffusability import SMALLEST_SET, LatentImage, check_size, collect, fault_of, halfway, measure
-from sdvae.latents.scaling import LatentScaling, scaling_of
+from sdvae.latents.scaling import scaling_of
 from sdvae.metrics import fid
 from sdvae.metrics.equivariance import SCALES, TURNS, Transformation, Transformed, encoder_errors, transform
 from sdvae.metrics.geometry import nearest_neighbours, negentropy, slerp, two_nn
@@ -26,6 +26,7 @@ from sdvae.metrics.spectrum import Spectra, channel_power, radial_power
 from sdvae.model import AutoencoderKL, AutoencoderTiny
 from sdvae.weights.load import PACKAGED_VAE
 from tests.test_evaluate import Features, frechet_distance
+from tests.test_flux2 import flux2_vae
 
 CPU = torch.device("cpu")
 
@@ -383,19 +384,18 @@ def test_latents_are_those_a_diffusion_model_gets_and_samples_depend_on_image_an
     assert unscaled.mean().item() == pytest.approx(posterior.mean.mean().item(), abs=0.5)
 
 
-def test_latents_in_patches_are_measured_as_such_and_decode_again(monkeypatch):
-    """As those of FLUX.2: 2 x 2 positions are one with four times the channels."""
-    scaling = LatentScaling(torch.zeros(1, 1, 1), torch.full((1, 1, 1), 0.5), (2, 2))
-    monkeypatch.setattr("sdvae.evaluation.diffusability.scaling_of", lambda _: scaling)
-    vae, x = tiny_vae(), photographs_like(SMALLEST_SET, 32)
-    check_size(vae, "a", 32)
-    with pytest.raises(InputError, match="latents are then 6 x 6"):
-        check_size(vae, "a", 24)
+def test_latents_of_flux2_are_measured_in_patches_and_decode_again():
+    vae, x = flux2_vae(), photographs_like(SMALLEST_SET, 32)
+    factor, channels = vae.spatial_compression_ratio, vae.config.latent_channels
+    with pytest.raises(InputError, match=f"which has one latent for {2 * factor} x {2 * factor} pixels"):
+        check_size(vae, "a", 12 * factor)
+    check_size(vae, "a", 16 * factor)
+    x = F.interpolate(x, size=16 * factor)
     found = collect(vae, [{"image": x, "index": list(range(SMALLEST_SET))}], seed=0)
-    assert found[0].latents.shape == (8, 8, 8)
-    assert scaling.denormalize(halfway(found)).shape == (SMALLEST_SET, 2, 16, 16)
+    assert found[0].latents.shape == (4 * channels, 8, 8)
+    assert scaling_of(vae).denormalize(halfway(found)).shape == (SMALLEST_SET, channels, 16, 16)
     result = measure(found, probe_steps=1, seed=0, device=CPU, name="a")
-    assert len(result.entropy) == 8
+    assert len(result.entropy) == 4 * channels
     assert result.probe is not None
     assert math.isfinite(result.probe.ratio.mean().item())
 
@@ -536,7 +536,7 @@ def test_bad_input_is_one_line_before_the_first_image(evaluated, tmp_path, capsy
         "without fdd": [data, "--dinov2=x.pth"],
         "without cmmd": [data, "--clip=x.pt"],
         "got clip=x.pt, which is no file": [data, "--cmmd=true", "--clip=x.pt"],
-        "whose latents are then 4 x 4": [str(PACKAGED_VAE), data, "--resolution=32", "--diffusability=true"],
+        "needs a multiple of 32 and at least 64": [str(PACKAGED_VAE), data, "--resolution=32", "--diffusability=true"],
         "got 5 images; diffusability needs at least 10": [data, "--count=5", "--resolution=64", "--diffusability=true"],
         "need 0 or more": [data, "--diffusability=true", "--probe_steps=-1"],
     }
@@ -544,6 +544,6 @@ def test_bad_input_is_one_line_before_the_first_image(evaluated, tmp_path, capsy
         assert main(["evaluate", *arguments, "--lpips=none", f"--output={tmp_path / 'out'}"]) == 2, message
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="set resolution=64 plus a multiple of 32"):
+    with pytest.raises(InputError, match="needs a multiple of 32 and at least 64"):
         check_size(load_vae(), "packaged", 72)
     check_size(load_vae(), "packaged", 96)

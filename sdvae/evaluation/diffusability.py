@@ -93,16 +93,13 @@ def check_size(vae: AnyAutoencoder, name: str, resolution: int) -> None:
     Raises:
         InputError: unless the normalised latents have a multiple of 4 rows, and at least SMALLEST_SPECTRUM.
     """
-    factor = vae.spatial_compression_ratio
-    shape = (1, vae.config.latent_channels, max(1, resolution // factor), max(1, resolution // factor))
-    side = scaling_of(vae).normalize(torch.zeros(1, *shape[1:])).shape[-1]
-    multiple = max(probe.LATENT_MULTIPLE, equivariance.LATENT_MULTIPLE)
-    pixels = resolution // side  # for one position of the normalised latents
-    if resolution % factor or side % multiple or side < SMALLEST_SPECTRUM:
+    pixels = vae.spatial_compression_ratio * max(scaling_of(vae).patch_size)  # a side of one normalised position
+    multiple = max(probe.LATENT_MULTIPLE, equivariance.LATENT_MULTIPLE) * pixels
+    smallest = SMALLEST_SPECTRUM * pixels
+    if resolution % multiple or resolution < smallest:
         raise InputError(
-            f"got resolution={resolution} with {name}, whose latents are then {side} x {side}; diffusability needs a "
-            f"multiple of {multiple} and at least {SMALLEST_SPECTRUM}; set resolution={SMALLEST_SPECTRUM * pixels} "
-            f"plus a multiple of {multiple * pixels}"
+            f"got resolution={resolution} with {name}, which has one latent for {pixels} x {pixels} pixels; "
+            f"diffusability needs a multiple of {multiple} and at least {smallest}; set the resolution so"
         )
 
 
