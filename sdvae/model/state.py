@@ -102,7 +102,8 @@ def built(vae: Any, kind: type[Any], weights: Mapping[str, Tensor], padding_mode
     model.register_to_config(**{key: value for key, value in vae.config.items() if key != "_class_name"})
     set_padding(model, padding_mode)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(weights[name].requires_grad)  # since assigning hands this on to the weights
+        if isinstance(weights[name], nn.Parameter):  # assigning would hand this on to it
+            parameter.requires_grad_(weights[name].requires_grad)
     model.load_state_dict(weights, assign=True)
     return model.train(vae.training)
 
