@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdvae.noise import sample_seed
+from sdvae.noise import generators_for
 
 GREY = 0.0  # the background on which figures are measured, since neither white nor black things vanish on it
 SQUARE = 8  # pixels, the side of the squares behind drawn images
@@ -51,8 +51,7 @@ def random_backgrounds(images: Tensor, seeds: Tensor) -> Tensor | float:
     """
     if images.shape[1] != 4:
         return GREY
-    generators = [torch.Generator().manual_seed(sample_seed(seed, 0, 0, "background")) for seed in seeds.tolist()]
-    drawn = torch.stack([torch.rand(3, generator=generator) for generator in generators])
+    drawn = torch.stack([torch.rand(3, generator=own) for own in generators_for(seeds, "background")])
     return (2 * drawn - 1)[:, :, None, None].to(images)
 
 

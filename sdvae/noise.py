@@ -72,3 +72,13 @@ def posterior_generators(noise_seeds: Tensor) -> list[torch.Generator]:
         noise_seeds: (B,) int64.
     """
     return [torch.Generator().manual_seed(seed) for seed in noise_seeds.tolist()]
+
+
+def generators_for(seeds: Tensor, purpose: str) -> list[torch.Generator]:
+    """One CPU generator for each image, whose numbers are independent of those for other purposes.
+
+    Args:
+        seeds: (B,) int64, such as those of the posterior's noise.
+        purpose: what the numbers are for, as for `sample_seed`.
+    """
+    return [torch.Generator().manual_seed(sample_seed(seed, 0, 0, purpose)) for seed in seeds.tolist()]

@@ -21,19 +21,14 @@ from torch import Tensor, nn
 from sdvae import AutoencoderKL, AutoencoderTiny, InputError, stream
 from sdvae.metrics.memory import with_peak_memory
 from sdvae.model import tiling
+from tests.test_streaming import SMALL
 
 pytestmark = pytest.mark.filterwarnings("error:tiling is not used")
 
 
 def stock_vae(**changes: Any) -> Any:
     torch.manual_seed(0)
-    settings = {
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "block_out_channels": (8, 12, 16),
-        "norm_num_groups": 4,
-    }
-    return StockAutoencoderKL(**{**settings, **changes}).eval()
+    return StockAutoencoderKL(**{**SMALL, **changes}).eval()
 
 
 @pytest.fixture(autouse=True)

@@ -24,16 +24,18 @@ SD = {
 }
 
 
+SMALL = {
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "block_out_channels": (8, 12, 16),
+    "norm_num_groups": 4,
+}
+
+
 def vae_of(**changes) -> AutoencoderKL:
     """A tiny VAE with random weights."""
     torch.manual_seed(0)
-    settings = {
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "block_out_channels": (8, 12, 16),
-        "norm_num_groups": 4,
-    }
-    return AutoencoderKL(**{**settings, **changes}).eval()
+    return AutoencoderKL(**{**SMALL, **changes}).eval()
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from sdvae.alpha import colours
 from sdvae.errors import InputError, one_line, require
-from sdvae.metrics.perceptual import download_timeout
-from sdvae.weights.read import read_weights
+from sdvae.metrics.perceptual import download_weights
+from sdvae.weights.read import misfits, read_weights
 
 models = torchvision.models
 CONVNEXTS: dict[str, tuple[Callable[..., nn.Module], Any]] = {
@@ -105,20 +105,17 @@ def load_features(net: str, weights: str | None = None) -> Features:
 def _convnext(net: str, weights: str | None) -> Features:
     build, published = CONVNEXTS[net]
     network: Any = build().features
-    expected = network.state_dict()
     if weights is not None:
         found = read_weights(Path(weights), lambda keys: {key: key[9:] for key in keys if key.startswith("features.")})
     else:
         try:
-            with download_timeout():
-                whole = published.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+            whole = download_weights(published)
         except OSError as error:
             raise InputError(
                 f"no weights of {net}: the download failed ({one_line(error)}); give a local file with `weights`"
             ) from error
         found = {key[9:]: tensor for key, tensor in whole.items() if key.startswith("features.")}
-    wrong = sorted(expected.keys() ^ found.keys())
-    wrong += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
+    wrong = sum(misfits(network.state_dict(), found).values(), [])
     if wrong:
         raise InputError(
             f"{weights or 'the download'} is not {net}: {len(wrong)} weights are missing, unknown or of another shape, "

@@ -85,7 +85,7 @@ class ReconstructionFID(FrechetDistance):
     def __init__(self, weights: str | None, device: torch.device):
         require("torch_fidelity", "rFID", "fid")
         if weights is not None:
-            read_weights(Path(weights), lambda keys: {key: key for key in keys})  # raises for other kinds of files
+            read_weights(Path(weights))  # raises for other kinds of files
         with _loading("Inception", "rFID", ("inception", "fid"), weights, INCEPTION_FILE):
             network = NoTrainInceptionV3("inception-v3-compat", [str(FEATURES)], weights, antialias=False)
         super().__init__(network, FEATURES, device)
@@ -114,7 +114,7 @@ class ReconstructionFDD(FrechetDistance):
             if weights is None:
                 network = DinoV2(torch.hub.load_state_dict_from_url(DINOV2_URL, map_location="cpu", weights_only=True))
             else:
-                network = DinoV2(read_weights(Path(weights), lambda keys: {key: key for key in keys}))
+                network = DinoV2(read_weights(Path(weights)))
         super().__init__(network, network.width, device)
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lpips
 import torch
@@ -158,13 +159,8 @@ def _build(net: str, heads: str) -> lpips.LPIPS:
 def _download_trunk(net: str, allow_random: bool) -> dict[str, Tensor] | None:
     """The trunk's state dict; None when the download fails and a random trunk is allowed."""
     try:
-        with download_timeout():
-            return TORCHVISION_WEIGHTS[net].get_state_dict(
-                progress=False, check_hash=True, map_location="cpu", weights_only=True
-            )
-    except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a wrong hash
-        if isinstance(error, RuntimeError) and "hash" not in str(error):
-            raise
+        return download_weights(TORCHVISION_WEIGHTS[net])
+    except OSError as error:
         reason = f"no ImageNet weights for LPIPS's {net} trunk: the download failed ({error})"
         if not allow_random:
             raise InputError(
@@ -173,6 +169,24 @@ def _download_trunk(net: str, allow_random: bool) -> dict[str, Tensor] | None:
             ) from error
         logger.warning("%s; using a RANDOM trunk: its values cannot be compared with published LPIPS", reason)
         return None
+
+
+def download_weights(published: Any) -> dict[str, Tensor]:
+    """The state dict of a network of torchvision, from its download or from torch hub's cache.
+
+    Args:
+        published: an entry of torchvision's enumeration of the network's weights.
+
+    Raises:
+        OSError: when there is no network, or when what came has the wrong hash.
+    """
+    try:
+        with download_timeout():
+            return published.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        if "hash" not in str(error):
+            raise
+        raise OSError(str(error)) from error
 
 
 @contextmanager

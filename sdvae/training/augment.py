@@ -13,12 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdvae.noise import posterior_generators
+from sdvae.noise import generators_for
 
 SHIFT = 1 / 8  # the largest shift along a side, as a part of it
 CUTOUT = 1 / 2  # the side of the square that is cut out, as a part of the image's
-# Offsets of an image's seed, for the three times that it is changed in a step. The posterior's noise has none.
-DRAWS = {"generator": 1, "real": 2, "fake": 3}
 
 
 def augmented(images: Tensor, kinds: Sequence[str], noise_seeds: Tensor, draw: str) -> Tensor:
@@ -29,14 +27,15 @@ def augmented(images: Tensor, kinds: Sequence[str], noise_seeds: Tensor, draw: s
         kinds: what to do, in this order: «color» (brightness, saturation, contrast; not of alpha), «translation» (a
             shift, with zeros behind it), «cutout» (zeros in a square).
         noise_seeds: (B,) int64, one seed for each image.
-        draw: a key of DRAWS; the same seed gives different numbers for each.
+        draw: «generator», «real» or «fake», the three times that an image is changed in a step; the same seed gives
+            other numbers for each.
 
     Returns:
         The same shape and dtype; the images themselves if `kinds` is empty.
     """
     if not kinds:
         return images
-    generators = posterior_generators(noise_seeds + DRAWS[draw])
+    generators = generators_for(noise_seeds, f"augment {draw}")
     changes = {"color": _color, "translation": _translation, "cutout": _cutout}
     for kind in kinds:
         images = changes[kind](images, generators)

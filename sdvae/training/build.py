@@ -242,8 +242,7 @@ def build_features(config: TrainConfig, accelerator: Accelerator) -> Features | 
     if settings.weight == 0 or name is None:
         return None
     features = _downloaded(accelerator, lambda: load_features(name, weights))
-    equivariance = config.loss.equivariance
-    seen = config.data.resolution * (equivariance.smallest_scale if equivariance.probability > 0 else 1)
+    seen = config.discriminator_side
     if seen < features.smallest_side:
         raise InputError(
             f"got data.resolution={config.data.resolution} with loss.discriminator.features={name}, which then sees "
@@ -267,7 +266,7 @@ def load_discriminator(network: nn.Module, source: str, accelerator: Accelerator
     """
 
     def read() -> dict[str, Tensor]:
-        weights = read_weights(Path(source), lambda keys: {key: key for key in keys})
+        weights = read_weights(Path(source))
         check_fit(network.state_dict(), weights, source)
         return weights
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sdvae.errors import InputError, one_line
 from sdvae.io import replacing, sha256_of
+from sdvae.weights.read import misfits
 
 FORMAT = 1
 STATE = "state.json"
@@ -55,13 +56,17 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     with replacing(folder) as temporary:
         temporary.mkdir(parents=True)
         for name, tensors in checkpoint.weights.items():
-            contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(contiguous, temporary / f"{name}.safetensors")
+            write_weights(temporary / f"{name}.safetensors", tensors)
         for name, state in checkpoint.optimizers.items():
             torch.save(state, temporary / f"{name}_optimizer.pt")
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         state = {"format": FORMAT, **checkpoint.state, "files": files}
         (temporary / STATE).write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a state dict from any device."""
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -158,7 +163,6 @@ def check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], origin: str
     Raises:
         InputError: when they differ.
     """
-    wrong = sorted(expected.keys() ^ found.keys())
-    wrong += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
+    wrong = sum(misfits(expected, found).values(), [])
     if wrong:
         raise InputError(f"{origin} does not fit the recipe's network: {len(wrong)} weights differ, such as {wrong[0]}")

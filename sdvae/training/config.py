@@ -250,7 +250,17 @@ class EquivarianceConfig:
     @property
     def smallest_scale(self) -> float:
         """The smallest factor by which images are shrunk; 1 if equivariance is off."""
-        return min(self.scales) if self.weight > 0 or self.probability > 0 else 1.0
+        return min(self.scales) if self.is_on else 1.0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether some steps have a transformation."""
+        return self.weight > 0 or self.replaces
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the transformed image takes the place of the other, and so is what the discriminator sees."""
+        return self.probability > 0
 
 
 @dataclass(frozen=True)
@@ -444,6 +454,12 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
 
+    @property
+    def discriminator_side(self) -> float:
+        """The smallest side in pixels of the images that the discriminator sees."""
+        equivariance = self.loss.equivariance
+        return self.data.resolution * (equivariance.smallest_scale if equivariance.replaces else 1)
+
     def images_per_step(self, processes: int) -> int:
         """The number of images in a step of all processes together."""
         return self.batch_size * self.gradient_accumulation_steps * processes
@@ -521,16 +537,17 @@ class TrainConfig:
                 "got loss.discriminator.augment, downsampling or features with sees=latents; they are of images; leave "
                 "them out"
             )
-        of_patches = asdict(replace(gan, norm="group", layers=3, downsampling="stride"))
-        if gan.features is not None and asdict(gan) != of_patches:
+        of_patches = ("layers", "norm", "downsampling")
+        if gan.features is not None and any(
+            getattr(gan, key) != getattr(DiscriminatorConfig, key) for key in of_patches
+        ):
             raise InputError(
                 "got loss.discriminator.features with layers, norm or downsampling, which are of the PatchGAN; leave "
                 "them out"
             )
         if gan.features is None and gan.features_weights is not None:
             raise InputError("got loss.discriminator.features_weights without features; need the network's name")
-        # the discriminator sees transformed images only where they take the place of the others
-        seen = side * (equivariance.smallest_scale if equivariance.probability > 0 else 1)
+        seen = self.discriminator_side
         if gan.weight > 0 and gan.sees == "images" and gan.features is None and seen < gan.smallest_side:
             raise InputError(
                 f"got {'' if seen == side else 'loss.equivariance.scales with '}data.resolution={side} and "
@@ -577,12 +594,12 @@ class TrainConfig:
                     f"got loss.reconstruction=bce with {self.model.in_channels} channels; need grey images: set "
                     "model.in_channels=1"
                 )
-        if loss.equivariance.weight > 0 and loss.equivariance.probability > 0:
+        if loss.equivariance.weight > 0 and loss.equivariance.replaces:
             raise InputError(
                 "got loss.equivariance.weight and loss.equivariance.probability; need one of the two: a further term, "
                 "or a probability that the transformed image takes the place of the other"
             )
-        if self.data.pad and (loss.equivariance.weight > 0 or loss.equivariance.probability > 0):
+        if self.data.pad and loss.equivariance.is_on:
             raise InputError(
                 "got data.pad=true with loss.equivariance, whose transformed images and latents would not match; "
                 "need a resolution without padding; set data.pad=false"

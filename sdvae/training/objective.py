@@ -163,12 +163,12 @@ class Outcome:
 
 def transformation_at(step: int, seed: int, config: EquivarianceConfig) -> Transformation | None:
     """The transformation of step `step`, if it has one: the same on every process and in all its micro-batches."""
-    if config.weight == 0 and config.probability == 0:
+    if not config.is_on:
         return None
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     which = int(torch.randint(len(config.scales), (), generator=generator))
     turns = int(torch.randint(4, (), generator=generator)) if config.rotations else 0
-    if config.probability > 0 and float(torch.rand((), generator=generator)) >= config.probability:
+    if config.replaces and float(torch.rand((), generator=generator)) >= config.probability:
         return None
     return Transformation(config.scales[which], turns)
 

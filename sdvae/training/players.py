@@ -228,7 +228,7 @@ class Players:
 def forward_of(vae: Autoencoder, config: TrainConfig) -> nn.Module:
     """The forward pass that a step of the VAE or student needs."""
     if isinstance(vae, ConvolutionalVAE):
-        return TrainingForward(vae, config.loss.learn_logvar, alone=config.loss.equivariance.probability > 0)
+        return TrainingForward(vae, config.loss.learn_logvar, alone=config.loss.equivariance.replaces)
     assert isinstance(vae, AutoencoderTiny)
     return StudentForward(vae)
 

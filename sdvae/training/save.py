@@ -10,7 +10,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdvae.data import BadImages, ImageSource
@@ -21,6 +20,7 @@ from sdvae.model import Autoencoder, AutoencoderKLFlux2, AutoencoderTiny, Convol
 from sdvae.pictures import latent_plot, reconstruction_grid, student_grid, training_curves
 from sdvae.previews import preview_of
 from sdvae.statistics import LatentMoments
+from sdvae.training.checkpoint import write_weights
 from sdvae.training.config import ModelConfig, TrainConfig
 from sdvae.training.data import evaluation_batches, first_images
 from sdvae.training.discriminator import discriminator_learns_at
@@ -226,7 +226,7 @@ def save_model(
 def save_discriminator(run: RunFolder, network: nn.Module) -> None:
     """Write discriminator.safetensors, from which another run can start with `loss.discriminator.source`."""
     with replacing(run.discriminator) as file:
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in network.state_dict().items()}, file)
+        write_weights(file, network.state_dict())
 
 
 def keep_best(run: RunFolder) -> None:

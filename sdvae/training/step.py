@@ -194,7 +194,7 @@ class TrainStep:
         background = random_backgrounds(images, noise_seeds)
         real, seen = as_seen(images, background), as_seen(output.reconstruction, background)
         pair = None
-        if transformation is not None and config.equivariance.probability > 0:
+        if transformation is not None and config.equivariance.replaces:
             real = transformation(real, seen.shape[2:])
         elif transformation is not None and output.transformed is not None:
             transformed = as_seen(output.transformed, background)

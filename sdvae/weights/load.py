@@ -37,6 +37,7 @@ from sdvae.weights.read import (
     WEIGHT_SUFFIXES,
     check_tensors,
     is_weight_file,
+    misfits,
     read_metadata,
     read_weights,
 )
@@ -275,18 +276,7 @@ def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], ori
     Raises:
         InputError: with the names of the first few.
     """
-    missing = sorted(expected.keys() - weights.keys())
-    unexpected = sorted(weights.keys() - expected.keys())
-    wrong = [
-        f"{key} {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & weights.keys())
-        if expected[key].shape != weights[key].shape
-    ]
-    faults = [
-        f"{len(keys)} {kind} ({first_few(keys)})"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-        if keys
-    ]
+    faults = [f"{len(keys)} {fault} ({first_few(keys)})" for fault, keys in misfits(expected, weights).items()]
     if faults:
         raise InputError(
             f"the weights in {origin} do not fit their configuration: keys {'; '.join(faults)}; "

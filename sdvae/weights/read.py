@@ -29,14 +29,19 @@ def is_weight_file(path: Path) -> bool:
     return path.suffix.lower() in WEIGHT_SUFFIXES
 
 
-def read_weights(path: Path, pick: Callable[[list[str]], dict[str, str]]) -> dict[str, Tensor]:
+def all_keys(keys: list[str]) -> dict[str, str]:
+    """Every key under its own name."""
+    return {key: key for key in keys}
+
+
+def read_weights(path: Path, pick: Callable[[list[str]], dict[str, str]] = all_keys) -> dict[str, Tensor]:
     """Read tensors from one file, to the CPU and in the file's dtypes.
 
     Args:
         path: a safetensors file (.safetensors, .sft), or a pickle (.ckpt, .pt, .pth, .bin), which is read with
             weights_only=True and may hold its tensors under one of `STATE_DICT_KEYS`.
         pick: called with all keys of the file; returns those to read and their new names, {key: name}. Only these
-            are read into memory where the format allows it.
+            are read into memory where the format allows it. By default all, under their own names.
 
     Returns:
         The tensors by their new names.
@@ -165,3 +170,25 @@ def check_tensors(weights: Mapping[str, Tensor], origin: str) -> None:
             f"{origin} has NaN or infinite values in {len(broken)} of {len(weights)} tensors ({first_few(broken)}); "
             "need finite weights; take an earlier checkpoint or a wider dtype"
         )
+
+
+def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The names of weights that do not fit a network, by what is wrong with them; an empty dict if all fit.
+
+    Args:
+        expected: the state dict of the network, whose values do not count.
+        found: name -> tensor.
+
+    Returns:
+        {"missing": names, "unexpected": names, "of another shape": names with both shapes}, without empty lists.
+    """
+    faults = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
+            for key in sorted(expected.keys() & found.keys())
+            if expected[key].shape != found[key].shape
+        ],
+    }
+    return {fault: names for fault, names in faults.items() if names}
