@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sdvae.alpha import colours
 from sdvae.errors import InputError, one_line, require
+from sdvae.io import HUB_ID
 from sdvae.metrics.perceptual import download_weights
 from sdvae.weights.read import misfits, read_weights
 
@@ -129,16 +130,16 @@ def _convnext(net: str, weights: str | None) -> Features:
 def _transformer(net: str, weights: str | None) -> Features:
     if weights is not None:
         raise InputError(f"got weights={weights} for {net}, which holds its own; need weights for a ConvNeXt alone")
+    need = f"need one of {', '.join(CONVNEXTS)}, or a folder or hub id of a vision transformer"
+    if not Path(net).is_dir() and not HUB_ID.fullmatch(net):  # the hub would be asked for it, again and again
+        raise InputError(f"got {net} as a network for features, which is no folder and no owner/name; {need}")
     require("transformers", f"the features of {net}", "quickstart")
     from transformers import AutoModel
 
     try:
         network = AutoModel.from_pretrained(net)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"got {net} as a network for features ({one_line(error)[:200]}); need one of {', '.join(CONVNEXTS)}, or a "
-            "folder or hub id of a vision transformer"
-        ) from error
+        raise InputError(f"got {net} as a network for features ({one_line(error)[:200]}); {need}") from error
     patch, width = (getattr(network.config, key, None) for key in ("patch_size", "hidden_size"))
     if not isinstance(patch, int) or not isinstance(width, int):
         raise InputError(f"got {net}, a {type(network).__name__}; need a vision transformer, such as DINOv2")
