@@ -63,7 +63,10 @@ class MomentEncoder:
         self._vae = _copied(encoder, DTYPES[precision], device)
         self._device = device
         self._mirror = mirror
-        self._lock = threading.Lock()  # one thread computes at a time: each computation uses all cores and much memory
+        # Each computation uses all cores and much memory. On a CPU a second one at a time keeps the cores busy while the
+        # first is in a part that uses one core: through Ray this gave 10 % more images a second on two cores.
+        self._turns = threading.Semaphore(1 if device.type == "cuda" else 2)
+        self._copying = threading.Lock()
         # For retries in fp32: a model in fp32, or, until one is needed, a model that shares its weights with `vae`.
         self._in_fp32 = self._vae if precision == "fp32" else None
         self._original = None if precision == "fp32" else encoder
@@ -72,7 +75,7 @@ class MomentEncoder:
     def launch(self, pixels: Sequence[np.ndarray]) -> PendingMoments:
         """Start encoding (H, W, C) uint8 images of one size. On a GPU this returns before they are computed."""
         batch = torch.from_numpy(np.stack(pixels))
-        with self._lock:
+        with self._turns:
             if self._device.type != "cuda":
                 return PendingMoments(batch, self._encode(self._vae, batch).cpu(), None)
             moments = self._encode(self._vae, batch.pin_memory())
@@ -92,10 +95,11 @@ class MomentEncoder:
         Returns:
             (V, B, 2·latent_channels, h, w) on the CPU.
         """
-        with self._lock:
+        with self._copying:
             if self._in_fp32 is None:
                 assert self._original is not None
                 self._in_fp32, self._original = _copied(self._original, torch.float32, self._device), None
+        with self._turns:
             return self._encode(self._in_fp32, pixels).cpu()
 
     def _encode(self, vae: AnyAutoencoder, pixels: Tensor) -> Tensor:
