@@ -1,6 +1,6 @@
 """Train a recipe, and the same recipe with one change at a time, with several seeds, and tabulate the differences.
 
-    python scripts/ablate.py configs/ablation.yaml --data.source photos/train --data.validation_source photos/val
+    python scripts/ablate.py scripts/ablation.yaml --data.source photos/train --data.validation_source photos/val
         [--output runs/ablation] [--seeds 0 1 2] [--jobs 1] [--only l2 ssim] [any recipe override, for all runs]
 
 The file names a recipe, settings for all runs, and the changes; each change is a set of settings. Each run is one

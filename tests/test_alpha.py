@@ -24,6 +24,7 @@ from sdvae.noise import posterior_generators
 from sdvae.training import loop
 from sdvae.training.build import build_accelerator, starting_vae
 from sdvae.training.checkpoint import checkpoints, read_checkpoint
+from sdvae.training.objective import Judges
 from sdvae.training.players import Players
 from sdvae.training.step import TrainStep
 from sdvae.training.widen import widened
@@ -164,7 +165,7 @@ def step_of(**changes: str) -> TrainStep:
     torch.manual_seed(0)
     accelerator = build_accelerator(config)
     vae, config = starting_vae(config)
-    return TrainStep(config, Players(vae, config, accelerator), None, accelerator)
+    return TrainStep(config, Players(vae, config, accelerator), Judges(), accelerator)
 
 
 SHAPE = ["--model.block_out_channels=[8,16]", "--model.norm_num_groups=4", "--loss.lpips_weight=0"]

@@ -25,6 +25,7 @@ from sdvae.model import AutoencoderKL
 from sdvae.roundtrip import round_trip
 from sdvae.training.build import build_vae, lay_out
 from sdvae.training.config import EquivarianceConfig, OptimizerConfig, TrainConfig
+from sdvae.training.objective import Judges
 from sdvae.training.players import Players
 from sdvae.training.step import TrainStep
 from sdvae.tutorial.conditional import ConditionalAutoencoderKL
@@ -265,7 +266,7 @@ def step_on(
     config = lay_out(vae, config, accelerator)
     players = Players(vae, config, accelerator)
     perceptual: Perceptual = load_perceptual("squeeze", trunk, heads="uniform").to(accelerator.device)
-    step = TrainStep(config, players, perceptual, accelerator)
+    step = TrainStep(config, players, Judges(perceptual), accelerator)
     for number in range(10):
         batch = {"image": images(), "noise_seed": SEEDS, "index": torch.arange(2), "bad": []}
         if device == "cuda":

@@ -27,6 +27,7 @@ from sdvae.training.checkpoint import checkpoints, read_checkpoint
 from sdvae.training.config import DiscriminatorConfig, DistilConfig, LossConfig, TrainConfig, check_used
 from sdvae.training.data import open_sources, reading_of
 from sdvae.training.distil import Teacher
+from sdvae.training.objective import Judges
 from sdvae.training.players import Players
 from sdvae.training.preflight import probe_teacher
 from sdvae.training.step import TrainStep
@@ -123,7 +124,7 @@ def step_of(config: TrainConfig) -> TrainStep:
     accelerator = build_accelerator(config)
     torch.manual_seed(0)
     student, vae, config = starting_student(config)
-    return TrainStep(config, Players(student, config, accelerator), None, accelerator, Teacher(vae, accelerator))
+    return TrainStep(config, Players(student, config, accelerator), Judges(), accelerator, Teacher(vae, accelerator))
 
 
 def images() -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
 from transformers import (
@@ -17,12 +20,12 @@ from transformers import (
 
 from sdvae import InputError
 from sdvae.errors import Stopped
-from sdvae.metrics.features import load_features
+from sdvae.metrics.features import FeatureDistance, load_features
 from sdvae.training.checkpoint import checkpoints, read_checkpoint
 from sdvae.training.discriminator import FeatureDiscriminator, r1_penalty
 from tests.conftest import draw_photographs
 from tests.faults import fault
-from tests.test_resume import differences, result, run, undrawn  # noqa: F401
+from tests.test_resume import differences, records, result, run, undrawn  # noqa: F401
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
 TRANSFORMERS = {
@@ -110,6 +113,25 @@ def test_a_discriminator_of_features_trains_its_heads_alone_and_passes_gradients
     assert next(features.parameters()).dtype == torch.float64, "the frozen network goes where the heads go"
 
 
+def test_the_distance_of_features_is_twice_one_minus_the_cosine_and_its_gradient_reaches_the_image_alone(transformers):
+    distance = FeatureDistance(load_features(transformers["dinov2"]))
+    x, y = (torch.rand(2, 3, 28, 35) * 2 - 1 for _ in range(2))
+    cosines = [
+        F.cosine_similarity(a.double(), b.double(), dim=1).mean(dim=(1, 2))
+        for a, b in zip(distance.features(x), distance.features(y), strict=True)
+    ]
+    torch.testing.assert_close(distance(y, x).double(), 2 - 2 * torch.stack(cosines).mean(dim=0), rtol=1e-4, atol=1e-6)
+    assert float(distance(x, x).abs().max()) < 1e-6
+    output = y.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = distance(output, x).sum()
+    assert value.dtype == torch.float32
+    value.backward()
+    closer = y - 1e-2 * output.grad / output.grad.norm()
+    assert distance(closer, x).sum() < value
+    assert all(p.grad is None for p in distance.parameters())
+
+
 def test_what_is_not_such_a_network_is_refused_in_one_line(convnext, tmp_path):
     path, _ = convnext
     with pytest.raises(InputError, match=r"is not convnext_small: .* weights are missing, unknown or of another"):
@@ -130,6 +152,8 @@ def test_a_run_with_frozen_features_is_continued_exactly_and_does_not_save_them(
         "loss__equivariance__weight": "0",
         "loss__discriminator__layers": "3",
         "loss__discriminator__features": transformers["dino"],
+        "loss__features__weight": "0.5",
+        "loss__features__net": transformers["dinov2"],
     }
     run(source, tmp_path / "whole", **settings)
     with fault("sigterm", 3), pytest.raises(Stopped):
@@ -138,5 +162,7 @@ def test_a_run_with_frozen_features_is_continued_exactly_and_does_not_save_them(
     assert not differences(result(tmp_path / "run"), result(tmp_path / "whole"))
     weights = read_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[0]).weights["discriminator"]
     assert all(key.startswith("heads.") for key in weights)
+    logged = [line for line in records(tmp_path / "whole") if "train/loss" in line]
+    assert all(0 < line[f"train/{Path(transformers['dinov2']).name}"] < 4 for line in logged)
     with pytest.raises(InputError, match="with layers, norm or downsampling, which are of the PatchGAN"):
         run(source, tmp_path / "other", **settings, loss__discriminator__norm="none")

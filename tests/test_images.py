@@ -577,6 +577,26 @@ def test_random_crop_does_not_enlarge_where_pixels_suffice():
     assert (windows == crop).all((2, 3, 4)).any(), "90 x 90 pixels of the image, unchanged"
 
 
+def test_native_crops_are_pixels_of_the_image_and_as_frequent_as_asked_for():
+    pixels = np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (16, 16, 3)).reshape(-1, 16, 16, 3)
+
+    def is_native(crop: Image.Image) -> bool:
+        return bool((windows == np.asarray(crop)).all(axis=(1, 2, 3)).any())
+
+    generator = np.random.default_rng(0)
+    found = [is_native(random_crop(image, 16, generator, (0.5, 1.0), flip=0.0, native=0.3)) for _ in range(200)]
+    assert 40 <= sum(found) <= 80
+    # without the option nothing is drawn for it, so that older runs go on as they began
+    a, b = np.random.default_rng(3), np.random.default_rng(3)
+    random_crop(image, 16, a, native=0.0)
+    b.random(4)
+    assert a.random() == b.random()
+    small = image.resize((12, 20))
+    assert random_crop(small, 16, generator, native=1.0).size == (16, 16)
+
+
 def test_random_crop_mirrors_with_its_probability():
     ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (64, 1)))
     generator = np.random.default_rng(0)

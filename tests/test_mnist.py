@@ -47,7 +47,7 @@ from sdvae.training.config import (
     TrainConfig,
 )
 from sdvae.training.loop import train
-from sdvae.training.objective import kl_weight_at, loss_terms
+from sdvae.training.objective import Judges, kl_weight_at, loss_terms
 from sdvae.training.players import Players
 from sdvae.training.step import TrainStep
 from sdvae.tutorial.adversary import prior_samples
@@ -140,7 +140,7 @@ def test_the_objective_with_beta_one_is_the_negative_elbo_of_torchs_distribution
     x, logits = grey(3), torch.randn(3, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     parameters = torch.randn(3, 8, 5, 5, generator=torch.Generator().manual_seed(2))
     config = LossConfig(reconstruction="bce", lpips_weight=0.0, kl_weight=1.0)
-    terms = loss_terms(x, logits, DiagonalGaussian(parameters), config, None)
+    terms = loss_terms(x, logits, DiagonalGaussian(parameters), config, Judges())
     mean, logvar = parameters.double().chunk(2, dim=1)
     kl = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum((1, 2, 3))
     p, t = torch.sigmoid(logits.double()), (x.double() + 1) / 2
@@ -148,7 +148,7 @@ def test_the_objective_with_beta_one_is_the_negative_elbo_of_torchs_distribution
     assert float(terms.nelbo) == pytest.approx(want, rel=1e-5)
     assert float(terms.total(config, config.kl_weight)) * SIDE**2 == pytest.approx(want, rel=1e-5)
     assert float(terms.total(config, 3.0)) * SIDE**2 == pytest.approx(want + 2 * float(kl.mean()), rel=1e-5)
-    assert float(terms.nelbo) == float(loss_terms(x, logits, DiagonalGaussian(parameters), config, None).nelbo)
+    assert float(terms.nelbo) == float(loss_terms(x, logits, DiagonalGaussian(parameters), config, Judges()).nelbo)
 
 
 @pytest.mark.parametrize("config", [SHAPE, CONDITIONAL])
@@ -428,7 +428,7 @@ def test_the_gradient_does_not_depend_on_how_labels_and_free_bits_are_divided(di
     for world, size in ((1, 4), (2, 2)):
         accelerator = Accelerator(cpu=True)
         players = Players(vae_of(CONDITIONAL).train(), config, accelerator)
-        step = TrainStep(config, players, None, accelerator)
+        step = TrainStep(config, players, Judges(), accelerator)
         seen = []
         for rank in range(world):
             order = ShardedBatches(SampleOrder(len(source), 3), size, rank, world, num_batches=1)
@@ -461,7 +461,7 @@ def test_free_bits_charge_each_channel_its_floor_and_pull_at_none_below():
 def test_free_bits_are_in_the_objective_and_the_log_keeps_the_true_kl():
     x, posterior = grey(2), DiagonalGaussian(torch.zeros(2, 8, 5, 5))
     config = LossConfig(reconstruction="bce", lpips_weight=0.0, kl_weight=1.0, free_bits=3.0)
-    terms = loss_terms(x, torch.zeros_like(x), posterior, config, None)
+    terms = loss_terms(x, torch.zeros_like(x), posterior, config, Judges())
     nll = SIDE**2 * math.log(2)
     assert float(terms.total(config, 1.0)) * SIDE**2 == pytest.approx(nll + 4 * 3.0, rel=1e-5)
     assert float(terms.kl) == 0
@@ -481,7 +481,7 @@ def test_a_posterior_that_collapses_is_named_and_warm_up_or_free_bits_cure_it():
         for step in range(200):
             batch = x[torch.randint(len(x), (32,))]
             output = vae(batch, sample_posterior=True)
-            terms = loss_terms(batch, output.sample, output.posterior, config, None)
+            terms = loss_terms(batch, output.sample, output.posterior, config, Judges())
             optimizer.zero_grad()
             terms.total(config, kl_weight_at(step, config)).backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -519,7 +519,7 @@ def test_the_adversary_pulls_the_encoder_and_learns_from_draws_of_the_prior():
     nll = bernoulli_nll(x, decode_output(vae, z, x.shape[2:])).mean() / SIDE**2
     want = torch.autograd.grad(nll - 0.3 * network(z).mean(), list(vae.parameters()))
 
-    step = TrainStep(config, players, None, accelerator)
+    step = TrainStep(config, players, Judges(), accelerator)
     values, real, fake = step.generator_pass(0, x, seeds)
     assert torch.equal(fake, z.detach())
     assert torch.equal(real, prior_samples(fake, seeds))
@@ -562,7 +562,7 @@ def test_an_adversary_in_the_kls_place_brings_all_latents_to_the_prior():
         batches = iter(
             {"image": x[pick], "noise_seed": pick + 2000 * step, "index": pick} for step, pick in enumerate(picks)
         )
-        train_step = TrainStep(config, players, None, accelerator)
+        train_step = TrainStep(config, players, Judges(), accelerator)
         for step in range(config.steps):
             train_step(step, batches)
         with torch.no_grad():

@@ -9,14 +9,15 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
+from skimage.metrics import structural_similarity as skimage_ssim
 
 from sdvae import InputError
 from sdvae.metrics import perceptual as perceptual_module
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.model import DiagonalGaussian
 from sdvae.noise import posterior_generators
-from sdvae.training.config import LossConfig
-from sdvae.training.objective import kl_weight_at, loss_terms
+from sdvae.training.config import DataConfig, EquivarianceConfig, LossConfig, TrainConfig
+from sdvae.training.objective import Judges, compare, kl_weight_at, loss_terms
 from tests.conftest import tiny_vae
 
 
@@ -52,7 +53,7 @@ def test_objective_is_ldms_sum_divided_by_the_number_of_values(kind, perceptual)
     x, y = images(3, 3, 64, 64), images(3, 3, 64, 64, seed=1)
     parameters = torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(2))
     config = LossConfig(reconstruction=kind, lpips_weight=0.7, kl_weight=1e-3)
-    terms = loss_terms(x, y, DiagonalGaussian(parameters), config, perceptual)
+    terms = loss_terms(x, y, DiagonalGaussian(parameters), config, Judges(perceptual))
 
     values = 3 * 64 * 64
     error = (y - x).double()
@@ -68,10 +69,77 @@ def test_objective_is_ldms_sum_divided_by_the_number_of_values(kind, perceptual)
     torch.testing.assert_close(terms.total(config, config.kl_weight).double(), ldm / values, rtol=1e-5, atol=0)
 
 
+def test_a_sum_of_terms_is_what_it_says_and_each_term_is_logged():
+    x, y = images(2, 3, 32, 32), images(2, 3, 32, 32, seed=1)
+    config = LossConfig(reconstruction="0.2 l1 + 0.4*l2 + charbonnier + 0.6 ssim", lpips_weight=0.0)
+    found = loss_terms(x, y, DiagonalGaussian(torch.zeros(2, 8, 4, 4)), config, Judges())
+    error = (x - y).double()
+    similar = [
+        skimage_ssim(
+            *(((image[i] + 1) / 2).permute(1, 2, 0).double().numpy() for image in (x, y)),
+            channel_axis=2, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    wanted = {"l1": error.abs().mean(), "l2": (error**2).mean(), "charbonnier": (error**2 + 1e-6).sqrt().mean()}
+    wanted["ssim"] = 1 - torch.tensor(similar).mean()
+    logged = found.logged(Judges())
+    for name, value in wanted.items():
+        torch.testing.assert_close(logged[name].double(), value, rtol=1e-4, atol=1e-6, msg=name)
+    total = sum(weight * wanted[name] for name, weight in config.reconstruction_terms.items())
+    torch.testing.assert_close(found.nll(config).double(), total, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2", "charbonnier", "ssim", "ms_ssim"])
+def test_the_gradient_of_each_term_leads_downhill_and_is_that_of_finite_differences(kind):
+    side = 176 if kind == "ms_ssim" else 24
+    x = images(1, 1, side, side)
+    y = (0.5 * x).requires_grad_()
+    config = LossConfig(reconstruction=kind, lpips_weight=0.0)
+
+    def value(output: torch.Tensor) -> torch.Tensor:
+        return compare(x, output, config, Judges()).reconstruction
+
+    loss = value(y)
+    (gradient,) = torch.autograd.grad(loss, y)
+    direction = gradient / gradient.norm()
+    step = 0.5
+    numeric = (value(y.detach() + step * direction) - value(y.detach() - step * direction)) / (2 * step)
+    assert float(numeric) == pytest.approx(float(gradient.norm()), rel=0.05)
+    assert value(x) < value(y.detach() - 0.01 * direction) < loss
+    assert value(x) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("l1 + 0.2 l1", "no term"),
+        ("l1 + ssim 0.2", "'ssim 0.2' is no term"),
+        ("l1 + -1 l2", "no term"),
+        ("nan l1", "no term"),
+        ("", "no term"),
+        ("l1 +", "no term"),
+        ("0.5 bce", "stands alone"),
+        ("l1 + bce", "stands alone"),
+    ],
+)
+def test_what_is_no_sum_of_terms_is_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        TrainConfig(loss=LossConfig(reconstruction=text))
+
+
+def test_windows_of_ssim_must_fit_into_the_crops():
+    with pytest.raises(InputError, match=r"got ms_ssim .* 128 pixels .* need 176"):
+        TrainConfig(loss=LossConfig(reconstruction="l1 + ms_ssim"), data=DataConfig(resolution=128))
+    loss = LossConfig(reconstruction="ms_ssim", equivariance=EquivarianceConfig(weight=0.1, scales=(0.5,)))
+    with pytest.raises(InputError, match=r"got ms_ssim .* 88 pixels"):
+        TrainConfig(loss=loss, data=DataConfig(resolution=176))
+
+
 def test_lpips_gradient_reaches_encoder_and_decoder_and_stops_at_the_trunk(perceptual):
     vae, x = tiny_vae(), images(2, 3, 64, 64)
     output = vae(x, sample_posterior=True, generator=posterior_generators(torch.tensor([1, 2])))
-    loss_terms(x, output.sample, output.posterior, LossConfig(), perceptual).lpips.backward()
+    loss_terms(x, output.sample, output.posterior, LossConfig(), Judges(perceptual)).comparison.lpips.backward()
     for name in ("encoder.conv_in.weight", "decoder.conv_out.weight"):
         assert vae.get_parameter(name).grad.abs().max() > 1e-6, name
     assert all(p.grad is None and not p.requires_grad for p in perceptual.parameters())

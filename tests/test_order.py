@@ -8,6 +8,8 @@ import os
 import pickle
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +35,8 @@ from sdvae.data import (
 )
 from sdvae.errors import InputError, exit_code
 from sdvae.noise import sample_seed
+from sdvae.training.data import resolution_at, training_batches, training_images
+from sdvae.training.recipe import parse_train_config
 
 
 class Memory:
@@ -86,6 +90,33 @@ def test_every_epoch_holds_every_sample_once():
         of_epoch = keys[13 * epoch : 13 * (epoch + 1)]
         assert {key.epoch for key in of_epoch} == {epoch}
         assert sorted(key.index for key in of_epoch) == list(range(13))
+
+
+def test_the_crops_of_a_batch_have_the_size_that_its_step_draws_on_every_process():
+    given = ["--data.source", "x", "--steps", "40", "--gradient_accumulation_steps", "2", "--batch_size", "3"]
+    given += [
+        "--data.mixed_resolutions",
+        "16",
+        "32",
+        "48",
+        "--data.final_resolution",
+        "64",
+        "--data.final_part",
+        "0.25",
+    ]
+    config = parse_train_config(given)
+    sides = [resolution_at(step, config) for step in range(40)]
+    assert set(sides[:30]) == {16, 32, 48}
+    assert set(sides[30:]) == {64}
+    source = Memory([png(seed, 70, 90) for seed in range(12)])
+    images = training_images(source, config)
+    for rank in range(2):
+        accelerator = SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"))
+        config = replace(config, data=replace(config.data, num_workers=0))
+        whole = [batch["image"].shape for batch in training_batches(images, config, accelerator)]
+        assert [tuple(shape) for shape in whole] == [(3, 3, sides[m // 2], sides[m // 2]) for m in range(80)]
+        rest = training_batches(images, config, accelerator, start=25 * 12, first_step=25)
+        assert [batch["image"].shape for batch in rest] == whole[50:], "as it goes on after an interruption"
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():

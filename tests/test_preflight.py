@@ -19,6 +19,7 @@ from sdvae.training.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from sdvae.training.objective import Judges
 from sdvae.training.preflight import check_recipe, probe
 from tests.conftest import tiny_vae
 
@@ -97,7 +98,7 @@ def probed(config: TrainConfig, change=lambda vae: None) -> list[str]:
     vae = build_vae(config.model)
     with torch.no_grad():
         change(vae)
-    return probe(vae, torch.rand(2, 3, 32, 32) * 2 - 1, torch.tensor([0, 1]), config, None)
+    return probe(vae, torch.rand(2, 3, 32, 32) * 2 - 1, torch.tensor([0, 1]), config, Judges())
 
 
 @pytest.mark.parametrize("before", ["gaussian", "bernoulli"])

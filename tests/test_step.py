@@ -22,7 +22,7 @@ from sdvae.training.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from sdvae.training.objective import learning_rate_at, loss_terms, transformation_at
+from sdvae.training.objective import Judges, learning_rate_at, loss_terms, transformation_at
 from sdvae.training.players import Player, Players, freeze_encoder, frozen
 from sdvae.training.step import TrainStep
 
@@ -96,14 +96,14 @@ def plainly(config: TrainConfig, players: Players, perceptual, adaptive: bool) -
         decoded = vae.decode(transformation(z, transformation.latent_size(z))).sample
         pair = (transformation(x, decoded.shape[2:]), decoded)
     logvar = players.generator.network.logvar
-    terms = loss_terms(x, reconstruction, posterior, config.loss, perceptual, pair, logvar)
+    terms = loss_terms(x, reconstruction, posterior, config.loss, Judges(perceptual), pair, logvar)
     nll = values * terms.nll(config.loss)
     g = -players.discriminator.network(reconstruction).mean()
     last = vae.decoder.conv_out.weight
     weight = 1.0
     if adaptive:
         # of the reconstruction alone: what the transformed image asks of the last layer does not weigh the GAN
-        alone = values * loss_terms(x, reconstruction, posterior, config.loss, perceptual, None, logvar).nll(
+        alone = values * loss_terms(x, reconstruction, posterior, config.loss, Judges(perceptual), None, logvar).nll(
             config.loss
         )
         of_nll, of_g = (torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (alone, g))
@@ -133,7 +133,7 @@ def test_the_vaes_gradient_is_that_of_ldms_loss(accelerator, perceptual, adaptiv
         with torch.no_grad():
             players.generator.network.logvar.fill_(-0.7)
     wanted, loss = plainly(config, players, perceptual, adaptive)
-    values, *_ = TrainStep(config, players, perceptual, accelerator).generator_pass(0, images(), SEEDS)
+    values, *_ = TrainStep(config, players, Judges(perceptual), accelerator).generator_pass(0, images(), SEEDS)
     assert relative_error(gradients(players.generator.network), wanted) < 1e-5
     assert float(values["loss"]) == pytest.approx(loss, rel=1e-5)
 
@@ -141,7 +141,7 @@ def test_the_vaes_gradient_is_that_of_ldms_loss(accelerator, perceptual, adaptiv
 def test_generator_step_leaves_discriminator_gradients_empty(accelerator, perceptual):
     config = recipe()
     players = players_of(config, accelerator)
-    TrainStep(config, players, perceptual, accelerator).generator_pass(0, images(), SEEDS)
+    TrainStep(config, players, Judges(perceptual), accelerator).generator_pass(0, images(), SEEDS)
     assert gradients(players.vae)
     assert not gradients(players.discriminator.network)
     assert all(p.requires_grad for p in players.discriminator.network.parameters()), "frozen for the step only"
@@ -151,9 +151,11 @@ def test_generator_step_leaves_discriminator_gradients_empty(accelerator, percep
 def test_discriminator_step_leaves_vae_gradients_empty(accelerator, perceptual, extras):
     config = recipe(discriminator=extras)
     players = players_of(config, accelerator)
-    _, _, reconstruction = TrainStep(config, players, perceptual, accelerator).generator_pass(0, images(), SEEDS)
+    _, _, reconstruction = TrainStep(config, players, Judges(perceptual), accelerator).generator_pass(
+        0, images(), SEEDS
+    )
     players.generator.optimizer.zero_grad()
-    TrainStep(config, players, None, accelerator).discriminator_pass(images(), reconstruction, SEEDS)
+    TrainStep(config, players, Judges(), accelerator).discriminator_pass(images(), reconstruction, SEEDS)
     assert gradients(players.discriminator.network)
     assert not gradients(players.generator.network)
 
@@ -164,7 +166,7 @@ def test_r1_and_lecam_are_in_the_discriminators_gradient(accelerator, perceptual
         config = recipe(discriminator=extras)
         players = players_of(config, accelerator)
         players.lecam.update(0.5, -0.5)
-        TrainStep(config, players, None, accelerator).discriminator_pass(images(), images().flip(0), SEEDS)
+        TrainStep(config, players, Judges(), accelerator).discriminator_pass(images(), images().flip(0), SEEDS)
         found[name] = gradients(players.discriminator.network)
     assert relative_error(found["r1"], found["plain"]) > 1e-3
     assert relative_error(found["lecam"], found["plain"]) > 1e-3
@@ -175,7 +177,7 @@ def test_lpips_gradient_reaches_the_decoder(accelerator, perceptual):
     with_lpips, without = {}, {}
     for found, trunk in ((with_lpips, perceptual), (without, None)):
         players = Players(players_of(recipe(), accelerator).vae, config, accelerator)
-        TrainStep(config, players, trunk, accelerator).generator_pass(0, images(), SEEDS)
+        TrainStep(config, players, Judges(trunk), accelerator).generator_pass(0, images(), SEEDS)
         found.update(gradients(players.vae.decoder))
     assert relative_error(with_lpips, without) > 1e-2
 
@@ -185,7 +187,7 @@ def test_before_the_gan_starts_nothing_of_it_is_computed(accelerator, perceptual
     players = players_of(config, accelerator)
     calls = []
     players.discriminator.network.register_forward_pre_hook(lambda *_: calls.append(1))
-    train_step = TrainStep(config, players, perceptual, accelerator)
+    train_step = TrainStep(config, players, Judges(perceptual), accelerator)
     batch = {"image": images(), "noise_seed": SEEDS, "index": torch.tensor([0, 1]), "bad": []}
     before = [p.clone() for p in players.discriminator.network.parameters()]
     for step, learns, acts in ((0, False, False), (1, False, False), (2, True, False), (3, True, True)):
@@ -216,7 +218,7 @@ def test_accumulated_halves_give_both_players_the_whole_batchs_gradient(accelera
             {"image": images()[part], "noise_seed": SEEDS[part], "index": torch.arange(2)[part], "bad": []}
             for part in parts
         ]
-        TrainStep(config, players, perceptual, accelerator)(0, iter(batches))
+        TrainStep(config, players, Judges(perceptual), accelerator)(0, iter(batches))
     for whole, halves in zip(found["whole"], found["halves"], strict=True):
         assert relative_error(halves, whole) < 1e-5
 
@@ -226,7 +228,7 @@ def test_a_learned_logvar_is_optimised_towards_the_error(accelerator):
     config = recipe(learn_logvar=True, lpips_weight=0.0, kl_weight=0.0, discriminator={"weight": 0.0})
     torch.manual_seed(0)
     players = Players(build_vae(config.model).train(), config, accelerator)
-    values, *_ = TrainStep(config, players, None, accelerator).generator_pass(0, images(), SEEDS)
+    values, *_ = TrainStep(config, players, Judges(), accelerator).generator_pass(0, images(), SEEDS)
     logvar = players.generator.network.logvar
     assert float(logvar.grad) == pytest.approx(1 - float(values["reconstruction"]), rel=1e-4)
     assert any(p is logvar for p in players.generator.trained)
@@ -237,7 +239,7 @@ def test_the_logged_logvar_is_the_one_that_the_logged_loss_was_computed_with(acc
     torch.manual_seed(0)
     players = Players(build_vae(config.model).train(), config, accelerator)
     batch = {"image": images(), "noise_seed": SEEDS, "index": torch.tensor([0, 1]), "bad": []}
-    train_step = TrainStep(config, players, None, accelerator)
+    train_step = TrainStep(config, players, Judges(), accelerator)
     for step in range(2):
         logged = train_step(step, iter([batch])).values[0]
         s = logged["logvar"]
@@ -253,7 +255,7 @@ def test_a_frozen_encoder_gets_no_gradient_and_no_place_in_the_optimizer(acceler
     players = Players(vae, config, accelerator)
     before = {name: p.clone() for name, p in vae.named_parameters()}
     batch = {"image": images(), "noise_seed": SEEDS, "index": torch.tensor([0, 1]), "bad": []}
-    TrainStep(config, players, None, accelerator)(0, iter([batch]))
+    TrainStep(config, players, Judges(), accelerator)(0, iter([batch]))
     changed = {name for name, p in vae.named_parameters() if not torch.equal(p, before[name])}
     assert changed
     assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
@@ -270,7 +272,7 @@ def test_a_step_with_nan_changes_nothing(accelerator):
     spoilt = images()
     spoilt[1, 0, 0, 0] = math.nan
     batch = {"image": spoilt, "noise_seed": SEEDS, "index": torch.tensor([3, 4]), "bad": []}
-    result = TrainStep(config, players, None, accelerator)(0, iter([batch]))
+    result = TrainStep(config, players, Judges(), accelerator)(0, iter([batch]))
     assert result.skipped
     assert "reconstruction nan" in result.culprits
     assert result.indices == [3, 4]
@@ -284,7 +286,7 @@ def test_gradients_are_found_in_fp16s_range(accelerator, perceptual):
     """With a loss scaler the pulls are computed from scaled losses, and are the same numbers."""
     config = recipe()
     players = players_of(config, accelerator)
-    TrainStep(config, players, perceptual, accelerator).generator_pass(0, images(), SEEDS)
+    TrainStep(config, players, Judges(perceptual), accelerator).generator_pass(0, images(), SEEDS)
     wanted = gradients(players.generator.network)
     players.generator.optimizer.zero_grad()
     scale = 1024.0
@@ -294,7 +296,7 @@ def test_gradients_are_found_in_fp16s_range(accelerator, perceptual):
         reduce=accelerator.reduce,
         backward=lambda loss: (loss * scale).backward(),
     )
-    TrainStep(config, players, perceptual, scaled).generator_pass(0, images(), SEEDS)
+    TrainStep(config, players, Judges(perceptual), scaled).generator_pass(0, images(), SEEDS)
     found = {name: gradient / scale for name, gradient in gradients(players.generator.network).items()}
     assert relative_error(found, wanted) < 1e-5
 
@@ -361,7 +363,7 @@ def test_a_step_has_a_transformation_with_the_probability_that_is_given():
 
 def test_the_discriminator_sees_the_transformed_images(accelerator, perceptual):
     config = recipe(equivariance=EquivarianceConfig(scales=(0.5,), probability=1.0))
-    _, real, fake = TrainStep(config, players_of(config, accelerator), perceptual, accelerator).generator_pass(
+    _, real, fake = TrainStep(config, players_of(config, accelerator), Judges(perceptual), accelerator).generator_pass(
         0, images(), SEEDS
     )
     assert real.shape == fake.shape == (2, 3, 32, 32)
@@ -372,6 +374,6 @@ def test_the_discriminator_sees_the_transformed_images(accelerator, perceptual):
 def test_kl_of_the_posterior_is_untouched_by_the_discriminator(accelerator):
     config = recipe(lpips_weight=0.0)
     players = players_of(config, accelerator)
-    values, *_ = TrainStep(config, players, None, accelerator).generator_pass(0, images(), SEEDS)
+    values, *_ = TrainStep(config, players, Judges(), accelerator).generator_pass(0, images(), SEEDS)
     moments = players.generator.network(images(), posterior_generators(SEEDS), None)[1]
     assert float(values["kl"]) == pytest.approx(float(DiagonalGaussian(moments).kl().mean()) / 12288, rel=1e-5)

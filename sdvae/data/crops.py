@@ -97,17 +97,20 @@ def random_crop(
     generator: np.random.Generator,
     scale: tuple[float, float] = (0.5, 1.0),
     flip: float = 0.5,
+    native: float = 0.0,
 ) -> Image.Image:
     """Cut out a random square, resize it to size x size with antialiasing, and perhaps mirror it.
 
     Args:
         image: "RGB", "L" or "RGBA". Pillow resizes colours multiplied by alpha, so hidden ones do not spread.
         size: side of the result, in pixels.
-        generator: the random generator; four numbers are drawn from it in every case.
+        generator: the random generator; four numbers are drawn from it, and a fifth if `native` is above 0.
         scale: the range of the square's side as a fraction of the short side, from which it is drawn uniformly. The
             side is at least `size` pixels if the image has them, so that nothing is enlarged. All places in the image
             are equally likely.
         flip: the probability of a left-right mirror image.
+        native: the probability that the square has `size` pixels, so that nothing is resized (unless the image is
+            smaller).
 
     Returns:
         An image of the same mode.
@@ -116,6 +119,8 @@ def random_crop(
     short = min(width, height)
     u_side, u_left, u_top, u_flip = generator.random(4)
     side = round(short * (scale[0] + (scale[1] - scale[0]) * u_side))
+    if native > 0 and generator.random() < native:
+        side = size
     side = min(max(side, size, 1), short)
     left, top = int(u_left * (width - side + 1)), int(u_top * (height - side + 1))
     crop = image.resize((size, size), RESAMPLING, box=(left, top, left + side, top + side))

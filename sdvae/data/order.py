@@ -7,7 +7,7 @@ continued from a position without saved random state, even with another number o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +19,14 @@ _CACHED_EPOCHS = 2  # a batch at the border of two epochs needs both
 
 
 class SampleKey(NamedTuple):
-    """The `index`-th image of the data set, as seen in `epoch`."""
+    """The `index`-th image of the data set, as seen in `epoch`.
+
+    Its crop has a side of `resolution` pixels; None stands for that of the data set.
+    """
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which is not needed
+    resolution: int | None = None
 
 
 class SampleOrder:
@@ -73,6 +77,8 @@ class ShardedBatches(Sampler[list[SampleKey]]):
         world_size: the number of processes.
         start: the first position; to continue a run, the number of samples that all processes together have used.
         num_batches: how many batches to yield.
+        resolution_of: the side in pixels of the crops of the m-th batch, counted from 0; None stands for that of the
+            data set.
 
     Raises:
         InputError: for numbers that are out of range.
@@ -87,6 +93,7 @@ class ShardedBatches(Sampler[list[SampleKey]]):
         start: int = 0,
         *,
         num_batches: int,
+        resolution_of: Callable[[int], int] | None = None,
     ):
         if batch_size < 1 or not 0 <= rank < world_size or start < 0 or num_batches < 0:
             raise InputError(
@@ -99,6 +106,7 @@ class ShardedBatches(Sampler[list[SampleKey]]):
         self.world_size = world_size
         self.start = start
         self.num_batches = num_batches
+        self.resolution_of = resolution_of
 
     def __len__(self) -> int:
         return self.num_batches
@@ -106,4 +114,8 @@ class ShardedBatches(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         for batch in range(self.num_batches):
             first = self.start + (batch * self.world_size + self.rank) * self.batch_size
-            yield [self.order.at(position) for position in range(first, first + self.batch_size)]
+            keys = [self.order.at(position) for position in range(first, first + self.batch_size)]
+            if self.resolution_of is not None:
+                side = self.resolution_of(batch)
+                keys = [key._replace(resolution=side) for key in keys]
+            yield keys

@@ -59,12 +59,12 @@ class MomentEncoder:
     """
 
     def __init__(self, vae: AnyAutoencoder, device: torch.device, precision: str, mirror: bool):
-        encoder = _without_decoder(vae)
+        encoder = without_decoder(vae)
         self._vae = _copied(encoder, DTYPES[precision], device)
         self._device = device
         self._mirror = mirror
-        # Each computation uses all cores and much memory. On a CPU a second one at a time keeps the cores busy while the
-        # first is in a part that uses one core: through Ray this gave 10 % more images a second on two cores.
+        # Each computation uses all cores and much memory. On a CPU a second one at the same time keeps the cores busy
+        # while the first is in a part that uses one core: through Ray this gave 10 % more images/s on two cores.
         self._turns = threading.Semaphore(1 if device.type == "cuda" else 2)
         self._copying = threading.Lock()
         # For retries in fp32: a model in fp32, or, until one is needed, a model that shares its weights with `vae`.
@@ -202,10 +202,10 @@ def _in_dtype(moments: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([posterior.mean, posterior.logvar]).to(dtype)
 
 
-def _without_decoder(vae: Any) -> Any:
+def without_decoder(vae: Any) -> Any:
     """A second model that shares the parameters of `vae` and has no decoder."""
     if isinstance(vae, StockAutoencoder):
-        return StockAutoencoder(_without_decoder(vae.network))
+        return StockAutoencoder(without_decoder(vae.network))
     encoder = copy.copy(vae)
     encoder._modules = {**vae._modules, "decoder": nn.Identity()}
     return encoder

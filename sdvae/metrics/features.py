@@ -89,6 +89,42 @@ class Features(nn.Module):
         return {"interpolate_pos_encoding": True} if network.config.model_type == "vit" else {}
 
 
+class FeatureDistance(nn.Module):
+    """How far apart the feature maps of two images are: LPIPS without its heads, on another network.
+
+    At each position of a map the vectors of features are divided by their norm; the distance is their squared
+    difference, which is 2 - 2·cosine, averaged over positions and the four depths.
+
+    Attributes:
+        features: the frozen network.
+        name: its name in the log.
+    """
+
+    def __init__(self, features: Features):
+        super().__init__()
+        self.features = features
+        self.name = features.name
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """The distance between each pair of images, computed in fp32 even under autocast.
+
+        Args:
+            reconstruction: (B, C, H, W) in [-1, 1].
+            images: the same shape.
+
+        Returns:
+            (B,) in fp32, from 0 to 4.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            with torch.no_grad():
+                wanted = self.features(images.float())
+            pairs = zip(self.features(reconstruction.float()), wanted, strict=True)
+            of_depths = [
+                (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs
+            ]
+        return torch.stack(of_depths).mean(dim=0)
+
+
 def load_features(net: str, weights: str | None = None) -> Features:
     """A frozen network, on the CPU.
 

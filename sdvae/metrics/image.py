@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
 
 from sdvae.alpha import as_seen, colours
 from sdvae.model import DiagonalGaussian
@@ -25,9 +29,6 @@ def image_metrics(
 ) -> list[dict[str, float]]:
     """PSNR, SSIM, LPIPS and KL of each image.
 
-    SSIM is the mean over the 11x11 windows that lie inside the image (Wang et al. 2004), as in scikit-image.
-    torchmetrics' own mean also counts windows over a mirrored border.
-
     Args:
         images: (B, C, H, W) in [-1, 1]. With alpha (C = 4), colours are compared as seen over grey (`sdvae.alpha`).
         reconstruction: the same shape; clamped to [-1, 1] first.
@@ -41,15 +42,7 @@ def image_metrics(
     values = images[0].numel()
     seen, seen_again = as_seen(images.float()), as_seen(reconstruction.float().clamp(-1, 1))
     images, reconstruction = colours(seen), colours(seen_again)
-    x, y = (images + 1) / 2, (reconstruction + 1) / 2
-    _, ssim_map = structural_similarity_index_measure(
-        y, x, sigma=SSIM_SIGMA, data_range=1.0, reduction="none", return_full_image=True
-    )
-    inside = ssim_map[..., SSIM_RADIUS:-SSIM_RADIUS, SSIM_RADIUS:-SSIM_RADIUS]
-    columns = {
-        "psnr": psnr(images, reconstruction),
-        "ssim": inside.mean(dim=(1, 2, 3)),
-    }
+    columns = {"psnr": psnr(images, reconstruction), "ssim": ssim(images, reconstruction)}
     if seen.shape[1] == 4:
         columns["psnr_alpha"] = psnr(seen[:, 3:], seen_again[:, 3:])
     if not posterior.deterministic:
@@ -85,6 +78,45 @@ def image_figures(
             of_image |= {"kl_nats": nats, "bits_per_pixel": nats / math.log(2) / (height * width)}
         of_image |= {f"bias_{channel}": value for channel, value in enumerate(of_channels)}
     return figures
+
+
+def ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
+    """Structural similarity of each image, with a gradient: the mean over the 11x11 windows that lie inside it.
+
+    Wang et al. 2004, «Image quality assessment», as in scikit-image. torchmetrics' own mean also counts windows over a
+    mirrored border.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1], in fp32.
+        reconstruction: the same shape.
+
+    Returns:
+        (B,), 1 for the same image.
+    """
+    x, y = (images + 1) / 2, (reconstruction + 1) / 2
+    _, ssim_map = structural_similarity_index_measure(
+        y, x, sigma=SSIM_SIGMA, data_range=1.0, reduction="none", return_full_image=True
+    )
+    return ssim_map[..., SSIM_RADIUS:-SSIM_RADIUS, SSIM_RADIUS:-SSIM_RADIUS].mean(dim=(1, 2, 3))
+
+
+def ms_ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
+    """SSIM at five sizes (Wang et al. 2003, «Multi-scale structural similarity»), with a gradient.
+
+    A factor f of the published product can be negative, and has no real power then; (1 + f) / 2 takes its place, as
+    torchmetrics proposes for training (`normalize="simple"`).
+
+    Args:
+        images: (B, C, H, W) in [-1, 1], in fp32, with sides of SMALLEST_MS_SSIM_SIDE pixels or more.
+        reconstruction: the same shape.
+
+    Returns:
+        (B,), 1 for the same image.
+    """
+    x, y = (images + 1) / 2, (reconstruction + 1) / 2
+    return multiscale_structural_similarity_index_measure(
+        y, x, sigma=SSIM_SIGMA, data_range=1.0, reduction="none", normalize="simple"
+    )
 
 
 def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:

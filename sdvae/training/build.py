@@ -22,7 +22,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from sdvae.errors import InputError
-from sdvae.metrics.features import Features, load_features
+from sdvae.metrics.features import FeatureDistance, Features, load_features
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, ConvolutionalVAE
 from sdvae.model.config import shape_of
@@ -231,7 +231,21 @@ def build_perceptual(config: TrainConfig, accelerator: Accelerator) -> Perceptua
     return perceptual.to(accelerator.device)
 
 
-def build_features(config: TrainConfig, accelerator: Accelerator) -> Features | None:
+def build_feature_distance(config: TrainConfig, accelerator: Accelerator) -> FeatureDistance | None:
+    """The second perceptual term on the accelerator's device, or None if its weight in the loss is 0.
+
+    Raises:
+        InputError: when its network cannot be loaded, or when the images that it compares are too small for it.
+    """
+    settings = config.loss.features
+    if settings.weight == 0:
+        return None
+    side = config.data.training_resolutions[0] * config.loss.equivariance.smallest_scale
+    features = _build_features(settings.net, settings.weights, "loss.features.net", side, config, accelerator)
+    return FeatureDistance(features).to(accelerator.device)
+
+
+def build_discriminator_features(config: TrainConfig, accelerator: Accelerator) -> Features | None:
     """The frozen network of a discriminator that has one, on the CPU.
 
     Raises:
@@ -241,12 +255,18 @@ def build_features(config: TrainConfig, accelerator: Accelerator) -> Features | 
     name, weights = settings.features, settings.features_weights
     if settings.weight == 0 or name is None:
         return None
+    side = config.discriminator_side
+    return _build_features(name, weights, "loss.discriminator.features", side, config, accelerator)
+
+
+def _build_features(
+    name: str, weights: str | None, key: str, side: float, config: TrainConfig, accelerator: Accelerator
+) -> Features:
     features = _downloaded(accelerator, lambda: load_features(name, weights))
-    seen = config.discriminator_side
-    if seen < features.smallest_side:
+    if side < features.smallest_side:
         raise InputError(
-            f"got data.resolution={config.data.resolution} with loss.discriminator.features={name}, which then sees "
-            f"images of {seen:g} pixels; need {features.smallest_side} or more; take larger crops"
+            f"got training crops of {config.data.training_resolutions[0]} pixels with {key}={name}, which then sees "
+            f"images of {side:g} pixels; need {features.smallest_side} or more; take larger crops"
         )
     features.load_state_dict(from_main(accelerator, features.state_dict()))  # files may differ between machines
     return features

@@ -6,12 +6,13 @@ Only the standard library is imported here, so that a misspelt key is refused be
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from sdvae.errors import InputError, Ranges, check_ranges
 from sdvae.io import changed_fields
-from sdvae.metrics import SMALLEST_LPIPS_SIDE, SMALLEST_SIDE
+from sdvae.metrics import SMALLEST_LPIPS_SIDE, SMALLEST_MS_SSIM_SIDE, SMALLEST_SIDE
 from sdvae.model.config import ModelShape
 
 RANGES: Ranges = (
@@ -19,7 +20,8 @@ RANGES: Ranges = (
         "a number above 0",
         lambda x: x > 0,
         "steps batch_size gradient_accumulation_steps log_every validate_every max_skipped_steps scale_images "
-        "grid_images data.validation_count data.resolution data.validation_resolution optimizer.learning_rate "
+        "grid_images data.validation_count data.resolution data.validation_resolution data.mixed_resolutions "
+        "data.final_resolution optimizer.learning_rate "
         "optimizer.grad_clip_norm data.max_pixels checkpoint.every_steps checkpoint.keep_last "
         "optimizer.ema_half_life "
         "loss.discriminator.layers loss.discriminator.width loss.discriminator.learning_rate "
@@ -28,24 +30,27 @@ RANGES: Ranges = (
     (
         "0 or more",
         lambda x: x >= 0,
-        "data.num_workers data.cache_mib loss.lpips_weight loss.kl_weight loss.kl_warmup_steps loss.free_bits "
+        "data.num_workers data.cache_mib loss.lpips_weight loss.features.weight loss.kl_weight loss.kl_warmup_steps "
+        "loss.free_bits "
         "loss.discriminator.weight loss.discriminator.start_step loss.discriminator.warmup_steps "
         "loss.discriminator.ramp_steps loss.discriminator.r1_weight loss.discriminator.lecam_weight "
         "loss.discriminator.consistency_weight "
-        "loss.equivariance.weight optimizer.warmup_steps optimizer.weight_decay distil.encoder_blocks "
-        "distil.decoder_blocks",
+        "loss.equivariance.weight fine_tune.anchor_weight optimizer.warmup_steps optimizer.weight_decay "
+        "distil.encoder_blocks distil.decoder_blocks",
     ),
     (
         "a number from 0 to 1",
         lambda x: 0 <= x <= 1,
         "data.flip data.color_jitter data.max_bad_fraction data.label_dropout optimizer.ema_decay "
         "distil.teacher_weight loss.equivariance.probability loss.discriminator.start_fraction "
-        "optimizer.final_fraction optimizer.decay_fraction",
+        "optimizer.final_fraction optimizer.decay_fraction data.native_crop data.final_part",
     ),
     ("numbers from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.betas loss.discriminator.betas"),
     ("factors above 0 and up to 1", lambda x: 0 < x <= 1, "loss.equivariance.scales"),
     ("three numbers from 0 to 255", lambda x: 0 <= x <= 255, "data.background"),
 )
+
+RECONSTRUCTION_TERMS = ("l1", "l2", "charbonnier", "ssim", "ms_ssim")  # of which a sum can be made
 
 # What a student does not use (`sdvae distil`). A recipe that sets one of these is refused.
 NOT_OF_A_STUDENT_SECTIONS = ("model.", "fine_tune.", "loss.equivariance.")
@@ -116,6 +121,16 @@ class DataConfig:
     """Probability that a training image is used without its label, so that the VAE also works without labels."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Range of a training crop's side as a fraction of the image's short side, from which it is drawn uniformly."""
+    native_crop: float = 0.0
+    """Probability that a training crop keeps the pixels of the file, instead of being resized as crop_scale says, so
+    that the decoder sees texture as cameras give it."""
+    mixed_resolutions: tuple[int, ...] = ()
+    """Sides of the training crops of which each step draws one, in place of `resolution`. A step's crops all have the
+    same size, and batch_size is the same for all; memory is that of the largest."""
+    final_resolution: int | None = None
+    """Side of the training crops in the last part of the run, `final_part`; null: as before it."""
+    final_part: float = 0.1
+    """Part of the run that has crops of final_resolution."""
     flip: float = 0.5
     """Probability of a horizontal flip in training."""
     color_jitter: float = 0.0
@@ -141,6 +156,12 @@ class DataConfig:
         """Side in pixels of the centre crops."""
         return self.validation_resolution or self.resolution
 
+    @property
+    def training_resolutions(self) -> tuple[int, ...]:
+        """All sides in pixels that training crops have, in ascending order."""
+        last = () if self.final_resolution is None else (self.final_resolution,)
+        return tuple(sorted({*(self.mixed_resolutions or (self.resolution,)), *last}))
+
 
 @dataclass(frozen=True)
 class PerceptualConfig:
@@ -156,6 +177,23 @@ class PerceptualConfig:
     which suit any other trunk."""
     allow_random: bool = False
     """If no weights can be downloaded, use a randomly initialised trunk (and uniform heads) instead of stopping."""
+
+
+@dataclass(frozen=True)
+class FeatureLossConfig:
+    """The distance of feature maps of a frozen network, averaged over four depths: LPIPS without its heads.
+
+    ConvNeXt-S with weight 0.1 beside LPIPS with 1 (Kim et al. 2025, «TA-TiTok», arXiv 2501.07730, who compare its
+    logits instead of its maps), or a DINO (Zheng et al. 2025, «RAE», arXiv 2510.11690, use one to judge).
+    """
+
+    weight: float = 0.0
+    """Weight of the term; 0 leaves it out, and the network is not loaded."""
+    net: str = "convnext_small"
+    """convnext_tiny, convnext_small or convnext_base; or a folder, or an id on the hub, of a vision transformer, such
+    as facebook/dinov2-small."""
+    weights: str | None = None
+    """Local file with the weights of a ConvNeXt in torchvision's names; null lets torchvision download them."""
 
 
 @dataclass(frozen=True)
@@ -265,12 +303,15 @@ class EquivarianceConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The objective: reconstruction + lpips_weight · LPIPS + kl_weight · KL_sum / (C·H·W) [+ GAN]."""
+    """The objective: reconstruction + lpips_weight · LPIPS + features.weight · features
+    + kl_weight · KL_sum / (C·H·W) [+ GAN]."""
 
-    reconstruction: Literal["l1", "l2", "charbonnier", "bce"] = "l1"
-    """Mean absolute error, mean squared error, or the smooth sqrt(error² + 1e-6), of images in [-1, 1]. «bce»: the
-    binary cross-entropy, in nats, with grey values as probabilities and the decoder's output as their logits
-    (sdvae/tutorial/likelihood.py); with kl_weight 1 the objective is then the negative ELBO, divided by C·H·W."""
+    reconstruction: str = "l1"
+    """l1, l2, charbonnier, ssim or ms_ssim, or a weighted sum of them, such as «l1 + 0.4 l2 + 0.2 ssim»: the mean
+    absolute error, the mean squared error, or the smooth sqrt(error² + 1e-6), of images in [-1, 1]; 1 - SSIM, or
+    1 - MS-SSIM, of images in [0, 1]. «bce», which stands alone: the binary cross-entropy, in nats, with grey values as
+    probabilities and the decoder's output as their logits (sdvae/tutorial/likelihood.py); with kl_weight 1 the
+    objective is then the negative ELBO, divided by C·H·W."""
     learn_logvar: bool = False
     """Learn a number s, the log-variance of the likelihood: LDM's nll = (reconstruction + LPIPS) / e^s + s."""
     lpips_weight: float = 1.0
@@ -285,10 +326,43 @@ class LossConfig:
     0 is off."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """LPIPS's trunk."""
+    features: FeatureLossConfig = field(default_factory=FeatureLossConfig)
+    """A second perceptual term, on a newer network."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The adversarial term."""
     equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
     """Regularisation of the latent space."""
+
+    @property
+    def reconstruction_terms(self) -> dict[str, float]:
+        """The weight of each term of `reconstruction`."""
+        return parse_terms(self.reconstruction)
+
+
+def parse_terms(text: str) -> dict[str, float]:
+    """The weight of each term of a sum such as «l1 + 0.4 l2 + 0.2 ssim»; «l1» alone has weight 1.
+
+    Raises:
+        InputError: for anything else than weights above 0 and terms of RECONSTRUCTION_TERMS, each at most once, or
+            «bce» alone.
+    """
+    known = ", ".join(RECONSTRUCTION_TERMS)
+    terms: dict[str, float] = {}
+    for part in text.split("+"):
+        *weight, name = part.replace("*", " ").split() or [""]
+        try:
+            value = float(weight[0]) if weight else 1.0
+        except ValueError:
+            value = math.nan
+        if name == "bce" and text != name:
+            raise InputError(f"got loss.reconstruction={text!r}; bce, a likelihood of its own, stands alone")
+        if name not in (*RECONSTRUCTION_TERMS, "bce") or len(weight) > 1 or not 0 < value < math.inf or name in terms:
+            raise InputError(
+                f"got loss.reconstruction={text!r}, of which {part.strip()!r} is no term; need {known} or bce, or a "
+                "sum of weighted terms, each once, such as «l1 + 0.4 l2 + 0.2 ssim»"
+            )
+        terms[name] = value
+    return terms
 
 
 @dataclass(frozen=True)
@@ -338,6 +412,11 @@ class FineTuneConfig:
     freeze_encoder: bool = False
     """Train only the decoder. Latents, scaling_factor, shift_factor and batch norm do not change, so every diffusion
     model for the old VAE can use the new one."""
+    anchor: Literal["mse", "kl"] = "mse"
+    """What keeps the latents near those of source while the encoder trains: the mean squared difference of the scaled
+    means, or the KL divergence from the posterior of source (sdvae/training/anchor.py)."""
+    anchor_weight: float = 0.0
+    """Weight of that penalty in the objective; 0 is off."""
 
 
 @dataclass(frozen=True)
@@ -458,7 +537,7 @@ class TrainConfig:
     def discriminator_side(self) -> float:
         """The smallest side in pixels of the images that the discriminator sees."""
         equivariance = self.loss.equivariance
-        return self.data.resolution * (equivariance.smallest_scale if equivariance.replaces else 1)
+        return self.data.training_resolutions[0] * (equivariance.smallest_scale if equivariance.replaces else 1)
 
     def images_per_step(self, processes: int) -> int:
         """The number of images in a step of all processes together."""
@@ -476,6 +555,16 @@ class TrainConfig:
         self._check_resolutions()
         if self.fine_tune.freeze_encoder and self.fine_tune.source is None:
             raise InputError("got fine_tune.freeze_encoder=true without fine_tune.source; need a VAE to start from")
+        if self.fine_tune.anchor_weight > 0 and (self.fine_tune.source is None or self.fine_tune.freeze_encoder):
+            raise InputError(
+                f"got fine_tune.anchor_weight={self.fine_tune.anchor_weight:g} "
+                + (
+                    "with freeze_encoder, which moves no latents"
+                    if self.fine_tune.source
+                    else "without fine_tune.source"
+                )
+                + "; need a VAE whose encoder trains on; leave it out"
+            )
         if self.optimizer.warmup_steps > self.steps:
             raise InputError(
                 f"got optimizer.warmup_steps={self.optimizer.warmup_steps} in steps={self.steps}; need fewer than steps"
@@ -517,8 +606,11 @@ class TrainConfig:
         levels = len(self.model.block_out_channels if self.distil.teacher is None else self.distil.encoder_blocks)
         known = self.fine_tune.source is None and self.distil.student is None
         factor = 2 ** (levels - 1) if known and not self.data.pad else 1
-        for key in ("resolution", "validation_resolution"):
-            side = getattr(self.data, key)
+        data = self.data
+        given = [("resolution", data.resolution), ("validation_resolution", data.validation_resolution)]
+        given += [("mixed_resolutions", side) for side in data.mixed_resolutions]
+        given += [("final_resolution", data.final_resolution)]
+        for key, side in given:
             if side is not None and side % factor:
                 raise InputError(
                     f"got data.{key}={side}; need a positive multiple of {factor}, the compression ratio of "
@@ -526,7 +618,12 @@ class TrainConfig:
                 )
             if side is not None and side < SMALLEST_SIDE:
                 raise InputError(f"got data.{key}={side}; need at least {SMALLEST_SIDE}, or SSIM has no window")
-        side, gan, equivariance = self.data.resolution, self.loss.discriminator, self.loss.equivariance
+        side, gan, equivariance = data.training_resolutions[0], self.loss.discriminator, self.loss.equivariance
+        if gan.weight > 0 and gan.sees == "latents" and len(data.training_resolutions) > 1:
+            raise InputError(
+                f"got crops of {list(data.training_resolutions)} pixels with loss.discriminator.sees=latents, an MLP "
+                "on latents of one size; need one resolution"
+            )
         if gan.consistency_weight > 0 and not gan.augment:
             raise InputError(
                 "got loss.discriminator.consistency_weight without augment; need something to be consistent under; set "
@@ -550,7 +647,7 @@ class TrainConfig:
         seen = self.discriminator_side
         if gan.weight > 0 and gan.sees == "images" and gan.features is None and seen < gan.smallest_side:
             raise InputError(
-                f"got {'' if seen == side else 'loss.equivariance.scales with '}data.resolution={side} and "
+                f"got {'' if seen == side else 'loss.equivariance.scales with '}training crops of {side} pixels and "
                 f"loss.discriminator.layers={gan.layers}, so that the discriminator sees images of {seen:g} pixels; "
                 f"need {gan.smallest_side} or more for one patch; take fewer layers"
             )
@@ -560,6 +657,14 @@ class TrainConfig:
                 f"got loss.equivariance.scales={list(equivariance.scales)} on crops of {side}; need images of "
                 f"{SMALLEST_LPIPS_SIDE} pixels or more for LPIPS; take larger factors or crops"
             )
+
+        terms = self.loss.reconstruction_terms
+        for name, least in (("ssim", SMALLEST_SIDE), ("ms_ssim", SMALLEST_MS_SSIM_SIDE)):
+            if name in terms and smallest < least:
+                raise InputError(
+                    f"got {name} in loss.reconstruction, and images of {smallest:g} pixels to compare; need {least} or "
+                    "more for its windows; take larger crops (data.resolution), or leave it out"
+                )
 
     def _check_student(self) -> None:
         settings = self.distil

@@ -29,6 +29,7 @@ from sdvae.data.dataset import Batch, collate_training, read_labels
 from sdvae.errors import InputError
 from sdvae.io import is_inside
 from sdvae.latents.dataset import LatentDataset
+from sdvae.noise import sample_seed
 from sdvae.training.config import DataConfig, TrainConfig
 from sdvae.training.encoded import EncodedImages
 
@@ -72,7 +73,7 @@ def check_output_outside(config: TrainConfig) -> None:
 
 
 def training_batches(
-    images: TrainingImages, config: TrainConfig, accelerator: Accelerator, *, start: int = 0, steps: int | None = None
+    images: TrainingImages, config: TrainConfig, accelerator: Accelerator, *, start: int = 0, first_step: int = 0
 ) -> DataLoader:
     """This process's micro-batches, in order.
 
@@ -81,19 +82,32 @@ def training_batches(
         config: the recipe.
         accelerator: the run's Accelerator.
         start: position of the first sample, counted over all processes.
-        steps: the number of optimizer steps; by default that of the whole run.
+        first_step: the step, counted from 0, to which the first micro-batch belongs.
     """
+    micro_batches = config.gradient_accumulation_steps
+    several = len(config.data.training_resolutions) > 1
     batches = ShardedBatches(
         SampleOrder(len(images), config.seed),
         config.batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         start=start,
-        num_batches=(config.steps if steps is None else steps) * config.gradient_accumulation_steps,
+        num_batches=(config.steps - first_step) * micro_batches,
+        resolution_of=(lambda batch: resolution_at(first_step + batch // micro_batches, config)) if several else None,
     )
     workers = config.data.num_workers
     pin_memory = accelerator.device.type == "cuda"
     return training_loader(images, batches, num_workers=workers, pin_memory=pin_memory)
+
+
+def resolution_at(step: int, config: TrainConfig) -> int:
+    """Side in pixels of the crops of step `step`, counted from 0: the same on every process."""
+    data = config.data
+    if data.final_resolution is not None and step >= config.steps - round(data.final_part * config.steps):
+        return data.final_resolution
+    if not data.mixed_resolutions:
+        return data.resolution
+    return data.mixed_resolutions[sample_seed(config.seed, 0, step, "resolution") % len(data.mixed_resolutions)]
 
 
 def training_images(source: ImageSource, config: TrainConfig) -> TrainingImages:
@@ -107,7 +121,7 @@ def training_images(source: ImageSource, config: TrainConfig) -> TrainingImages:
         return EncodedImages(
             source,
             LatentDataset(folder, sample=False, mirror=0.0),
-            resolution=data.resolution,
+            resolution=data.training_resolutions[-1],
             seed=config.seed,
             reading=reading_of(config),
             flip=data.flip,
@@ -115,11 +129,13 @@ def training_images(source: ImageSource, config: TrainConfig) -> TrainingImages:
         )
     return TrainingImages(
         source,
-        resolution=data.resolution,
+        resolution=resolution_at(0, config),
         seed=config.seed,
         reading=reading_of(config),
         crop_scale=data.crop_scale,
         flip=data.flip,
+        native_crop=data.native_crop,
+        largest=data.training_resolutions[-1],
         color_jitter=data.color_jitter,
         cache_mib=data.cache_mib,
         labels=labels_of(source, config),

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from sdvae.errors import InputError
 from sdvae.latents.scaling import scaling_of
-from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import AutoencoderTiny, ConvolutionalVAE, DiagonalGaussian
 from sdvae.model.state import sha256_of_weights
 from sdvae.noise import posterior_generators
 from sdvae.roundtrip import decode_images, encode_images
 from sdvae.training.config import DistilConfig, TrainConfig
 from sdvae.training.initialise import initialise_student
-from sdvae.training.objective import Outcome, compare
+from sdvae.training.objective import Judges, Outcome, compare
 
 
 class Lesson(NamedTuple):
@@ -96,7 +95,7 @@ class StudentObjective:
     """The objective of a student for a batch of images.
 
     With x the images, p the teacher's pictures, x̂ the decoder's output, w = distil.teacher_weight and d(a, b) =
-    reconstruction error + lpips_weight · LPIPS, it is
+    reconstruction error + lpips_weight · LPIPS + features.weight · features, it is
 
         (1 - w) · d(x, x̂) + w · d(p, x̂) + latent_weight · mean (latents - mode)² [+ GAN].
 
@@ -104,14 +103,14 @@ class StudentObjective:
         config: the recipe.
         wrapped: the student's forward pass, under DDP and autocast.
         teacher: the teacher.
-        perceptual: LPIPS; None if the loss has none.
+        judges: the networks of the perceptual terms.
     """
 
-    def __init__(self, config: TrainConfig, wrapped: nn.Module, teacher: Teacher, perceptual: Perceptual | None):
+    def __init__(self, config: TrainConfig, wrapped: nn.Module, teacher: Teacher, judges: Judges):
         self.config = config
         self.wrapped = wrapped
         self.teacher = teacher
-        self.perceptual = perceptual
+        self.judges = judges
 
     def __call__(self, step: int, images: Tensor, noise_seeds: Tensor, moments: Tensor | None = None) -> Outcome:
         """The forward passes of teacher and student.
@@ -131,11 +130,9 @@ class StudentObjective:
         targets = [(1 - settings.teacher_weight, images, ""), (settings.teacher_weight, lesson.picture, "_to_teacher")]
         for weight, target, suffix in targets:
             if weight > 0 and target is not None:
-                error, lpips = compare(target, output.reconstruction, loss.reconstruction, self.perceptual)
-                nll = nll + weight * (error + loss.lpips_weight * lpips)
-                values[f"reconstruction{suffix}"] = error
-                if self.perceptual is not None:
-                    values[f"{self.perceptual.name}{suffix}"] = lpips
+                comparison = compare(target, output.reconstruction, loss, self.judges)
+                nll = nll + weight * comparison.total(loss)
+                values |= comparison.logged(self.judges, suffix)
         real = lesson.picture if settings.teacher_weight == 1 and lesson.picture is not None else images
         latent_error = (output.latents.float() - lesson.mode).square().mean()
         return Outcome(

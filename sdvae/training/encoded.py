@@ -63,13 +63,13 @@ class EncodedImages(TrainingImages):
             raise ImageError("changed since its latents were made")
         return cover(read_image(data, self.reading), width, height)
 
-    def _crop(self, image: Image.Image, index: int, generator: np.random.Generator) -> Crop:
+    def _crop(self, image: Image.Image, index: int, resolution: int, generator: np.random.Generator) -> Crop:
         u_left, u_top, u_flip = generator.random(3)
         mirrored = bool(u_flip < self.flip)
         moments = self._latents.posterior(int(self._rows[index]), mirrored=mirrored).parameters[0]
         height, width = moments.shape[1:]
         ratio = image.height // height
-        side = self.resolution // ratio
+        side = resolution // ratio
         # where the latents are scaled by patches (FLUX.2), a crop has whole ones
         rows, columns = self._latents.scaling.patch_size
         top = rows * int(u_top * ((height - side) // rows + 1))
@@ -113,22 +113,25 @@ def check_latents(config: TrainConfig, teacher: ConvolutionalVAE) -> None:
         if (list(ours) if key == "background" else ours) != theirs:
             raise InputError(f"{got}, made with {key}={theirs}, and data.{key}={ours}; need the same; set data.{key}")
     ratio, smallest = teacher.spatial_compression_ratio, min(min(size) for size in made["images"]["sizes"])
-    if data.resolution % ratio or data.resolution > smallest:
-        raise InputError(
-            f"{got}, whose images have sides from {smallest} pixels on, and data.resolution={data.resolution}; need a "
-            f"multiple of {ratio}, at most {smallest}; set data.resolution, or encode to another --resolution"
-        )
+    for side in data.training_resolutions:
+        if side % ratio or side > smallest:
+            raise InputError(
+                f"{got}, whose images have sides from {smallest} pixels on, and training crops of {side}; need a "
+                f"multiple of {ratio}, at most {smallest}; set data.resolution, or encode to another --resolution"
+            )
 
 
 def encoded_findings(config: TrainConfig, images: EncodedImages) -> list[str]:
     """What the recipe asks of the crops and encoded images cannot have: a line each."""
     data, where = config.data, config.distil.latents_folder
     findings = []
-    if data.crop_scale != DataConfig.crop_scale:
-        findings.append(
-            f"data.crop_scale={list(data.crop_scale)} is not used with distil.latents_folder: crops of "
-            f"{data.resolution} pixels are cut out of the images as they were encoded"
-        )
+    unused = {"crop_scale": list(data.crop_scale), "native_crop": data.native_crop}
+    for key, value in unused.items():
+        if getattr(data, key) != getattr(DataConfig, key):
+            findings.append(
+                f"data.{key}={value} is not used with distil.latents_folder: crops are cut out of the images as they "
+                "were encoded"
+            )
     if data.flip > 0 and not images.has_mirrors:
         findings.append(
             f"{where} has no mirror images, so no image is flipped (data.flip={data.flip:g}); encode with --mirror "

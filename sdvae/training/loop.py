@@ -21,9 +21,11 @@ from sdvae.data import BadImages, ImageSource
 from sdvae.data.dataset import Batch
 from sdvae.errors import one_line
 from sdvae.model import Autoencoder, ConvolutionalVAE
+from sdvae.training.anchor import Anchor
 from sdvae.training.build import (
     build_accelerator,
-    build_features,
+    build_discriminator_features,
+    build_feature_distance,
     build_perceptual,
     lay_out,
     load_discriminator,
@@ -45,6 +47,7 @@ from sdvae.training.data import (
 from sdvae.training.distil import Teacher
 from sdvae.training.encoded import EncodedImages, encoded_findings
 from sdvae.training.log import Meter, RunLog, progress_bar
+from sdvae.training.objective import Judges
 from sdvae.training.players import Players
 from sdvae.training.preflight import PROBED_IMAGES, check_main_is_newest, check_recipe, probe, probe_teacher
 from sdvae.training.processes import check_same, everywhere, from_main, on_main
@@ -104,6 +107,7 @@ class Training:
             the teacher's, and the memory format.
         vae: the VAE or student that learns.
         teacher: the VAE that a student learns from; None when a VAE learns.
+        anchor: the encoder of the VAE that is fine-tuned, before its first step; None if none trains on.
         images: the crops that are trained on.
         latents: digest of the data set of their latents; None without one.
     """
@@ -122,6 +126,7 @@ class Training:
         torch.manual_seed(recipe.seed)  # for the initial weights
         self.vae: Autoencoder
         self.teacher: Teacher | None = None
+        self.anchor: Anchor | None = None
         if recipe.distil.teacher is None:
             self.vae, self.config = everywhere(accelerator, lambda: starting_vae(recipe))
         else:
@@ -135,6 +140,7 @@ class Training:
         if self.teacher is not None:
             self.teacher.vae.load_state_dict(from_main(accelerator, self.teacher.vae.state_dict()))
         self.perceptual = build_perceptual(recipe, accelerator)
+        self.judges = Judges(self.perceptual, build_feature_distance(recipe, accelerator))
         self.findings = check_recipe(
             self.config,
             images_per_step=self.images_per_step,
@@ -158,9 +164,12 @@ class Training:
         if self.teacher is not None:
             lay_out(self.teacher.vae, self.config, accelerator)
         self.config = config = lay_out(vae, self.config, accelerator)
+        tune = config.fine_tune
+        if isinstance(vae, ConvolutionalVAE) and tune.source is not None and not tune.freeze_encoder:
+            self.anchor = Anchor(vae, accelerator)  # before the weights of a checkpoint are loaded
         if found is None:
             self.findings += everywhere(accelerator, self._probe)
-        players = Players(vae, config, accelerator, build_features(config, accelerator))
+        players = Players(vae, config, accelerator, build_discriminator_features(config, accelerator))
         source = config.loss.discriminator.source
         if found is None and source is not None and players.discriminator is not None:
             load_discriminator(players.discriminator.network, source, accelerator)
@@ -172,6 +181,7 @@ class Training:
             perceptual=self.perceptual.name if self.perceptual is not None else None,
             teacher=self.teacher.sha256() if self.teacher is not None else None,
             latents=self.latents,
+            anchor=self.anchor.sha256() if self.anchor is not None and tune.anchor_weight > 0 else None,
         )
         self.state = RunState(origin, players, self.progress, self.meter, self.bad_images, accelerator)
         if found is not None:
@@ -181,7 +191,7 @@ class Training:
         for finding in self.findings:
             logger.warning("check: %s", finding)
         self.log = RunLog(run, config, accelerator, self.progress.step)
-        self.step = TrainStep(config, players, self.perceptual, accelerator, self.teacher)
+        self.step = TrainStep(config, players, self.judges, accelerator, self.teacher, self.anchor)
         self.skipped = SkippedSteps(self.train_source, self.progress, self.meter, accelerator)
         self.validate = Validator(
             config,
@@ -194,6 +204,7 @@ class Training:
             self.log,
             accelerator,
             self.teacher,
+            self.anchor,
         )
         self._announce()
 
@@ -321,16 +332,15 @@ class Training:
         if self.teacher is not None:
             return probe_teacher(self.teacher, images, self.config, **conditioning_of(batch))
         assert isinstance(self.vae, ConvolutionalVAE)
-        return probe(self.vae, images, batch["noise_seed"], self.config, self.perceptual, **conditioning_of(batch))
+        return probe(self.vae, images, batch["noise_seed"], self.config, self.judges, **conditioning_of(batch))
 
     def _batches(self) -> Generator[Batch, None, None]:
         """This process's micro-batches of the remaining steps. Closing the generator ends the loader.
 
         Bad images are added to `bad_images`.
         """
-        steps = self.config.steps - self.progress.step
-        start = self.progress.position
-        for batch in training_batches(self.images, self.config, self.accelerator, start=start, steps=steps):
+        start, step = self.progress.position, self.progress.step
+        for batch in training_batches(self.images, self.config, self.accelerator, start=start, first_step=step):
             self.bad_images.add(batch["bad"])
             yield batch
 

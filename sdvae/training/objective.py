@@ -21,6 +21,8 @@ from torch import Tensor
 
 from sdvae.alpha import colours
 from sdvae.metrics.equivariance import Transformation
+from sdvae.metrics.features import FeatureDistance
+from sdvae.metrics.image import ms_ssim, ssim
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
 from sdvae.roundtrip import bernoulli_mean
@@ -29,13 +31,61 @@ from sdvae.tutorial.likelihood import bernoulli_error, free_bits_kl
 
 CHARBONNIER_EPS = 1e-3  # Lai et al. 2017, «LapSRN», section 3.3: sqrt(error² + eps²)
 
-# (images, decoder's output) -> mean over all values. The output is the image, except with «bce», where it is logits.
+# (images, decoder's output) -> mean over the batch. The output is the image, except with «bce», where it is logits.
 RECONSTRUCTION_ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": lambda images, output: (output - images).abs().mean(),
     "l2": lambda images, output: (output - images).square().mean(),
     "charbonnier": lambda images, output: ((output - images).square() + CHARBONNIER_EPS**2).sqrt().mean(),
+    "ssim": lambda images, output: 1 - ssim(images, output).mean(),
+    "ms_ssim": lambda images, output: 1 - ms_ssim(images, output).mean(),
     "bce": bernoulli_error,
 }
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The frozen networks by which images are compared. None is left out of the objective.
+
+    Attributes:
+        perceptual: LPIPS.
+        features: the distance of another network's features.
+    """
+
+    perceptual: Perceptual | None = None
+    features: FeatureDistance | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The terms that compare images with their reconstructions, each a scalar in fp32, averaged over the batch.
+
+    Attributes:
+        reconstruction: the weighted sum of the terms of `loss.reconstruction`.
+        parts: those terms, unweighted, by their names.
+        lpips: LPIPS of an image; 0 when it is off.
+        features: the distance of an image's features; None when it is off.
+    """
+
+    reconstruction: Tensor
+    parts: dict[str, Tensor]
+    lpips: Tensor
+    features: Tensor | None
+
+    def total(self, config: LossConfig) -> Tensor:
+        """Their weighted sum."""
+        total = self.reconstruction + config.lpips_weight * self.lpips
+        return total if self.features is None else total + config.features.weight * self.features
+
+    def logged(self, judges: Judges, suffix: str = "") -> dict[str, Tensor]:
+        """The terms that are on, by their names in the log. LPIPS and features are named after their networks."""
+        named = {"reconstruction": self.reconstruction}
+        if len(self.parts) > 1:
+            named |= self.parts
+        if judges.perceptual is not None:
+            named[judges.perceptual.name] = self.lpips
+        if judges.features is not None and self.features is not None:
+            named[judges.features.name] = self.features
+        return {f"{name}{suffix}": term for name, term in named.items()}
 
 
 @dataclass(frozen=True)
@@ -43,28 +93,24 @@ class LossTerms:
     """Unweighted terms, each a scalar in fp32, averaged over the batch.
 
     Attributes:
-        reconstruction: error for each value, of the kind that `loss.reconstruction` names.
-        lpips: LPIPS of an image; 0 when it is off.
+        comparison: the terms that compare images with their reconstructions.
         kl: the KL of an image in nats, divided by C·H·W.
         kl_penalty: the same in the objective, where free bits may make it larger.
-        equivariance: reconstruction + lpips_weight · LPIPS of the transformed image; None when it is off.
+        equivariance: `comparison` of the transformed image, weighted and summed; None when it is off.
         logvar: s, the log-variance of the likelihood; None unless it is learned.
         nelbo: the negative ELBO of an image in nats, with a KL weight of 1; None unless the likelihood is Bernoulli.
     """
 
-    reconstruction: Tensor
-    lpips: Tensor
+    comparison: Comparison
     kl: Tensor
     kl_penalty: Tensor
     equivariance: Tensor | None
     logvar: Tensor | None
     nelbo: Tensor | None
 
-    def logged(self, perceptual: Perceptual | None) -> dict[str, Tensor]:
-        """The terms that are on, under their names in the log. LPIPS is named after its trunk."""
-        named = {"reconstruction": self.reconstruction, "kl": self.kl}
-        if perceptual is not None:
-            named[perceptual.name] = self.lpips
+    def logged(self, judges: Judges) -> dict[str, Tensor]:
+        """The terms that are on, under their names in the log."""
+        named = self.comparison.logged(judges) | {"kl": self.kl}
         optional = {"equivariance": self.equivariance, "logvar": self.logvar, "nelbo": self.nelbo}
         return named | {name: term for name, term in optional.items() if term is not None}
 
@@ -73,7 +119,7 @@ class LossTerms:
 
         With a learned s it is LDM's negative log-likelihood, (reconstruction + w·LPIPS) / e^s + s.
         """
-        nll = self.reconstruction + config.lpips_weight * self.lpips
+        nll = self.comparison.total(config)
         if self.equivariance is not None:
             nll = nll + config.equivariance.weight * self.equivariance
         return nll if self.logvar is None else nll * torch.exp(-self.logvar) + self.logvar
@@ -88,7 +134,7 @@ def loss_terms(
     output: Tensor,
     posterior: DiagonalGaussian,
     config: LossConfig,
-    perceptual: Perceptual | None,
+    judges: Judges,
     transformed: tuple[Tensor, Tensor] | None = None,
     logvar: Tensor | None = None,
 ) -> LossTerms:
@@ -96,46 +142,48 @@ def loss_terms(
 
     Args:
         images: (B, C, H, W) in [-1, 1] and in any float dtype; sums are computed in fp32. Those with alpha are given
-            as they are seen (`sdvae.alpha.as_seen`), and so is the output; LPIPS leaves alpha out.
+            as they are seen (`sdvae.alpha.as_seen`), and so is the output; LPIPS and features leave alpha out.
         output: the decoder's output for them, the same shape: reconstructions, or logits with «bce».
         posterior: the posterior of the latents that were decoded.
         config: the settings of the loss, which say what terms there are.
-        perceptual: None leaves LPIPS out.
+        judges: the networks of the perceptual terms.
         transformed: t(x) and D(t(z)), for the equivariance term.
         logvar: s, a scalar.
     """
-    reconstruction, lpips = compare(images, output, config.reconstruction, perceptual)
-    equivariance = None
-    if transformed is not None:
-        other_reconstruction, other_lpips = compare(*transformed, config.reconstruction, perceptual)
-        equivariance = other_reconstruction + config.lpips_weight * other_lpips
+    comparison = compare(images, output, config, judges)
     values = images[0].numel()
     kl = posterior.kl().mean() / values
+    is_bernoulli = config.reconstruction == "bce"
     return LossTerms(
-        reconstruction=reconstruction,
-        lpips=lpips,
+        comparison=comparison,
         kl=kl,
         kl_penalty=free_bits_kl(posterior, config.free_bits).mean() / values if config.free_bits > 0 else kl,
-        equivariance=equivariance,
+        equivariance=compare(*transformed, config, judges).total(config) if transformed is not None else None,
         logvar=logvar,
-        nelbo=(reconstruction + kl).detach() * values if config.reconstruction == "bce" else None,
+        nelbo=(comparison.reconstruction + kl).detach() * values if is_bernoulli else None,
     )
 
 
-def compare(images: Tensor, output: Tensor, kind: str, perceptual: Perceptual | None) -> tuple[Tensor, Tensor]:
-    """Mean reconstruction error and mean LPIPS (0 when it is off) of a batch, in fp32.
+def compare(images: Tensor, output: Tensor, config: LossConfig, judges: Judges) -> Comparison:
+    """The terms that compare images with the decoder's output, in fp32.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
         output: the same shape; see `loss_terms`.
-        kind: a key of RECONSTRUCTION_ERRORS.
-        perceptual: None leaves LPIPS out.
+        config: the settings of the loss.
+        judges: the networks of the perceptual terms.
     """
     images, output = images.float(), output.float()
-    error = RECONSTRUCTION_ERRORS[kind](images, output)
-    if perceptual is None:
-        return error, images.new_zeros(())
-    return error, perceptual(colours(bernoulli_mean(output) if kind == "bce" else output), colours(images)).mean()
+    weights = config.reconstruction_terms
+    parts = {name: RECONSTRUCTION_ERRORS[name](images, output) for name in weights}
+    reconstruction = torch.stack([weight * parts[name] for name, weight in weights.items()]).sum()
+    y, x = colours(bernoulli_mean(output) if "bce" in weights else output), colours(images)
+    return Comparison(
+        reconstruction=reconstruction,
+        parts=parts,
+        lpips=judges.perceptual(y, x).mean() if judges.perceptual is not None else images.new_zeros(()),
+        features=judges.features(y, x).mean() if judges.features is not None else None,
+    )
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ class Players:
         self.lecam = LeCam()
         settings = config.loss.discriminator
         if settings.weight > 0:
-            network = build_discriminator(vae, settings, config.data.resolution, features)
+            network = build_discriminator(vae, settings, config.data.training_resolutions[0], features)
             network.to(accelerator.device)
             if config.channels_last:
                 network.to(memory_format=torch.channels_last)

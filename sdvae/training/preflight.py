@@ -15,14 +15,13 @@ from torch import Tensor
 from sdvae.alpha import as_seen, colours, random_backgrounds
 from sdvae.errors import InputError
 from sdvae.metrics.image import psnr
-from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import ConvolutionalVAE
 from sdvae.noise import posterior_generators
 from sdvae.roundtrip import decode_images, decode_output, encode_images
 from sdvae.training.checkpoint import checkpoint_name, newest_step
 from sdvae.training.config import DataConfig, TrainConfig
 from sdvae.training.distil import Teacher
-from sdvae.training.objective import loss_terms
+from sdvae.training.objective import Judges, loss_terms
 from sdvae.training.processes import place
 from sdvae.training.run_folder import RunFolder
 
@@ -85,11 +84,11 @@ def check_recipe(
         raise InputError(
             f"got checkpoint.best_metric={config.checkpoint.best_metric!r}; need one of {', '.join(metrics)}"
         )
-    sides = {"resolution": config.data.resolution, "validation_resolution": config.data.evaluation_resolution}
-    for key, side in sides.items():
+    sides = [("training crops", side) for side in config.data.training_resolutions]
+    for what, side in [*sides, ("validation crops", config.data.evaluation_resolution)]:
         if side % compression_ratio and not config.data.pad:
             raise InputError(
-                f"got data.{key}={side}; need a multiple of {compression_ratio}, the compression ratio of "
+                f"got {what} of {side} pixels; need a multiple of {compression_ratio}, the compression ratio of "
                 f"{config.fine_tune.source or config.distil.student}"
             )
     findings = []
@@ -146,7 +145,7 @@ def probe(
     images: Tensor,
     noise_seeds: Tensor,
     config: TrainConfig,
-    perceptual: Perceptual | None,
+    judges: Judges,
     **conditioning: Tensor,
 ) -> list[str]:
     """Findings from one forward pass.
@@ -156,14 +155,14 @@ def probe(
         images: (B, C, H, W) in [-1, 1], some training images; PROBED_IMAGES are enough.
         noise_seeds: (B,) int64.
         config: the recipe.
-        perceptual: LPIPS; None if the loss has none.
+        judges: the networks of the perceptual terms.
         conditioning: other inputs of the VAE, such as labels.
     """
     posterior = encode_images(vae, images, **conditioning)
     z = posterior.sample(posterior_generators(noise_seeds))
     output = decode_output(vae, z, images.shape[2:], **conditioning)
     background = random_backgrounds(images, noise_seeds)
-    terms = loss_terms(as_seen(images, background), as_seen(output, background), posterior, config.loss, perceptual)
+    terms = loss_terms(as_seen(images, background), as_seen(output, background), posterior, config.loss, judges)
     findings = []
     std = float(posterior.mean.std())
     if not torch.isfinite(output).all():

@@ -20,6 +20,7 @@ from sdvae.model import Autoencoder, AutoencoderKLFlux2, AutoencoderTiny, Convol
 from sdvae.pictures import latent_plot, reconstruction_grid, student_grid, training_curves
 from sdvae.previews import preview_of
 from sdvae.statistics import LatentMoments
+from sdvae.training.anchor import Anchor
 from sdvae.training.checkpoint import write_weights
 from sdvae.training.config import ModelConfig, TrainConfig
 from sdvae.training.data import evaluation_batches, first_images
@@ -55,6 +56,7 @@ class Validator:
         log: the log of the figures.
         accelerator: the run's Accelerator.
         teacher: the VAE that a student learns from; None when a VAE is validated.
+        anchor: the encoder of the VAE that is fine-tuned, before its first step; None if none trains on.
     """
 
     config: TrainConfig
@@ -67,6 +69,7 @@ class Validator:
     log: RunLog
     accelerator: Accelerator
     teacher: Teacher | None = None
+    anchor: Anchor | None = None
 
     def __post_init__(self) -> None:
         config, source = self.config, self.source
@@ -119,7 +122,7 @@ class Validator:
         keep, seed = self.config.grid_images, self.config.seed
         given = (batches, self.accelerator, self.perceptual, self.bad_images, keep)
         if isinstance(vae, ConvolutionalVAE):
-            return validate(vae, *given, seed)
+            return validate(vae, *given, seed, anchor=self.anchor)
         assert isinstance(vae, AutoencoderTiny)
         assert self.teacher is not None
         return validate_student(vae, self.teacher, *given)

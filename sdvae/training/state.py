@@ -76,6 +76,7 @@ class Origin:
         perceptual: LPIPS's name, which says its trunk; None without LPIPS.
         teacher: digest of the VAE that a student learns from; None when a VAE learns.
         latents: digest of the data set of its latents that a student learns from; None without one.
+        anchor: digest of the encoder near which the latents are kept; None without such a penalty.
     """
 
     config: dict[str, Any]
@@ -85,6 +86,7 @@ class Origin:
     perceptual: str | None
     teacher: str | None = None
     latents: str | None = None
+    anchor: str | None = None
 
     def check(self, state: dict[str, Any], accept_changed_config: bool) -> None:
         """Compare with the state.json of a checkpoint. The recipe is left out: `RunFolder.find` has compared it.
@@ -118,6 +120,11 @@ class Origin:
             raise InputError(
                 "distil.latents_folder holds other latents than when the run began; restore them, start anew with "
                 "--overwrite=true, or continue with --checkpoint.accept_changed_config=true"
+            )
+        if state.get("anchor") != self.anchor:  # earlier versions had none
+            raise InputError(
+                "fine_tune.source, which anchors the latents, has other weights than when the run began; restore it, "
+                "start anew with --overwrite=true, or continue with --checkpoint.accept_changed_config=true"
             )
 
 

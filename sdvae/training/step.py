@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdvae.alpha import as_seen, random_backgrounds
 from sdvae.data.dataset import Batch
-from sdvae.metrics.perceptual import Perceptual
 from sdvae.noise import posterior_generators
 from sdvae.training.adversarial import adaptively_weighted
+from sdvae.training.anchor import Anchor
 from sdvae.training.augment import augmented
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import conditioning_of
@@ -36,7 +36,7 @@ from sdvae.training.discriminator import (
     r1_penalty,
 )
 from sdvae.training.distil import StudentObjective, Teacher
-from sdvae.training.objective import Outcome, kl_weight_at, loss_terms, transformation_at
+from sdvae.training.objective import Judges, Outcome, kl_weight_at, loss_terms, transformation_at
 from sdvae.training.players import Player, Players, VAEOutput, frozen
 from sdvae.tutorial.adversary import LatentDiscriminator, posterior_and_prior_samples
 
@@ -68,26 +68,29 @@ class TrainStep:
     Args:
         config: the recipe.
         players: the networks and their optimizers.
-        perceptual: LPIPS; None if the loss has none.
+        judges: the networks of the perceptual terms.
         accelerator: the run's Accelerator.
         teacher: the VAE that a student learns from; None when a VAE learns.
+        anchor: the encoder of the VAE at the start; None unless the recipe has fine_tune.anchor_weight.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         players: Players,
-        perceptual: Perceptual | None,
+        judges: Judges,
         accelerator: Accelerator,
         teacher: Teacher | None = None,
+        anchor: Anchor | None = None,
     ):
         self.config = config
         self.players = players
-        self.perceptual = perceptual
+        self.judges = judges
+        self.anchor = anchor
         self.accelerator = accelerator
         self._outcome: Callable[..., Outcome] = self._vae_outcome
         if teacher is not None:
-            self._outcome = StudentObjective(config, players.generator.wrapped, teacher, perceptual)
+            self._outcome = StudentObjective(config, players.generator.wrapped, teacher, judges)
 
     def __call__(
         self,
@@ -199,17 +202,22 @@ class TrainStep:
         elif transformation is not None and output.transformed is not None:
             transformed = as_seen(output.transformed, background)
             pair = (transformation(real, transformed.shape[2:]), transformed)
-        terms = loss_terms(real, seen, output.posterior, config, self.perceptual, pair, output.logvar)
-        values = terms.logged(self.perceptual)
+        terms = loss_terms(real, seen, output.posterior, config, self.judges, pair, output.logvar)
+        values = terms.logged(self.judges)
         if seen.shape[1] == 4:
             values["alpha"] = (seen[:, 3] - real[:, 3]).abs().mean()
+        rest = kl_weight_at(step, config) * terms.kl_penalty
+        tune = self.config.fine_tune
+        if tune.anchor_weight > 0 and self.anchor is not None:
+            values["anchor"] = penalty = self.anchor.penalty(images, output.posterior, tune.anchor)
+            rest = rest + tune.anchor_weight * penalty
         # not `seen` again, since the gradients of both terms are computed one after the other (`adaptively_weighted`)
         fake = as_seen(output.reconstruction, background)
         if config.discriminator.sees == "latents":
             fake, real = posterior_and_prior_samples(output.posterior, noise_seeds)
         return Outcome(
             nll=terms.nll(config),
-            rest=kl_weight_at(step, config) * terms.kl_penalty,
+            rest=rest,
             outputs=output.nll_depends_on,
             real=real,
             fake=fake,

@@ -23,6 +23,7 @@ from sdvae.model import AutoencoderTiny, ConvolutionalVAE, DiagonalGaussian
 from sdvae.noise import posterior_generators, sample_seed
 from sdvae.roundtrip import decode_images, encode_images, pad_to_multiple
 from sdvae.statistics import LatentHealth, LatentMoments, LatentRGB, merged
+from sdvae.training.anchor import Anchor
 from sdvae.training.data import conditioning_of
 from sdvae.training.distil import Teacher
 from sdvae.tutorial.likelihood import elbo
@@ -62,6 +63,7 @@ def validate(
     seed: int = 0,
     *,
     full_precision: bool = False,
+    anchor: Anchor | None = None,
 ) -> ValidationResult:
     """Reconstruct each process's share of the images from the posterior's mode, and average over all processes.
 
@@ -76,6 +78,7 @@ def validate(
             The metrics of such a VAE include `nelbo`, `distortion` and `rate`, in nats for each image.
         full_precision: whether to compute without autocast, whatever the accelerator's precision is. (All
             Accelerators of a process share one precision, so an earlier training could have set it.)
+        anchor: the encoder that the VAE started from. The metrics then include `latent_shift`.
 
     Raises:
         InputError: when no image can be read, or when a figure is not finite.
@@ -94,6 +97,8 @@ def validate(
         health.update(posterior)
         colours.update(posterior.mean, pad_to_multiple(without_alpha(as_seen(images)), vae.spatial_compression_ratio))
         figures: list[dict[str, float]] = [{} for _ in images]
+        if anchor is not None:
+            figures = [{"latent_shift": shift} for shift in anchor.shift(images, posterior).tolist()]
         if vae.likelihood == "bernoulli":
             seeds = [sample_seed(seed, 0, index, "validation") for index in batch["index"]]
             noise = posterior_generators(torch.tensor(seeds))
@@ -101,7 +106,8 @@ def validate(
                 labels = conditioning.get("labels")
                 bound = elbo(vae, images, labels, noise, posterior=posterior)
             terms = zip(bound.distortion.tolist(), bound.rate.tolist(), strict=True)
-            figures = [{"nelbo": d + r, "distortion": d, "rate": r} for d, r in terms]
+            for row, (d, r) in zip(figures, terms, strict=True):
+                row |= {"nelbo": d + r, "distortion": d, "rate": r}
         for i, metrics in enumerate(image_metrics(images, reconstruction, posterior, perceptual)):
             rows.append({"index": batch["index"][i], "name": batch["name"][i], **figures[i], **metrics})
             if len(kept) < keep:
