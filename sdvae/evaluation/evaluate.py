@@ -348,11 +348,9 @@ def _distances(config: EvaluateConfig, device: torch.device) -> dict[str, Distan
         return {}
     from sdvae.metrics import fid
 
-    distances: dict[str, Distance] = {}
-    if config.fid:
-        distances["rfid"] = fid.ReconstructionFID(config.inception, device)
-    if config.fdd:
-        distances["rfdd"] = fid.ReconstructionFDD(config.dinov2, device)
+    distances: dict[str, Distance] = {
+        **fid.frechet_distances(config.fid, config.inception, config.fdd, config.dinov2, device)
+    }
     if config.cmmd:
         distances["cmmd"] = fid.ReconstructionMMD(config.clip, device)
     return distances

@@ -118,6 +118,29 @@ class ReconstructionFDD(FrechetDistance):
         super().__init__(network, network.width, device)
 
 
+def frechet_distances(
+    fid: bool, inception: str | None, fdd: bool, dinov2: str | None, device: torch.device
+) -> dict[str, FrechetDistance]:
+    """`rfid` and `rfdd`, those that are wanted.
+
+    Args:
+        fid: whether rFID is wanted.
+        inception: see `ReconstructionFID`.
+        fdd: whether rFDD is wanted.
+        dinov2: see `ReconstructionFDD`.
+        device: where the features are computed.
+
+    Raises:
+        InputError: as the two classes do.
+    """
+    distances: dict[str, FrechetDistance] = {}
+    if fid:
+        distances["rfid"] = ReconstructionFID(inception, device)
+    if fdd:
+        distances["rfdd"] = ReconstructionFDD(dinov2, device)
+    return distances
+
+
 class ReconstructionMMD:
     """Jayasumana et al. 2024, «CMMD»: the squared maximum mean discrepancy of CLIP's image embeddings, times 1000.
 
@@ -186,8 +209,8 @@ def _loading(network: str, figure: str, options: tuple[str, str], weights: str |
             yield
     except (URLError, TimeoutError) as error:
         raise InputError(
-            f"no {network} weights for {figure}: the download failed ({error}); give a local file with --{options[0]}, "
-            f"or leave out --{options[1]}"
+            f"no {network} weights for {figure}: the download failed ({error}); give a local file with {options[0]}, "
+            f"or leave out {options[1]}"
         ) from error
     except RuntimeError as error:  # raised by load_state_dict, and by torch.jit.load
         raise InputError(

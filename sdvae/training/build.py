@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from sdvae.errors import InputError
+from sdvae.errors import InputError, require
 from sdvae.metrics.features import FeatureDistance, Features, load_features
 from sdvae.metrics.perceptual import Perceptual, load_perceptual
 from sdvae.model import Autoencoder, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, ConvolutionalVAE
@@ -39,6 +39,9 @@ from sdvae.training.run_folder import RunFolder
 from sdvae.tutorial.conditional import ConditionalAutoencoderKL
 from sdvae.weights import load_kl, load_vae
 from sdvae.weights.read import read_weights
+
+if TYPE_CHECKING:
+    from sdvae.metrics.fid import FrechetDistance
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +246,22 @@ def build_feature_distance(config: TrainConfig, accelerator: Accelerator) -> Fea
     side = config.data.training_resolutions[0] * config.loss.equivariance.smallest_scale
     features = _build_features(settings.net, settings.weights, "loss.features.net", side, config, accelerator)
     return FeatureDistance(features).to(accelerator.device)
+
+
+def build_distances(config: TrainConfig, accelerator: Accelerator) -> dict[str, FrechetDistance]:
+    """The Fréchet distances of validation that are wanted, on the accelerator's device.
+
+    Raises:
+        InputError: when torch-fidelity is not installed, or when weights cannot be loaded.
+    """
+    wanted = config.validation
+    if not (wanted.fid or wanted.fdd):
+        return {}
+    require("torch_fidelity", "rFID" if wanted.fid else "rFDD", "fid")  # before what needs it is imported
+    from sdvae.metrics.fid import frechet_distances
+
+    options = (wanted.fid, wanted.inception, wanted.fdd, wanted.dinov2)
+    return _downloaded(accelerator, lambda: frechet_distances(*options, accelerator.device))
 
 
 def build_discriminator_features(config: TrainConfig, accelerator: Accelerator) -> Features | None:

@@ -468,10 +468,37 @@ class CheckpointConfig:
     keep_last: int = 2
     """Number of checkpoints to keep; an old one is removed only when the new one is complete."""
     best_metric: str = "psnr"
-    """The validation metric by which best_model/ is chosen: psnr, ssim, lpips_… or (only with «bce») nelbo. The last
-    two are better when lower. For a student also psnr_to_teacher and psnr_round_trip."""
+    """The validation metric by which best_model/ is chosen: psnr, ssim, lpips_…, rfid, rfdd or (only with «bce») nelbo.
+    All but the first two are better when lower. For a student also psnr_to_teacher and psnr_round_trip."""
     accept_changed_config: bool = False
     """Continue a run with a changed recipe instead of refusing it."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Distances between the validation images and their reconstructions, besides PSNR, SSIM and LPIPS.
+
+    They need thousands of images for values that compare with published ones; with fewer they are biased upwards, and
+    only compare runs on the same images. Both need torch-fidelity: pip install "sdvae[fid]".
+    """
+
+    fid: bool = False
+    """rFID, the Fréchet distance of Inception's features."""
+    inception: str | None = None
+    """Local file of torch-fidelity's Inception weights (weights-inception-2015-12-05-6726825d.pth); null downloads
+    it."""
+    fdd: bool = False
+    """rFDD, the Fréchet distance of DINOv2's features."""
+    dinov2: str | None = None
+    """Local file of DINOv2's weights, such as dinov2_vitl14_pretrain.pth; null downloads that one."""
+
+    def __post_init__(self) -> None:
+        for file, switch in (("inception", "fid"), ("dinov2", "fdd")):
+            if getattr(self, file) is not None and not getattr(self, switch):
+                raise InputError(
+                    f"got validation.{file} without validation.{switch}, which alone uses it; set "
+                    f"validation.{switch}=true, or leave it out"
+                )
 
 
 @dataclass(frozen=True)
@@ -530,6 +557,8 @@ class TrainConfig:
     """Starting weights."""
     distil: DistilConfig = field(default_factory=DistilConfig)
     """A student of a VAE."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Further figures of validation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
 

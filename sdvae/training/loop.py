@@ -25,6 +25,7 @@ from sdvae.training.anchor import Anchor
 from sdvae.training.build import (
     build_accelerator,
     build_discriminator_features,
+    build_distances,
     build_feature_distance,
     build_perceptual,
     lay_out,
@@ -141,6 +142,7 @@ class Training:
             self.teacher.vae.load_state_dict(from_main(accelerator, self.teacher.vae.state_dict()))
         self.perceptual = build_perceptual(recipe, accelerator)
         self.judges = Judges(self.perceptual, build_feature_distance(recipe, accelerator))
+        self.distances = build_distances(recipe, accelerator)
         self.findings = check_recipe(
             self.config,
             images_per_step=self.images_per_step,
@@ -205,6 +207,7 @@ class Training:
             accelerator,
             self.teacher,
             self.anchor,
+            self.distances,
         )
         self._announce()
 

@@ -28,6 +28,7 @@ from sdvae.training.run_folder import RunFolder
 LARGE = 20e6  # parameters; a VAE as large as SD's has 84 million
 LARGE_LEARNING_RATE = 1e-3  # LDM takes 4.5e-6 times the images in a step: 1.1e-4 for its batch of 24
 FEW_IMAGES = 1_000
+FEW_FOR_FRECHET = 5_000  # images; the bias of FID falls with 1/n, and covariances have 2,048 rows
 FEW_VALIDATION_IMAGES = 8
 SCALED_LATENT_STD = (0.5, 2.0)  # diffusion models expect 1; the student's decoder bends latents near 3 and beyond
 SMALLEST_LATENT_STD, LARGEST_LATENT_STD = 1e-3, 1e3
@@ -79,6 +80,8 @@ def check_recipe(
     """
     metrics = ["psnr", "ssim"] + ([perceptual] if perceptual is not None else [])
     metrics += ["nelbo"] if config.loss.reconstruction == "bce" else []
+    wanted = [name for name, on in (("rfid", config.validation.fid), ("rfdd", config.validation.fdd)) if on]
+    metrics += wanted
     metrics += ["psnr_to_teacher", "psnr_round_trip"] if config.distil.teacher is not None else []
     if config.checkpoint.best_metric not in metrics:
         raise InputError(
@@ -120,6 +123,16 @@ def check_recipe(
         findings.append(
             f"{train_images} images are few for {parameters / 1e6:.0f} M new parameters: expect overfitting; "
             "fine-tune a published VAE (fine_tune.source), or take a smaller model"
+        )
+    if wanted and validation_images < 2:
+        raise InputError(
+            f"got validation.{wanted[0][1:]}=true with {validation_images} validation image; need two or more, and "
+            "thousands for a reliable value; raise data.validation_count"
+        )
+    if wanted and validation_images < FEW_FOR_FRECHET:
+        findings.append(
+            f"{' and '.join(wanted)} of {validation_images} images are biased upwards: they compare only runs on the "
+            "same images"
         )
     if validation_images < FEW_VALIDATION_IMAGES:
         findings.append(

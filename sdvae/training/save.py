@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from PIL import Image
@@ -32,8 +33,11 @@ from sdvae.training.players import Players
 from sdvae.training.processes import on_main
 from sdvae.training.run_folder import RunFolder
 from sdvae.training.state import Progress, digest_of_names
-from sdvae.training.validation import ValidationResult, measure_latents, validate, validate_student
+from sdvae.training.validation import Distances, ValidationResult, measure_latents, validate, validate_student
 from sdvae.weights.read import check_tensors
+
+if TYPE_CHECKING:
+    from sdvae.metrics.fid import FrechetDistance  # which needs an extra
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class Validator:
         accelerator: the run's Accelerator.
         teacher: the VAE that a student learns from; None when a VAE is validated.
         anchor: the encoder of the VAE that is fine-tuned, before its first step; None if none trains on.
+        distances: `rfid` and `rfdd`, those that are wanted.
     """
 
     config: TrainConfig
@@ -70,11 +75,13 @@ class Validator:
     accelerator: Accelerator
     teacher: Teacher | None = None
     anchor: Anchor | None = None
+    distances: Mapping[str, FrechetDistance] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config, source = self.config, self.source
         self._measured = first_images(self.train_source, config.scale_images, config.seed)
         resolution = config.data.evaluation_resolution
+        self._originals_counted = False  # by the distances, which keep their features
         self._measured_on = f"{len(source)} images at {resolution} pixels, {digest_of_names(source)}"
 
     def __call__(self, progress: Progress) -> None:
@@ -121,11 +128,13 @@ class Validator:
         batches = evaluation_batches(self.source, self.config, self.accelerator)
         keep, seed = self.config.grid_images, self.config.seed
         given = (batches, self.accelerator, self.perceptual, self.bad_images, keep)
+        counted = Distances(self.distances, with_originals=not self._originals_counted)
+        self._originals_counted = True
         if isinstance(vae, ConvolutionalVAE):
-            return validate(vae, *given, seed, anchor=self.anchor)
+            return validate(vae, *given, seed, anchor=self.anchor, distances=counted)
         assert isinstance(vae, AutoencoderTiny)
         assert self.teacher is not None
-        return validate_student(vae, self.teacher, *given)
+        return validate_student(vae, self.teacher, *given, distances=counted)
 
 
 def write_scaling(vae: ConvolutionalVAE, patches: LatentMoments, model: ModelConfig) -> None:
@@ -163,7 +172,7 @@ def is_better(metrics: dict[str, float], best: dict[str, Any], name: str, measur
 
 
 def lower_is_better(metric: str) -> bool:
-    return metric.startswith("lpips") or metric == "nelbo"
+    return metric.startswith("lpips") or metric in ("nelbo", "rfid", "rfdd")
 
 
 def draw(result: ValidationResult, run: RunFolder, step: int) -> Image.Image:

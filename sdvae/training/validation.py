@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +27,9 @@ from sdvae.training.anchor import Anchor
 from sdvae.training.data import conditioning_of
 from sdvae.training.distil import Teacher
 from sdvae.tutorial.likelihood import elbo
+
+if TYPE_CHECKING:
+    from sdvae.metrics.fid import FrechetDistance  # which needs an extra
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,30 @@ class ValidationResult:
     pictures: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Distances:
+    """The Fréchet distances of one validation.
+
+    Attributes:
+        wanted: `rfid` and `rfdd`, or those of them that are wanted.
+        with_originals: whether the originals are counted too, which they are once for all validations.
+    """
+
+    wanted: Mapping[str, FrechetDistance] = field(default_factory=dict)
+    with_originals: bool = True
+
+    def add(self, images: Tensor, reconstruction: Tensor) -> None:
+        """Count (B, C, H, W) images in [-1, 1] and their reconstructions."""
+        for distance in self.wanted.values():
+            if self.with_originals:
+                distance.add(without_alpha(as_seen(images.float())), real=True)
+            distance.add(without_alpha(as_seen(reconstruction.float())), real=False)
+
+    def compute(self) -> dict[str, float]:
+        """The distances over all processes."""
+        return {name: distance.compute() for name, distance in self.wanted.items()}
+
+
 @torch.no_grad()
 def validate(
     vae: ConvolutionalVAE,
@@ -64,6 +91,7 @@ def validate(
     *,
     full_precision: bool = False,
     anchor: Anchor | None = None,
+    distances: Distances = Distances(),
 ) -> ValidationResult:
     """Reconstruct each process's share of the images from the posterior's mode, and average over all processes.
 
@@ -79,6 +107,7 @@ def validate(
         full_precision: whether to compute without autocast, whatever the accelerator's precision is. (All
             Accelerators of a process share one precision, so an earlier training could have set it.)
         anchor: the encoder that the VAE started from. The metrics then include `latent_shift`.
+        distances: Fréchet distances, which the metrics then include.
 
     Raises:
         InputError: when no image can be read, or when a figure is not finite.
@@ -94,6 +123,7 @@ def validate(
         with autocast():
             posterior = encode_images(vae, images, **conditioning)
             reconstruction = decode_images(vae, posterior.mode(), images.shape[2:], **conditioning)
+        distances.add(images, reconstruction)
         health.update(posterior)
         colours.update(posterior.mean, pad_to_multiple(without_alpha(as_seen(images)), vae.spatial_compression_ratio))
         figures: list[dict[str, float]] = [{} for _ in images]
@@ -115,7 +145,7 @@ def validate(
 
     rows, metrics, pictures = _of_all_processes(rows, kept, keep)
     health, colours = merged(gather_object([health])), merged(gather_object([colours]))
-    return ValidationResult({**metrics, **health.metrics()}, health, rows, colours, *pictures)
+    return ValidationResult({**metrics, **distances.compute(), **health.metrics()}, health, rows, colours, *pictures)
 
 
 @torch.no_grad()
@@ -127,6 +157,7 @@ def validate_student(
     perceptual: Perceptual | None,
     bad_images: BadImages,
     keep: int,
+    distances: Distances = Distances(),
 ) -> ValidationResult:
     """Compare a student with the images and with its teacher, on each process's share, and average over all processes.
 
@@ -152,6 +183,7 @@ def validate_student(
             posterior = encode_images(student, images)
             reconstruction = decode_images(student, lesson.z, images.shape[2:])
             round_trip = decode_images(student, posterior.mode(), images.shape[2:])
+        distances.add(images, reconstruction)
         of_student = image_metrics(images, reconstruction, posterior, perceptual)
         of_teacher = image_metrics(images, lesson.picture, posterior, perceptual)
         between = image_metrics(lesson.picture.clamp(-1, 1), reconstruction, posterior, perceptual)
@@ -166,7 +198,7 @@ def validate_student(
                 tiles = [tensor[i].float().cpu() for tensor in (images, reconstruction, lesson.picture)]
                 kept.append((batch["index"][i], tiles))
     rows, metrics, pictures = _of_all_processes(rows, kept, keep)
-    return ValidationResult(metrics, None, rows, merged(gather_object([colours])), *pictures)
+    return ValidationResult({**metrics, **distances.compute()}, None, rows, merged(gather_object([colours])), *pictures)
 
 
 def _of_all_processes(
