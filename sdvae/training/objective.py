@@ -134,7 +134,7 @@ def loss_terms(
     output: Tensor,
     posterior: DiagonalGaussian,
     config: LossConfig,
-    judges: Judges,
+    judges: Judges = Judges(),
     transformed: tuple[Tensor, Tensor] | None = None,
     logvar: Tensor | None = None,
 ) -> LossTerms:
@@ -146,7 +146,7 @@ def loss_terms(
         output: the decoder's output for them, the same shape: reconstructions, or logits with «bce».
         posterior: the posterior of the latents that were decoded.
         config: the settings of the loss, which say what terms there are.
-        judges: the networks of the perceptual terms.
+        judges: the networks of the perceptual terms; by default none.
         transformed: t(x) and D(t(z)), for the equivariance term.
         logvar: s, a scalar.
     """
