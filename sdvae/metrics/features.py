@@ -61,12 +61,24 @@ class Features(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, C, H, W) in [-1, 1], grey, RGB, or RGB and alpha, which is left out -> maps (B, widths[i], h_i, w_i)."""
+        x = self._normalised(images)
+        return self._of_transformer(x) if self.multiple > 1 else self._of_convnext(x)
+
+    def last(self, images: Tensor) -> Tensor:
+        """The last features of a transformer, after its last norm: (B, C, H, W) in [-1, 1] -> (B, width, h, w)."""
+        x = self._normalised(images)
+        height, width = (side // self.multiple for side in x.shape[2:])
+        tokens = self.network(x, **self._positions()).last_hidden_state[:, -height * width :]
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """RGB images of ImageNet's mean and deviation, with sides that are multiples of a patch's."""
         x = ((colours(images) + 1) / 2).expand(-1, 3, -1, -1)
         x = (x - self.mean.to(x)) / self.std.to(x)
         sides = [max(1, round(side / self.multiple)) * self.multiple for side in x.shape[2:]]
-        if tuple(sides) != tuple(x.shape[2:]):
-            x = F.interpolate(x, size=sides, mode="bilinear", antialias=True, align_corners=False)
-        return self._of_transformer(x) if self.multiple > 1 else self._of_convnext(x)
+        if tuple(sides) == tuple(x.shape[2:]):
+            return x
+        return F.interpolate(x, size=sides, mode="bilinear", antialias=True, align_corners=False)
 
     def _of_convnext(self, x: Tensor) -> list[Tensor]:
         maps = []

@@ -248,6 +248,25 @@ def build_feature_distance(config: TrainConfig, accelerator: Accelerator) -> Fea
     return FeatureDistance(features).to(accelerator.device)
 
 
+def build_alignment(config: TrainConfig, accelerator: Accelerator) -> Features | None:
+    """The network with whose features latents are aligned, on the accelerator's device; None if none is wanted.
+
+    Raises:
+        InputError: when it cannot be loaded, or is no transformer.
+    """
+    settings = config.loss.alignment
+    if settings.weight == 0:
+        return None
+    features = _downloaded(accelerator, lambda: load_features(settings.net))
+    if features.multiple == 1:
+        raise InputError(
+            f"got loss.alignment.net={settings.net}; need a vision transformer, whose patches stand for the positions "
+            "of latents, such as facebook/dinov2-large"
+        )
+    features.load_state_dict(from_main(accelerator, features.state_dict()))  # files may differ between machines
+    return features.to(accelerator.device)
+
+
 def build_distances(config: TrainConfig, accelerator: Accelerator) -> dict[str, FrechetDistance]:
     """The Fréchet distances of validation that are wanted, on the accelerator's device.
 

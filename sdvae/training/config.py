@@ -30,8 +30,8 @@ RANGES: Ranges = (
     (
         "0 or more",
         lambda x: x >= 0,
-        "data.num_workers data.cache_mib loss.lpips_weight loss.features.weight loss.kl_weight loss.kl_warmup_steps "
-        "loss.free_bits "
+        "data.num_workers data.cache_mib loss.lpips_weight loss.features.weight loss.alignment.weight "
+        "loss.kl_weight loss.kl_warmup_steps loss.free_bits "
         "loss.discriminator.weight loss.discriminator.start_step loss.discriminator.warmup_steps "
         "loss.discriminator.ramp_steps loss.discriminator.r1_weight loss.discriminator.lecam_weight "
         "loss.discriminator.consistency_weight "
@@ -42,6 +42,7 @@ RANGES: Ranges = (
         "a number from 0 to 1",
         lambda x: 0 <= x <= 1,
         "data.flip data.color_jitter data.max_bad_fraction data.label_dropout optimizer.ema_decay "
+        "loss.alignment.cosine_margin loss.alignment.distance_margin "
         "distil.teacher_weight loss.equivariance.probability loss.discriminator.start_fraction "
         "optimizer.final_fraction optimizer.decay_fraction data.native_crop data.final_part",
     ),
@@ -53,7 +54,7 @@ RANGES: Ranges = (
 RECONSTRUCTION_TERMS = ("l1", "l2", "charbonnier", "ssim", "ms_ssim")  # of which a sum can be made
 
 # What a student does not use (`sdvae distil`). A recipe that sets one of these is refused.
-NOT_OF_A_STUDENT_SECTIONS = ("model.", "fine_tune.", "loss.equivariance.")
+NOT_OF_A_STUDENT_SECTIONS = ("model.", "fine_tune.", "loss.equivariance.", "loss.alignment.")
 NOT_OF_A_STUDENT = frozenset(
     {"loss.kl_weight", "loss.kl_warmup_steps", "loss.free_bits", "loss.learn_logvar", "loss.discriminator.sees"}
     | {"scale_images", "compile", "data.label_column", "data.label_dropout"}
@@ -197,6 +198,26 @@ class FeatureLossConfig:
 
 
 @dataclass(frozen=True)
+class AlignmentConfig:
+    """Alignment of the latents with a vision transformer's features (Yao et al. 2025, «VA-VAE», arXiv 2501.01423).
+
+    It makes latents of many channels easier to generate; sdvae/training/alignment.py has the formula.
+    """
+
+    weight: float = 0.0
+    """Weight of the term; VA-VAE has 0.1 for f16d32 with `adaptive`. 0 is off, and the network is not loaded."""
+    net: str = "facebook/dinov2-large"
+    """A folder, or an id on the hub, of a vision transformer."""
+    adaptive: bool = True
+    """Multiply weight by |gradient of the reconstruction loss| / |gradient of the term| at the encoder's last layer,
+    for one more backward pass through the decoder."""
+    cosine_margin: float = 0.5
+    """Projected latents whose cosine with their features is above 1 - cosine_margin cost nothing."""
+    distance_margin: float = 0.25
+    """Differences up to this, between the cosines of two positions' latents and of their features, cost nothing."""
+
+
+@dataclass(frozen=True)
 class DiscriminatorConfig:
     """The discriminator: a PatchGAN (Isola et al. 2017), which tells reconstructions from images patch by patch."""
 
@@ -328,6 +349,8 @@ class LossConfig:
     """LPIPS's trunk."""
     features: FeatureLossConfig = field(default_factory=FeatureLossConfig)
     """A second perceptual term, on a newer network."""
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    """Alignment of the latents with features."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The adversarial term."""
     equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
@@ -584,6 +607,11 @@ class TrainConfig:
         self._check_resolutions()
         if self.fine_tune.freeze_encoder and self.fine_tune.source is None:
             raise InputError("got fine_tune.freeze_encoder=true without fine_tune.source; need a VAE to start from")
+        if self.loss.alignment.weight > 0 and self.fine_tune.freeze_encoder:
+            raise InputError(
+                f"got loss.alignment.weight={self.loss.alignment.weight:g} with fine_tune.freeze_encoder, whose "
+                "latents do not change; leave one of the two out"
+            )
         if self.fine_tune.anchor_weight > 0 and (self.fine_tune.source is None or self.fine_tune.freeze_encoder):
             raise InputError(
                 f"got fine_tune.anchor_weight={self.fine_tune.anchor_weight:g} "

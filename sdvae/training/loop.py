@@ -24,6 +24,7 @@ from sdvae.model import Autoencoder, ConvolutionalVAE
 from sdvae.training.anchor import Anchor
 from sdvae.training.build import (
     build_accelerator,
+    build_alignment,
     build_discriminator_features,
     build_distances,
     build_feature_distance,
@@ -141,7 +142,8 @@ class Training:
         if self.teacher is not None:
             self.teacher.vae.load_state_dict(from_main(accelerator, self.teacher.vae.state_dict()))
         self.perceptual = build_perceptual(recipe, accelerator)
-        self.judges = Judges(self.perceptual, build_feature_distance(recipe, accelerator))
+        alignment = build_alignment(recipe, accelerator)
+        self.judges = Judges(self.perceptual, build_feature_distance(recipe, accelerator), alignment)
         self.distances = build_distances(recipe, accelerator)
         self.findings = check_recipe(
             self.config,
@@ -171,7 +173,9 @@ class Training:
             self.anchor = Anchor(vae, accelerator)  # before the weights of a checkpoint are loaded
         if found is None:
             self.findings += everywhere(accelerator, self._probe)
-        players = Players(vae, config, accelerator, build_discriminator_features(config, accelerator))
+        aligned = self.judges.alignment
+        feature_width = aligned.widths[-1] if aligned is not None else None
+        players = Players(vae, config, accelerator, build_discriminator_features(config, accelerator), feature_width)
         source = config.loss.discriminator.source
         if found is None and source is not None and players.discriminator is not None:
             load_discriminator(players.discriminator.network, source, accelerator)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sdvae.alpha import colours
 from sdvae.metrics.equivariance import Transformation
-from sdvae.metrics.features import FeatureDistance
+from sdvae.metrics.features import FeatureDistance, Features
 from sdvae.metrics.image import ms_ssim, ssim
 from sdvae.metrics.perceptual import Perceptual
 from sdvae.model import DiagonalGaussian
@@ -44,15 +44,17 @@ RECONSTRUCTION_ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Judges:
-    """The frozen networks by which images are compared. None is left out of the objective.
+    """The frozen networks by which images and latents are judged. None is left out of the objective.
 
     Attributes:
         perceptual: LPIPS.
         features: the distance of another network's features.
+        alignment: the vision transformer with whose features latents are aligned.
     """
 
     perceptual: Perceptual | None = None
     features: FeatureDistance | None = None
+    alignment: Features | None = None
 
 
 @dataclass(frozen=True)

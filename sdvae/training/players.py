@@ -36,12 +36,14 @@ class VAEOutput(NamedTuple):
         moments: (B, 2C_z, h, w), parameters of the posterior.
         transformed: D(t(z)); None without a transformation.
         logvar: s, the log-variance of the likelihood; None unless it is learned.
+        projected: (B, D, h, w), the latents projected to features; None unless they are aligned.
     """
 
     reconstruction: Tensor
     moments: Tensor
     transformed: Tensor | None
     logvar: Tensor | None
+    projected: Tensor | None
 
     @property
     def posterior(self) -> DiagonalGaussian:
@@ -59,12 +61,16 @@ class TrainingForward(nn.Module):
     Attributes:
         alone: whether in a step with a transformation only the transformed latents are decoded.
         logvar: s, the log-variance of the likelihood; None unless it is learned.
+        projection: from latents to features of `feature_width` channels; None unless they are aligned.
     """
 
-    def __init__(self, vae: ConvolutionalVAE, learn_logvar: bool, alone: bool):
+    def __init__(self, vae: ConvolutionalVAE, learn_logvar: bool, alone: bool, feature_width: int | None = None):
         super().__init__()
         self.vae, self.alone = vae, alone
         self.logvar = nn.Parameter(torch.zeros(())) if learn_logvar else None
+        self.projection: nn.Conv2d | None = None
+        if feature_width is not None:
+            self.projection = nn.Conv2d(vae.config.latent_channels, feature_width, 1, bias=False)
 
     def forward(
         self,
@@ -86,14 +92,15 @@ class TrainingForward(nn.Module):
         """
         posterior = encode_images(self.vae, images, **conditioning)
         z = posterior.sample(generators)
+        projected = None if self.projection is None else self.projection(z)
         transformed = None
         if transformation is not None:
             small = transformation(z, transformation.latent_size(z))
             transformed = self.vae.decode(small, **conditioning).sample
             if self.alone:
-                return VAEOutput(transformed, posterior.parameters, None, self.logvar)
+                return VAEOutput(transformed, posterior.parameters, None, self.logvar, projected)
         reconstruction = decode_output(self.vae, z, images.shape[2:], **conditioning)
-        return VAEOutput(reconstruction, posterior.parameters, transformed, self.logvar)
+        return VAEOutput(reconstruction, posterior.parameters, transformed, self.logvar, projected)
 
 
 class StudentOutput(NamedTuple):
@@ -175,10 +182,16 @@ class Players:
         config: the recipe.
         accelerator: wraps the networks.
         features: the frozen network of a discriminator that has one.
+        feature_width: channels of the features with which latents are aligned, if they are.
     """
 
     def __init__(
-        self, vae: Autoencoder, config: TrainConfig, accelerator: Accelerator, features: Features | None = None
+        self,
+        vae: Autoencoder,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        features: Features | None = None,
+        feature_width: int | None = None,
     ):
         self.vae = vae
         decay, half_life = config.optimizer.ema_decay, config.optimizer.ema_half_life
@@ -190,7 +203,7 @@ class Players:
             # block by block, because the adaptive weight needs the gradient of conv_out before the backward pass
             for block in (vae.encoder, vae.decoder.mid_block, *vae.decoder.up_blocks):
                 block.compile()
-        forward = forward_of(vae, config).to(accelerator.device)
+        forward = forward_of(vae, config, feature_width).to(accelerator.device)
         optimizer = build_optimizer(forward, config.optimizer, config.optimizer.betas)
         self.generator = Player(forward, accelerator.prepare(forward), optimizer)
 
@@ -225,10 +238,11 @@ class Players:
         return rates
 
 
-def forward_of(vae: Autoencoder, config: TrainConfig) -> nn.Module:
+def forward_of(vae: Autoencoder, config: TrainConfig, feature_width: int | None = None) -> nn.Module:
     """The forward pass that a step of the VAE or student needs."""
     if isinstance(vae, ConvolutionalVAE):
-        return TrainingForward(vae, config.loss.learn_logvar, alone=config.loss.equivariance.replaces)
+        alone = config.loss.equivariance.replaces
+        return TrainingForward(vae, config.loss.learn_logvar, alone, feature_width)
     assert isinstance(vae, AutoencoderTiny)
     return StudentForward(vae)
 

@@ -19,8 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdvae.alpha import as_seen, random_backgrounds
 from sdvae.data.dataset import Batch
+from sdvae.model import ConvolutionalVAE
 from sdvae.noise import posterior_generators
 from sdvae.training.adversarial import adaptively_weighted
+from sdvae.training.alignment import alignment_penalty, balanced_weight, features_at_latents
 from sdvae.training.anchor import Anchor
 from sdvae.training.augment import augmented
 from sdvae.training.config import TrainConfig
@@ -211,18 +213,35 @@ class TrainStep:
         if tune.anchor_weight > 0 and self.anchor is not None:
             values["anchor"] = penalty = self.anchor.penalty(images, output.posterior, tune.anchor)
             rest = rest + tune.anchor_weight * penalty
+        nll = terms.nll(config)
+        if self.judges.alignment is not None and output.projected is not None:
+            values["alignment"] = penalty = self._alignment(images, output.projected)
+            weight = nll.new_full((), config.alignment.weight)
+            if config.alignment.adaptive:
+                assert isinstance(players.vae, ConvolutionalVAE)
+                last_layer = players.vae.encoder.conv_out.weight
+                weight = balanced_weight(nll, penalty, config.alignment.weight, last_layer, self.accelerator)
+                values["alignment_weight"] = weight
+            rest = rest + weight * penalty
         # not `seen` again, since the gradients of both terms are computed one after the other (`adaptively_weighted`)
         fake = as_seen(output.reconstruction, background)
         if config.discriminator.sees == "latents":
             fake, real = posterior_and_prior_samples(output.posterior, noise_seeds)
         return Outcome(
-            nll=terms.nll(config),
+            nll=nll,
             rest=rest,
             outputs=output.nll_depends_on,
             real=real,
             fake=fake,
             values=values,
         )
+
+    def _alignment(self, images: Tensor, projected: Tensor) -> Tensor:
+        """How far the projected latents are from the features of their images: a scalar."""
+        assert self.judges.alignment is not None
+        height, width = projected.shape[2:]
+        features = features_at_latents(self.judges.alignment, images, (height, width))
+        return alignment_penalty(projected, features, self.config.loss.alignment)
 
     def discriminator_pass(
         self, real_inputs: Tensor, fake_inputs: Tensor, noise_seeds: Tensor
