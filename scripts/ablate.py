@@ -11,7 +11,8 @@ width is the spread between seeds. Besides the figures of the last validation:
 
 - sharpness: energy of the gradients of the reconstructions in parts of that of the images (1 is as sharp);
 - equivariance: the encoder's error when images are shrunk to a half (`sdvae.metrics.equivariance`; lower is better);
-- CPU s/step: processor time of the whole run, with start and validation, divided by its steps.
+- CPU s/step: processor time of the whole run, with start and validation, divided by its steps; without the runs that
+  were interrupted.
 """
 
 from __future__ import annotations
@@ -93,9 +94,9 @@ def trained(options: list[str]) -> dict[str, float]:
     run = RunFolder(config.output_dir)
     result = Path(run.root) / "ablation.json"
     if not result.is_file():
-        before = json.loads(spent.read_text()) if (spent := Path(run.root) / "seconds.json").is_file() else 0.0
         log = Path(f"{run.root}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
+        whole = not Path(run.root).exists()  # the time of one that was interrupted before is not known
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         with log.open("ab") as file:
             process = subprocess.Popen(
@@ -103,12 +104,11 @@ def trained(options: list[str]) -> dict[str, float]:
             )
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = before + usage.ru_utime + usage.ru_stime
-        if Path(run.root).is_dir():
-            spent.write_text(json.dumps(seconds))
         if process.returncode:
             raise InputError(f"the run in {run.root} ended with exit code {process.returncode}; see {log}")
-        measured = measure(config) | {"seconds": seconds / config.steps}
+        measured = measure(config)
+        if whole:
+            measured["seconds"] = (usage.ru_utime + usage.ru_stime) / config.steps
         with replacing(result) as temporary:
             temporary.write_text(json.dumps(measured, indent=2), encoding="utf-8")
     return json.loads(result.read_text(encoding="utf-8"))
@@ -161,6 +161,9 @@ def table(figures: Mapping[tuple[str, int], Mapping[str, float]], changes: list[
 
 def cell(values: list[float], digits: int, signed: bool) -> str:
     """The mean, a difference with its sign, and half the width of its interval if there are two values or more."""
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return ""
     estimate = estimate_mean(values)
     text = f"{estimate.mean:{'+' if signed else ''}.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {estimate.high - estimate.mean:.{digits}f}"

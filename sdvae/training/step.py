@@ -208,40 +208,46 @@ class TrainStep:
         values = terms.logged(self.judges)
         if seen.shape[1] == 4:
             values["alpha"] = (seen[:, 3] - real[:, 3]).abs().mean()
-        rest = kl_weight_at(step, config) * terms.kl_penalty
-        tune = self.config.fine_tune
-        if tune.anchor_weight > 0 and self.anchor is not None:
-            values["anchor"] = penalty = self.anchor.penalty(images, output.posterior, tune.anchor)
-            rest = rest + tune.anchor_weight * penalty
         nll = terms.nll(config)
-        if self.judges.alignment is not None and output.projected is not None:
-            values["alignment"] = penalty = self._alignment(images, output.projected)
-            weight = nll.new_full((), config.alignment.weight)
-            if config.alignment.adaptive:
-                assert isinstance(players.vae, ConvolutionalVAE)
-                last_layer = players.vae.encoder.conv_out.weight
-                weight = balanced_weight(nll, penalty, config.alignment.weight, last_layer, self.accelerator)
-                values["alignment_weight"] = weight
-            rest = rest + weight * penalty
+        of_latents, more = self._latent_terms(images, output, nll)
         # not `seen` again, since the gradients of both terms are computed one after the other (`adaptively_weighted`)
         fake = as_seen(output.reconstruction, background)
         if config.discriminator.sees == "latents":
             fake, real = posterior_and_prior_samples(output.posterior, noise_seeds)
         return Outcome(
             nll=nll,
-            rest=rest,
+            rest=kl_weight_at(step, config) * terms.kl_penalty + of_latents,
             outputs=output.nll_depends_on,
             real=real,
             fake=fake,
-            values=values,
+            values=values | more,
         )
 
-    def _alignment(self, images: Tensor, projected: Tensor) -> Tensor:
-        """How far the projected latents are from the features of their images: a scalar."""
-        assert self.judges.alignment is not None
-        height, width = projected.shape[2:]
-        features = features_at_latents(self.judges.alignment, images, (height, width))
-        return alignment_penalty(projected, features, self.config.loss.alignment)
+    def _latent_terms(self, images: Tensor, output: VAEOutput, nll: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the penalties on the latents besides the KL, and scalars for the log.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+            output: what the VAE makes of them.
+            nll: the reconstruction loss, which balances the weight of the alignment.
+        """
+        tune, settings = self.config.fine_tune, self.config.loss.alignment
+        total, values = nll.new_zeros(()), {}
+        if tune.anchor_weight > 0 and self.anchor is not None:
+            values["anchor"] = self.anchor.penalty(images, output.posterior, tune.anchor)
+            total = total + tune.anchor_weight * values["anchor"]
+        if self.judges.alignment is not None and output.projected is not None:
+            height, width = output.projected.shape[2:]
+            features = features_at_latents(self.judges.alignment, images, (height, width))
+            values["alignment"] = penalty = alignment_penalty(output.projected, features, settings)
+            weight = nll.new_full((), settings.weight)
+            if settings.adaptive:
+                assert isinstance(self.players.vae, ConvolutionalVAE)
+                last_layer = self.players.vae.encoder.conv_out.weight
+                weight = balanced_weight(nll, penalty, settings.weight, last_layer, self.accelerator)
+                values["alignment_weight"] = weight
+            total = total + weight * penalty
+        return total, values
 
     def discriminator_pass(
         self, real_inputs: Tensor, fake_inputs: Tensor, noise_seeds: Tensor
