@@ -62,6 +62,7 @@ from sdvae.runtime import DTYPES, resolve_precision
 from sdvae.training.build import build_vae, lay_out
 from sdvae.training.config import TrainConfig
 from sdvae.training.discriminator import PatchDiscriminator
+from sdvae.training.objective import Judges
 from sdvae.training.players import Players
 from sdvae.training.step import TrainStep
 
@@ -283,7 +284,7 @@ def our_step(
         "bad": [],
     }
 
-    train_step = TrainStep(config, players, perceptual, accelerator)
+    train_step = TrainStep(config, players, Judges(perceptual), accelerator)
 
     def step() -> None:
         result = train_step(1, iter([batch]))

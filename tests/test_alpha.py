@@ -249,7 +249,7 @@ def test_a_wide_vae_trains_resumes_exactly_and_serves_every_command(pictures, wi
     assert main(["evaluate", str(model), "--data", str(pictures), "--lpips", "none", *options, *output]) == 0
     assert "PSNR of alpha, dB" in capsys.readouterr().out
     encode = ["encode", "--source", str(pictures), "--vae", str(model), "--output", str(tmp_path / "latents")]
-    assert main([*encode, *options, "--dtype", "fp32", "--device", "cpu"]) == 0
+    assert main([*encode, *options, "--dtype", "fp32", "--precision", "fp32", "--device", "cpu"]) == 0
     row = LatentDataset(tmp_path / "latents", sample=False, scaling="none")[0]
     x = to_tensor(read_image(pictures / "00.png", RGBA).resize((32, 32), Image.BICUBIC, box=(4, 0, 52, 48)))[None]
     with torch.no_grad():

@@ -322,7 +322,8 @@ def test_a_training_step_equals_the_cpu_and_waits_once(cuda, trunk, name):
     assert counted.waits == {"training/step.py:_agree": 1}
     if precision != "fp16":  # which a CPU refuses
         wanted, on_cpu = step_on("cpu", precision, trunk, accumulation, Counted(cuda), **loss)
-        tolerance = 0.1 if precision == "bf16" else 1e-3  # of the GAN's weight, a quotient of norms of gradients
+        # of the GAN's weight, a quotient of norms of gradients; CPUs that compute in bf16 round in another order
+        tolerance = 0.2 if precision == "bf16" else 1e-3
         for found, expected in zip(values, wanted, strict=True):
             assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
         if precision == "no":  # Adam moves weights by their gradients' sign, so the rounding of bf16 is not small

@@ -177,7 +177,7 @@ def refused(given: list[str], output: Path, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__resolution": "64"}, "whose images have sides from 32 pixels on, and data.resolution=64"),
+        ({"data__resolution": "64"}, "whose images have sides from 32 pixels on, and training crops of 64"),
         ({"data__resolution": "31", "data__pad": "true"}, "need a multiple of 2, at most 32"),
         ({"data__background": "[0, 0, 0]"}, r"made with background=\[255, 255, 255\], and data.background=\(0, 0, 0\)"),
         ({"data__color": "raw"}, "made with color=srgb, and data.color=raw"),
