@@ -142,6 +142,17 @@ def test_what_is_not_such_a_network_is_refused_in_one_line(convnext, tmp_path):
         load_features("facebook/dinov2-small", path)
 
 
+@pytest.mark.parametrize("key", ["discriminator__features", "features__net", "alignment__net"])
+def test_a_run_whose_network_cannot_be_read_writes_nothing(tmp_path, key):
+    source = draw_photographs(tmp_path / "photographs")
+    section = key.partition("__")[0]
+    settings = {f"loss__{section}__weight": "0.5", f"loss__{key}": str(tmp_path / "nothing")}
+    settings["loss__discriminator__layers"] = "3"
+    with pytest.raises(InputError, match=r"as a network for features, which is no folder and no owner/name"):
+        run(source, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_run_with_frozen_features_is_continued_exactly_and_does_not_save_them(transformers, tmp_path):
     source = draw_photographs(tmp_path / "photographs")

@@ -21,9 +21,9 @@ class DiagonalGaussian(DiagonalGaussianDistribution):
     It has diffusers' `mean`, `std`, `var` and `logvar`, (B, C, h, w) each. `kl` and `nll` are summed in fp32 or wider,
     since a half-precision sum over 4·64·64 terms loses digits.
 
-    Args:
-        parameters: (B, 2C, h, w) float, the encoder's output: mean and log-variance stacked along channels.
-        deterministic: as in diffusers: `std` and `var` are zero, and so are `kl` and `nll`, of shape (1,).
+    The constructor is diffusers'. It takes `parameters`, (B, 2C, h, w) float, the encoder's output: mean and
+    log-variance stacked along channels. If `deterministic` is true, `std` and `var` are zero, and so are `kl` and
+    `nll`, of shape (1,).
     """
 
     @classmethod

@@ -145,6 +145,7 @@ class Training:
         alignment = build_alignment(recipe, accelerator)
         self.judges = Judges(self.perceptual, build_feature_distance(recipe, accelerator), alignment)
         self.distances = build_distances(recipe, accelerator)
+        self.discriminator_features = build_discriminator_features(recipe, accelerator)
         self.findings = check_recipe(
             self.config,
             images_per_step=self.images_per_step,
@@ -175,7 +176,7 @@ class Training:
             self.findings += everywhere(accelerator, self._probe)
         aligned = self.judges.alignment
         feature_width = aligned.widths[-1] if aligned is not None else None
-        players = Players(vae, config, accelerator, build_discriminator_features(config, accelerator), feature_width)
+        players = Players(vae, config, accelerator, self.discriminator_features, feature_width)
         source = config.loss.discriminator.source
         if found is None and source is not None and players.discriminator is not None:
             load_discriminator(players.discriminator.network, source, accelerator)
