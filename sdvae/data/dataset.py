@@ -95,14 +95,12 @@ class TrainingImages(Dataset[Sample]):
 
     Args:
         source: the images.
-        resolution: R, the side of the crops, in pixels, where a key asks for no other.
+        resolution: R, the side of the crops, in pixels; where keys ask for several, the largest.
         seed: the seed of crops, jitter, noise and substitutes, 0 .. 2^32 - 1.
         reading: how files are read; images that are too small are bad.
         crop_scale: the crop's side as a fraction of the short side; see `random_crop`.
         flip: probability of a mirror image.
         native_crop: probability that a crop is not resized.
-        largest: the largest side of crops that keys ask for, if it is not `resolution`; an image whose short side is
-            less than half of it is bad.
         color_jitter: the `strength` of the function `color_jitter`; 0 turns it off.
         cache_mib: how many MiB of decoded images each worker keeps in memory, for small data sets. An image is never
             removed again, since in a shuffled order each one is equally likely to come next.
@@ -123,7 +121,6 @@ class TrainingImages(Dataset[Sample]):
         crop_scale: tuple[float, float] = (0.5, 1.0),
         flip: float = 0.5,
         native_crop: float = 0.0,
-        largest: int | None = None,
         color_jitter: float = 0.0,
         cache_mib: float = 0,
         labels: np.ndarray | None = None,
@@ -138,7 +135,7 @@ class TrainingImages(Dataset[Sample]):
         self.source = source
         self.resolution = resolution
         self.seed = seed
-        self.reading = reading.for_crops(largest or resolution)
+        self.reading = reading.for_crops(resolution)
         self.crop_scale = crop_scale
         self.flip = flip
         self.native_crop = native_crop
@@ -175,8 +172,7 @@ class TrainingImages(Dataset[Sample]):
 
     def _crop(self, image: Image.Image, index: int, resolution: int, generator: np.random.Generator) -> Crop:
         """A random crop of the image at an index."""
-        crop = random_crop(image, resolution, generator, self.crop_scale, self.flip, self.native_crop)
-        pixels = to_tensor(crop)
+        pixels = to_tensor(random_crop(image, resolution, generator, self.crop_scale, self.flip, self.native_crop))
         return Crop(image=color_jitter(pixels, self.color_jitter, generator))
 
     def _good_image(self, epoch: int, index: int) -> tuple[Image.Image, int, list[tuple[str, str]]]:

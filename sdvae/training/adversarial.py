@@ -39,10 +39,7 @@ def adaptively_weighted(
         the weight of g, which is the same on every process.
     """
     reconstruction = outputs[0]
-    # fp16 rounds small gradients to 0, so they are computed from scaled losses and then divided by the scale
-    scale = nll.new_ones(())
-    if accelerator.scaler is not None:
-        scale = accelerator.scaler.scale(scale)  # `get_scale` would wait for the device
+    scale = loss_scale(nll, accelerator)
     nll_gradients = [gradient / scale for gradient in torch.autograd.grad(nll * scale, outputs)]
     g_gradient = torch.autograd.grad(g * scale, reconstruction)[0] / scale
 
@@ -50,8 +47,7 @@ def adaptively_weighted(
         torch.autograd.grad(reconstruction, last_layer, grad_outputs=gradient * scale, retain_graph=True)[0] / scale
         for gradient in (nll_gradients[0], g_gradient)
     ]
-    # averaged over processes before the norms are computed, so that the weight is that of the whole batch
-    nll_norm, g_norm = accelerator.reduce(torch.stack(layer_gradients), reduction="mean").flatten(1).norm(dim=1)
+    nll_norm, g_norm = norms_over_processes(layer_gradients, accelerator)
     values = reconstruction[0].numel()  # here nll is divided by C·H·W
     adaptive = (values * nll_norm / (g_norm + ADAPTIVE_EPS)).clamp(max=ADAPTIVE_MAX) / values
     gan_weight = weight * adaptive
@@ -61,3 +57,15 @@ def adaptively_weighted(
     for output, gradient in zip(outputs, gradients, strict=True):
         objective = objective + (output * gradient).sum()  # its gradient at `output` is `gradient`
     return objective, gan_weight
+
+
+def loss_scale(like: Tensor, accelerator: Accelerator) -> Tensor:
+    """The factor of losses whose gradients are then divided by it, since fp16 rounds small gradients to 0; else 1."""
+    scale = like.new_ones(())
+    # `get_scale` would wait for the device
+    return scale if accelerator.scaler is None else accelerator.scaler.scale(scale)
+
+
+def norms_over_processes(gradients: list[Tensor], accelerator: Accelerator) -> Tensor:
+    """The norm of each gradient, averaged over processes before, so that it is that of the whole batch."""
+    return accelerator.reduce(torch.stack(gradients), reduction="mean").flatten(1).norm(dim=1)

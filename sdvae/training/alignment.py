@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdvae.metrics.features import Features
-from sdvae.training.adversarial import ADAPTIVE_EPS
+from sdvae.training.adversarial import ADAPTIVE_EPS, loss_scale, norms_over_processes
 from sdvae.training.config import AlignmentConfig
 
 ADAPTIVE_MAX = 1e8  # LightningDiT, calculate_adaptive_weight_vf
@@ -69,9 +69,7 @@ def balanced_weight(
         weight: a factor.
         last_layer: w, the weight of the encoder's last convolution.
     """
-    scale = nll.new_ones(())
-    if accelerator.scaler is not None:  # see `adaptively_weighted`
-        scale = accelerator.scaler.scale(scale)
+    scale = loss_scale(nll, accelerator)
     gradients = [torch.autograd.grad(x * scale, last_layer, retain_graph=True)[0] / scale for x in (nll, penalty)]
-    nll_norm, norm = accelerator.reduce(torch.stack(gradients), reduction="mean").flatten(1).norm(dim=1)
+    nll_norm, norm = norms_over_processes(gradients, accelerator)
     return weight * (nll_norm / (norm + ADAPTIVE_EPS)).clamp(max=ADAPTIVE_MAX)

@@ -244,7 +244,7 @@ def build_feature_distance(config: TrainConfig, accelerator: Accelerator) -> Fea
     if settings.weight == 0:
         return None
     side = config.data.training_resolutions[0] * config.loss.equivariance.smallest_scale
-    features = _build_features(settings.net, settings.weights, "loss.features.net", side, config, accelerator)
+    features = _features_for(settings.net, settings.weights, "loss.features.net", side, config, accelerator)
     return FeatureDistance(features).to(accelerator.device)
 
 
@@ -257,13 +257,12 @@ def build_alignment(config: TrainConfig, accelerator: Accelerator) -> Features |
     settings = config.loss.alignment
     if settings.weight == 0:
         return None
-    features = _downloaded(accelerator, lambda: load_features(settings.net))
+    features = _shared_features(settings.net, None, accelerator)
     if features.multiple == 1:
         raise InputError(
             f"got loss.alignment.net={settings.net}; need a vision transformer, whose patches stand for the positions "
             "of latents, such as facebook/dinov2-large"
         )
-    features.load_state_dict(from_main(accelerator, features.state_dict()))  # files may differ between machines
     return features.to(accelerator.device)
 
 
@@ -294,19 +293,26 @@ def build_discriminator_features(config: TrainConfig, accelerator: Accelerator) 
     if settings.weight == 0 or name is None:
         return None
     side = config.discriminator_side
-    return _build_features(name, weights, "loss.discriminator.features", side, config, accelerator)
+    return _features_for(name, weights, "loss.discriminator.features", side, config, accelerator)
 
 
-def _build_features(
+def _features_for(
     name: str, weights: str | None, key: str, side: float, config: TrainConfig, accelerator: Accelerator
 ) -> Features:
-    features = _downloaded(accelerator, lambda: load_features(name, weights))
+    """The network that `key` names, if images of `side` pixels are large enough for it."""
+    features = _shared_features(name, weights, accelerator)
     if side < features.smallest_side:
         raise InputError(
             f"got training crops of {config.data.training_resolutions[0]} pixels with {key}={name}, which then sees "
             f"images of {side:g} pixels; need {features.smallest_side} or more; take larger crops"
         )
-    features.load_state_dict(from_main(accelerator, features.state_dict()))  # files may differ between machines
+    return features
+
+
+def _shared_features(name: str, weights: str | None, accelerator: Accelerator) -> Features:
+    """A frozen network with the main process's weights on every process, since files may differ between machines."""
+    features = _downloaded(accelerator, lambda: load_features(name, weights))
+    features.load_state_dict(from_main(accelerator, features.state_dict()))
     return features
 
 

@@ -129,13 +129,12 @@ def training_images(source: ImageSource, config: TrainConfig) -> TrainingImages:
         )
     return TrainingImages(
         source,
-        resolution=resolution_at(0, config),
+        resolution=data.training_resolutions[-1],
         seed=config.seed,
         reading=reading_of(config),
         crop_scale=data.crop_scale,
         flip=data.flip,
         native_crop=data.native_crop,
-        largest=data.training_resolutions[-1],
         color_jitter=data.color_jitter,
         cache_mib=data.cache_mib,
         labels=labels_of(source, config),

@@ -73,7 +73,7 @@ class TrainStep:
         judges: the networks of the perceptual terms.
         accelerator: the run's Accelerator.
         teacher: the VAE that a student learns from; None when a VAE learns.
-        anchor: the encoder of the VAE at the start; None unless the recipe has fine_tune.anchor_weight.
+        anchor: the encoder of the VAE that is fine-tuned, before its first step; None if none trains on.
     """
 
     def __init__(
