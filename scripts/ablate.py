@@ -36,7 +36,7 @@ from torch import Tensor
 
 from sdvae import load_vae
 from sdvae.cli import parse_train_config
-from sdvae.errors import InputError, exit_code
+from sdvae.errors import InputError, exit_code, one_line
 from sdvae.io import replacing
 from sdvae.metrics.equivariance import SCALES, Transformed, encoder_errors, transform
 from sdvae.metrics.table import estimate_mean
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--only", nargs="+", metavar="CHANGE", help="these changes instead of all")
     arguments, overrides = parser.parse_known_args()
-    plan = yaml.safe_load(arguments.file.read_text(encoding="utf-8"))
+    plan = read_plan(arguments.file)
     changes: dict[str, dict[str, Any]] = {BASE: {}} | plan["changes"]
     if unknown := sorted(set(arguments.only or ()) - set(changes)):
         raise InputError(f"got --only {' '.join(unknown)}; need changes of {arguments.file}: {', '.join(changes)}")
@@ -81,6 +81,22 @@ def main() -> None:
         futures = {key: pool.submit(trained, options) for key, options in runs.items()}
         figures = {key: future.result() for key, future in futures.items()}
     print(table(figures, list(changes), arguments.seeds))
+
+
+def read_plan(file: Path) -> dict[str, Any]:
+    """The recipe, the settings and the changes in a YAML file."""
+    need = "need a YAML file with recipe, settings and changes, such as scripts/ablation.yaml"
+    if not file.is_file():
+        raise InputError(f"there is no file {file}; {need}")
+    try:
+        plan = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not YAML: {one_line(error)}; {need}") from error
+    kinds = {"recipe": str, "settings": dict, "changes": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(plan, dict) or not isinstance(plan.get(key), kind)]
+    if wrong:
+        raise InputError(f"got {file}, in which {', '.join(wrong)} is missing or of another kind; {need}")
+    return plan
 
 
 def as_options(settings: Mapping[str, Any]) -> list[str]:
