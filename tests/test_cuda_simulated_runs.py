@@ -85,7 +85,7 @@ def files_of(run: Path) -> dict[str, dict[str, Tensor]]:
     return {path.name: load_file(path) for path in files}
 
 
-def adam_of(run: Path, step: int) -> dict[str, Any]:
+def optimizer_state_of(run: Path, step: int) -> dict[str, Any]:
     path = run / "checkpoints" / f"step-{step:08d}" / "generator_optimizer.pt"
     return torch.load(path, weights_only=True)["state"]
 
@@ -108,6 +108,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": "true",
     },
     "bf16, fused": {"mixed_precision": "bf16", "optimizer__kind": "adamw_fused", "batch_size": "3"},
+    "muon": {"optimizer__kind": "muon"},
     "fp16": {
         "mixed_precision": "fp16",
         "loss__discriminator__weight": "0.5",
@@ -130,13 +131,13 @@ def run_of(name: str, source: Path, output: Path, trunk: Path) -> Path:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_that_of_the_cpu_continues_to_the_same_bits_and_waits_once_a_step(name, photographs, tmp_path, trunk):
     whole, waits = on("cuda", lambda: run_of(name, photographs, tmp_path / "gpu", trunk))
-    batches = {"everything": 4, "bf16, fused": 1, "fp16": 2}[name]  # of the validation
+    batches = {"everything": 4, "bf16, fused": 1, "muon": 2, "fp16": 2}[name]  # of the validation
     for where, count in EACH_STEP.items():
         assert waits.pop(where) == 4 * count
     for where, count in EACH_VALIDATED_BATCH.items():
         assert waits.pop(where) == batches * count
     assert waits.keys() <= SOMETIMES
-    assert adam_of(whole, 4)[0]["exp_avg"].device.type == "cpu"
+    assert {x.device.type for state in optimizer_state_of(whole, 4).values() for x in state.values()} == {"cpu"}
 
     cut = tmp_path / "cut"
     with fault("crash", 3), pytest.raises(Crash):

@@ -186,6 +186,33 @@ def test_in_bf16_stopped_and_continued_is_uninterrupted(whole, tmp_path):
     assert differences(wanted["weights"], in_fp32["weights"]), "was not computed in bf16"
 
 
+def test_with_muon_stopped_and_continued_is_uninterrupted(whole, tmp_path):
+    source, with_adamw = whole
+    run(source, tmp_path / "whole", optimizer__kind="muon")
+    with fault("sigterm", 3), pytest.raises(Stopped):
+        run(source, tmp_path / "run", optimizer__kind="muon")
+    run(source, tmp_path / "run", optimizer__kind="muon")
+    wanted = result(tmp_path / "whole")
+    assert not differences(result(tmp_path / "run"), wanted)
+    states = wanted["optimizers"]["generator"]["state"].values()
+    assert {frozenset(state) for state in states} == {
+        frozenset({"momentum"}),
+        frozenset({"step", "exp_avg", "exp_avg_sq"}),
+    }
+    assert wanted["optimizers"]["discriminator"].keys() == with_adamw["optimizers"]["discriminator"].keys()
+
+
+def test_a_run_that_changes_to_muon_starts_its_moments_anew(whole, tmp_path, caplog):
+    source, _ = whole
+    with fault("sigterm", 3), pytest.raises(Stopped):
+        run(source, tmp_path / "run")
+    run(source, tmp_path / "run", optimizer__kind="muon", checkpoint__accept_changed_config="true")
+    assert "optimizer.kind has changed: the optimizer's moments start anew" in caplog.text
+    assert {"momentum"} in [
+        set(state) for state in result(tmp_path / "run")["optimizers"]["generator"]["state"].values()
+    ]
+
+
 @pytest.mark.parametrize("step", [1, 5])
 def test_crashed_between_checkpoints_and_continued_is_uninterrupted(whole, tmp_path, step):
     source, wanted = whole

@@ -390,11 +390,12 @@ def parse_terms(text: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
-    kind: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
-    """torch's AdamW, torch's with the fused kernel, or bitsandbytes' with 8-bit moments (GPU only; pip install
-    bitsandbytes)."""
+    kind: Literal["adamw", "adamw_fused", "adamw_8bit", "muon"] = "adamw"
+    """torch's AdamW, torch's with the fused kernel, bitsandbytes' with 8-bit moments (GPU only; pip install
+    bitsandbytes), or Muon for the kernels of hidden layers and AdamW for all else, the discriminator included
+    (sdvae/training/optimizer.py)."""
     learning_rate: float = 1e-4
     """Peak learning rate. It is not scaled by batch size or number of processes."""
     schedule: Literal["constant", "cosine", "wsd"] = "constant"
@@ -408,7 +409,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     betas: tuple[float, float] = (0.5, 0.9)
-    """Adam's moment decays; (0.5, 0.9) is LDM's."""
+    """Adam's moment decays; (0.5, 0.9) is LDM's. Muon's momentum is 0.95."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     grad_clip_norm: float = 1.0

@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sdvae.errors import require
 from sdvae.metrics.equivariance import Transformation
 from sdvae.metrics.features import Features
 from sdvae.model import Autoencoder, AutoencoderTiny, ConvolutionalVAE, DiagonalGaussian
 from sdvae.roundtrip import decode_output, encode_images
-from sdvae.training.config import DiscriminatorConfig, OptimizerConfig, TrainConfig
+from sdvae.training.config import DiscriminatorConfig, TrainConfig
 from sdvae.training.discriminator import FeatureDiscriminator, LeCam, PatchDiscriminator
 from sdvae.training.ema import WeightAverage, decay_of_half_life
 from sdvae.training.objective import learning_rate_at
+from sdvae.training.optimizer import build_optimizer
 from sdvae.tutorial.adversary import LatentDiscriminator
 
 FROZEN_PARTS = ("encoder.", "quant_conv.")  # the parts that latents depend on
@@ -215,7 +216,8 @@ class Players:
             network.to(accelerator.device)
             if config.channels_last:
                 network.to(memory_format=torch.channels_last)
-            optimizer = build_optimizer(network, config.optimizer, settings.betas)
+            alike = config.optimizer if config.optimizer.kind != "muon" else replace(config.optimizer, kind="adamw")
+            optimizer = build_optimizer(network, alike, settings.betas)
             self.discriminator = Player(network, accelerator.prepare(network), optimizer)
 
     def __iter__(self) -> Iterator[tuple[str, Player]]:
@@ -285,19 +287,3 @@ def frozen(network: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def build_optimizer(network: nn.Module, config: OptimizerConfig, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """AdamW over the parameters that train.
-
-    Raises:
-        InputError: when the recipe needs bitsandbytes and it is not installed.
-    """
-    trained = [p for p in network.parameters() if p.requires_grad]
-    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": betas, "weight_decay": config.weight_decay}
-    if config.kind == "adamw_8bit":
-        require("bitsandbytes", "optimizer.kind=adamw_8bit", "bitsandbytes")
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(trained, **settings)
-    return torch.optim.AdamW(trained, fused=config.kind == "adamw_fused" or None, **settings)

@@ -213,7 +213,7 @@ class RunState:
             InputError: when the number of trained parameters has changed.
         """
         kinds = {kind, checkpoint.state["config"]["optimizer"]["kind"]}
-        if len(kinds) > 1 and "adamw_8bit" in kinds:
+        if len(kinds) > 1 and kinds & {"adamw_8bit", "muon"}:
             logger.warning("optimizer.kind has changed: the optimizer's moments start anew")
             return {}
         for name, player in self.players.items():
