@@ -246,8 +246,8 @@ def test_the_forms_of_upsampling_do_not_make_a_gpu_wait(cuda, form):
 
 def step_on(
     device: str, precision: str, trunk: Path, accumulation: int, compute: Any, **loss: Any
-) -> tuple[list[dict[str, float]], Players]:
-    """Two training steps. Returns the values of the second, and the players."""
+) -> tuple[list[list[dict[str, float]]], Players]:
+    """Two training steps. Returns the values of each, and the players."""
     AcceleratorState._reset_state()
     PartialState._reset_state()
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
@@ -267,17 +267,20 @@ def step_on(
     players = Players(vae, config, accelerator)
     perceptual: Perceptual = load_perceptual("squeeze", trunk, heads="uniform").to(accelerator.device)
     step = TrainStep(config, players, Judges(perceptual), accelerator)
+    steps = []
     for number in range(10):
         batch = {"image": images(), "noise_seed": SEEDS, "index": torch.arange(2), "bad": []}
         if device == "cuda":
             batch["image"] = batch["image"].pin_memory()  # as the loader does
         with compute:
             result = step(number, iter([batch] * accumulation))
+        if not result.skipped:
+            steps.append(result.values)
         if number > 0 and not result.skipped:
             break
         assert precision == "fp16" or number == 0  # whose scale is at first too large
     assert not result.skipped
-    return result.values, players
+    return steps, players
 
 
 class Counted:
@@ -318,14 +321,15 @@ STEPS: dict[str, tuple[str, int, dict[str, Any]]] = {
 def test_a_training_step_equals_the_cpu_and_waits_once(cuda, trunk, name):
     precision, accumulation, loss = STEPS[name]
     counted = Counted(cuda)
-    values, players = step_on("cuda", precision, trunk, accumulation, counted, **loss)
+    steps, players = step_on("cuda", precision, trunk, accumulation, counted, **loss)
     assert counted.waits == {"training/step.py:_agree": 1}
     if precision != "fp16":  # which a CPU refuses
         wanted, on_cpu = step_on("cpu", precision, trunk, accumulation, Counted(cuda), **loss)
-        # of the GAN's weight, a quotient of norms of gradients; CPUs that compute in bf16 round in another order
-        tolerance = 0.2 if precision == "bf16" else 1e-3
-        for found, expected in zip(values, wanted, strict=True):
-            assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
+        # in bf16, the first step moves weights by their gradients' sign, so rounding makes the second step another
+        tolerances = (0.05, 0.2) if precision == "bf16" else (1e-3, 1e-3)
+        for values, others, tolerance in zip(steps, wanted, tolerances, strict=True):
+            for found, expected in zip(values, others, strict=True):
+                assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
         if precision == "no":  # Adam moves weights by their gradients' sign, so the rounding of bf16 is not small
             pairs = zip(players.ema.model.parameters(), on_cpu.ema.model.parameters(), strict=True)
             distance = torch.cat([(found.host - expected).abs().flatten() for found, expected in pairs]).mean()
