@@ -71,8 +71,10 @@ weights computed in fp32.
 ## Recipe
 
 `configs/small_f8c4.yaml`: {steps_1} steps of {batch_1} crops of {resolution_1} pixels from new weights, with L2 + LPIPS
-+ KL and Muon. Then `configs/small_f8c4_gan.yaml`: {steps_2} steps of {batch_2} crops of {resolution_2} pixels, with a PatchGAN.
-`scripts/train_embedded.py FOLDER` repeats it. `scaling_factor` {scaling_factor:.5f} is 1/std of the training latents.
++ KL and Muon. Then `configs/small_f8c4_gan.yaml`: {steps_2} steps of {batch_2} crops of {resolution_2} pixels, with a
+PatchGAN. `scripts/train_embedded.py FOLDER` repeats it.
+
+`scaling_factor` {scaling_factor:.5f} is 1/std of the training latents.
 """
 
 
