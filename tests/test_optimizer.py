@@ -9,6 +9,7 @@ from torch import nn
 from sdvae.training.build import build_vae
 from sdvae.training.config import ModelConfig, OptimizerConfig
 from sdvae.training.optimizer import Muon, build_optimizer, matrices_of, orthogonalised
+from tests.processes import launch
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1}
 
@@ -109,3 +110,38 @@ def test_muon_has_the_hidden_layers_and_adamw_all_else_that_trains():
     optimizer = build_optimizer(vae, OptimizerConfig(kind="muon"), (0.9, 0.99))
     every = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(every) == sorted(id(p) for p in vae.parameters() if p.requires_grad)
+
+
+def steps_of(rank: int, noise: float) -> list[nn.Parameter]:
+    """Parameters after two steps, whose gradients differ between processes by noise, as those of other hardware do."""
+    torch.manual_seed(0)
+    matrices = [nn.Parameter(torch.randn(shape)) for shape in [(24, 54), (40, 16), (16, 16, 3, 3)]]
+    optimizer = Muon(matrices, [], **SETTINGS)
+    for _ in range(2):
+        for parameter in matrices:
+            parameter.grad = torch.randn(parameter.shape)
+            parameter.grad += noise * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(rank))
+        optimizer.step()
+    return matrices
+
+
+def take_steps(arguments: list[str]) -> None:
+    """The steps of one of two processes, written to a file."""
+    folder, noise = arguments
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    torch.save(steps_of(rank, float(noise)), f"{folder}/{noise}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", ["0", "1e-5"])
+def test_two_processes_have_the_same_weights_also_when_their_gradients_are_rounded_differently(noise, tmp_path):
+    finished = launch(take_steps, [tmp_path, noise], tmp_path, world_size=2)
+    assert finished.codes == [0, 0], finished.stderr
+    first, second = (torch.load(tmp_path / f"{noise}-{rank}.pt", weights_only=False) for rank in (0, 1))
+    for a, b, alone in zip(first, second, steps_of(0, float(noise)), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, alone, atol=1e-3, rtol=0)
+    if noise != "0":  # or the test would show nothing
+        assert not torch.equal(steps_of(0, float(noise))[0], steps_of(1, float(noise))[0])

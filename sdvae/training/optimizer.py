@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
@@ -47,6 +48,26 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
+def orthogonalised_together(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonalised` of each matrix, computed by one process and sent to all others.
+
+    Args:
+        matrices: the same in every process up to rounding, contiguous.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [orthogonalised(matrix) for matrix in matrices]
+    processes, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    results, sent = [], []
+    for index, matrix in enumerate(matrices):
+        owner = index % processes
+        results.append(orthogonalised(matrix).contiguous() if owner == rank else torch.empty_like(matrix))
+        sent.append(torch.distributed.broadcast(results[-1], src=owner, async_op=True))
+    for work in sent:
+        assert work is not None  # every process is in the default group
+        work.wait()
+    return results
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for matrices, AdamW for all other parameters, with one learning rate.
 
@@ -56,7 +77,11 @@ class Muon(torch.optim.Optimizer):
     0.2 √max(n, m), so that its root mean square is 0.2 (Liu et al. 2025, «Muon is scalable for LLM training», arXiv
     2502.16982; torch's `adjust_lr_fn="match_rms_adamw"`). It does not depend on the scale of the gradient.
 
-    torch's own Muon takes matrices alone and computes in bf16, which many CPUs emulate slowly.
+    Processes that train together each compute a part of the matrices' updates and send them to the others. So all have
+    the same weights, also where their hardware rounds products differently, and the work is divided.
+
+    torch's own Muon takes matrices alone, computes all of them in every process, and in bf16, which many CPUs emulate
+    slowly.
 
     Args:
         matrices: parameters of two or more dimensions for Muon.
@@ -88,21 +113,25 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             gradients = {p: p.grad for p in group["params"] if p.grad is not None}
             if group["orthogonal"]:
-                for parameter, gradient in gradients.items():
-                    self._update_matrix(parameter, gradient, group)
+                self._update_matrices(gradients, group)
             else:
                 self._update_others(gradients, group)
         return loss
 
-    def _update_matrix(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update_matrices(self, gradients: dict[Tensor, Tensor], group: dict[str, Any]) -> None:
+        updates = orthogonalised_together([self._direction(*pair) for pair in gradients.items()])
+        for parameter, update in zip(gradients, updates, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            rate = group["lr"] * UPDATE_RMS * max(update.shape) ** 0.5
+            parameter.add_(update.view_as(parameter), alpha=-rate)
+
+    def _direction(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """The momentum with Nesterov's correction, as a matrix."""
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        direction = gradient.lerp(momentum, MOMENTUM).flatten(1)
-        update = orthogonalised(direction).view_as(parameter)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * UPDATE_RMS * max(direction.shape) ** 0.5)
+        return gradient.lerp(momentum, MOMENTUM).flatten(1)
 
     def _update_others(self, gradients: dict[Tensor, Tensor], group: dict[str, Any]) -> None:
         for parameter in gradients:
