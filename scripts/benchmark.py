@@ -444,7 +444,7 @@ def compare_training(
 ) -> None:
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     for label, weight in (("L1 + LPIPS + KL", 0.0), ("with the PatchGAN", 0.5)):
-        ours = warmed(our_step(copy.deepcopy(vae), with_gan(config, weight), accelerator, perceptual, images))
+        ours = warmed(our_step(copy.deepcopy(vae), like_the_loop(config, weight), accelerator, perceptual, images))
         for autocast in (False,) if precision == "fp32" else (False, True):
             theirs = peer.timer(Request("training", gan_weight=weight, autocast=autocast))
             against = precision if autocast else "fp32"
@@ -468,7 +468,7 @@ def other_side(
         model, dtype=DTYPES[request.dtype], memory_format=layout
     )  # diffusers' `to` logs a warning about the dtype
     if request.what == "training":
-        config = with_gan(config, request.gan_weight)
+        config = like_the_loop(config, request.gan_weight)
         return plain_step(model, config, perceptual(), images, autocast=request.autocast)
     if request.compiled:
         model.encoder.compile()
@@ -476,9 +476,11 @@ def other_side(
     return one_pass(model.eval(), request.what, images)
 
 
-def with_gan(config: TrainConfig, weight: float) -> TrainConfig:
-    gan = replace(config.loss.discriminator, weight=weight, start_step=0)
-    return replace(config, gradient_accumulation_steps=1, loss=replace(config.loss, discriminator=gan))
+def like_the_loop(config: TrainConfig, gan_weight: float) -> TrainConfig:
+    """The recipe with the losses and the optimizer that `plain_step` has."""
+    gan = replace(config.loss.discriminator, weight=gan_weight, start_step=0)
+    loss = replace(config.loss, reconstruction="l1", discriminator=gan)
+    return replace(config, gradient_accumulation_steps=1, loss=loss, optimizer=replace(config.optimizer, kind="adamw"))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import Accelerator
-from benchmark import our_step, plain_step, with_gan
+from benchmark import like_the_loop, our_step, plain_step
 from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
@@ -274,7 +274,7 @@ def training(
 ) -> None:
     """Rows of a training step under autocast to bf16."""
     accelerator = Accelerator(cpu=table.device.type == "cpu", mixed_precision="bf16")
-    config = with_gan(config, 0.5 if gan else 0.0)
+    config = like_the_loop(config, 0.5 if gan else 0.0)
     shape = (batch, vae.config.in_channels, side, side)
     images = torch.rand(shape, device=table.device, generator=torch.Generator(table.device).manual_seed(0)) * 2 - 1
 

@@ -174,26 +174,27 @@ def test_stopped_by_sigterm_and_continued_is_uninterrupted(whole, tmp_path, step
     assert not differences(result(tmp_path / "run"), wanted)
 
 
+def uninterrupted(source: Path, root: Path, **changes: str) -> dict:
+    """What a run leaves, having checked that one that was stopped and continued leaves the same."""
+    run(source, root / "whole", **changes)
+    with fault("sigterm", 3), pytest.raises(Stopped):
+        run(source, root / "run", **changes)
+    run(source, root / "run", **changes)
+    wanted = result(root / "whole")
+    assert not differences(result(root / "run"), wanted)
+    return wanted
+
+
 def test_in_bf16_stopped_and_continued_is_uninterrupted(whole, tmp_path):
     """With everything on, as a CPU that computes in bf16 trains by itself."""
     source, in_fp32 = whole
-    run(source, tmp_path / "whole", mixed_precision="bf16")
-    with fault("sigterm", 3), pytest.raises(Stopped):
-        run(source, tmp_path / "run", mixed_precision="bf16")
-    run(source, tmp_path / "run", mixed_precision="bf16")
-    wanted = result(tmp_path / "whole")
-    assert not differences(result(tmp_path / "run"), wanted)
+    wanted = uninterrupted(source, tmp_path, mixed_precision="bf16")
     assert differences(wanted["weights"], in_fp32["weights"]), "was not computed in bf16"
 
 
 def test_with_muon_stopped_and_continued_is_uninterrupted(whole, tmp_path):
     source, with_adamw = whole
-    run(source, tmp_path / "whole", optimizer__kind="muon")
-    with fault("sigterm", 3), pytest.raises(Stopped):
-        run(source, tmp_path / "run", optimizer__kind="muon")
-    run(source, tmp_path / "run", optimizer__kind="muon")
-    wanted = result(tmp_path / "whole")
-    assert not differences(result(tmp_path / "run"), wanted)
+    wanted = uninterrupted(source, tmp_path, optimizer__kind="muon")
     states = wanted["optimizers"]["generator"]["state"].values()
     assert {frozenset(state) for state in states} == {
         frozenset({"momentum"}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,15 +35,18 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
+
+    def polynomial(gram: Tensor) -> Tensor:
+        result = b * gram + c * (gram @ gram)
+        result.diagonal().add_(a)
+        return result
+
     gram = x @ x.T
-    product: Tensor | None = None
-    for step in range(NEWTON_SCHULZ_STEPS):
-        polynomial = b * gram + c * (gram @ gram)
-        polynomial.diagonal().add_(a)
-        product = polynomial if product is None else polynomial @ product
-        if step < NEWTON_SCHULZ_STEPS - 1:
-            gram = polynomial @ gram @ polynomial
-    assert product is not None
+    product = step = polynomial(gram)
+    for _ in range(NEWTON_SCHULZ_STEPS - 1):
+        gram = step @ gram @ step
+        step = polynomial(gram)
+        product = step @ product
     x = product @ x
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
@@ -100,23 +103,18 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float],
         weight_decay: float,
     ):
-        groups = [{"params": list(params), "orthogonal": params is matrices} for params in (matrices, others)]
+        groups = [{"params": list(matrices), "orthogonal": True}, {"params": list(others), "orthogonal": False}]
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             gradients = {p: p.grad for p in group["params"] if p.grad is not None}
             if group["orthogonal"]:
                 self._update_matrices(gradients, group)
             else:
                 self._update_others(gradients, group)
-        return loss
 
     def _update_matrices(self, gradients: dict[Tensor, Tensor], group: dict[str, Any]) -> None:
         updates = orthogonalised_together([self._direction(*pair) for pair in gradients.items()])
