@@ -192,3 +192,4 @@ def test_in_comfyui_itself():
     done = subprocess.run(command, capture_output=True, text=True, cwd=os.environ["COMFYUI"], check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("decode") == 3
+    assert done.stdout.count("ours: previews") == 4
