@@ -303,8 +303,10 @@ def test_a_student_that_does_not_fit_the_teacher_is_refused(teacher_folder, tmp_
         starting_student(recipe(teacher_folder, student=str(teacher_folder)))
 
 
-def test_blocks_of_a_new_student_are_relus_and_its_output_follows_the_latents(teacher_folder):
-    student, *_ = starting_student(recipe(teacher_folder, decoder_width=32))
+@pytest.mark.parametrize("with_norms", [False, True])
+def test_blocks_of_a_new_student_are_relus_and_its_output_follows_the_latents(teacher_folder, with_norms):
+    student, *_ = starting_student(recipe(teacher_folder, decoder_width=32, use_midblock_gn=with_norms))
+    assert (student.decoder.layers[2].pool is not None) == with_norms
     x = torch.randn(1, 32, 8, 8)
     for layer in student.decoder.layers:
         if isinstance(layer, TinyBlock):
@@ -365,6 +367,17 @@ def test_only_the_student_is_saved_and_every_class_loads_it(whole, photographs):
     assert "| teacher_psnr |" in card
     assert "## Previews" in card
     assert not any("kl" in name for line in kept["metrics"] for name in line)
+
+
+@pytest.mark.slow
+def test_a_student_with_norms_learns_them_and_its_card_says_how_to_load_it(teacher_folder, photographs, tmp_path):
+    run(teacher_folder, photographs, tmp_path / "run", distil__use_midblock_gn="true")
+    student = load_vae(tmp_path / "run" / "model")
+    last = student.get_parameter("decoder.layers.2.pool.3.weight")
+    assert float(last.abs().max()) > 0, "it starts from zero"
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "AutoencoderTiny.from_pretrained" not in card
+    assert 'pipe.vae = load_vae("path/to/this/folder")' in card
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ SMALL = {
     "num_decoder_blocks": (1, 0),
     "encoder_block_out_channels": (8, 8),
     "decoder_block_out_channels": (8, 8),
+    "use_midblock_gn": True,
 }
 STATISTICS = {"latents_mean": (0.5, -1.0, 0.25, 0.0), "latents_std": (1.0, 2.0, 3.0, 0.5), "scaling_factor": 1.0}
 

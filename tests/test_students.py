@@ -42,11 +42,16 @@ class Bound(nn.Module):
 
 
 class Residual(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, of_taef2: bool = False) -> None:
         super().__init__()
         self.conv = nn.Sequential(conv(64, 64), nn.ReLU(), conv(64, 64), nn.ReLU(), conv(64, 64))
+        if of_taef2:
+            before, after = nn.Conv2d(64, 256, 1, bias=False), nn.Conv2d(256, 64, 1, bias=False)
+            self.pool = nn.Sequential(before, nn.GroupNorm(4, 256), nn.ReLU(), after)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if hasattr(self, "pool"):
+            x = x + self.pool(x)
         return torch.relu(self.conv(x) + x)
 
 
@@ -54,22 +59,24 @@ def conv(before: int, after: int, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(before, after, 3, padding=1, **options)
 
 
-def published(part: str, channels: int) -> nn.Sequential:
+def published(part: str, channels: int, of_taef2: bool) -> nn.Sequential:
     """The network whose state dict NAME_encoder or NAME_decoder holds: images in [0, 1], scaled latents."""
     if part == "encoder":
         layers: list[nn.Module] = [conv(3, 64), Residual()]
-        for _ in range(3):
-            layers += [conv(64, 64, stride=2, bias=False), Residual(), Residual(), Residual()]
+        for level in range(3):
+            layers.append(conv(64, 64, stride=2, bias=False))
+            layers += [Residual(of_taef2 and level == 2) for _ in range(3)]
         return nn.Sequential(*layers, conv(64, channels))
     layers = [Bound(), conv(channels, 64), nn.ReLU()]
-    for _ in range(3):
-        layers += [Residual(), Residual(), Residual(), nn.Upsample(scale_factor=2), conv(64, 64, bias=False)]
+    for level in range(3):
+        layers += [Residual(of_taef2 and level == 0) for _ in range(3)]
+        layers += [nn.Upsample(scale_factor=2), conv(64, 64, bias=False)]
     return nn.Sequential(*layers, Residual(), conv(64, 3))
 
 
-def published_pair(channels: int) -> dict[str, nn.Sequential]:
+def published_pair(channels: int, of_taef2: bool = False) -> dict[str, nn.Sequential]:
     torch.manual_seed(0)
-    return {part: published(part, channels) for part in ("encoder", "decoder")}
+    return {part: published(part, channels, of_taef2) for part in ("encoder", "decoder")}
 
 
 def student(seed: int = 0, **changes: Any) -> AutoencoderTiny:
@@ -140,6 +147,35 @@ def test_published_pairs_load_with_their_values(channels, suffix, x, tmp_path):
     assert keys(vae.config) == keys(stock.config)
 
 
+def test_taef2s_pair_loads_with_its_values_and_gradients_and_comes_back(x, tmp_path):
+    pair = published_pair(32, of_taef2=True)
+    for part, network in pair.items():
+        for name, weight in network.named_parameters():
+            if "pool.1" in name:  # a norm that does something
+                nn.init.normal_(weight)
+        save_file(network.state_dict(), tmp_path / f"taef2_{part}.safetensors")
+    vae = load_vae(tmp_path / "taef2_encoder.safetensors").train()
+    assert vae.config.use_midblock_gn
+    gradients = []
+    for encoder, decoder in ((vae.encoder, vae.decoder), (pair["encoder"], pair["decoder"])):
+        ours = encoder is vae.encoder
+        z = encoder(x if ours else x / 2 + 0.5)
+        image = decoder(4 * z)
+        (z.sum() + (image if ours else 2 * image - 1).square().mean()).backward()
+        gradients.append([z, image if ours else 2 * image - 1, *(p.grad for p in (*encoder.parameters(),))])
+        gradients[-1] += [p.grad for p in decoder.parameters()]
+    for found, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted)
+    save_taesd(vae, tmp_path / "again_decoder.safetensors")
+    for part, network in pair.items():
+        again = load_file(tmp_path / f"again_{part}.safetensors")
+        assert again.keys() == network.state_dict().keys()
+        assert all(torch.equal(weight, again[key]) for key, weight in network.state_dict().items())
+    assert export_targets(vae)["comfyui"] is None
+    for program in ("diffusers", "a1111"):
+        assert "takes no group norm in the blocks" in export_targets(vae)[program]
+
+
 @pytest.mark.parametrize("name", ["taesd_decoder.safetensors", "taesd_encoder.pth"])
 def test_exported_pairs_fit_the_published_networks_and_come_back(name, x, tmp_path, capsys):
     torch.manual_seed(0)
@@ -175,6 +211,11 @@ def test_half_a_student_is_refused_by_the_name_of_what_is_missing(tmp_path, caps
     save_file(pair["decoder"].state_dict(), tmp_path / "taesd_decoder.safetensors")
     with pytest.raises(InputError, match=r"need the other, taesd_encoder\.safetensors"):
         load_vae(tmp_path / "taesd_decoder.safetensors")
+    wide = {"1.weight": torch.zeros(256, 32, 3, 3), "3.weight": torch.zeros(128, 256, 3, 3)}
+    save_file(wide | {"5.weight": torch.zeros(3, 128, 3, 3)}, tmp_path / "taesana_decoder.safetensors")
+    save_file(pair["encoder"].state_dict(), tmp_path / "taesana_encoder.safetensors")
+    with pytest.raises(InputError, match="several widths in its decoder"):
+        load_vae(tmp_path / "taesana_decoder.safetensors")
     save_file(pair["decoder"].state_dict(), tmp_path / "mine.safetensors")
     with pytest.raises(InputError, match="ends in _encoder or _decoder"):
         load_vae(tmp_path / "mine.safetensors")

@@ -27,6 +27,7 @@ CASES = {
     "enlarging_by_3": {**F8, "upsampling_scaling_factor": 3},
     "bilinear": {**F8, "upsample_fn": "bilinear"},
 }
+OF_TAEF2 = {**F8, "num_decoder_blocks": (2, 1, 1, 0), "use_midblock_gn": True}  # not in diffusers' class
 
 
 def pair(config: dict) -> tuple[AutoencoderTiny, StockAutoencoderTiny]:
@@ -73,12 +74,12 @@ def test_folder_is_read_by_both_classes(tmp_path):
         assert torch.equal(model.decode(model.encode(images).latents).sample, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "taesd"])
+@pytest.mark.parametrize("name", [*(name for name in CASES if name != "taesd"), "taef2"])
 @torch.no_grad()
 def test_tiling_gives_the_values_of_the_whole_image(name, monkeypatch):
     monkeypatch.setattr("sdvae.model.tiny.STRIP_ROWS", 5)
-    model, _ = pair(CASES[name])
-    model.double()
+    torch.manual_seed(0)
+    model = AutoencoderTiny(**(OF_TAEF2 if name == "taef2" else CASES[name])).double()
     images = images_for(model, height=37 * model.spatial_compression_ratio, width=16).double()
     z = model.encode(images).latents
     whole = model.decode(z).sample
@@ -87,10 +88,51 @@ def test_tiling_gives_the_values_of_the_whole_image(name, monkeypatch):
     torch.testing.assert_close(model.decode(z).sample, whole, rtol=0, atol=1e-12)
 
 
+def test_strips_are_strips_of_the_fine_levels_alone(monkeypatch):
+    monkeypatch.setattr("sdvae.model.tiny.STRIP_ROWS", 5)
+    model, _ = pair({**F8, "num_decoder_blocks": (3, 0, 0, 1)})
+    model.enable_tiling()
+    heights = {"coarse": set(), "fine": set()}
+    block, last = model.decoder.layers[2], model.decoder.conv_out
+    block.register_forward_hook(lambda _, __, output: heights["coarse"].add(output.shape[2]))
+    last.register_forward_hook(lambda _, __, output: heights["fine"].add(output.shape[2]))
+    model.decode(torch.zeros(1, 4, 60, 8))
+    assert heights["coarse"] == {60}
+    assert max(heights["fine"]) < 8 * 60 / 2
+
+
+@pytest.mark.parametrize("with_norms", [False, True])
+@torch.no_grad()
+def test_with_norms_each_pixel_depends_on_the_whole_image(with_norms):
+    torch.manual_seed(0)
+    model = AutoencoderTiny(**{**OF_TAEF2, "use_midblock_gn": with_norms}).double()
+    z = torch.randn(1, 4, 64, 4, dtype=torch.float64)
+    other = z.clone()
+    other[:, :, -1] += 1
+    top = [model.decode(latents).sample[:, :, 0] for latents in (z, other)]
+    assert torch.equal(*top) != with_norms
+
+
+def test_the_key_of_the_norms_is_in_the_configuration_only_where_they_are(tmp_path, caplog):
+    assert "use_midblock_gn" not in AutoencoderTiny(**F8).config
+    model = AutoencoderTiny(**OF_TAEF2)
+    model.save_pretrained(tmp_path)
+    again = AutoencoderTiny.from_pretrained(tmp_path)
+    assert again.config.use_midblock_gn
+    images = images_for(model)
+    assert torch.equal(again(images).sample, model(images).sample)
+    _, said = StockAutoencoderTiny.from_pretrained(tmp_path, output_loading_info=True)
+    assert all(".pool." in key for key in said["unexpected_keys"])
+    assert len(said["unexpected_keys"]) == 4 * (3 + 2)
+    with pytest.raises(InputError, match=r"need blocks at the latents' resolution"):
+        AutoencoderTiny(**{**OF_TAEF2, "num_decoder_blocks": (0, 1, 1, 1)})
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
-        model, _ = pair(F8)
+        torch.manual_seed(0)
+        model = AutoencoderTiny(**OF_TAEF2)
         if checkpointing:
             model.enable_gradient_checkpointing()
         model.decode(model.encode(images_for(model)).latents).sample.square().mean().backward()

@@ -165,6 +165,7 @@ def build_student(config: DistilConfig, teacher: ConvolutionalVAE) -> Autoencode
         decoder_block_out_channels=(config.decoder_width,) * levels,
         num_encoder_blocks=config.encoder_blocks,
         num_decoder_blocks=config.decoder_blocks,
+        use_midblock_gn=config.use_midblock_gn,
     )
     initialise_student(student)
     return student

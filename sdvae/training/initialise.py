@@ -59,13 +59,14 @@ def initialise(vae: ConvolutionalVAE) -> None:
 def initialise_student(student: AutoencoderTiny) -> None:
     """Set all weights in place, by the same rules: each block is relu(x), and resampling convolutions copy their input.
 
-    Then the decoder gives a coarse picture whose colours are random functions of the latents.
+    Then the decoder gives a coarse picture whose colours are random functions of the latents. The norms inside blocks
+    keep scale 1 and bias 0, and their branches end in zero.
     """
     for network in (student.encoder, student.decoder):
         for name, parameter in network.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            else:
+            elif parameter.ndim > 1:
                 nn.init.normal_(parameter, std=(2 / fan_in(parameter)) ** 0.5)  # He et al. 2015, for ReLUs
         resampling = [layer for layer in network.layers if isinstance(layer, nn.Conv2d)]
         for conv in (resampling.pop(0), resampling.pop()):
@@ -75,6 +76,8 @@ def initialise_student(student: AutoencoderTiny) -> None:
         for block in network.layers:
             if isinstance(block, TinyBlock):
                 nn.init.zeros_(block.get_parameter("conv.4.weight"))
+                if block.pool is not None:
+                    nn.init.zeros_(block.get_parameter("pool.3.weight"))
 
 
 def fan_in(weight: Tensor) -> int:

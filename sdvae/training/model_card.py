@@ -60,6 +60,16 @@ pipe.vae = student  # in the pipeline of a diffusion model for the teacher's lat
 ```
 """
 
+STUDENT_WITH_NORMS_TEXT = """Its blocks have a group norm (`use_midblock_gn`). diffusers' `AutoencoderTiny` says
+that it ignores that, and computes other images. sdvae's class, a subclass of it, computes them:
+
+```python
+from sdvae import load_vae
+
+pipe.vae = load_vae("{place}")  # in the pipeline of a diffusion model for the teacher's latents
+```
+"""
+
 STUDENT_OF_BATCH_NORM_TEXT = """The teacher's pipelines read the batch norm of their VAE, which a student has not. So it
 serves for previews. Its latents are the normalised ones, with the patches of 2x2 positions undone:
 
@@ -205,8 +215,9 @@ def student_card(
         parameters=sum(p.numel() for p in student.parameters()) / 1e6,
         version=version(),
     )
-    text = STUDENT_OF_BATCH_NORM_TEXT if config.model.batch_norm else STUDENT_LOADING_TEXT
-    loading = text.format(place="path/to/this/folder")
+    with_norms = student.config.get("use_midblock_gn", False)
+    text = STUDENT_WITH_NORMS_TEXT if with_norms else STUDENT_LOADING_TEXT
+    loading = (STUDENT_OF_BATCH_NORM_TEXT if config.model.batch_norm else text).format(place="path/to/this/folder")
     return head + "\n".join(
         [
             section(LOADING, loading),

@@ -287,9 +287,10 @@ def _student_targets(config: Any) -> dict[str, str | None]:
     got = {key: tuple(config[key]) if isinstance(config[key], list) else config[key] for key in shape}
     comfyui = [(got[key] == wanted, f"needs {key} {wanted}, got {got[key]}") for key, wanted in shape.items()]
     channels = config.latent_channels
-    a1111 = [*comfyui, (channels in (4, 16), f"needs 4 latent channels, or 16 for SD3, got {channels}")]
+    plain = (not config.get("use_midblock_gn", False), "takes no group norm in the blocks (use_midblock_gn)")
+    a1111 = [*comfyui, plain, (channels in (4, 16), f"needs 4 latent channels, or 16 for SD3, got {channels}")]
     return {
-        "diffusers": None,
+        "diffusers": _reason([plain]),
         "comfyui": _reason(comfyui),
         "a1111": _reason(a1111),
         "kohya": "it has no previews",

@@ -4,6 +4,8 @@ Each file is the state dict of an `nn.Sequential` (github.com/madebyollin/taesd,
 has the same layers after `encoder.layers.` and `decoder.layers.`, without the first one of TAESD's decoder, which
 bounds the latents and has no weights. ComfyUI (latent_preview.py, nodes.py) looks for the pair in models/vae_approx, as
 .safetensors or .pth, by the names of `PUBLISHED`. A1111 (modules/sd_vae_taesd.py) looks for .pth in models/VAE-taesd.
+TAEF2's pair has the same layout and, in the blocks at the latents' resolution, a `pool` more (`TinyBlock`). Its latents
+are the normalised ones of FLUX.2, with the patches undone.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from sdvae.weights.read import WEIGHT_SUFFIXES, is_weight_file
 
 PARTS = ("encoder", "decoder")
 # The name before _encoder and _decoder -> the diffusion models whose latents these files decode
-PUBLISHED = {"taesd": "SD 1 and 2", "taesdxl": "SDXL", "taesd3": "SD3", "taef1": "Flux.1"}
+PUBLISHED = {"taesd": "SD 1 and 2", "taesdxl": "SDXL", "taesd3": "SD3", "taef1": "Flux.1", "taef2": "FLUX.2"}
 # What the shapes of the weights do not tell, as in all published students
 UNSHAPED = {
     "act_fn": "relu",
@@ -32,9 +34,10 @@ UNSHAPED = {
 }
 FIRST = {"encoder": 0, "decoder": 1}  # the number in TAESD's files of diffusers' layer 0
 _LAYER = re.compile(r"(\d+)\.(.*)")
-_ONLY_LAYERS = re.compile(r"\d+\.(conv\.\d+\.)?(weight|bias)")
+_ONLY_LAYERS = re.compile(r"\d+\.((conv|pool)\.\d+\.)?(weight|bias)")
 _CONV = r"{part}\.layers\.(\d+)\.weight"
 _BLOCK = r"{part}\.layers\.(\d+)\.conv\.0\.weight"
+_NORM = re.compile(r"(encoder|decoder)\.layers\.\d+\.pool\..*")
 
 
 def is_half(keys: Iterable[str]) -> bool:
@@ -124,7 +127,7 @@ def infer_tiny_config(weights: Mapping[str, Tensor], given: Mapping[str, Any], o
         origin: where the weights come from, for messages.
 
     Raises:
-        InputError: when there are no convolutions before and after the blocks.
+        InputError: when there are no convolutions before and after the blocks, or levels of several widths.
     """
     config: dict[str, Any] = {}
     for part in PARTS:
@@ -132,12 +135,20 @@ def infer_tiny_config(weights: Mapping[str, Tensor], given: Mapping[str, Any], o
         blocks = _numbers(weights, _BLOCK.format(part=part))
         if len(convs) < 2:
             raise InputError(f"{origin} has no {part} of a student; need encoder and decoder; get a whole copy")
-        first, last = (weights[f"{part}.layers.{number}.weight"] for number in (convs[0], convs[-1]))
+        *begins, last = (weights[f"{part}.layers.{number}.weight"] for number in convs)
+        first = begins[0]
+        if len(widths := {len(begin) for begin in begins}) > 1:
+            raise InputError(
+                f"{origin} has levels of several widths in its {part} ({', '.join(map(str, sorted(widths)))}), as "
+                "TAESana has; need one width for all levels, as in TAESD, TAEF1 and TAEF2"
+            )
         levels = list(itertools.pairwise(convs))  # a convolution begins each level, and one ends the last
         config[f"num_{part}_blocks"] = tuple(sum(low < block < high for block in blocks) for low, high in levels)
         config[f"{part}_block_out_channels"] = (len(first),) * len(levels)
         config["in_channels" if part == "encoder" else "latent_channels"] = first.shape[1]
         config["latent_channels" if part == "encoder" else "out_channels"] = len(last)
+    if any(_NORM.fullmatch(key) for key in weights):
+        config["use_midblock_gn"] = True
     return {**config, **given}
 
 
