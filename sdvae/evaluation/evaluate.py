@@ -150,7 +150,10 @@ class Bench:
         self.bad.add(gather_object(self.bad.items()))
         per_image = measured.per_image
         if not per_image:
-            raise InputError(f"none of the {self.count} images of {self.config.data!r} can be read; see the warnings")
+            raise InputError(
+                f"none of the {self.count} images of {self.config.data!r} can be read; see the warnings, and give "
+                "others by --data"
+            )
         not_finite = sum(not math.isfinite(image["psnr"]) for image in per_image)
         if not_finite:
             logger.warning(
