@@ -202,6 +202,8 @@ def test_exported_pairs_fit_the_published_networks_and_come_back(name, x, tmp_pa
 def test_export_targets_of_a_student_name_what_previewers_cannot_take():
     assert export_targets(AutoencoderTiny())["comfyui"] is None
     assert export_targets(AutoencoderTiny(latent_channels=16))["a1111"] is None
+    assert "needs use_midblock_gn True for 32" in export_targets(AutoencoderTiny(latent_channels=32))["comfyui"]
+    assert "needs use_midblock_gn False for 4" in export_targets(AutoencoderTiny(use_midblock_gn=True))["comfyui"]
     assert "4 latent channels" in export_targets(AutoencoderTiny(latent_channels=8))["a1111"]
     assert "num_decoder_blocks (3, 3, 3, 1), got (1, 1, 1, 0)" in export_targets(student())["comfyui"]
 

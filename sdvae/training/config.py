@@ -475,7 +475,8 @@ class DistilConfig:
     """Blocks in each level of the decoder, whose first level has the latents' resolution."""
     use_midblock_gn: bool = False
     """Whether the blocks at the latents' resolution see the whole image through a group norm, as the teacher does: the
-    network of TAEF2, the published student of FLUX.2. ComfyUI loads it; diffusers' class and A1111 do not."""
+    network of TAEF2, the published student of FLUX.2. diffusers' own class and A1111 do not compute it, ComfyUI only
+    for FLUX.2's latents."""
     latents: Literal["sample", "mode"] = "sample"
     """What the decoder learns from: samples of the teacher's posterior, which diffusion models learn too, or its mode.
     The encoder always learns the mode."""

@@ -285,10 +285,13 @@ def _student_targets(config: Any) -> dict[str, str | None]:
         "decoder_block_out_channels": (64,) * 4,
     }
     got = {key: tuple(config[key]) if isinstance(config[key], list) else config[key] for key in shape}
-    comfyui = [(got[key] == wanted, f"needs {key} {wanted}, got {got[key]}") for key, wanted in shape.items()]
-    channels = config.latent_channels
-    plain = (not config.get("use_midblock_gn", False), "takes no group norm in the blocks (use_midblock_gn)")
-    a1111 = [*comfyui, plain, (channels in (4, 16), f"needs 4 latent channels, or 16 for SD3, got {channels}")]
+    same = [(got[key] == wanted, f"needs {key} {wanted}, got {got[key]}") for key, wanted in shape.items()]
+    channels, with_norms = config.latent_channels, config.get("use_midblock_gn", False)
+    plain = (not with_norms, "takes no group norm in the blocks (use_midblock_gn)")
+    # TAESD's network, or TAEF2's, which ComfyUI builds for FLUX.2's latents alone
+    of_flux2 = (with_norms == (channels == 32), f"needs use_midblock_gn {channels == 32} for {channels} channels")
+    comfyui = [*same, of_flux2]
+    a1111 = [*same, plain, (channels in (4, 16), f"needs 4 latent channels, or 16 for SD3, got {channels}")]
     return {
         "diffusers": _reason([plain]),
         "comfyui": _reason(comfyui),
