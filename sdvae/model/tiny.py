@@ -83,9 +83,12 @@ class _Tiny(nn.Module):
         self.boundary = boundary
         self.gradient_checkpointing = False
 
-    def before(self, h: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.before(x))
+
+    def before(self, x: Tensor) -> Tensor:
         """The layers before the boundary."""
-        return self._run(self.layers[: self.boundary], h)
+        return self._run(self.layers[: self.boundary], x)
 
     def after(self, h: Tensor) -> Tensor:
         """The layers after the boundary."""
@@ -113,9 +116,6 @@ class TinyEncoder(_Tiny):
 
     def before(self, x: Tensor) -> Tensor:
         return super().before(x.add(1).div(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.before(x))
 
 
 class TinyDecoder(_Tiny):
@@ -151,9 +151,6 @@ class TinyDecoder(_Tiny):
 
     def after(self, h: Tensor) -> Tensor:
         return super().after(h).mul(2).sub(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.before(x))
 
 
 class AutoencoderTiny(StockAutoencoderTiny):
