@@ -59,7 +59,7 @@ def test_a_sound_recipe_has_no_finding():
         (recipe(), {"images_per_step": 24, "train_images": 20}, "a step takes 24 images and there are only 20"),
         (recipe(), {"train_images": 300}, "300 images are few for 84 M new parameters"),
         (recipe(), {"validation_images": 2}, "only 2 validation images, so their mean is uncertain"),
-        (recipe(), {"train_images": 24_000}, "the run ends after 50% of the images"),
+        (recipe(), {"train_images": 24_000}, "the run ends after 12000 of the 24000 images"),
         (recipe(LossConfig(kl_warmup_steps=1000)), {}, "the KL term never has its full weight"),
     ],
 )

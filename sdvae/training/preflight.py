@@ -141,9 +141,9 @@ def check_recipe(
         )
     if config.model.in_channels == 4 and config.data.background != DataConfig.background:
         findings.append("data.background is not used: this VAE's images keep their alpha")
-    seen = config.steps * images_per_step / train_images
-    if seen < 1:
-        findings.append(f"the run ends after {seen:.0%} of the images; raise steps to use them all")
+    seen = config.steps * images_per_step
+    if seen < train_images:
+        findings.append(f"the run ends after {seen} of the {train_images} images; raise steps to use them all")
     if config.loss.kl_warmup_steps >= config.steps:
         findings.append(
             f"loss.kl_warmup_steps={config.loss.kl_warmup_steps} in a run of {config.steps} steps: the KL term never "
