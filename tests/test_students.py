@@ -308,7 +308,16 @@ def test_report_has_no_kl_and_says_why(folder, pictures, tmp_path):
     assert main(["report", str(folder), *options, "--output", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     assert "predicts no variance" in page
-    for absent in ("data-kl", "kl_nats", "nats", "Log-variances", "log-variance sits", ">nan<"):
+    assert "the latents are scaled already" in page
+    for absent in (
+        "off by more than a tenth",
+        "data-kl",
+        "kl_nats",
+        "nats",
+        "Log-variances",
+        "log-variance sits",
+        ">nan<",
+    ):
         assert absent not in page, absent
 
 
