@@ -309,6 +309,7 @@ def test_report_has_no_kl_and_says_why(folder, pictures, tmp_path):
     page = (tmp_path / "r.html").read_text()
     assert "predicts no variance" in page
     assert "the latents are scaled already" in page
+    assert "make black or broken pictures. " in page
     for absent in (
         "off by more than a tenth",
         "data-kl",
