@@ -603,7 +603,7 @@ def test_a_vae_that_makes_rgb_of_grey_is_refused(folder, tmp_path, capsys):
     output = tmp_path / "out" / "report.html"
     arguments = ["--data", str(folder), "--lpips", "none", "--resolution", "32", "--output", str(output)]
     assert main(["report", str(tmp_path / "odd"), *arguments]) == 2
-    assert "odd with (1, 3) image channels; need 1 (grey) or 3 (RGB) in and out" in capsys.readouterr().err
+    assert "odd with (1, 3) image channels; need 1 (grey), 3 (RGB) or 4 (RGBA) in and out" in capsys.readouterr().err
     assert not output.parent.exists()
 
 

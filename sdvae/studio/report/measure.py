@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdvae.alpha import as_seen, colours, drawn
 from sdvae.data import BadImages
 from sdvae.errors import InputError
 from sdvae.io import printable
@@ -104,9 +105,10 @@ def measure(
             maps = LatentMaps((shape[0], shape[1], shape[2]), scaling_of(vae).scaled)
         health.update(posterior)
         maps.update(posterior, generator)
-        spectra = spectra + torch.stack([radial_power(x), radial_power(y)]).sum(dim=1)
+        spectra = spectra + torch.stack([radial_power(colours(as_seen(images))) for images in (x, y)]).sum(dim=1)
+        pictures = zip(drawn(x), drawn(y), strict=True)
         for i, figures in enumerate(image_figures(x, y, posterior, perceptual)):
-            gallery.add(printable(batch["name"][i]), x[i], y[i], figures)
+            gallery.add(printable(batch["name"][i]), *next(pictures), figures)
             for key, value in figures.items():
                 sums[key] += value
             if len(first) < FIRST:

@@ -15,6 +15,7 @@ import jinja2
 import torch
 from PIL import Image
 
+from sdvae.alpha import drawn
 from sdvae.data import to_image
 from sdvae.evaluation.diffusability import Diffusability
 from sdvae.io import version
@@ -110,7 +111,7 @@ def _versions(model: AnyAutoencoder) -> str:
 def _head(subject: Subject, measured: Measured) -> dict[str, Any]:
     config, moments = subject.model.config, measured.health.moments
     channels = config.in_channels
-    names = ("red", "green", "blue") if channels == 3 else ("grey",) * channels
+    names = ("grey",) if channels == 1 else ("red", "green", "blue", "alpha")[:channels]
     by_channel = config.get("latents_mean") is not None and config.get("latents_std") is not None
     scaled_std = measured.maps.scaled_moments.std  # 1 if the VAE's scaling is right for these images
     return {
@@ -164,7 +165,7 @@ def _latents(model: AnyAutoencoder, measured: Measured) -> dict[str, Any]:
                 "image": _image_uri(to_image(image)),
                 "channels": [_image_uri(plots.latent_picture(channel)) for channel in z],
             }
-            for image, z in zip(measured.first, measured.first_latents, strict=True)
+            for image, z in zip(drawn(measured.first), measured.first_latents, strict=True)
         ],
         "latent_limit": plots.LATENT_LIMIT,
         "histogram_limit": HISTOGRAM_RANGE[1],
@@ -186,9 +187,9 @@ def _drift(measured: Measured, drift: Drift) -> dict[str, Any]:
         "trips": list(zip(range(1, len(to_original) + 1), to_original, to_previous, strict=True)),
         "drift_images": len(measured.first),
         "strips": [
-            [("original", _image_uri(to_image(measured.first[i])), None)]
+            [("original", _image_uri(to_image(drawn(measured.first)[i])), None)]
             + [
-                (f"×{n}", _image_uri(to_image(drift.shown[n][i])), float(drift.to_original[n - 1, i]))
+                (f"×{n}", _image_uri(to_image(drawn(drift.shown[n])[i])), float(drift.to_original[n - 1, i]))
                 for n in SHOWN_TRIPS
             ]
             for i in range(min(STRIPS, len(measured.first)))

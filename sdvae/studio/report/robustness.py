@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdvae.alpha import as_seen, colours
 from sdvae.metrics.image import psnr
 from sdvae.model import AnyAutoencoder, StockAutoencoder
 from sdvae.roundtrip import RoundTrip, round_trip
@@ -48,8 +49,9 @@ def drift(vae: AnyAutoencoder, images: Tensor) -> Drift:
     previous = images
     for trip in range(1, TRIPS + 1):
         current = round_trip(vae, previous).reconstruction.clamp(-1, 1)
-        to_original.append(psnr(images, current).cpu())
-        to_previous.append(psnr(previous, current).cpu())
+        first, before, now = (colours(as_seen(batch)) for batch in (images, previous, current))
+        to_original.append(psnr(first, now).cpu())
+        to_previous.append(psnr(before, now).cpu())
         if trip in SHOWN_TRIPS:
             shown[trip] = current.cpu()
         previous = current

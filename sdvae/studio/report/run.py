@@ -60,7 +60,7 @@ def write_report(options: ReportOptions) -> Path:
         raise InputError(f"got subfolder={subfolder} with a run folder, whose model/ is used; leave subfolder out")
     curves = {} if run is None else read_curves(run.metrics)
     model = load_autoencoder(vae if run is None else run.model, subfolder=subfolder, dtype=torch.float32)
-    check_image_channels(model, vae)
+    check_image_channels(model, vae, alpha=True)
     images, data = _photographs(run, options, model.config.in_channels)
     perceptual = perceptual_if_any(options.lpips, options.lpips_weights, options.lpips_heads)
     bad_images = BadImages()
