@@ -162,7 +162,7 @@ def test_taef2s_pair_loads_with_its_values_and_gradients_and_comes_back(x, tmp_p
         z = encoder(x if ours else x / 2 + 0.5)
         image = decoder(4 * z)
         (z.sum() + (image if ours else 2 * image - 1).square().mean()).backward()
-        gradients.append([z, image if ours else 2 * image - 1, *(p.grad for p in (*encoder.parameters(),))])
+        gradients.append([z, image if ours else 2 * image - 1, *(p.grad for p in encoder.parameters())])
         gradients[-1] += [p.grad for p in decoder.parameters()]
     for found, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(found, wanted)

@@ -113,7 +113,7 @@ def test_with_norms_each_pixel_depends_on_the_whole_image(with_norms):
     assert torch.equal(*top) != with_norms
 
 
-def test_the_key_of_the_norms_is_in_the_configuration_only_where_they_are(tmp_path, caplog):
+def test_the_key_of_the_norms_is_in_the_configuration_only_where_they_are(tmp_path):
     assert "use_midblock_gn" not in AutoencoderTiny(**F8).config
     model = AutoencoderTiny(**OF_TAEF2)
     model.save_pretrained(tmp_path)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -36,7 +35,7 @@ from sdvae.model.config import (
 )
 from sdvae.model.patches import PatchSize
 from sdvae.model.posterior import DiagonalGaussian
-from sdvae.model.state import declared_padding, initialise, is_network, rebuilt
+from sdvae.model.state import declared_padding, initialise, is_network, rebuilt, without_default
 from sdvae.model.tiling import Streamed, can_stream, plan
 from sdvae.runtime import DTYPES, dtype_named
 
@@ -219,8 +218,7 @@ class ConvolutionalVAE(ModelMixin):
     def register_to_config(self, **kwargs: Any) -> None:
         """diffusers' `register_to_config`. The default of `padding_mode` is left out, as diffusers does not know it."""
         super().register_to_config(**kwargs)  # type: ignore[misc]  # of diffusers' class
-        if self.config.get("padding_mode") == "zeros":
-            self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "padding_mode"})
+        self._internal_dict = without_default(self.config, "padding_mode", "zeros")
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from sdvae.errors import InputError, first_few
@@ -118,6 +119,11 @@ def shared_weights(vae: Any) -> dict[str, Tensor]:
     _check_names(weights, vae)
     _check_data(weights, vae)
     return weights
+
+
+def without_default(config: Mapping[str, Any], key: str, default: Any) -> FrozenDict:
+    """A model's configuration, without a key that diffusers' class does not know if it has its default."""
+    return FrozenDict({k: v for k, v in config.items() if (k, v) != (key, default)})
 
 
 def declared_padding(vae: Any) -> str:

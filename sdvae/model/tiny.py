@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.activations import get_activation
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny as StockAutoencoderTiny
 from diffusers.models.modeling_utils import ModelMixin
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from sdvae.errors import InputError
 from sdvae.model.blocks import checkpointed, conv3x3
+from sdvae.model.state import without_default
 
 LATENT_BOUND = 3.0  # the decoder bends latents beyond 3 standard deviations smoothly towards 3; TAESD's Clamp
 NORM_GROUPS = 4  # of the group norm in a block, which is as many times wider than the block; TAEF2's
@@ -186,7 +187,7 @@ class AutoencoderTiny(StockAutoencoderTiny):
     encoder: TinyEncoder  # type: ignore[assignment]
     decoder: TinyDecoder  # type: ignore[assignment]
     _no_split_modules = ["TinyBlock"]  # type: ignore[assignment]
-    _internal_dict: FrozenDict
+    _internal_dict: Any  # the same, which diffusers sets
     likelihood = "gaussian"  # what the decoder outputs: images; see `AutoencoderKL.likelihood`
 
     @register_to_config
@@ -242,8 +243,7 @@ class AutoencoderTiny(StockAutoencoderTiny):
     def register_to_config(self, **kwargs: Any) -> None:
         """diffusers' `register_to_config`, without the default of `use_midblock_gn`, which diffusers does not know."""
         super().register_to_config(**kwargs)
-        if not self.config.get("use_midblock_gn", False):
-            self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "use_midblock_gn"})
+        self._internal_dict = without_default(self.config, "use_midblock_gn", False)
 
     @property
     def spatial_compression_ratio(self) -> int:

@@ -182,16 +182,14 @@ def _latents(model: AnyAutoencoder, measured: Measured) -> dict[str, Any]:
 
 def _drift(measured: Measured, drift: Drift) -> dict[str, Any]:
     to_original, to_previous = (values.mean(dim=1).tolist() for values in (drift.to_original, drift.to_previous))
+    originals, shown = drawn(measured.first), {n: drawn(images) for n, images in drift.shown.items()}
     return {
         "drift_plot": _plot(partial(plots.drift_curves, drift=drift)),
         "trips": list(zip(range(1, len(to_original) + 1), to_original, to_previous, strict=True)),
         "drift_images": len(measured.first),
         "strips": [
-            [("original", _image_uri(to_image(drawn(measured.first)[i])), None)]
-            + [
-                (f"×{n}", _image_uri(to_image(drawn(drift.shown[n])[i])), float(drift.to_original[n - 1, i]))
-                for n in SHOWN_TRIPS
-            ]
+            [("original", _image_uri(to_image(originals[i])), None)]
+            + [(f"×{n}", _image_uri(to_image(shown[n][i])), float(drift.to_original[n - 1, i])) for n in SHOWN_TRIPS]
             for i in range(min(STRIPS, len(measured.first)))
         ],
     }

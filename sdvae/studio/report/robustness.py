@@ -47,14 +47,15 @@ def drift(vae: AnyAutoencoder, images: Tensor) -> Drift:
     """
     to_original, to_previous, shown = [], [], {}
     previous = images
+    original = before = colours(as_seen(images))
     for trip in range(1, TRIPS + 1):
         current = round_trip(vae, previous).reconstruction.clamp(-1, 1)
-        first, before, now = (colours(as_seen(batch)) for batch in (images, previous, current))
-        to_original.append(psnr(first, now).cpu())
+        now = colours(as_seen(current))
+        to_original.append(psnr(original, now).cpu())
         to_previous.append(psnr(before, now).cpu())
         if trip in SHOWN_TRIPS:
             shown[trip] = current.cpu()
-        previous = current
+        previous, before = current, now
     return Drift(torch.stack(to_original), torch.stack(to_previous), shown)
 
 
